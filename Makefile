@@ -1,0 +1,50 @@
+# Every target makes its own .venv with the pinned versions; `make help` lists the targets.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The first interpreter of 3.11 or newer that really starts; PYTHON=... overrides.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+STAMP := .venv/.installed
+ROOMS := comm conf experiments kernels sharding train
+ARGS ?=
+
+.PHONY: help demo test lint pins clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  ARGS="..." goes on to the command, e.g. make test ARGS="tests/sharding -k prefix"'
+
+demo: $(STAMP) ## train the same model under every method on 2 CPU ranks; print the table, write the page
+	$(BIN)/flashcp sweep experiment=demo $(ARGS)
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# mypy follows folders, not setuptools' package-dir: give it the installed layout as links, and hand its
+# messages back with the paths of the checkout.
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	@rm -rf .venv/typed && mkdir -p .venv/typed/flashcp
+	@ln -s $(CURDIR)/flashcp/* $(addprefix $(CURDIR)/,$(ROOMS)) .venv/typed/flashcp/
+	cd .venv/typed && ../bin/mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.mypy_cache -p flashcp \
+		| sed -E 's#^flashcp/($(subst $() ,|,$(ROOMS)))/#\1/#'
+
+pins: $(STAMP) ## print what .venv holds, in the form of constraints.txt
+	@$(BIN)/python -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//' | sort -f
+
+clean: ## remove .venv, build folders and caches
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@[ -n "$(PYTHON)" ] || { echo "flashcp needs Python 3.11 or newer, none found: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo \
+		"flashcp needs Python 3.11 or newer, not PYTHON=$(PYTHON)" >&2; exit 2; }
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

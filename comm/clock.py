@@ -1,0 +1,36 @@
+"""Where the time of a rank goes: host wall-clock spent in attention, in the exchange, and waiting for other ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+__all__ = ["Clock"]
+
+
+@dataclass
+class Clock:
+    """Milliseconds since the last reset, this rank's.
+
+    attention_ms: attention kernels, forward and backward. exchange_ms: packing, sending and waiting for rows, that
+    is, the part of the exchange that no attention hides. wait_ms: waiting for slower ranks to come to the exchange.
+    """
+
+    attention_ms: float = 0.0
+    exchange_ms: float = 0.0
+    wait_ms: float = 0.0
+
+    def reset(self) -> None:
+        """Set all to zero."""
+        self.attention_ms = self.exchange_ms = self.wait_ms = 0.0
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the time of a block to one of the fields."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + 1e3 * (time.perf_counter() - start))

@@ -1,0 +1,15 @@
+"""Exchanges that move rows, one class each, under the names of `flashcp.sharding.exchanges.EXCHANGES`."""
+
+from __future__ import annotations
+
+from flashcp.comm.exchanges.base import Exchange
+from flashcp.comm.exchanges.exact import Exact
+from flashcp.comm.exchanges.gathered import AllGather, Compacted
+from flashcp.comm.exchanges.ring import Ring
+from flashcp.comm.exchanges.ulysses import Ulysses
+
+__all__ = ["EXCHANGE_CLASSES"]
+
+EXCHANGE_CLASSES: dict[str, type[Exchange]] = {
+    exchange.name: exchange for exchange in (Exact, Compacted, AllGather, Ring, Ulysses)
+}

@@ -1,0 +1,1 @@
+"""Hydra configuration: config.yaml, its groups and the committed sweeps in experiment/."""

@@ -1,0 +1,1 @@
+"""The command line, sweeps, the simulator, benchmarks and the pages they write."""

@@ -1,0 +1,56 @@
+"""FlashCP: context parallelism on packed documents.
+
+The public names are loaded when they are first used: planning (`flashcp.plan`) never imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashcp.attention import varlen_attention
+    from flashcp.context_parallel import ContextParallel
+    from flashcp.kernels.reference import reference_attention
+    from flashcp.sharding import Shard, ShardingPlan, plan, strategies
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ContextParallel",
+    "Shard",
+    "ShardingPlan",
+    "plan",
+    "reference_attention",
+    "strategies",
+    "varlen_attention",
+]
+
+_HOME = {
+    "ContextParallel": "flashcp.context_parallel",
+    "Shard": "flashcp.sharding",
+    "ShardingPlan": "flashcp.sharding",
+    "plan": "flashcp.sharding",
+    "reference_attention": "flashcp.kernels.reference",
+    "strategies": "flashcp.sharding",
+    "varlen_attention": "flashcp.attention",
+}
+
+# In a checkout the other rooms (sharding/, kernels/, ...) lie beside this folder, not in it: without this,
+# `import flashcp` from the checkout's root finds this folder and then no flashcp.sharding.
+_CHECKOUT = Path(__file__).resolve().parent.parent
+if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "sharding").is_dir():
+    __path__.append(str(_CHECKOUT))
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from the module that defines it (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'flashcp' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,171 @@
+"""`ContextParallel`: attention whose rows live on many ranks, as a plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashcp.comm.clock import Clock
+from flashcp.comm.errors import ExchangeError
+from flashcp.comm.exchanges import EXCHANGE_CLASSES
+from flashcp.comm.exchanges.base import Exchange, Job
+from flashcp.comm.handshake import Handshake, Header
+from flashcp.comm.transport import Alone, Transport, TwoSided
+from flashcp.kernels.inputs import check_inputs
+from flashcp.kernels.selection import ATTENTION, select_attention
+from flashcp.operator import Call, Handle
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.unshard import unshard
+
+__all__ = ["ContextParallel", "Handle"]
+
+_GRACE_S = 5.0  # a rank with an error of its own waits this long for the others to hear of it
+
+
+class ContextParallel:
+    """Context-parallel attention over the ranks of a group.
+
+    group: a torch.distributed group; None: the default one, or this rank alone where none is initialised.
+    exchange: `exact`, `compacted`, `all_gather`, `ring`, `ulysses`. overlap: `none` waits for all rows, `staged`
+    computes local rows meanwhile, `auto` takes the best there is. attention: `auto` or an implementation's name.
+    transport: `auto` or the group's backend. backward: `keep` holds received KV for the backward pass, `refetch`
+    brings it again. timeout_s: bound on every wait for another rank.
+
+    cp.transport and cp.overlap tell what `auto` chose; cp.stats is a `Clock` of this rank's milliseconds.
+    Raises ValueError for names it does not know. Calls on all ranks must come in the same order, with one plan:
+    anything else raises an ExchangeError on every rank within the time-out.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        exchange: str = "exact",
+        overlap: str = "auto",
+        attention: str = "auto",
+        transport: str = "auto",
+        backward: str = "keep",
+        timeout_s: float = 60.0,
+    ) -> None:
+        _check_name("exchange", exchange, tuple(EXCHANGE_CLASSES))
+        _check_name("overlap", overlap, ("auto", "none", "staged"))
+        _check_name("attention", attention, ("auto", *ATTENTION))
+        _check_name("backward", backward, ("keep", "refetch"))
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s={timeout_s}: expected seconds > 0")
+        self.exchange = exchange
+        self.overlap = "staged" if overlap == "auto" else overlap
+        self.attention_name = attention
+        self.backward = backward
+        self.stats = Clock()
+        self._handshake: Handshake | None = None
+        self._transport: Transport = Alone()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+            self._transport = TwoSided(group, timeout_s)
+            self._handshake = Handshake(group, timeout_s)
+        _check_name("transport", transport, ("auto", self._transport.name))
+        self.transport = self._transport.name
+        self.rank, self.world_size = self._transport.rank, self._transport.world_size
+        self._exchange: Exchange = EXCHANGE_CLASSES[exchange if self.world_size > 1 else "exact"](self._transport)
+        self._calls = 0
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: ShardingPlan, softmax_scale: float | None = None
+    ) -> Tensor:
+        """Causal attention inside each document, over all ranks, differentiable.
+
+        q: [rank's tokens, query heads, head_dim], k and v: [rank's tokens, KV heads, head_dim], rows in the order
+        of plan.rows(rank); fp32, bf16 or fp16. softmax_scale: 1 / sqrt(head_dim) by default. Returns
+        [rank's tokens, query heads, head_dim] in q's dtype. Gradients of K and V rows that other ranks read come
+        home in fp32 (`ulysses`: in the model's dtype) and are added in a fixed order.
+        Raises ValueError for shapes, dtypes and plans that do not fit, ExchangeError as the class says.
+        """
+        return self._begin(k, v, plan, q).attention(q, softmax_scale)
+
+    def prefetch(self, k: Tensor, v: Tensor, plan: ShardingPlan) -> Handle:
+        """Let K and V rows leave now; `handle.attention(q)` computes later. Arguments as for `attention`."""
+        return self._begin(k, v, plan, None)
+
+    def shard(self, x: Tensor, plan: ShardingPlan, dim: int = 0) -> Tensor:
+        """This rank's rows of a tensor that holds the whole pack along `dim`, in local order."""
+        self._check_plan(plan)
+        if x.shape[dim] != plan.offsets[-1]:
+            raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}: expected the pack's {plan.offsets[-1]}")
+        return x.index_select(dim, torch.from_numpy(plan.rows(self.rank)).to(x.device))
+
+    def unshard(self, local: Tensor, plan: ShardingPlan, dim: int = 0) -> Tensor:
+        """The whole pack along `dim` on every rank, from each rank's rows; differentiable."""
+
+        def header() -> Header:
+            self._check_plan(plan)
+            if local.shape[dim] != plan.tokens[self.rank]:
+                raise ValueError(
+                    f"local has {local.shape[dim]} rows along dim {dim}: expected {plan.tokens[self.rank]} on rank "
+                    f"{self.rank}"
+                )
+            return Header(plan=_signed(plan), exchange=-1, row_bytes=local.nbytes // len(local))
+
+        self._agree(header)
+        return unshard(local.movedim(dim, 0).contiguous(), plan, self._transport).movedim(0, dim)
+
+    def position_ids(self, plan: ShardingPlan) -> Tensor:
+        """Position inside its document of each of this rank's rows, int64 [rank's tokens]."""
+        self._check_plan(plan)
+        return torch.from_numpy(plan.positions(self.rank))
+
+    def _begin(self, k: Tensor, v: Tensor, plan: ShardingPlan, q: Tensor | None) -> Handle:
+        def header() -> Header:
+            self._check_plan(plan)
+            check_inputs(k if q is None else q, k, v, int(plan.tokens[self.rank]))
+            query_heads = 0 if q is None else q.shape[1]
+            self._exchange.check(query_heads, k.shape[1])
+            return Header(
+                plan=_signed(plan),
+                exchange=list(EXCHANGE_CLASSES).index(self.exchange),
+                query_heads=query_heads,
+                kv_heads=k.shape[1],
+                head_dim=k.shape[2],
+                row_bytes=k[0].nbytes,
+                gradients=torch.is_grad_enabled(),
+            )
+
+        with self.stats.measure("wait_ms"):
+            agreed = self._agree(header)
+        kernel = select_attention(self.attention_name, k.device)
+        with torch.no_grad(), self.stats.measure("exchange_ms"):
+            flight = self._exchange.start(plan, k, v)
+        job = Job(kernel, self.overlap, self.backward == "refetch", self.stats)
+        return Handle(Call(plan, self._exchange, flight, job, agreed, self._handshake), k, v)
+
+    def _agree(self, make_header: Callable[[], Header]) -> Header:
+        """Check this rank's arguments and compare notes with the others, who also hear of an error here."""
+        self._calls += 1
+        try:
+            header = make_header()._replace(call=self._calls)
+        except ValueError:
+            if self._handshake is not None:
+                with suppress(ExchangeError):
+                    self._handshake.compare(Header(failed=1, call=self._calls), _GRACE_S)
+            raise
+        if self._handshake is not None:
+            self._handshake.compare(header)
+        return header
+
+    def _check_plan(self, plan: ShardingPlan) -> None:
+        if not isinstance(plan, ShardingPlan):
+            raise ValueError(f"plan is a {type(plan).__name__}: expected a ShardingPlan")
+        if plan.world_size != self.world_size:
+            raise ValueError(f"plan for {plan.world_size} ranks: expected the group's {self.world_size}")
+
+
+def _check_name(field: str, name: str, legal: tuple[str, ...]) -> None:
+    if name not in legal:
+        raise ValueError(f"{field}={name!r}: expected one of {', '.join(legal)}")
+
+
+def _signed(plan: ShardingPlan) -> int:
+    """The fingerprint as an int64."""
+    return int.from_bytes(bytes.fromhex(plan.fingerprint), "big", signed=True)

@@ -1,0 +1,46 @@
+"""From the ranks' local rows back to the pack, differentiable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcp.comm.transport import Transport
+from flashcp.sharding.plan import ShardingPlan
+
+__all__ = ["unshard"]
+
+
+def unshard(local: Tensor, plan: ShardingPlan, transport: Transport) -> Tensor:
+    """All rows of the pack [tokens, ...] on every rank, from each rank's local rows [rank's tokens, ...].
+
+    The gradient of a local row is the sum over ranks of the gradients of its copies, added in rank order in fp32.
+    """
+    return _Unshard.apply(local, plan, transport)
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, plan: ShardingPlan, transport: Transport) -> Tensor:
+        ctx.plan, ctx.transport = plan, transport
+        most = int(plan.tokens.max())
+        block = local.new_zeros((most, *local.shape[1:]))
+        block[: len(local)] = local
+        gathered = block.new_empty((most * plan.world_size, *block.shape[1:]))
+        transport.all_gather(block, gathered).wait()
+        full = local.new_empty((int(plan.offsets[-1]), *local.shape[1:]))
+        for rank, rows in enumerate(gathered.split(most)):
+            full[torch.from_numpy(plan.rows(rank))] = rows[: plan.tokens[rank]]
+        return full
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        plan, transport = ctx.plan, ctx.transport
+        order = torch.cat([torch.from_numpy(plan.rows(rank)) for rank in range(plan.world_size)])
+        own = int(plan.tokens[transport.rank])
+        slots = grad.new_empty((own * plan.world_size, *grad.shape[1:]))
+        transport.all_to_all(grad[order], plan.tokens.tolist(), slots, [own] * plan.world_size).wait()
+        total = slots.unflatten(0, (plan.world_size, own)).float().sum(0)
+        return total.to(grad.dtype), None, None

@@ -1,0 +1,117 @@
+"""Attention on a CPU by torch's own tiled operator, reading each query shard's KV ranges where they lie.
+
+No tokens x tokens matrix is ever made. Inputs are widened to fp32 range by range; partial outputs of the ranges are
+merged in fp32 by their log-sum-exp, so the result does not depend on how finely a document is cut.
+
+Shapes: T local rows, R received rows, H query heads, K KV heads, G = H / K query heads a KV head, D head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from flashcp.kernels.schedule import Schedule
+
+__all__ = ["KV", "backward", "forward"]
+
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class KV(NamedTuple):
+    """Keys and values of one buffer, or their gradients: [rows, K, D] each."""
+
+    k: Tensor
+    v: Tensor
+
+
+def forward(q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, out: Tensor, lse: Tensor) -> None:
+    """Merge into `out` and `lse` what the schedule's ranges contribute.
+
+    q: [T, H, D]. out: fp32 [T, H, D], zeros before the first part. lse: fp32 [T, H], -inf before the first part.
+    A row whose ranges are all empty keeps zeros and -inf.
+    """
+    buffers = _by_head(local), _by_head(received)
+    group = q.shape[1] // local.k.shape[1]
+    for rows, ranges in _queries(schedule):
+        q_part = _heads(q[rows], group)
+        for in_received, keys, masked in ranges:
+            k_part, v_part = (_shared(x[:, keys], group) for x in buffers[in_received])
+            part, part_lse = _attend(q_part, k_part, v_part, 0.0, masked, scale=scale)
+            _merge(out[rows], lse[rows], _rows(part), _rows(part_lse))
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    local: KV,
+    received: KV,
+    out: Tensor,
+    lse: Tensor,
+    schedule: Schedule,
+    scale: float,
+    grad_q: Tensor,
+    grad_local: KV,
+    grad_received: KV,
+) -> None:
+    """Add the gradients of the schedule's ranges to grad_q [T, H, D], grad_local and grad_received, all fp32.
+
+    out, lse: the merged result over *all* ranges of the forward pass; with it each range's gradient stands alone.
+    """
+    buffers = _by_head(local), _by_head(received)
+    gradients = grad_local, grad_received
+    group = q.shape[1] // local.k.shape[1]
+    for rows, ranges in _queries(schedule):
+        q_part, out_part, grad_part = (_heads(x[rows], group) for x in (q, out, grad_out))
+        lse_part = rearrange(lse[rows], "t (k g) -> g k t", g=group)
+        for in_received, keys, masked in ranges:
+            k_part, v_part = (_shared(x[:, keys], group) for x in buffers[in_received])
+            grads = _attend_backward(grad_part, q_part, k_part, v_part, out_part, lse_part, 0.0, masked, scale=scale)
+            grad_q[rows] += _rows(grads[0])
+            for total, grad in zip(gradients[in_received], grads[1:], strict=True):
+                total[keys] += rearrange(grad.sum(0), "k t d -> t k d")
+
+
+def _queries(schedule: Schedule):  # type: ignore[no-untyped-def]
+    """Per query shard its rows and its ranges, as slices: (rows, [(in received?, rows there, masked?), ...])."""
+    first = schedule.range_first.tolist()
+    ranges = list(
+        zip(
+            schedule.received.tolist(),
+            map(slice, schedule.row_start.tolist(), schedule.row_stop.tolist()),
+            schedule.masked.tolist(),
+            strict=True,
+        )
+    )
+    rows = map(slice, schedule.query_start.tolist(), schedule.query_stop.tolist())
+    for i, query in enumerate(rows):
+        yield query, ranges[first[i] : first[i + 1]]
+
+
+def _by_head(buffer: KV) -> KV:
+    return KV(*(rearrange(x, "t k d -> k t d") for x in buffer))
+
+
+def _heads(x: Tensor, group: int) -> Tensor:
+    """[t, H, D] -> fp32 [G, K, t, D]: the query heads of a KV head become the batch."""
+    return rearrange(x, "t (k g) d -> g k t d", g=group).float()
+
+
+def _shared(x: Tensor, group: int) -> Tensor:
+    """[K, t, D] -> fp32 [G, K, t, D], one copy of the rows seen by the whole group."""
+    return x.float().expand(group, *x.shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[G, K, t, ...] -> [t, H, ...]."""
+    return rearrange(x, "g k t ... -> t (k g) ...")
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    merged = torch.logaddexp(lse, part_lse)
+    out.mul_(torch.exp(lse - merged)[..., None]).add_(part * torch.exp(part_lse - merged)[..., None])
+    lse.copy_(merged)

@@ -1,0 +1,46 @@
+"""Checks of q, k and v where they enter, shared by every attention implementation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_heads", "check_inputs", "default_scale"]
+
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError unless q is [tokens, query heads, head_dim] and k, v [tokens, KV heads, head_dim] of one
+    floating dtype and device, query heads being a multiple of KV heads."""
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 3:
+        raise ValueError(f"{shapes}: expected [tokens, heads, head_dim] each")
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        raise ValueError(f"{shapes}: expected equal tokens and head_dim, and k and v of one shape")
+    if min(q.shape[1:]) < 1 or min(k.shape[1:]) < 1 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{shapes}: expected query heads to be a multiple of KV heads")
+    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
+        raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: expected one floating-point dtype")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q on {q.device}, k on {k.device}, v on {v.device}: expected one device")
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, rows: int) -> None:
+    """What every fast implementation asks of its arguments: `check_heads`, `rows` rows, a dtype it computes in."""
+    check_heads(q, k, v)
+    if len(q) != rows:
+        raise ValueError(f"q has {len(q)} rows: expected {rows}, one for each token held here")
+    if q.dtype not in _COMPUTED:
+        raise ValueError(f"q is {q.dtype}: expected one of {', '.join(map(str, _COMPUTED))}")
+
+
+def default_scale(q: Tensor, softmax_scale: float | None) -> float:
+    """The factor on the scores: as given, or 1 / sqrt(head_dim). Raises ValueError unless finite and positive."""
+    if softmax_scale is None:
+        return 1.0 / math.sqrt(q.shape[-1])
+    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
+        raise ValueError(f"softmax_scale={softmax_scale}: expected a positive number")
+    return float(softmax_scale)

@@ -1,0 +1,93 @@
+"""Which KV ranges each query shard of a rank reads and where they lie: plain data built from a plan and a route.
+
+A query shard a..b of a document reads the rows 0..b of that document: own shards from the local tensor, the others
+from the receive buffer. Only the shard itself needs the causal mask; all that lies before it is read in full.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from flashcp.sharding.documents import document_offsets, expand_ranges
+from flashcp.sharding.plan import Segments
+
+__all__ = ["Schedule", "build_schedule", "whole_pack_schedule"]
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Query shards [G] and the KV ranges [R] they read, ranges of query g at range_first[g] : range_first[g + 1].
+
+    query_start, query_stop: local rows of the shard. query_position: position of its first row in its document.
+    received: whether the range lies in the receive buffer (else in the local tensor).
+    row_start, row_stop: its rows there. position: position of its first row in the document.
+    masked: whether it is the query shard's own rows, causal; all other ranges are read in full.
+    source: the rank whose rows they are. All int64 but the two bool arrays; within a query, local ranges come
+    first, then the received ones in buffer order.
+    """
+
+    query_start: np.ndarray
+    query_stop: np.ndarray
+    query_position: np.ndarray
+    range_first: np.ndarray
+    received: np.ndarray
+    row_start: np.ndarray
+    row_stop: np.ndarray
+    position: np.ndarray
+    masked: np.ndarray
+    source: np.ndarray
+
+    @cached_property
+    def pairs(self) -> int:
+        """Causal query-key pairs that this schedule computes."""
+        rows = self.row_stop - self.row_start
+        queries = np.repeat(self.query_stop - self.query_start, np.diff(self.range_first))
+        return int(np.where(self.masked, rows * (rows + 1) // 2, rows * queries).sum())
+
+
+def build_schedule(queries: Segments, local: Segments | None = None, received: Segments | None = None) -> Schedule:
+    """Join query shards with the KV segments that lie below their ends in the same document.
+
+    queries, local: shards of this rank with `row` in the local tensor. received: segments of the receive buffer.
+    Leaving `local` or `received` out gives the schedule of the other part alone: outputs of several parts are
+    merged by their log-sum-exp. Query shards that read nothing from the parts given are left out.
+    """
+    parts = [(part, flag) for part, flag in ((local, False), (received, True)) if part is not None]
+    keys = Segments(*(np.concatenate([part[i] for part, _ in parts]) for i in range(len(queries))))
+    in_received = np.concatenate([np.full(len(part.document), flag) for part, flag in parts])
+    by_document = np.argsort(keys.document, kind="stable")
+    keys, in_received = keys.take(by_document), in_received[by_document]
+
+    first = np.searchsorted(keys.document, queries.document)
+    count = np.searchsorted(keys.document, queries.document, side="right") - first
+    query = np.repeat(np.arange(len(queries.document)), count)
+    key = expand_ranges(first, count)
+    keep = keys.start[key] < queries.stop[query]
+    query, key = query[keep], key[keep]
+
+    used, range_first = np.unique(query, return_index=True)
+    start = keys.start[key]
+    stop = np.minimum(keys.stop[key], queries.stop[query])
+    return Schedule(
+        query_start=queries.row[used],
+        query_stop=(queries.row + queries.stop - queries.start)[used],
+        query_position=queries.start[used],
+        range_first=np.append(range_first, len(key)),
+        received=in_received[key],
+        row_start=keys.row[key],
+        row_stop=keys.row[key] + stop - start,
+        position=start,
+        masked=start == queries.start[query],
+        source=keys.rank[key],
+    )
+
+
+def whole_pack_schedule(document_lengths: np.ndarray) -> Schedule:
+    """The schedule of one device that holds the whole pack."""
+    offsets = document_offsets(document_lengths)[:-1]
+    zeros = np.zeros_like(offsets)
+    documents = Segments(np.arange(len(offsets)), zeros, np.asarray(document_lengths), zeros, offsets)
+    return build_schedule(documents, local=documents)

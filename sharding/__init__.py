@@ -1,0 +1,10 @@
+"""Documents, plans, strategies, routes and lower bounds: numpy in, numpy out; no torch, no process groups."""
+
+from __future__ import annotations
+
+from flashcp.sharding.methods import METHODS, Method
+from flashcp.sharding.plan import Shard, ShardingPlan, ShardTable
+from flashcp.sharding.route import Route
+from flashcp.sharding.strategies import plan, strategies
+
+__all__ = ["METHODS", "Method", "Route", "Shard", "ShardTable", "ShardingPlan", "plan", "strategies"]

@@ -1,0 +1,148 @@
+"""Lower bounds that hold for every plan of a window, and how far a plan is from them (docs/planner.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from flashcp.sharding.plan import ShardingPlan
+
+__all__ = ["Certificate", "certificate", "certify", "study_ceiling"]
+
+TOLERANCE = 1.01  # imbalance that plans are compared under; `flashcp` plans for it
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Proven lower bounds for one window, and what a plan reached.
+
+    No plan whose ranks differ by at most one token has a smaller `largest_work` (causal pairs); none of those
+    with imbalance at most `tolerance` has fewer `critical_rows` or `total_rows` (KV rows, exact exchange).
+    `reached_*` are a plan's own numbers, None on a certificate of the window alone.
+    """
+
+    tolerance: float
+    largest_work: int
+    critical_rows: int
+    total_rows: int
+    reached_work: int | None = None
+    reached_critical: int | None = None
+    reached_total: int | None = None
+
+    @property
+    def gaps(self) -> tuple[int, int, int] | None:
+        """The plan's distance to each bound: causal pairs, critical rows, total rows; 0 is proven optimal."""
+        if self.reached_work is None or self.reached_critical is None or self.reached_total is None:
+            return None
+        return (
+            self.reached_work - self.largest_work,
+            self.reached_critical - self.critical_rows,
+            self.reached_total - self.total_rows,
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{'':>14} {'bound':>15} {'plan':>15} {'plan/bound':>11}   (bounds at imbalance {self.tolerance:.3f})"]
+        for name, bound, reached in (
+            ("largest work", self.largest_work, self.reached_work),
+            ("critical rows", self.critical_rows, self.reached_critical),
+            ("total rows", self.total_rows, self.reached_total),
+        ):
+            shown = "" if reached is None else reached
+            ratio = (
+                "" if reached is None else "1.000" if reached == bound else f"{reached / bound:.3f}" if bound else "-"
+            )
+            lines.append(f"{name:>14} {bound:>15} {shown:>15} {ratio:>11}")
+        return "\n".join(lines)
+
+
+def certify(plan: ShardingPlan) -> Certificate:
+    """The window's bounds at the imbalance this plan reached (at least 1.01), with the plan's own numbers."""
+    route = plan.route("exact")
+    bounds = certificate(plan.document_lengths, plan.world_size, max(TOLERANCE, plan.imbalance))
+    return Certificate(
+        bounds.tolerance,
+        bounds.largest_work,
+        bounds.critical_rows,
+        bounds.total_rows,
+        int(plan.work.max()),
+        int(route.critical_rows),
+        int(route.received_rows.sum()),
+    )
+
+
+def certificate(document_lengths: np.ndarray, world_size: int, tolerance: float = TOLERANCE) -> Certificate:
+    """Lower bounds for every plan of this window whose ranks differ by at most one token.
+
+    document_lengths: int64 [documents]. tolerance: imbalance up to which the bounds on rows hold.
+    """
+    lengths = np.asarray(document_lengths, dtype=np.int64)
+    tokens = int(lengths.sum())
+    work_bound = _largest_work(lengths, world_size)
+    mean = int((lengths * (lengths + 1) // 2).sum()) / world_size
+    work_limit = int(max(tolerance * mean * (1 + 1e-12), work_bound))  # the factor keeps rounding on the safe side
+    rank_tokens = -(-tokens // world_size)
+    total = int(_ends(lengths, world_size, work_limit, rank_tokens).sum())
+    critical = max(int(lengths.max()) - rank_tokens, -(-total // world_size))
+    return Certificate(tolerance, work_bound, critical, total)
+
+
+def study_ceiling(document_lengths: np.ndarray, world_size: int, tolerance: float = 1.02) -> float:
+    """The study's bound on the saving: documents taken one by one, as if each had the window to itself.
+
+    1 - critical / (T (N - 1)) with critical = max(longest - T, sum of the ends / N); 1.0 for one rank.
+    """
+    lengths = np.asarray(document_lengths, dtype=np.float64)
+    if world_size == 1:
+        return 1.0
+    rank_tokens = lengths.sum() / world_size
+    work = lengths * (lengths + 1) / 2
+    limit = tolerance * work.sum() / world_size
+    split = (lengths > rank_tokens) | (work > limit)
+    j = np.arange(1, world_size)
+    by_tokens = lengths[split, None] - j * rank_tokens
+    by_work = (np.sqrt(np.maximum(1 + 8 * (work[split, None] - j * limit), 1)) - 1) / 2
+    total = np.maximum(np.maximum(by_tokens, by_work), 0).sum()
+    critical = max(lengths.max() - rank_tokens, total / world_size)
+    return float(1 - critical / (rank_tokens * (world_size - 1)))
+
+
+def _largest_work(lengths: np.ndarray, world_size: int) -> int:
+    """Some rank works at least this much: the mean, or k + 1 of the k N + 1 heaviest rows and the lightest rest."""
+    total = int((lengths * (lengths + 1) // 2).sum())
+    bound = -(-total // world_size)
+    tokens = int(lengths.sum())
+    fewest = tokens // world_size
+    if int(lengths.max()) * fewest <= bound:  # even a rank of heaviest rows alone stays below the mean
+        return bound
+    ordered = np.sort(lengths)
+    at_least = np.append(np.arange(len(ordered), 0, -1), 0)  # documents with a row of work x: those of length >= x
+    rows = np.repeat(np.arange(1, ordered[-1] + 1), at_least[np.searchsorted(ordered, np.arange(1, ordered[-1] + 1))])
+    lightest = np.concatenate(([0], np.cumsum(rows[:fewest])))
+    k = np.arange(fewest)
+    return max(bound, int(((k + 1) * rows[tokens - 1 - k * world_size] + lightest[fewest - 1 - k]).max()))
+
+
+def _ends(lengths: np.ndarray, world_size: int, work_limit: int, rank_tokens: int) -> np.ndarray:
+    """Least ends e_1 .. e_(N-1) of each document, int64 [documents that must be split, world_size - 1].
+
+    The j ranks that reach furthest into a document hold every row beyond e_j, and j ranks hold at most
+    j * rank_tokens rows and j * work_limit work.
+    """
+    work = lengths * (lengths + 1) // 2
+    split = (lengths > rank_tokens) | (work > work_limit)
+    j = np.arange(1, world_size, dtype=np.int64)
+    by_tokens = lengths[split, None] - j * rank_tokens
+    by_work = smallest_end(np.maximum(work[split, None] - j * work_limit, 0))
+    return np.maximum(np.maximum(by_tokens, by_work), 0)
+
+
+def smallest_end(work: np.ndarray) -> np.ndarray:
+    """Smallest e with e (e + 1) / 2 >= work, int64: the float root, corrected to the exact whole number."""
+    end = np.sqrt(2.0 * np.asarray(work, dtype=np.float64)).astype(np.int64)
+    end = np.maximum(end - 2, 0)
+    for _ in range(4):
+        end += end * (end + 1) // 2 < work
+    return end

@@ -1,0 +1,58 @@
+"""What a caller hands over, checked once at the door: document lengths and world sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from numbers import Integral
+
+import numpy as np
+
+__all__ = ["document_offsets", "expand_ranges", "read_document_lengths", "read_world_size"]
+
+
+def read_document_lengths(document_lengths: Iterable[int] | np.ndarray) -> np.ndarray:
+    """Lengths of the documents of one pack, in tokens, as a read-only int64 array [documents].
+
+    Raises ValueError for an empty list, a length that is not a whole number, or one below 1.
+    """
+    try:
+        given = np.asarray(document_lengths if isinstance(document_lengths, np.ndarray) else list(document_lengths))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"document_lengths={document_lengths!r}: expected a list of whole numbers >= 1") from error
+    if given.ndim != 1 or given.size == 0:
+        raise ValueError(f"document_lengths has shape {given.shape}: expected a list of at least one whole number >= 1")
+    if given.dtype.kind not in "iu":
+        raise ValueError(
+            f"document_lengths holds {given.dtype} (first value {given[0]!r}): expected whole numbers >= 1"
+        )
+    if given.max() > np.iinfo(np.int32).max:
+        raise ValueError(f"document_lengths holds {given.max()}: expected at most {np.iinfo(np.int32).max}")
+    lengths = given.astype(np.int64)
+    if lengths.min() < 1:
+        where = int(np.argmax(lengths < 1))
+        raise ValueError(f"document_lengths[{where}]={lengths[where]}: expected a whole number >= 1")
+    lengths.flags.writeable = False
+    return lengths
+
+
+def read_world_size(world_size: int, tokens: int) -> int:
+    """The number of ranks. Raises ValueError unless it is a whole number from 1 to `tokens`."""
+    if not isinstance(world_size, Integral) or isinstance(world_size, bool):
+        raise ValueError(f"world_size={world_size!r}: expected a whole number >= 1")
+    if world_size < 1:
+        raise ValueError(f"world_size={world_size}: expected a whole number >= 1")
+    if world_size > tokens:
+        raise ValueError(f"world_size={world_size} with a pack of {tokens} tokens: expected at most one rank per token")
+    return int(world_size)
+
+
+def document_offsets(document_lengths: np.ndarray) -> np.ndarray:
+    """Row of the pack where each document starts, int64 [documents + 1]; the last entry is the pack's size."""
+    return np.concatenate(([0], np.cumsum(document_lengths, dtype=np.int64)))
+
+
+def expand_ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Concatenation of `arange(start[i], start[i] + count[i])` over i, int64 [sum(count)]."""
+    ends = np.cumsum(count, dtype=np.int64)
+    total = int(ends[-1]) if ends.size else 0
+    return np.arange(total, dtype=np.int64) + np.repeat(start - (ends - count), count)

@@ -1,0 +1,56 @@
+"""Strategies: document lengths and a world size in, shards out. One pure function a file, listed once here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from flashcp.sharding.documents import read_document_lengths, read_world_size
+from flashcp.sharding.plan import ShardingPlan, ShardTable
+from flashcp.sharding.strategies.contiguous import contiguous
+from flashcp.sharding.strategies.flashcp_paper import flashcp_paper
+from flashcp.sharding.strategies.per_document import per_document
+from flashcp.sharding.strategies.per_sequence import per_sequence
+from flashcp.sharding.strategies.wlb_adaptive import wlb_adaptive
+
+__all__ = ["STRATEGIES", "plan", "strategies"]
+
+STRATEGIES: dict[str, Callable[..., ShardTable]] = {
+    "contiguous": contiguous,
+    "per_sequence": per_sequence,
+    "per_document": per_document,
+    "wlb_adaptive": wlb_adaptive,
+    "flashcp_paper": flashcp_paper,
+    "flashcp": flashcp_paper,
+}
+
+
+def strategies() -> tuple[str, ...]:
+    """The names that `plan` takes."""
+    return tuple(STRATEGIES)
+
+
+def plan(
+    document_lengths: Iterable[int] | np.ndarray,
+    world_size: int,
+    strategy: str = "flashcp",
+    **options: object,
+) -> ShardingPlan:
+    """Decide which rank holds which rows of one pack.
+
+    document_lengths: tokens of each document of the pack, in pack order. world_size: ranks.
+    options: keyword options of the strategy. Ranks differ by at most one row, whatever the strategy.
+    Raises ValueError for lengths below 1, no documents, more ranks than tokens, and unknown names.
+    """
+    lengths = read_document_lengths(document_lengths)
+    ranks = read_world_size(world_size, int(lengths.sum()))
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r}: expected one of {', '.join(STRATEGIES)}")
+    function = STRATEGIES[strategy]
+    legal = list(inspect.signature(function).parameters)[2:]
+    for name in options:
+        if name not in legal:
+            raise ValueError(f"option {name!r} of strategy {strategy!r}: expected {', '.join(legal) or 'no options'}")
+    return ShardingPlan(lengths, ranks, function(lengths, ranks, **options), strategy)

@@ -1,0 +1,144 @@
+"""`flashcp_paper`: Algorithm 1 of the FlashCP paper (arXiv 2606.08476), whole documents first.
+
+Place documents whole, longest first, each on the rank with the least work; move rows until tokens are equal; if the
+imbalance exceeds the target, cut the longest remaining document 2N ways (PerDoc) and start again.
+
+The paper leaves these open; here is what we chose:
+
+- target imbalance R: 1.05.
+- ties: the lower rank, the earlier document.
+- how a popped document is cut: a head leaves (x rows, x^2/2 work, x rows of KV; a tail would drag the whole prefix
+  along), at most a quarter of the piece at a time, longest pieces first: several documents a little rather than one
+  a lot. A document of one row moves whole.
+- where rows go: from the rank with the largest surplus to the rank with the largest deficit, as many as both allow.
+- tokens that N does not divide: the ranks that hold most keep one row more; nothing is rounded to tiles.
+- documents left over: those in PerDoc deal their odd rows round robin, as `per_document` does.
+- time: after 64 restarts PerDoc grows by an eighth at a time. If no attempt reaches R, the best imbalance wins.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import NamedTuple
+
+import numpy as np
+
+from flashcp.sharding.plan import ShardTable, shard_work
+from flashcp.sharding.strategies.chunks import head_tail_chunks
+
+__all__ = ["flashcp_paper"]
+
+Piece = tuple[int, int, int]  # document, start, stop
+
+
+class Attempt(NamedTuple):
+    """One pass of the algorithm: whole documents and their cut heads per rank, PerDoc's shards, the imbalance."""
+
+    pieces: list[list[Piece]]
+    per_document: ShardTable
+    imbalance: float
+
+
+def flashcp_paper(document_lengths: np.ndarray, world_size: int, target_imbalance: float = 1.05) -> ShardTable:
+    """The paper's heuristic. Raises ValueError for a target below 1."""
+    if not target_imbalance >= 1.0:
+        raise ValueError(f"target_imbalance={target_imbalance}: expected a number >= 1")
+    longest_first = np.argsort(-document_lengths, kind="stable")
+    best: Attempt | None = None
+    cut = restarts = 0
+    while True:
+        attempt = _attempt(document_lengths, longest_first, cut, world_size)
+        if best is None or attempt.imbalance < best.imbalance:
+            best = attempt
+        if best.imbalance <= target_imbalance or cut == len(document_lengths):
+            return _table(best)
+        restarts += 1
+        cut = min(len(document_lengths), cut + (1 if restarts <= 64 else max(1, cut // 8)))
+
+
+def _attempt(lengths: np.ndarray, longest_first: np.ndarray, cut: int, world_size: int) -> Attempt:
+    """Cut the `cut` longest documents 2N ways, place the others whole, equalise tokens."""
+    chosen = longest_first[:cut]
+    per_document = _per_document(chosen, lengths[chosen], world_size)
+    tokens, work = [0] * world_size, [0] * world_size
+    for rank, rows, pairs in zip(
+        per_document.rank.tolist(),
+        (per_document.stop - per_document.start).tolist(),
+        shard_work(per_document.start, per_document.stop).tolist(),
+        strict=True,
+    ):
+        tokens[rank] += rows
+        work[rank] += pairs
+
+    pieces: list[list[Piece]] = [[] for _ in range(world_size)]
+    least = [(amount, rank) for rank, amount in enumerate(work)]
+    heapq.heapify(least)
+    for document in longest_first[cut:].tolist():
+        length = int(lengths[document])
+        amount, rank = least[0]
+        pieces[rank].append((document, 0, length))
+        tokens[rank] += length
+        work[rank] = amount + length * (length + 1) // 2
+        heapq.heapreplace(least, (work[rank], rank))
+
+    _equalise_tokens(pieces, tokens, work)
+    return Attempt(pieces, per_document, max(work) * world_size / sum(work))
+
+
+def _per_document(documents: np.ndarray, lengths: np.ndarray, world_size: int) -> ShardTable:
+    if not len(documents):
+        return ShardTable(*(np.empty(0, dtype=np.int64) for _ in range(4)))
+    table = head_tail_chunks(lengths, world_size)
+    return table._replace(document=documents[table.document])
+
+
+def _equalise_tokens(pieces: list[list[Piece]], tokens: list[int], work: list[int]) -> None:
+    """Move heads from ranks with too many tokens to ranks with too few, in place."""
+    world_size = len(tokens)
+    share, longer = divmod(sum(tokens), world_size)
+    surplus = [count - share for count in tokens]
+    for rank in sorted(range(world_size), key=lambda rank: (-tokens[rank], rank))[:longer]:
+        surplus[rank] -= 1
+    givers = [(-amount, rank) for rank, amount in enumerate(surplus) if amount > 0]
+    takers = [(amount, rank) for rank, amount in enumerate(surplus) if amount < 0]
+    heapq.heapify(givers)
+    heapq.heapify(takers)
+    whole = [[(start - stop, document, start) for document, start, stop in held] for held in pieces]
+    for _, rank in givers:
+        heapq.heapify(whole[rank])
+    moved: list[list[Piece]] = [[] for _ in pieces]
+    while givers:
+        (spare, giver), (missing, taker) = givers[0], takers[0]
+        left = rows = min(-spare, -missing)
+        while left:
+            negative, document, start = whole[giver][0]
+            head = min(left, max(1, -negative // 4))
+            moved[taker].append((document, start, start + head))
+            pairs = (2 * start + head + 1) * head // 2
+            work[giver] -= pairs
+            work[taker] += pairs
+            left -= head
+            if negative + head:
+                heapq.heapreplace(whole[giver], (negative + head, document, start + head))
+            else:
+                heapq.heappop(whole[giver])
+        tokens[giver] -= rows
+        tokens[taker] += rows
+        _advance(givers, spare + rows, giver)
+        _advance(takers, missing + rows, taker)
+    for rank, kept in enumerate(whole):
+        pieces[rank] = [(document, start, start - negative) for negative, document, start in kept]
+        pieces[rank] += moved[rank]
+
+
+def _advance(queue: list[tuple[int, int]], amount: int, rank: int) -> None:
+    if amount:
+        heapq.heapreplace(queue, (amount, rank))
+    else:
+        heapq.heappop(queue)
+
+
+def _table(attempt: Attempt) -> ShardTable:
+    flat = [(*piece, rank) for rank, held in enumerate(attempt.pieces) for piece in held]
+    columns = np.array(flat, dtype=np.int64).reshape(len(flat), 4).T
+    return ShardTable(*map(np.concatenate, zip(attempt.per_document, columns, strict=True)))

@@ -1,0 +1,1 @@
+"""Tests, laid out as the folders they test. A package, so that worker processes can import them."""

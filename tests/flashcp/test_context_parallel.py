@@ -1,0 +1,69 @@
+"""Every strategy x exchange x world size against the float64 reference: values, gradients, repeatability."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import flashcp
+from flashcp.comm.exchanges import EXCHANGE_CLASSES
+from tests.packs import AWKWARD, random_lengths, random_qkv, relative_error
+from tests.ranks import run_cases
+
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+HEADS = {"mha": (12, 12), "gqa": (24, 12)}  # 1, 2, 3 and 4 ranks divide them: ulysses takes part
+
+
+def errors_on_rank(
+    lengths: tuple[int, ...],
+    strategy: str,
+    exchange: str,
+    heads: str,
+    dtype: torch.dtype,
+    overlap: str = "auto",
+    backward: str = "keep",
+    seed: int = 0,
+) -> dict[str, float]:
+    """Relative errors of out and of all gradients of the whole pack, brought together from the ranks."""
+    cp = flashcp.ContextParallel(exchange=exchange, overlap=overlap, backward=backward, timeout_s=20)
+    plan = flashcp.plan(lengths, cp.world_size, strategy)
+    q, k, v, grad = random_qkv(sum(lengths), *HEADS[heads], 16, dtype, seed)
+    local = [cp.shard(x, plan).requires_grad_() for x in (q, k, v)]
+    out = cp.attention(*local, plan)
+    assert out.dtype == dtype
+    gradients = torch.autograd.grad(out, local, cp.shard(grad, plan))
+    whole = [x.double().requires_grad_() for x in (q, k, v)]
+    reference = flashcp.reference_attention(*whole, lengths)
+    expected = (reference, *torch.autograd.grad(reference, whole, grad.double()))
+    got = [cp.unshard(x.detach(), plan) for x in (out, *gradients)]
+    return dict(zip(("out", "q", "k", "v"), map(relative_error, got, expected), strict=True))
+
+
+def check(world_size: int, cases: list[tuple], bound: float) -> None:
+    for case, ranks in zip(cases, run_cases(errors_on_rank, world_size, cases), strict=True):
+        for rank, errors in enumerate(ranks):
+            assert max(errors.values()) < bound, f"rank {rank} of {world_size}, {case}: {errors}"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", list(BOUND), ids=["fp32", "bf16"])
+def test_every_strategy_and_exchange_matches_the_reference(world_size: int, dtype: torch.dtype) -> None:
+    cases = []
+    for i, (strategy, exchange, heads) in enumerate(
+        itertools.product(flashcp.strategies(), EXCHANGE_CLASSES, HEADS)
+    ):
+        lengths = random_lengths(100 * world_size + i) if i % 2 else AWKWARD[i // 2 % len(AWKWARD)]
+        cases.append((lengths, strategy, exchange, heads, dtype))
+    check(world_size, cases, BOUND[dtype])
+
+
+@pytest.mark.parametrize("exchange", list(EXCHANGE_CLASSES))
+def test_overlap_and_refetch_change_nothing_but_when(exchange: str) -> None:
+    cases = [
+        (random_lengths(7), "per_document", exchange, "gqa", torch.float32, overlap, backward)
+        for overlap in ("none", "staged")
+        for backward in ("keep", "refetch")
+    ]
+    check(3, cases, 1e-5)

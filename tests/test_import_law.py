@@ -1,0 +1,161 @@
+"""The law of imports: which room may import which, and which libraries stay behind one door.
+
+Read from the syntax trees, so it also sees imports inside functions and under `if TYPE_CHECKING`.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.checkout import ROOT, python_files
+
+# room -> the rooms it may import, itself included
+MAY_IMPORT = {
+    "sharding": {"sharding"},
+    "kernels": {"sharding", "kernels"},
+    "comm": {"sharding", "kernels", "comm"},
+    "flashcp": {"sharding", "kernels", "comm", "flashcp"},
+    "train": {"sharding", "kernels", "comm", "flashcp", "train"},
+    "experiments": {"sharding", "kernels", "comm", "flashcp", "train", "experiments", "conf"},
+    "conf": set(),
+}
+# library -> the only places (folders or files) that may import it
+BEHIND_ONE_DOOR = {
+    "hydra": ("experiments/",),
+    "omegaconf": ("experiments/",),
+    "wandb": ("train/tracker.py",),
+}
+# What sharding/ may use besides the standard library: at import time, and inside functions.
+SHARDING_LIBRARIES = {"numpy"}
+SHARDING_LATE_LIBRARIES = {"numpy", "numba"}
+READS_FILES = {"fileinput", "glob", "io", "mmap", "pathlib", "pkgutil", "shutil", "tempfile"}
+
+
+class Import(NamedTuple):
+    file: str  # relative to the root
+    line: int
+    module: str  # absolute, as written: flashcp.sharding.plan
+    late: bool  # inside a function
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} imports {self.module}"
+
+
+def room_of_module(module: str) -> str | None:
+    """flashcp.kernels.x -> kernels, flashcp.attention -> flashcp, a library -> None."""
+    head, *rest = module.split(".")
+    if head in MAY_IMPORT and head != "flashcp":
+        return head  # the folder's bare name: only right by accident, and forbidden below
+    if head != "flashcp":
+        return None
+    return rest[0] if rest and rest[0] in MAY_IMPORT else "flashcp"
+
+
+def find_imports(file: str, tree: ast.AST, late: bool = False) -> Iterator[Import]:
+    """Every import below `tree`; `from flashcp import comm` is flashcp.comm, import_module("x") is x."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(file, node.lineno, alias.name, late) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                here = ["flashcp", *Path(file.removeprefix("flashcp/")).parts[:-1]]
+                base = ".".join([*here[: len(here) - node.level + 1], *([base] if base else [])])
+            if base == "flashcp":
+                yield from (Import(file, node.lineno, f"flashcp.{alias.name}", late) for alias in node.names)
+            else:
+                yield Import(file, node.lineno, base, late)
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).endswith("import_module")
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            yield Import(file, node.lineno, str(node.args[0].value), late)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from find_imports(file, node, late or inside)
+
+
+def syntax(name: str) -> ast.Module:
+    return ast.parse((ROOT / name).read_text())
+
+
+@cache
+def all_imports() -> tuple[Import, ...]:
+    files = [name for name in python_files() if name.split("/")[0] in MAY_IMPORT]
+    return tuple(imp for name in files for imp in find_imports(name, syntax(name)))
+
+
+def test_rooms_import_only_the_rooms_below() -> None:
+    broken = [
+        str(imp)
+        for imp in all_imports()
+        if (room := room_of_module(imp.module)) and room not in MAY_IMPORT[imp.file.split("/")[0]]
+    ]
+    assert not broken
+
+
+def test_rooms_are_imported_through_flashcp() -> None:
+    bare = [str(imp) for imp in all_imports() if imp.module.split(".")[0] in MAY_IMPORT.keys() - {"flashcp"}]
+    assert not bare
+
+
+@pytest.mark.parametrize("library", BEHIND_ONE_DOOR)
+def test_library_stays_behind_its_door(library: str) -> None:
+    doors = BEHIND_ONE_DOOR[library]
+    broken = [
+        str(imp)
+        for imp in all_imports()
+        if imp.module.split(".")[0] == library and not imp.file.startswith(doors)
+    ]
+    assert not broken
+
+
+def test_sharding_needs_numpy_only() -> None:
+    for imp in (imp for imp in all_imports() if imp.file.startswith("sharding/")):
+        library = imp.module.split(".")[0]
+        if library in sys.stdlib_module_names or library == "flashcp":
+            continue
+        assert library in (SHARDING_LATE_LIBRARIES if imp.late else SHARDING_LIBRARIES), imp
+
+
+def test_sharding_reads_no_files() -> None:
+    for name in (name for name in python_files() if name.startswith("sharding/")):
+        calls = [node for node in ast.walk(syntax(name)) if isinstance(node, ast.Call)]
+        assert not [call.lineno for call in calls if ast.unparse(call.func) == "open"], name
+    broken = [
+        str(imp)
+        for imp in all_imports()
+        if imp.file.startswith("sharding/") and imp.module.split(".")[0] in READS_FILES
+    ]
+    assert not broken
+
+
+def test_triton_functions_live_in_kernels() -> None:
+    for name in (name for name in python_files() if not name.startswith("kernels/")):
+        functions = [node for node in ast.walk(syntax(name)) if isinstance(node, ast.FunctionDef)]
+        decorators = [ast.unparse(decorator) for node in functions for decorator in node.decorator_list]
+        assert not [decorator for decorator in decorators if "triton.jit" in decorator], name
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "modules"),
+    [
+        ("comm/ring.py", "import flashcp.train as t", ["flashcp.train"]),
+        ("comm/ring.py", "from flashcp import train, plan", ["flashcp.train", "flashcp.plan"]),
+        ("comm/ring.py", "from ..train import loop", ["flashcp.train"]),
+        ("comm/exchanges/ring.py", "from ..heap import Heap", ["flashcp.comm.heap"]),
+        ("flashcp/attention.py", "from .kernels import cpu", ["flashcp.kernels"]),
+        ("comm/ring.py", "importlib.import_module('wandb.sdk')", ["wandb.sdk"]),
+    ],
+)
+def test_the_reader_of_imports(file: str, source: str, modules: list[str]) -> None:
+    assert [imp.module for imp in find_imports(file, ast.parse(source))] == modules
+    inside = f"def function():\n    {source}"
+    assert [imp.late for imp in find_imports(file, ast.parse(inside))] == [True] * len(modules)

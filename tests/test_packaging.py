@@ -1,0 +1,176 @@
+"""Installing: package list, pins, and the same imports from a checkout, an editable install and a wheel."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+import venv
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+
+import flashcp
+from tests.checkout import ROOT, checkout_files, python_files
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+ROOMS = ("comm", "experiments", "kernels", "sharding", "train")
+IMPORT_ALL = f"import {', '.join(f'flashcp.{room}' for room in ROOMS)}, flashcp; print(flashcp.__file__)"
+PLAN = "import sys, flashcp; flashcp.plan([100, 28], 4); assert 'torch' not in sys.modules"
+
+
+def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
+    """Standard output; a failure shows both streams."""
+    result = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def names_in(requirements: list[str]) -> set[str]:
+    return {re.match(r"[\w.-]+", line).group().lower() for line in requirements} - {"flashcp"}  # type: ignore[union-attr]
+
+
+# --- what pyproject.toml says
+
+
+def test_every_folder_with_code_is_a_listed_package() -> None:
+    rooms = PROJECT["tool"]["setuptools"]["package-dir"]
+    folders = {str(Path(name).parent) for name in python_files() if name.split("/")[0] in rooms.values()}
+    packages = {f"flashcp.{folder.replace('/', '.')}" for folder in folders - {"flashcp"}} | {"flashcp"}
+    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(packages)
+    assert [folder for folder in folders if not (ROOT / folder / "__init__.py").is_file()] == []
+
+
+def test_every_requirement_is_pinned_and_every_pin_is_portable() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert all(re.fullmatch(r"[\w.]+", version) for version in pins.values())  # no +cpu, markers, addresses
+    extras = PROJECT["project"]["optional-dependencies"]
+    extras = [line for extra in ("dev", "parquet", "tokenizers", "zstd") for line in extras[extra]]
+    assert names_in(PROJECT["project"]["dependencies"] + extras) - {name.lower() for name in pins} == set()
+    assert (pins["torch"], pins["triton"]) == ("2.13.0", "3.7.1")
+    assert f"rev: v{pins['ruff']}\n" in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_version_is_the_same_everywhere() -> None:
+    assert flashcp.__version__ == PROJECT["project"]["version"]
+    assert f"## [{flashcp.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_public_names() -> None:
+    assert set(flashcp.__all__) <= set(dir(flashcp))
+    for name in flashcp.__all__:
+        assert getattr(flashcp, name).__name__ == name
+    with pytest.raises(AttributeError, match="'flashcp' has no attribute 'plans'"):
+        flashcp.plans  # noqa: B018
+
+
+# --- the four ways to import
+
+
+def scratch(folder: Path) -> Path:
+    """The interpreter of an empty environment which sees this one's libraries, but not its flashcp.
+
+    A path in a .pth file is searched last and its own .pth files (an editable flashcp) are not read.
+    """
+    venv.create(folder, symlinks=True)
+    site = next(folder.glob("lib*/python*/site-packages"))
+    libraries = {str(Path(module.__path__[0]).parent) for module in (numpy, pytest)}
+    (site / "libraries.pth").write_text("\n".join(sorted(libraries)))
+    return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the files that git would keep: building leaves folders behind."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in checkout_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def pip(python: Path, *arguments: str | Path, cwd: Path) -> None:
+    offline = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    run(sys.executable, "-m", "pip", "--python", python, *arguments, *offline, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip(Path(sys.executable), "wheel", source, "-w", folder, cwd=folder)
+    return next(folder.glob("flashcp-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of an environment with the wheel in it."""
+    folder = tmp_path_factory.mktemp("installed")
+    python = scratch(folder / "env")
+    pip(python, "install", wheel, cwd=folder)
+    return python.parent
+
+
+def test_import_from_the_checkout(tmp_path: Path) -> None:
+    python = scratch(tmp_path / "env")
+    assert run(python, "-c", IMPORT_ALL, cwd=ROOT).strip() == str(ROOT / "flashcp/__init__.py")
+
+
+def test_import_from_another_directory(tmp_path: Path) -> None:
+    python = scratch(tmp_path / "env")
+    found = run(python, "-c", IMPORT_ALL, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert found.strip() == str(ROOT / "flashcp/__init__.py")
+
+
+def test_import_from_an_editable_install(source: Path, tmp_path: Path) -> None:
+    python = scratch(tmp_path / "env")
+    pip(python, "install", "-e", source, cwd=tmp_path)
+    assert run(python, "-c", IMPORT_ALL, cwd=tmp_path).strip() == str(source / "flashcp/__init__.py")
+    assert run(python, "-c", IMPORT_ALL, cwd=source).strip() == str(source / "flashcp/__init__.py")
+
+
+def test_import_from_a_wheel(installed: Path, tmp_path: Path) -> None:
+    found = run(installed / "python", "-c", IMPORT_ALL, cwd=tmp_path).strip()
+    assert found.startswith(str(installed.parent)), found
+    run(installed / "python", "-c", PLAN, cwd=tmp_path)
+
+
+def test_wheel_holds_the_code_and_the_configs_and_nothing_else(wheel: Path) -> None:
+    rooms = PROJECT["tool"]["setuptools"]["package-dir"].values()
+    kept = re.compile(rf"(?:{'|'.join(rooms)})/.*\.py|conf/.*\.yaml|flashcp/py\.typed")
+    expected = {name for name in checkout_files() if kept.fullmatch(name)}
+    held = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    assert {name if name in expected else name.removeprefix("flashcp/") for name in held} == expected
+
+
+# --- the command, from the wheel
+
+
+def test_command_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    assert "sweep" in run(installed / "flashcp", "--help", cwd=tmp_path)
+    plans = run(installed / "flashcp", "plan", "--json", "world_size=2", "context=1024", cwd=tmp_path)
+    assert "llama3" in {method["name"] for method in json.loads(plans)["methods"]}
+
+
+# --- planning is light
+
+
+def fastest(action: Callable[[], object], tries: int = 5) -> float:
+    """Seconds of the best of a few tries: other processes on the machine can only make it slower."""
+    seconds = []
+    for _ in range(tries):
+        started = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def test_planning_is_quick_and_leaves_torch_alone() -> None:
+    assert fastest(lambda: run(sys.executable, "-c", PLAN, cwd=ROOT)) < 0.5

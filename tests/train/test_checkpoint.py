@@ -1,0 +1,81 @@
+"""Checkpoints belong to one model and one way of reading; anything else is refused by name."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashcp.train.checkpoint import find_checkpoint
+from tests.train.test_run import small, train
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    train(small(out, checkpoint={"every": 1}, loop={"steps": 2}))
+    return out
+
+
+def resume(finished: Path, out: Path, *, at: str = "latest", **sections: dict[str, Any]) -> None:
+    shutil.copytree(finished, out)
+    train(small(out, checkpoint={"resume": at}, loop={"steps": 3}, **sections))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"model": {"layers": 3, "kv_heads": 4}},
+            r"another run: model\.layers is 2 there and 3 here; model\.kv_heads is 2 there and 4 here$",
+        ),
+        ({"model": {"vocab_size": 300}}, r"model\.vocab_size is 320 there and 300 here"),
+        ({"data": {"overflow": "truncate"}}, r"data\.overflow is 'carry' there and 'truncate' here"),
+    ],
+)
+def test_a_checkpoint_of_another_run_names_the_fields(
+    sections: dict[str, dict[str, Any]], message: str, finished: Path, tmp_path: Path
+) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        resume(finished, tmp_path / "run", **sections)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_memory_for_time_may_change_on_resume(finished: Path, tmp_path: Path) -> None:
+    resume(finished, tmp_path / "run", model={"checkpoint_activations": True})
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_checkpoint_by_path(finished: Path, tmp_path: Path) -> None:
+    first = finished / "checkpoints" / "step_00000001"
+    train(small(tmp_path / "run", checkpoint={"resume": str(first)}, loop={"steps": 3}))
+    # the new directory holds no rows of the steps before: only what this run did is told
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.resume='.*nowhere': no checkpoint there; expected never"
+    ):
+        train(small(tmp_path / "run", checkpoint={"resume": str(tmp_path / "nowhere")}))
+
+
+def test_a_run_does_not_start_over_another(finished: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"already holds step_00000002: go on with checkpoint\.resume=latest"
+    ):
+        train(small(finished))
+
+
+def test_latest_without_any_starts_fresh(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path, "latest", {}) is None
+    (tmp_path / "checkpoints" / "step_00000009").mkdir(parents=True)  # no identity: never became whole
+    assert find_checkpoint(tmp_path, "latest", {}) is None
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "step_00000002" / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint .*step_00000002: cannot be read"):
+        train(small(tmp_path / "run", checkpoint={"resume": "latest"}, loop={"steps": 3}))

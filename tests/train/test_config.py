@@ -1,0 +1,67 @@
+"""The run's configuration: from JSON, plain mappings and OmegaConf, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from flashcp.train.config import TrainConfig
+
+
+def test_from_file_and_back(tmp_path: Path) -> None:
+    values = {"context": 128, "model": {"layers": 3}, "parallel": {"sharding_options": {}}}
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    config = TrainConfig.from_file(tmp_path / "c.json")
+    assert (config.context, config.model.layers, config.model.dim) == (128, 3, TrainConfig().model.dim)
+    config.check(world_size=2)
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config .*nowhere\.json: cannot be read \(No such file"):
+        TrainConfig.from_file(tmp_path / "nowhere.json")
+    (tmp_path / "c.json").write_text("{context: 1}")
+    with pytest.raises(ValueError, match=r"config .*c\.json: not JSON"):
+        TrainConfig.from_file(tmp_path / "c.json")
+
+
+def test_omegaconf_composes_it() -> None:
+    schema = OmegaConf.structured(TrainConfig)
+    config = OmegaConf.merge(schema, OmegaConf.from_dotlist(["model.layers=2", "tracker.tags=[a,b]"]))
+    read = TrainConfig.from_dict(config)  # type: ignore[arg-type]  # a container is a mapping
+    assert (read.model.layers, read.tracker.tags) == (2, ["a", "b"])
+    assert TrainConfig.from_dict(OmegaConf.to_container(schema)) == TrainConfig()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "world_size", "message"),
+    [
+        ({"modle": {}}, 1, r"modle: no such field; expected one of out, context, seed, data, model"),
+        ({"context": 3}, 4, r"context=3: expected at least one token a rank, world_size=4"),
+        ({"out": ""}, 1, r"out is empty"),
+        ({"data": {"overflow": "split"}}, 1, r"data\.overflow='split': expected one of truncate, carry"),
+        ({"data": {"epochs": -1}}, 1, r"data\.epochs=-1: expected a whole number >= 0"),
+        ({"data": {"prefetch": 0}}, 1, r"data\.prefetch=0: expected a whole number >= 1"),
+        ({"parallel": {"sharding": "zigzag"}}, 1, r"parallel\.sharding='zigzag': expected one of contiguous"),
+        ({"parallel": {"exchange": "smoke"}}, 1, r"parallel\.exchange='smoke': expected one of exact"),
+        ({"parallel": {"sharding_options": {"x": 1}}}, 1, r"option 'x' of strategy 'flashcp'"),
+        (
+            {"parallel": {"exchange": "ulysses"}, "model": {"heads": 8, "kv_heads": 4}},
+            3,
+            r"model\.heads=8, model\.kv_heads=4: expected multiples of world_size=3",
+        ),
+        ({"loop": {"steps": 0}}, 1, r"loop\.steps=0: expected a whole number >= 1"),
+        ({"loop": {"precision": "fp8"}}, 1, r"loop\.precision='fp8': expected one of fp32, bf16"),
+        ({"loop": {"device": "tpu"}}, 1, r"loop\.device='tpu': expected one of auto, cpu, cuda"),
+        ({"loop": {"timeout_s": 0}}, 1, r"loop\.timeout_s=0\.0: expected seconds > 0"),
+        ({"tracker": {"wandb": "on"}}, 1, r"tracker\.wandb='on': expected one of offline, online, disabled"),
+        ({"checkpoint": {"every": -1}}, 1, r"checkpoint\.every=-1: expected a whole number >= 0"),
+        ({"checkpoint": {"keep": 0}}, 1, r"checkpoint\.keep=0: expected a whole number >= 1"),
+    ],
+)
+def test_what_cannot_run_is_named(values: dict[str, Any], world_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_dict(values).check(world_size)

@@ -1,0 +1,100 @@
+"""The loader: every rank's rows of one pack, errors at the batch they concern, and a thread that ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import flashcp
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.train.data.documents import read_documents
+from flashcp.train.data.loader import Batch, Loader
+from flashcp.train.data.tokenizer import BytesTokenizer
+from flashcp.train.data.windows import NO_LABEL, TokenWindow, pack_documents
+from tests.train.test_documents import Parts
+
+SOURCE = Parts(["first document", "the second, which is longer than the first", "3", "and the last one"])
+
+
+def packs(context: int = 33, epochs: int = 4) -> Iterator[TokenWindow]:
+    return pack_documents(read_documents(SOURCE, epochs), BytesTokenizer(), context, "carry")
+
+
+def load(rank: int, world_size: int, windows: Iterator[TokenWindow], prefetch: int = 2) -> Loader:
+    def make_plan(lengths: np.ndarray) -> ShardingPlan:
+        return flashcp.plan(lengths, world_size, "per_document")
+
+    return Loader(windows, make_plan, "exact", rank, prefetch)
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "flashcp-loader"]
+
+
+def test_ranks_share_out_each_pack() -> None:
+    world_size = 3
+    loaders = [load(rank, world_size, packs()) for rank in range(world_size)]
+    windows = list(packs())
+    batches: list[tuple[Batch, ...]] = list(zip(*loaders, strict=True))
+    assert len(batches) == len(windows) > 5
+    for window, shares in zip(windows, batches, strict=True):
+        tokens, labels, positions = (np.full(33, -1) for _ in range(3))
+        for rank, share in enumerate(shares):
+            rows = share.plan.rows(rank)
+            tokens[rows], labels[rows], positions[rows] = share.tokens, share.labels, share.position_ids
+        np.testing.assert_array_equal(tokens, window.tokens)
+        np.testing.assert_array_equal(labels, window.labels)
+        expected = np.concatenate([np.arange(length) for length in window.document_lengths])
+        np.testing.assert_array_equal(positions, expected)
+        assert {share.plan.fingerprint for share in shares} == {shares[0].plan.fingerprint}
+        assert {share.labelled for share in shares} == {int((window.labels != NO_LABEL).sum())}
+        assert shares[0].route.exchange == "exact"
+        assert shares[0].position == window.position
+
+
+def test_plans_are_made_ahead_and_not_too_far() -> None:
+    made = []
+
+    def counted() -> Iterator[TokenWindow]:
+        for window in packs(epochs=50):
+            made.append(window)
+            yield window
+
+    with load(0, 1, counted(), prefetch=3) as loader:
+        deadline = time.monotonic() + 10
+        while len(made) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert len(made) == 4  # three wait, one is in the thread's hand
+        next(loader)
+    assert not loader_threads()
+
+
+def test_an_error_comes_with_the_batch_it_concerns() -> None:
+    def broken() -> Iterator[TokenWindow]:
+        windows = packs()
+        yield next(windows)
+        yield next(windows)
+        raise ValueError("c.jsonl:3: not a line of JSON")
+
+    with load(0, 2, broken(), prefetch=8) as loader:
+        assert len(next(loader).tokens) == 17
+        next(loader)
+        with pytest.raises(ValueError, match=r"c\.jsonl:3"):
+            next(loader)
+        with pytest.raises(StopIteration):
+            next(loader)
+    assert not loader_threads()
+
+
+def test_closing_early_ends_the_thread() -> None:
+    with load(0, 2, packs(epochs=0), prefetch=1) as loader:
+        next(loader)
+        assert loader_threads()
+    assert not loader_threads()
+    with pytest.raises(StopIteration):
+        next(loader)

@@ -1,0 +1,168 @@
+"""Documents from files: every format, resumption at any record, and errors that name file and line."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from flashcp.train.data.sources import SOURCES, DataConfig, Source, open_source
+
+TEXTS = ["first", "zweites: äöü", "third\nwith a line break", "4"]
+
+
+def read_all(source: Source) -> list[str]:
+    return [text for part in range(len(source.parts)) for text in source.read(part, 0)]
+
+
+def lines_of(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+}
+
+
+def write_text(folder: Path) -> DataConfig:
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    (folder / ".hidden").write_text("no document")
+    return DataConfig(source="text", path=str(folder))
+
+
+def write_jsonl(folder: Path, suffix: str = "") -> DataConfig:
+    (folder / f"a.jsonl{suffix}").write_bytes(COMPRESS[suffix](lines_of(TEXTS[:3])))
+    (folder / f"b.jsonl{suffix}").write_bytes(COMPRESS[suffix](b"\n" + lines_of(TEXTS[3:]) + b"\n"))
+    return DataConfig(source="jsonl", path=str(folder))
+
+
+def write_parquet(folder: Path) -> DataConfig:
+    for name, texts in (("a", TEXTS[:3]), ("b", TEXTS[3:])):
+        table = pyarrow.table({"id": list(range(len(texts))), "body": texts})
+        pyarrow.parquet.write_table(table, folder / f"{name}.parquet", row_group_size=2)
+    return DataConfig(source="parquet", path=str(folder), text_field="body")
+
+
+WRITERS: dict[str, Callable[[Path], DataConfig]] = {
+    "text": write_text,
+    "parquet": write_parquet,
+    **{f"jsonl{suffix}": lambda folder, suffix=suffix: write_jsonl(folder, suffix) for suffix in COMPRESS},
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_texts_come_back_in_order_and_from_any_record(kind: str, tmp_path: Path) -> None:
+    source = open_source(WRITERS[kind](tmp_path))
+    assert read_all(source) == TEXTS
+    for part in range(len(source.parts)):
+        texts = list(source.read(part, 0))
+        for skip in range(len(texts) + 1):
+            assert list(source.read(part, skip)) == texts[skip:]
+
+
+def test_a_glob_chooses_files(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    source = open_source(DataConfig(source="text", path=str(tmp_path / "[12].txt")))
+    assert read_all(source) == TEXTS[1:3]
+
+
+def test_the_standard_library_is_sorted_text_without_its_tests() -> None:
+    source = open_source(DataConfig())
+    assert len(source.parts) > 200
+    assert list(source.parts) == sorted(source.parts)
+    assert not [part for part in source.parts if "/test/" in part or "site-packages" in part]
+    (dataclasses,) = [number for number, part in enumerate(source.parts) if part.endswith("/dataclasses.py")]
+    (text,) = source.read(dataclasses, 0)
+    assert "def dataclass(" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "cut', r"not a line of JSON"),
+        (b'{"text": "\xff"}', r"not a line of JSON .*utf-8"),
+        (b"[" * 100_000, r"not a line of JSON"),
+        (b'{"body": "x"}', r"no text in data\.text_field='text'; it has: body"),
+        (b'{"text": 3}', r"no text in data\.text_field='text'; it has: text"),
+        (b"[1]", r"no text in data\.text_field='text'; it has: a list"),
+    ],
+)
+def test_a_corrupt_line_is_named_by_file_and_line(line: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(lines_of(TEXTS[:2]) + b"\n" + line + b"\n" + lines_of(TEXTS[2:]))
+    texts = open_source(DataConfig(source="jsonl", path=str(path))).read(0, 0)
+    assert [next(texts), next(texts)] == TEXTS[:2]
+    with pytest.raises(ValueError, match=rf"c\.jsonl:4: {message}"):
+        next(texts)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2", ".zst"])
+def test_a_damaged_compressed_file_is_named(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"d.jsonl{suffix}"
+    path.write_bytes(b"this was never compressed" + bytes(100))
+    with pytest.raises(ValueError, match=rf"d\.jsonl\{suffix}:1: cannot be read"):
+        read_all(open_source(DataConfig(source="jsonl", path=str(path))))
+
+
+def test_a_binary_file_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(b"abc\xff\xfe")
+    with pytest.raises(ValueError, match=r"x\.bin: not UTF-8 text \(byte 3\)"):
+        read_all(open_source(DataConfig(source="text", path=str(tmp_path))))
+
+
+def test_parquet_errors_name_the_file(tmp_path: Path) -> None:
+    data = write_parquet(tmp_path)
+    data.text_field = "text"
+    with pytest.raises(ValueError, match=r"a\.parquet: no column data\.text_field='text'; it has: id, body"):
+        read_all(open_source(data))
+    data.text_field = "id"
+    with pytest.raises(ValueError, match=r"a\.parquet: column 'id' holds 0: expected text"):
+        read_all(open_source(data))
+    (tmp_path / "a.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(ValueError, match=r"a\.parquet: "):
+        read_all(open_source(data))
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+def test_nothing_to_read_is_an_error(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.path='.*nowhere': no such file or directory"):
+        open_source(DataConfig(source=kind, path=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match=r"data\.path='.*': no file.* in this directory"):
+        open_source(DataConfig(source=kind, path=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"data\.path is empty"):
+        open_source(DataConfig(source=kind))
+
+
+def test_unknown_source_lists_the_legal_ones() -> None:
+    with pytest.raises(ValueError, match=r"data\.source='csv': expected one of stdlib, text, jsonl"):
+        open_source(DataConfig(source="csv"))
+
+
+@pytest.mark.parametrize("name", ["wlb_llm", "pile", "redpajama", "lengths"])
+def test_lengths_without_text_cannot_be_trained_on(name: str) -> None:
+    assert name not in SOURCES
+    with pytest.raises(ValueError, match=rf"data\.source='{name}' holds document lengths and no text"):
+        open_source(DataConfig(source=name))
+
+
+@pytest.mark.parametrize(("source", "package"), [("huggingface", "datasets"), ("parquet", "pyarrow.parquet")])
+def test_a_missing_package_is_one_clear_line(
+    source: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"needs the package {package.split('.')[0]}: pip install"):
+        open_source(DataConfig(source=source, path="somewhere"))

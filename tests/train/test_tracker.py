@@ -1,0 +1,65 @@
+"""metrics.jsonl is the record; wandb is beside it and never stops a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flashcp.train.tracker import Tracker, TrackerConfig
+
+DISABLED = TrackerConfig(wandb="disabled")
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_rows_are_on_disk_at_once(tmp_path: Path) -> None:
+    tracker = Tracker(DISABLED, tmp_path / "new" / "run", {})
+    for step in (1, 2):
+        tracker.log({"step": step, "loss": 1.5})
+        assert steps_in(tmp_path / "new" / "run" / "metrics.jsonl") == list(range(1, step + 1))
+    tracker.close()
+
+
+def test_a_resumed_run_replaces_rows_past_its_checkpoint(tmp_path: Path) -> None:
+    first = Tracker(DISABLED, tmp_path, {})
+    for step in (1, 2, 3, 4):
+        first.log({"step": step, "loss": 1.0})
+    first.close()
+    resumed = Tracker(DISABLED, tmp_path, {}, first_step=3)
+    assert [row["step"] for row in resumed.rows] == [1, 2]
+    resumed.log({"step": 3, "loss": 2.0})
+    resumed.close()
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3]
+
+
+def test_wandb_offline_writes_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    config = TrackerConfig(wandb="offline", group="sweep", name="flashcp-n2", tags=["t"])
+    tracker = Tracker(config, tmp_path, {"context": 8})
+    tracker.log({"step": 1, "loss": 1.5})
+    tracker.close({"final_loss": 1.5})
+    (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 20  # wandb's own process writes the file, and finish does not wait for it
+    while b"final_loss" not in run.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    content = run.read_bytes()
+    assert b"flashcp-n2" in content
+    assert b"final_loss" in content
+
+
+def test_without_wandb_the_run_goes_on_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    tracker = Tracker(TrackerConfig(wandb="offline"), tmp_path, {})
+    for step in (1, 2):
+        tracker.log({"step": step, "loss": 1.5})
+    tracker.close({"final_loss": 1.5})
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2]
+    assert capsys.readouterr().err.count("wandb is off for the rest of this run") == 1

@@ -1,0 +1,160 @@
+"""Checkpoints through torch.distributed.checkpoint: written whole or not at all, bound to their model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from flashcp.train.data.documents import Position
+from flashcp.train.ranks import Ranks
+
+__all__ = ["CheckpointConfig", "Progress", "find_checkpoint", "load_checkpoint", "save_checkpoint"]
+
+IDENTITY = "identity.json"
+
+
+@dataclass
+class CheckpointConfig:
+    """When a run is kept. every: steps between checkpoints, 0: none. keep: how many of the newest stay.
+
+    resume: `never`, `latest` (the newest of this run; a fresh start when there is none) or a step_* path.
+    """
+
+    every: int = 0
+    keep: int = 2
+    resume: str = "never"
+
+    def check(self) -> None:
+        """Raise ValueError for a number outside its range."""
+        if self.every < 0:
+            raise ValueError(f"checkpoint.every={self.every}: expected a whole number >= 0")
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep={self.keep}: expected a whole number >= 1")
+
+
+@dataclass
+class Progress:
+    """How far a run is: steps done, tokens dropped and carried so far, and where reading goes on."""
+
+    step: int = 0
+    dropped: int = 0
+    carried: int = 0
+    position: Position = dataclasses.field(default_factory=Position)
+
+
+def find_checkpoint(out: Path, resume: str, identity: dict[str, Any]) -> Path | None:
+    """The checkpoint that `checkpoint.resume` names, checked to belong to this run; None: start fresh.
+
+    identity: what must be equal for a resumed run to go on as the uninterrupted one, by section and field.
+    Raises ValueError when there is no such checkpoint, or when it is another model's, naming the fields.
+    """
+    kept = _kept(out)
+    if resume == "never":
+        if kept:
+            raise ValueError(
+                f"out={str(out)!r} already holds {kept[-1].name}: go on with checkpoint.resume=latest, "
+                "or choose another out"
+            )
+        return None
+    if resume == "latest":
+        if not kept:
+            return None
+        path = kept[-1]
+    else:
+        path = Path(resume).expanduser()
+        if not (path / IDENTITY).is_file():
+            raise ValueError(
+                f"checkpoint.resume={resume!r}: no checkpoint there; expected never, latest or a step_* path"
+            )
+    saved = json.loads((path / IDENTITY).read_text())
+    differing = [
+        f"{section}.{field} is {saved.get(section, {}).get(field)!r} there and {value!r} here"
+        for section, fields in identity.items()
+        for field, value in fields.items()
+        if saved.get(section, {}).get(field) != value
+    ]
+    if differing:
+        raise ValueError(f"checkpoint {path} belongs to another run: {'; '.join(differing)}")
+    return path
+
+
+def save_checkpoint(
+    out: Path,
+    keep: int,
+    identity: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    ranks: Ranks,
+) -> Path:
+    """Write out/checkpoints/step_*, under another name until it is whole. Every rank must call it."""
+    path = out / "checkpoints" / f"step_{progress.step:08d}"
+    unfinished = path.with_name(f"unfinished_{path.name}")
+    if ranks.rank == 0 and unfinished.exists():
+        shutil.rmtree(unfinished)
+    ranks.barrier()
+    with _one_process_is_fine():
+        dcp.save(_state(model, optimizer, progress), checkpoint_id=unfinished)
+    if ranks.rank == 0:
+        (unfinished / IDENTITY).write_text(json.dumps(identity, indent=1))
+        os.replace(unfinished, path)
+        for old in _kept(out)[:-keep]:
+            shutil.rmtree(old)
+    ranks.barrier()
+    return path
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Fill model, optimizer and torch's CPU generator in place; the number of ranks may have changed.
+
+    The optimizer must be new, and the weights without gradients. Raises ValueError for a damaged checkpoint.
+    """
+    state = _state(model, optimizer, Progress())
+    try:
+        with _one_process_is_fine():
+            dcp.load(state, checkpoint_id=path)
+    except (OSError, dcp.CheckpointException) as error:
+        raise ValueError(f"checkpoint {path}: cannot be read: {str(error).splitlines()[0]}") from error
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    position = Position(*state["position"].tolist())
+    step, dropped, carried = state["counters"].tolist()
+    return Progress(step, dropped, carried, position)
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> dict[str, Any]:
+    """Every rank holds the same state, so each tensor is written once; whole numbers travel as tensors."""
+    weights, optimizer_state = get_state_dict(model, optimizer)
+    return {
+        "model": weights,
+        "optimizer": optimizer_state,
+        "rng": torch.get_rng_state(),
+        "position": torch.tensor(dataclasses.astuple(progress.position)),
+        "counters": torch.tensor([progress.step, progress.dropped, progress.carried]),
+    }
+
+
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """torch warns when a checkpoint is written without a process group, which is how one rank alone runs."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+def _kept(out: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in out.glob(f"checkpoints/step_*/{IDENTITY}"))

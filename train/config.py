@@ -1,0 +1,68 @@
+"""The configuration of one training run: each section's dataclass lives beside the code that reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flashcp.train.checkpoint import CheckpointConfig
+from flashcp.train.data.sources import DataConfig
+from flashcp.train.loop import LoopConfig
+from flashcp.train.model import ModelConfig
+from flashcp.train.optimizer import OptimizerConfig
+from flashcp.train.parallel import ParallelConfig
+from flashcp.train.schema import read_dataclass
+from flashcp.train.tracker import TrackerConfig
+
+__all__ = ["TrainConfig"]
+
+
+@dataclass
+class TrainConfig:
+    """One run. out: its directory. context: tokens of a window over all ranks. seed: of the weights."""
+
+    out: str = "runs/train"
+    context: int = 4096
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """From a plain mapping (or an OmegaConf one). Raises ValueError for unknown keys and wrong types."""
+        return read_dataclass(cls, values)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> TrainConfig:
+        """From a JSON file. Raises ValueError when it is missing, not JSON, or not a config."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"config {path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise ValueError(f"config {path}: not JSON ({error})") from error
+        return cls.from_dict(values)
+
+    def check(self, world_size: int) -> None:
+        """Raise ValueError, naming value, field and legal values, for what `world_size` ranks cannot run."""
+        if not self.out:
+            raise ValueError("out is empty: expected a directory to write to")
+        if self.context < world_size:
+            raise ValueError(
+                f"context={self.context}: expected at least one token a rank, world_size={world_size}"
+            )
+        self.data.check()
+        self.model.check()
+        self.parallel.check(world_size, self.model.heads, self.model.kv_heads)
+        self.optimizer.check()
+        self.loop.check()
+        self.tracker.check()
+        self.checkpoint.check()

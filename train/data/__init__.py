@@ -1,0 +1,1 @@
+"""Documents on disk to packed, planned batches: sources -> documents -> windows -> loader."""

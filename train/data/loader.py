@@ -1,0 +1,137 @@
+"""Packs to batches: plans are made and rows picked in a background thread, ahead of the step."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.route import Route
+from flashcp.train.data.documents import Position
+from flashcp.train.data.windows import TokenWindow
+
+__all__ = ["Batch", "Loader", "make_batch"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One pack as one rank sees it.
+
+    tokens, labels, position_ids: this rank's rows in the plan's local order, int64 [rank's tokens]; positions
+    count from 0 in each document of the pack. plan, route: the whole pack's.
+    labelled: labelled tokens of the pack over all ranks, the loss's denominator.
+    dropped, carried, position: see TokenWindow.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    plan: ShardingPlan
+    route: Route
+    labelled: int
+    dropped: int
+    carried: int
+    position: Position
+
+    @property
+    def imbalance(self) -> float:
+        """Largest work of a rank over the mean: the plan's, but for `ulysses`, which splits heads evenly."""
+        return 1.0 if self.route.exchange == "ulysses" else self.plan.imbalance
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on a device."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+        )
+
+
+def make_batch(window: TokenWindow, plan: ShardingPlan, exchange: str, rank: int) -> Batch:
+    """A rank's rows of a pack under a plan."""
+    rows = plan.rows(rank)
+    return Batch(
+        tokens=torch.from_numpy(window.tokens[rows]),
+        labels=torch.from_numpy(window.labels[rows]),
+        position_ids=torch.from_numpy(plan.positions(rank)),
+        plan=plan,
+        route=plan.route(exchange),
+        labelled=window.labelled,
+        dropped=window.dropped,
+        carried=window.carried,
+        position=window.position,
+    )
+
+
+class Loader:
+    """Batches in order, made in a background thread that stays at most `prefetch` ahead.
+
+    An error in the thread is raised at the batch it concerns. Iteration ends after the last batch or `close`.
+    Use it as a context manager, or close it: the thread ends with it.
+    """
+
+    def __init__(
+        self,
+        windows: Iterable[TokenWindow],
+        make_plan: Callable[[np.ndarray], ShardingPlan],
+        exchange: str,
+        rank: int,
+        prefetch: int = 4,
+    ) -> None:
+        self._made: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=prefetch)
+        self._closed = threading.Event()
+        self._batches = (
+            make_batch(window, make_plan(window.document_lengths), exchange, rank) for window in windows
+        )
+        self._thread = threading.Thread(target=self._work, name="flashcp-loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        item = None if self._closed.is_set() else self._made.get()
+        if isinstance(item, Batch):
+            return item
+        self.close()
+        if isinstance(item, Exception):
+            raise item
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop the thread and wait for it."""
+        self._closed.set()
+        self._thread.join()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        try:
+            for batch in self._batches:
+                if not self._hand_over(batch):
+                    return
+            self._hand_over(None)
+        except Exception as error:  # raised again where the batch is asked for
+            self._hand_over(error)
+
+    def _hand_over(self, item: Batch | Exception | None) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._made.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -1,0 +1,91 @@
+"""Documents to packs: tokens, labels and the lengths of the documents in one window, before any sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from flashcp.sharding.packing import pack_lengths
+from flashcp.train.data.documents import Document, Position
+from flashcp.train.data.tokenizer import Tokenizer
+
+__all__ = ["NO_LABEL", "TokenWindow", "pack_documents"]
+
+NO_LABEL = -100
+"""Label of a token that predicts nothing (torch's ignore_index)."""
+
+
+@dataclass(frozen=True)
+class TokenWindow:
+    """One pack of `context` tokens; every document in it is one contiguous piece.
+
+    tokens, labels: int64 [context]. The label of a token is the token after it in the same piece; a piece's
+    last token has none, also where a document was cut at the window's end.
+    document_lengths: int64 [documents]. position: where reading goes on after this window.
+    dropped, carried: tokens of the last document left out, tokens that continue an earlier window's document.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    document_lengths: np.ndarray
+    position: Position
+    dropped: int
+    carried: int
+
+    @property
+    def labelled(self) -> int:
+        """Tokens that have a label."""
+        return int((self.labels != NO_LABEL).sum())
+
+
+def pack_documents(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    context: int,
+    overflow: str,
+    start: Position | None = None,
+) -> Iterator[TokenWindow]:
+    """Full windows; the last one, when the documents end before it is full, is left out.
+
+    start: the position of the first document; its `token` says where inside it to begin (`overflow="carry"`).
+    """
+    held: dict[int, tuple[np.ndarray, Document]] = {}
+
+    def lengths() -> Iterator[int]:
+        number = 0
+        for document in documents:
+            tokens = tokenizer.encode(document.text)
+            if len(tokens):
+                held[number] = (tokens, document)
+                number += 1
+                yield len(tokens)
+
+    first_start = start.token if start else 0
+    for window in pack_lengths(lengths(), context, overflow, first_start=first_start, keep_last=False):
+        pieces = list(zip(window.document.tolist(), window.start.tolist(), window.stop.tolist(), strict=True))
+        tokens = np.concatenate([held[document][0][begin:end] for document, begin, end in pieces])
+        last, _, end = pieces[-1]
+        last_tokens, document = held[last]
+        if overflow == "carry" and end < len(last_tokens):
+            position = replace(document.position, token=end)
+            held = {last: held[last]}
+        else:
+            position = document.after
+            held = {}
+        yield TokenWindow(
+            tokens,
+            shift_labels(tokens, window.document_lengths),
+            window.document_lengths,
+            position,
+            window.dropped,
+            window.carried,
+        )
+
+
+def shift_labels(tokens: np.ndarray, document_lengths: np.ndarray) -> np.ndarray:
+    """The next token of the same piece, NO_LABEL at the last of each, int64 [tokens]."""
+    labels = np.roll(tokens, -1)
+    labels[np.cumsum(document_lengths) - 1] = NO_LABEL
+    return labels

@@ -1,0 +1,166 @@
+"""The training loop: one optimizer step from some packs, and the row of numbers that tells how it went."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcp.context_parallel import ContextParallel
+from flashcp.train.checkpoint import Progress
+from flashcp.train.data.loader import Batch
+from flashcp.train.model import Decoder
+from flashcp.train.optimizer import FlatGradients, OptimizerConfig, learning_rate
+from flashcp.train.ranks import DEVICES, Ranks
+
+__all__ = ["PRECISIONS", "LoopConfig", "Trainer"]
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass
+class LoopConfig:
+    """How long and how. accumulation: packs of one optimizer step.
+
+    precision: `fp32`, or `bf16` by autocast (weights and their gradients stay fp32). device: `auto` takes a
+    GPU where there is one. timeout_s: how long ranks wait for each other. progress: a bar on standard error.
+    """
+
+    steps: int = 100
+    accumulation: int = 1
+    precision: str = "fp32"
+    device: str = "auto"
+    timeout_s: float = 600.0
+    progress: bool = True
+
+    def check(self) -> None:
+        """Raise ValueError for a value outside its range."""
+        for name in ("steps", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loop.{name}={getattr(self, name)}: expected a whole number >= 1")
+        for name, legal in (("precision", PRECISIONS), ("device", DEVICES)):
+            if getattr(self, name) not in legal:
+                raise ValueError(f"loop.{name}={getattr(self, name)!r}: expected one of {', '.join(legal)}")
+        if not self.timeout_s > 0:
+            raise ValueError(f"loop.timeout_s={self.timeout_s}: expected seconds > 0")
+
+
+class Trainer:
+    """Model, optimizer and batches of one rank. `steps()` does the work, one row of metrics a step."""
+
+    def __init__(
+        self,
+        config: LoopConfig,
+        optimizer_config: OptimizerConfig,
+        model: Decoder,
+        optimizer: torch.optim.Optimizer,
+        cp: ContextParallel,
+        batches: Iterator[Batch],
+        progress: Progress,
+        ranks: Ranks,
+    ) -> None:
+        self.config = config
+        self.optimizer_config = optimizer_config
+        self.model = model
+        self.optimizer = optimizer
+        self.cp = cp
+        self.batches = batches
+        self.progress = progress
+        self.ranks = ranks
+        self.gradients = FlatGradients(model)
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """Train to the last step, or to the last whole group of packs when the documents end before it.
+
+        Yields a row after every step, equal on all ranks; `progress` is then up to date.
+        Raises FloatingPointError when the loss is not finite.
+        """
+        while self.progress.step < self.config.steps:
+            started = time.perf_counter()
+            packs = list(itertools.islice(self.batches, self.config.accumulation))
+            if len(packs) < self.config.accumulation:
+                return
+            loader_ms = 1e3 * (time.perf_counter() - started)
+            self._advance(packs)
+            self.cp.stats.reset()
+            rate = learning_rate(self.optimizer_config, self.progress.step, self.config.steps)
+            loss, norm = self._step(packs, rate)
+            yield self._row(packs, loss, norm, rate, started, loader_ms)
+
+    def _advance(self, packs: list[Batch]) -> None:
+        self.progress.step += 1
+        self.progress.dropped += sum(pack.dropped for pack in packs)
+        self.progress.carried += sum(pack.carried for pack in packs)
+        self.progress.position = packs[-1].position
+
+    def _step(self, packs: list[Batch], rate: float) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Returns this rank's share of the loss, and the norm of the gradients."""
+        # The denominator counts labels over all ranks and packs, so shares and gradients add up over both.
+        labelled = max(1, sum(pack.labelled for pack in packs))
+        device = self.ranks.device
+        share = torch.zeros((), dtype=torch.float64, device=device)
+        self.gradients.zero()
+        for pack in packs:
+            here = pack.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                loss = self.model.loss(here.tokens, here.labels, here.position_ids, here.plan)
+            (loss / labelled).backward()
+            share += loss.detach().double() / labelled
+        self.gradients.sum_over_ranks()
+        norm = self.gradients.clip(self.optimizer_config.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        return share, norm
+
+    def _row(
+        self, packs: list[Batch], share: Tensor, norm: Tensor, rate: float, started: float, loader_ms: float
+    ) -> dict[str, Any]:
+        """Times are the slowest rank's; imbalance, critical rows and saving are means over the packs.
+
+        attention_ms, exchange_ms, wait_ms: the operator's clock, all layers, forward and backward.
+        loader_ms: waiting for batches that should have been ready.
+        """
+        (loss,) = self.ranks.sum(share.item())  # .item() waits for the device
+        stats = self.cp.stats
+        step_ms, attention_ms, exchange_ms, wait_ms, loader_ms = self.ranks.max(
+            1e3 * (time.perf_counter() - started),
+            stats.attention_ms,
+            stats.exchange_ms,
+            stats.wait_ms,
+            loader_ms,
+        )
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {self.progress.step}: the loss is {loss}")
+        tokens = sum(int(pack.plan.offsets[-1]) for pack in packs)
+        return {
+            "step": self.progress.step,
+            "loss": loss,
+            "lr": rate,
+            "grad_norm": norm.item(),
+            "tokens": tokens,
+            "labelled_tokens": sum(pack.labelled for pack in packs),
+            "documents": sum(len(pack.plan.document_lengths) for pack in packs),
+            "dropped_tokens": self.progress.dropped,
+            "carried_tokens": self.progress.carried,
+            "epoch": self.progress.position.epoch,
+            "step_ms": step_ms,
+            "attention_ms": attention_ms,
+            "exchange_ms": exchange_ms,
+            "wait_ms": wait_ms,
+            "loader_ms": loader_ms,
+            "tokens_per_s": 1e3 * tokens / step_ms,
+            "imbalance": _mean([pack.imbalance for pack in packs]),
+            "critical_rows": _mean([pack.route.critical_rows for pack in packs]),
+            "saving": _mean([pack.route.saving for pack in packs]),
+        }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

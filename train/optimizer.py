@@ -1,0 +1,92 @@
+"""AdamW with warm-up and cosine decay; gradients in one flat buffer, summed over ranks and clipped."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+__all__ = ["FlatGradients", "OptimizerConfig", "build_optimizer", "learning_rate"]
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101). clip_norm: 0 leaves gradients as they are. min_lr_ratio: last rate / peak."""
+
+    lr: float = 3e-4
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 10
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def check(self) -> None:
+        """Raise ValueError for a number outside its range."""
+        for name in ("lr", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)}: expected a number > 0")
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)}: expected a number >= 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)}: expected 0 <= {name} < 1")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"optimizer.min_lr_ratio={self.min_lr_ratio}: expected 0 to 1")
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Rate of step 1..steps: linear up to the peak at `warmup_steps`, half a cosine down to the last step."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    low = config.lr * config.min_lr_ratio
+    return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices, none on norms. Parameters and state are fp32."""
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=matrices[0].is_cuda,
+    )
+
+
+class FlatGradients:
+    """Every parameter's gradient as a view of one fp32 buffer: one collective sums them all.
+
+    Each rank's gradient is that of its own rows' share of the global loss: the sum over ranks, not the mean,
+    is the gradient of the loss.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        weights = list(model.parameters())
+        self._buffer = torch.zeros(sum(w.numel() for w in weights), device=weights[0].device)
+        for weight, view in zip(weights, self._buffer.split([w.numel() for w in weights]), strict=True):
+            weight.grad = view.view_as(weight)
+
+    def zero(self) -> None:
+        """Set every gradient to zero, in place."""
+        self._buffer.zero_()
+
+    def sum_over_ranks(self) -> None:
+        """Add the gradients of all ranks, in fp32. Alone: nothing to do."""
+        if dist.is_initialized():
+            dist.all_reduce(self._buffer)
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Scale to a norm of at most `max_norm` (0: leave). Returns the norm before, a scalar."""
+        norm = torch.linalg.vector_norm(self._buffer)
+        if max_norm:
+            self._buffer.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm

@@ -1,0 +1,63 @@
+"""The context-parallel side of a run: which strategy plans, which exchange carries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import flashcp
+from flashcp.sharding.exchanges import EXCHANGES
+from flashcp.sharding.plan import ShardingPlan
+
+__all__ = ["ParallelConfig"]
+
+
+@dataclass
+class ParallelConfig:
+    """Strategy and its options, and how KV travels (see `flashcp.plan` and `flashcp.ContextParallel`)."""
+
+    sharding: str = "flashcp"
+    sharding_options: dict[str, Any] = field(default_factory=dict)
+    exchange: str = "exact"
+    overlap: str = "auto"
+    attention: str = "auto"
+    transport: str = "auto"
+    backward: str = "keep"
+    timeout_s: float = 60.0
+
+    def check(self, world_size: int, heads: int, kv_heads: int) -> None:
+        """Raise ValueError for names that do not exist and heads that the exchange cannot divide."""
+        if self.sharding not in flashcp.strategies():
+            raise ValueError(
+                f"parallel.sharding={self.sharding!r}: expected one of {', '.join(flashcp.strategies())}"
+            )
+        if self.exchange not in EXCHANGES:
+            raise ValueError(f"parallel.exchange={self.exchange!r}: expected one of {', '.join(EXCHANGES)}")
+        if self.exchange == "ulysses" and (heads % world_size or kv_heads % world_size):
+            raise ValueError(
+                f"parallel.exchange='ulysses' with model.heads={heads}, model.kv_heads={kv_heads}: "
+                f"expected multiples of world_size={world_size}"
+            )
+        self.planner(world_size)(np.array([world_size]))  # the strategy's options are checked by using them
+
+    def planner(self, world_size: int) -> Callable[[np.ndarray], ShardingPlan]:
+        """Document lengths of a pack -> its plan: what the loader calls ahead of each step."""
+
+        def make_plan(document_lengths: np.ndarray) -> ShardingPlan:
+            return flashcp.plan(document_lengths, world_size, self.sharding, **self.sharding_options)
+
+        return make_plan
+
+    def operator(self) -> flashcp.ContextParallel:
+        """The attention operator over the default process group, or for one rank alone."""
+        return flashcp.ContextParallel(
+            exchange=self.exchange,
+            overlap=self.overlap,
+            attention=self.attention,
+            transport=self.transport,
+            backward=self.backward,
+            timeout_s=self.timeout_s,
+        )

@@ -1,0 +1,85 @@
+"""The ranks of one run: started by `python -m torch.distributed.run`, or one process alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["DEVICES", "Ranks", "launched_rank", "world"]
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks of the run, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over ranks, in fp64. Every rank must call it."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, *values: float) -> list[float]:
+        """Each value's maximum over ranks. Every rank must call it."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.sum(0.0)
+
+    def _reduce(self, values: tuple[float, ...], how: dist.ReduceOp.RedOpType) -> list[float]:
+        if not dist.is_initialized():
+            return list(values)
+        packed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(packed, how)
+        return packed.tolist()
+
+
+def launched_rank() -> tuple[int, int]:
+    """Rank and world size: of the process group if there is one, else as the launcher says; (0, 1) alone."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def world(device: str, timeout_s: float) -> Iterator[Ranks]:
+    """Join the run's ranks and leave them at the end: nccl with a GPU for each local rank, else gloo.
+
+    A default process group that is there already is used and left alone; a process that no launcher started
+    is one rank without a group. device: `auto`, `cpu` or `cuda`. Raises ValueError for `cuda` without a GPU.
+    """
+    rank, world_size = launched_rank()
+    here = _device(device)
+    if dist.is_initialized() or "RANK" not in os.environ:
+        yield Ranks(rank, world_size, here)
+        return
+    own_gpu = here.type == "cuda" and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    dist.init_process_group(
+        "nccl" if own_gpu else "gloo",
+        timeout=timedelta(seconds=timeout_s),
+        device_id=here if own_gpu else None,
+    )
+    try:
+        yield Ranks(rank, world_size, here)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("loop.device='cuda': there is no GPU here; expected auto or cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,105 @@
+"""What a run writes down: metrics.jsonl always, Weights & Biases beside it when it can."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+__all__ = ["WANDB_MODES", "Tracker", "TrackerConfig"]
+
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+@dataclass
+class TrackerConfig:
+    """How a run shows in Weights & Biases. Offline runs need no key; `wandb sync` uploads them later."""
+
+    wandb: str = "offline"
+    project: str = "flashcp"
+    group: str = ""
+    job_type: str = "train"
+    name: str = ""
+    tags: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raise ValueError for a mode that does not exist."""
+        if self.wandb not in WANDB_MODES:
+            raise ValueError(f"tracker.wandb={self.wandb!r}: expected one of {', '.join(WANDB_MODES)}")
+
+
+class Tracker:
+    """One row a step, in `rows` and in out/metrics.jsonl, which is the record; wandb never stops a run.
+
+    first_step: the first step this run will log. Rows of an interrupted run before it stay, later ones go.
+    """
+
+    def __init__(
+        self, config: TrackerConfig, out: Path, run_config: dict[str, Any], first_step: int = 1
+    ) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / "metrics.jsonl"
+        self.rows: list[dict[str, Any]] = []
+        if first_step > 1 and path.is_file():
+            earlier = (json.loads(line) for line in path.read_text().splitlines())
+            self.rows = [row for row in earlier if row["step"] < first_step]
+        self._file = path.open("w", encoding="utf-8")
+        for row in self.rows:
+            self._write(row)
+        self._run = _start_wandb(config, out, run_config)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Write one step's row."""
+        self.rows.append(row)
+        self._write(row)
+        self._tell_wandb(lambda run: run.log(row, step=row["step"]))
+
+    def close(self, summary: dict[str, Any] | None = None) -> None:
+        """Finish both records."""
+        self._file.close()
+        if summary:
+            self._tell_wandb(lambda run: run.summary.update(summary))
+        self._tell_wandb(lambda run: run.finish(exit_code=0 if summary else 1))
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def _tell_wandb(self, action: Callable[[Any], None]) -> None:
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:  # a full disk, a service that died, ...
+            self._run = None
+            _say_off(error)
+
+
+def _start_wandb(config: TrackerConfig, out: Path, run_config: dict[str, Any]) -> Any:
+    if config.wandb == "disabled":
+        return None
+    try:
+        import wandb
+
+        return wandb.init(
+            mode=cast(Any, config.wandb),
+            dir=out,
+            project=config.project,
+            group=config.group or None,
+            job_type=config.job_type,
+            name=config.name or None,
+            tags=config.tags or None,
+            config=run_config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except Exception as error:  # not installed, no key, no network, ...
+        _say_off(error)
+        return None
+
+
+def _say_off(error: Exception) -> None:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    print(f"wandb is off for the rest of this run ({reason}); metrics.jsonl goes on", file=sys.stderr)
