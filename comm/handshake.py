@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashcp.comm.errors import ExchangeTimeoutError, PeerFailedError, PlanMismatchError
-from flashcp.comm.transport import wait_bounded
+from flashcp.comm.transport import bounded
 
 __all__ = ["Handshake", "Header"]
 
@@ -51,17 +51,17 @@ class Handshake:
         failed, ExchangeTimeoutError naming the ranks that did not come.
         """
         limit = self.timeout_s if timeout_s is None else timeout_s
-        mine = torch.tensor(header, dtype=torch.int64)
+        deadline = time.monotonic() + limit
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         headers = torch.empty(self.world_size, len(header), dtype=torch.int64)
-        headers[self.rank] = mine
-        arrivals = {rank: dist.irecv(headers[rank], group=self.group, group_src=rank, tag=_TAG) for rank in others}
-        departures = [dist.isend(mine, group=self.group, group_dst=rank, tag=_TAG) for rank in others]
-        deadline = time.monotonic() + limit
+        headers[self.rank] = torch.tensor(header)
+        with bounded(limit, self.rank, "headers to leave"):
+            arrivals = {rank: dist.irecv(headers[rank], group=self.group, tag=_TAG, group_src=rank) for rank in others}
+            departures = [dist.isend(headers[self.rank], group=self.group, tag=_TAG, group_dst=rank) for rank in others]
         missing = []
-        for rank, work in arrivals.items():
+        for rank, arrival in arrivals.items():
             try:
-                self._wait(work, deadline, f"rank {rank}")
+                self._wait(arrival, deadline, f"rank {rank}")
             except ExchangeTimeoutError:
                 missing.append(rank)
         if missing:
@@ -69,13 +69,14 @@ class Handshake:
                 f"rank {self.rank} waited {limit:g} s: {_named(missing)} did not come to the exchange "
                 f"(call {header.call})"
             )
-        for work in departures:
-            self._wait(work, deadline, "a header to leave")
+        for departure in departures:
+            self._wait(departure, deadline, "headers to leave")
         _judge(headers, header)
 
     def _wait(self, work: dist.Work | None, deadline: float, what: str) -> None:
         if work is not None:
-            wait_bounded(work, deadline - time.monotonic(), self.rank, what)
+            with bounded(deadline - time.monotonic(), self.rank, what) as limit:
+                work.wait(limit)
 
 
 def _judge(headers: Tensor, mine: Header) -> None:

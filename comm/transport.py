@@ -5,7 +5,8 @@ Rows travel as bytes, so any dtype does. Every wait is bounded. Nothing above `c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
 
@@ -75,7 +76,7 @@ class TwoSided:
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
         self.group = group
-        self.name = dist.get_backend(group)
+        self.name = str(dist.get_backend(group))
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self.timeout_s = timeout_s
@@ -114,18 +115,24 @@ class _Arrival:
         self._transport = transport
 
     def wait(self) -> None:
+        transport = self._transport
         while self._works:
-            wait_bounded(self._works[0], self._transport.timeout_s, self._transport.rank, "rows of another rank")
+            with bounded(transport.timeout_s, transport.rank, "rows of another rank") as limit:
+                self._works[0].wait(limit)
             self._works.pop(0)
 
 
-def wait_bounded(work: dist.Work, timeout_s: float, rank: int, what: str) -> None:
-    """Wait for one operation. Raises ExchangeTimeoutError past the time-out, ExchangeError if a peer is gone."""
+@contextmanager
+def bounded(timeout_s: float, rank: int, what: str) -> Iterator[timedelta]:
+    """For operations that must end: gives the time-out to wait with, and turns torch's errors into ours.
+
+    Raises ExchangeTimeoutError past the time-out, ExchangeError when a peer is gone.
+    """
     try:
-        work.wait(timedelta(seconds=max(timeout_s, 0.001)))
+        yield timedelta(seconds=max(timeout_s, 0.001))
     except RuntimeError as error:
         text = str(error).splitlines()[0]
-        if "tim" in text.lower() and "out" in text.lower():
+        if "timed out" in text.lower():
             raise ExchangeTimeoutError(f"rank {rank} waited {timeout_s:g} s for {what}") from error
         raise ExchangeError(f"rank {rank} lost the connection while waiting for {what}: {text}") from error
 

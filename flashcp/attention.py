@@ -42,8 +42,8 @@ def varlen_attention(
         raise ValueError(f"document_lengths add up to {sum(lengths)}: expected the {len(q)} tokens of q")
     whole = _whole(lengths)
     job = Job(select_attention(attention, q.device), "none", False, Clock())
-    call = Call(whole, _ALONE, _ALONE.start(whole, k, v), job, Header(), None)
-    return Handle(call, k, v).attention(q, softmax_scale)
+    call = Call(whole, _ALONE, job, Header(), handshake=None)
+    return Handle(call, _ALONE.start(whole, k, v), k, v).attention(q, softmax_scale)
 
 
 _ALONE = Exact(Alone())

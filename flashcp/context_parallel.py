@@ -106,7 +106,7 @@ class ContextParallel:
                     f"local has {local.shape[dim]} rows along dim {dim}: expected {plan.tokens[self.rank]} on rank "
                     f"{self.rank}"
                 )
-            return Header(plan=_signed(plan), exchange=-1, row_bytes=local.nbytes // len(local))
+            return Header(plan=_signed(plan), exchange=-1, row_bytes=local.nbytes // local.shape[dim])
 
         self._agree(header)
         return unshard(local.movedim(dim, 0).contiguous(), plan, self._transport).movedim(0, dim)
@@ -138,7 +138,7 @@ class ContextParallel:
         with torch.no_grad(), self.stats.measure("exchange_ms"):
             flight = self._exchange.start(plan, k, v)
         job = Job(kernel, self.overlap, self.backward == "refetch", self.stats)
-        return Handle(Call(plan, self._exchange, flight, job, agreed, self._handshake), k, v)
+        return Handle(Call(plan, self._exchange, job, agreed, self._handshake), flight, k, v)
 
     def _agree(self, make_header: Callable[[], Header]) -> Header:
         """Check this rank's arguments and compare notes with the others, who also hear of an error here."""

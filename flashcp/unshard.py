@@ -36,7 +36,7 @@ class _Unshard(torch.autograd.Function):
         return full
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         plan, transport = ctx.plan, ctx.transport
         order = torch.cat([torch.from_numpy(plan.rows(rank)) for rank in range(plan.world_size)])
         own = int(plan.tokens[transport.rank])

@@ -8,6 +8,7 @@ Shapes: T local rows, R received rows, H query heads, K KV heads, G = H / K quer
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ def backward(
                 total[keys] += rearrange(grad.sum(0), "k t d -> t k d")
 
 
-def _queries(schedule: Schedule):  # type: ignore[no-untyped-def]
+def _queries(schedule: Schedule) -> Iterator[tuple[slice, list[tuple[bool, slice, bool]]]]:
     """Per query shard its rows and its ranges, as slices: (rows, [(in received?, rows there, masked?), ...])."""
     first = schedule.range_first.tolist()
     ranges = list(

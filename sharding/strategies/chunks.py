@@ -7,6 +7,8 @@ one of the rank's pieces longer instead of becoming a piece of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from flashcp.sharding.plan import ShardTable
@@ -58,7 +60,12 @@ def _dealt(left_over: np.ndarray, first_rank: np.ndarray, world_size: int) -> np
     return left_over[:, None] // world_size + (place < left_over[:, None] % world_size)
 
 
-def _cut(lengths: np.ndarray, world_size: int, sizes, ranks: np.ndarray) -> ShardTable:  # type: ignore[no-untyped-def]
+def _cut(
+    lengths: np.ndarray,
+    world_size: int,
+    sizes: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    ranks: np.ndarray,
+) -> ShardTable:
     first_rank = (np.cumsum(lengths) - lengths) % world_size
     block = max(1, _BLOCK_PIECES // len(ranks))
     tables = [

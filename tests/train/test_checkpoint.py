@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from flashcp.train.checkpoint import find_checkpoint
+from flashcp.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
+from flashcp.train.data.documents import Position
+from flashcp.train.optimizer import OptimizerConfig, build_optimizer
+from flashcp.train.ranks import Ranks
 from tests.train.test_run import small, train
 
 
@@ -47,6 +52,32 @@ def test_a_checkpoint_of_another_run_names_the_fields(
 def test_memory_for_time_may_change_on_resume(finished: Path, tmp_path: Path) -> None:
     resume(finished, tmp_path / "run", model={"checkpoint_activations": True})
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_everything_a_step_depends_on_comes_back(tmp_path: Path) -> None:
+    def made(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 3), nn.RMSNorm(3))
+        optimizer = build_optimizer(model, OptimizerConfig())
+        return model, optimizer
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = made(1)
+    step(model, optimizer)
+    progress = Progress(7, 123, 45, Position(1, 2, 3, 4))
+    alone = Ranks(0, 1, torch.device("cpu"))
+    path = save_checkpoint(tmp_path, 1, {}, model, optimizer, progress, alone)
+    step(model, optimizer)
+
+    again = made(2)
+    assert load_checkpoint(path, *again) == progress
+    step(*again)
+    for one, other in zip(model.parameters(), again[0].parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_checkpoint_by_path(finished: Path, tmp_path: Path) -> None:

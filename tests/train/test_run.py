@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+import flashcp
 from flashcp.train.config import TrainConfig
+from flashcp.train.data.windows import NO_LABEL
+from flashcp.train.model import Decoder
 from flashcp.train.run import run
 from tests.ranks import run_cases, run_ranks
 
@@ -113,6 +117,37 @@ def test_three_ranks_and_a_context_they_do_not_divide(single: list[dict[str, Any
     assert losses == pytest.approx([row["loss"] for row in single], rel=1e-5)
 
 
+def test_the_loss_is_the_mean_over_the_labelled_tokens_of_all_packs_of_a_step(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("ab" * 20)
+    (tmp_path / "text" / "b.txt").write_text("c")  # packs differ in their number of labelled tokens
+    data = {"source": "text", "path": str(tmp_path / "text")}
+    train({**small(tmp_path / "run", data=data, loop={"steps": 1, "accumulation": 3}), "context": 23})
+
+    config = TrainConfig.from_dict(small(tmp_path))
+    model_config = replace(config.model, vocab_size=320)
+    model = Decoder(model_config, flashcp.ContextParallel())
+    text = [*b"ab" * 20, 256, *b"c", 256] * 2
+    losses = []
+    for start, lengths in ((0, [23]), (23, [18, 2, 3]), (46, [23])):
+        tokens = torch.tensor(text[start : start + 23])
+        labels = tokens.roll(-1)
+        labels[torch.tensor(lengths).cumsum(0) - 1] = NO_LABEL
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        logits = model(tokens, positions, flashcp.plan(lengths, 1))
+        losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
+    loss = torch.cat(losses).sum() / (22 + 20 + 22)
+    loss.backward()
+    norm = torch.cat(
+        [weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]
+    ).norm()
+
+    (row,) = read_rows(tmp_path / "run")
+    assert row["labelled_tokens"] == 22 + 20 + 22
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
 def test_losses_fall_and_the_summary_tells_the_run(tmp_path: Path) -> None:
     summary = train(small(tmp_path / "run", loop={"steps": 12, "accumulation": 1}, optimizer={"lr": 3e-3}))
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -120,6 +155,8 @@ def test_losses_fall_and_the_summary_tells_the_run(tmp_path: Path) -> None:
     assert summary["final_loss"] < summary["losses"][0] - 0.3
     assert summary["steps"] == len(summary["losses"]) == 12
     assert summary["tokens"] == 12 * 515
+    attention_ms = [row["attention_ms"] for row in read_rows(tmp_path / "run")]
+    assert attention_ms != sorted(attention_ms)  # each step's own time, not the sum so far
     assert summary["step_ms"]["p20"] <= summary["step_ms"]["median"] <= summary["step_ms"]["p80"]
     assert (summary["world_size"], summary["imbalance"], summary["saving"]) == (1, 1.0, 0.0)
     assert summary["versions"]["torch"] == torch.__version__
@@ -184,9 +221,10 @@ def test_old_checkpoints_go_and_none_is_half_written(tmp_path: Path) -> None:
     out = tmp_path / "run"
     (out / "checkpoints" / "unfinished_step_00000002").mkdir(parents=True)
     (out / "checkpoints" / "unfinished_step_00000002" / "left_over").touch()
-    train(small(out, checkpoint={"every": 1, "keep": 2}, loop={"steps": 4}))
+    train(small(out, checkpoint={"every": 1, "keep": 3}, loop={"steps": 4}))
     kept = sorted(path.name for path in (out / "checkpoints").iterdir())
-    assert kept == ["step_00000003", "step_00000004"]
+    assert kept == ["step_00000002", "step_00000003", "step_00000004"]
+    assert not (out / "checkpoints" / "step_00000002" / "left_over").exists()
 
 
 def test_a_run_ends_with_its_documents(tmp_path: Path) -> None:

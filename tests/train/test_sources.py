@@ -124,6 +124,14 @@ def test_a_binary_file_is_no_text(tmp_path: Path) -> None:
         read_all(open_source(DataConfig(source="text", path=str(tmp_path))))
 
 
+def test_parquet_row_groups_longer_than_one_read(tmp_path: Path) -> None:
+    texts = [f"text {number}" for number in range(700)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=600)
+    source = open_source(DataConfig(source="parquet", path=str(tmp_path)))
+    for skip in (0, 255, 256, 300, 599, 600, 650, 700):
+        assert list(source.read(0, skip)) == texts[skip:]
+
+
 def test_parquet_errors_name_the_file(tmp_path: Path) -> None:
     data = write_parquet(tmp_path)
     data.text_field = "text"
@@ -157,6 +165,18 @@ def test_lengths_without_text_cannot_be_trained_on(name: str) -> None:
     assert name not in SOURCES
     with pytest.raises(ValueError, match=rf"data\.source='{name}' holds document lengths and no text"):
         open_source(DataConfig(source=name))
+
+
+def test_a_hugging_face_data_set(tmp_path: Path) -> None:
+    """Only where the package is installed; a directory is to it what a name on the hub is."""
+    pytest.importorskip("datasets")
+    (tmp_path / "train.jsonl").write_bytes(lines_of(TEXTS))
+    source = open_source(DataConfig(source="huggingface", path=str(tmp_path)))
+    assert [list(source.read(0, skip)) for skip in (0, 3)] == [TEXTS, TEXTS[3:]]
+    with pytest.raises(ValueError, match=r"cannot load it from the Hugging Face hub: .*test"):
+        open_source(DataConfig(source="huggingface", path=str(tmp_path), split="test"))
+    with pytest.raises(ValueError, match=r"no text in data\.text_field='body'; it has: id, text"):
+        read_all(open_source(DataConfig(source="huggingface", path=str(tmp_path), text_field="body")))
 
 
 @pytest.mark.parametrize(("source", "package"), [("huggingface", "datasets"), ("parquet", "pyarrow.parquet")])

@@ -1,0 +1,86 @@
+"""The command `flashcp`: a verb, then Hydra overrides.
+
+Bad input of every kind ends in one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+__all__ = ["VERBS", "main"]
+
+
+class Verb(NamedTuple):
+    """A module with `main(arguments, as_json) -> exit code`, and what `--help` says of it."""
+
+    module: str
+    summary: str
+    arguments: str = "[KEY=VALUE ...]"
+
+
+VERBS = {
+    "plan": Verb("plan", "what each method makes of the same packs: balance, rows that travel, saving"),
+    "train": Verb("train", "train one model under one method"),
+    "sweep": Verb("sweep", "train under several methods (experiment=demo), compare them, write table, figure and page"),
+    "report": Verb("report", "rebuild a sweep's table, figure and page from its rows", "DIRECTORY [KEY=VALUE ...]"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0; 1 when something failed on the way; 2 for bad input."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(given)
+    except ValueError as error:
+        print(f"flashcp: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("flashcp: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(given: list[str]) -> int:
+    asks_help = bool({"-h", "--help"} & set(given))
+    options, words = [word for word in given if word.startswith("-")], [word for word in given if word[:1] != "-"]
+    for option in options:
+        if option not in ("-h", "--help", "--json"):
+            raise ValueError(f"{option}: no such option; expected --help, --json or overrides KEY=VALUE")
+    if not words:
+        print(usage())
+        return 0 if asks_help else 2
+    if words[0] not in VERBS:
+        raise ValueError(f"{words[0]!r}: no such verb; expected one of {', '.join(VERBS)}")
+    if asks_help:
+        from flashcp.experiments.usage import verb_usage
+
+        print(verb_usage(words[0]))
+        return 0
+    module = import_module(f"flashcp.experiments.{VERBS[words[0]].module}")
+    return int(module.main(words[1:], as_json="--json" in options))
+
+
+def usage() -> str:
+    """What `flashcp --help` prints."""
+    verbs = "\n".join(f"  {name:<8} {verb.summary}" for name, verb in VERBS.items())
+    return f"""usage: flashcp VERB [KEY=VALUE ...] [--json]
+
+{verbs}
+
+flashcp VERB --help lists the keys of a verb and their legal values.
+--json: one JSON document on standard output, everything else on standard error.
+
+  flashcp plan world_size=8 data=pile
+  flashcp plan method=flashcp data=lengths 'data.lengths=[70000,40000,21072]' figure=plan.png
+  flashcp train method=llama3 world_size=2 loop.steps=50
+  flashcp sweep experiment=demo"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""A sweep's rows as one line a method: speedups over the baseline, losses against the single-process run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flashcp.experiments.rows import REFERENCE, Row
+
+__all__ = ["LOSS_TOLERANCE", "Comparison", "Line", "compare"]
+
+LOSS_TOLERANCE = 1e-4
+"""Relative difference at one step up to which losses agree (fp32)."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method on one case. None: there is no such number. Times are medians over steps, ms.
+
+    speedup: the baseline's step over this one's. loss_difference: largest over the steps, relative, against the
+    single-process run. losses: of every step.
+    """
+
+    case: str
+    provider: str
+    imbalance: float | None
+    saving: float | None
+    attention_ms: float | None
+    exchange_ms: float | None
+    wait_ms: float | None
+    step_ms: float | None
+    speedup: float | None
+    final_loss: float | None
+    loss_difference: float | None
+    losses: tuple[float, ...]
+    kind: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The lines of a sweep, case by case, the baseline first and the single-process run last."""
+
+    baseline: str
+    lines: tuple[Line, ...]
+
+    @property
+    def cases(self) -> list[str]:
+        """Every case, in the order of the rows."""
+        return list(dict.fromkeys(line.case for line in self.lines))
+
+    @property
+    def worst_difference(self) -> Line | None:
+        """The line whose losses are furthest from the single-process run's."""
+        compared = [line for line in self.lines if line.loss_difference is not None]
+        return max(compared, key=lambda line: line.loss_difference or 0.0, default=None)
+
+    def mean_speedups(self) -> dict[str, float]:
+        """Geometric mean over cases of every method's speedup, where all cases have one."""
+        cases = len({line.case for line in self.lines if line.provider != REFERENCE})
+        found: dict[str, list[float]] = {}
+        for line in self.lines:
+            if line.speedup:
+                found.setdefault(line.provider, []).append(line.speedup)
+        return {
+            provider: math.exp(sum(map(math.log, values)) / len(values))
+            for provider, values in found.items()
+            if len(values) == cases
+        }
+
+
+def compare(rows: Sequence[Row], baseline: str) -> Comparison:
+    """Lines from rows. A missing baseline or single-process run leaves the numbers that need it empty."""
+    runs: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        runs.setdefault((row.case, row.provider), []).append(row)
+    losses = {found[0].config: _losses(found) for found in runs.values()}
+    steps = {case: _number(found, "step_ms") for (case, provider), found in runs.items() if provider == baseline}
+    lines = [_line(found, steps.get(case), losses) for (case, _), found in runs.items()]
+    order = {baseline: 0, REFERENCE: 2}
+    cases = list(dict.fromkeys(line.case for line in lines))
+    return Comparison(
+        baseline, tuple(sorted(lines, key=lambda line: (cases.index(line.case), order.get(line.provider, 1))))
+    )
+
+
+def _line(rows: Sequence[Row], baseline_ms: float | None, losses: dict[str, tuple[float, ...]]) -> Line:
+    first, step_ms, own = rows[0], _number(rows, "step_ms"), _losses(rows)
+    expected = losses.get(first.reference, ())
+    difference = None
+    if own and len(own) == len(expected):
+        difference = max(abs(a - b) / abs(b) for a, b in zip(own, expected, strict=True))
+    return Line(
+        case=first.case,
+        provider=first.provider,
+        imbalance=_number(rows, "imbalance"),
+        saving=_number(rows, "saving"),
+        attention_ms=_number(rows, "attention_ms"),
+        exchange_ms=_number(rows, "exchange_ms"),
+        wait_ms=_number(rows, "wait_ms"),
+        step_ms=step_ms,
+        speedup=baseline_ms / step_ms if baseline_ms and step_ms and first.provider != REFERENCE else None,
+        final_loss=_number(rows, "final_loss"),
+        loss_difference=difference,
+        losses=own,
+        kind=first.kind,
+    )
+
+
+def _number(rows: Sequence[Row], metric: str) -> float | None:
+    return next((row.median for row in rows if row.metric == metric), None)
+
+
+def _losses(rows: Sequence[Row]) -> tuple[float, ...]:
+    steps = {row.step: row.median for row in rows if row.metric == "loss" and row.step is not None}
+    return tuple(steps[step] for step in sorted(steps))

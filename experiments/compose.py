@@ -1,0 +1,109 @@
+"""The door to Hydra: overrides in, composed configurations out, every complaint one line."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flashcp.experiments.schema import GROUPS, register
+
+__all__ = ["compose", "expand", "multirun"]
+
+CONFIGS = "flashcp.conf"
+QUIET = ("hydra/hydra_logging=disabled", "hydra/job_logging=disabled", "hydra.output_subdir=null", "hydra.sweep.subdir=.")
+
+
+def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration `conf/NAME.yaml` with overrides, as plain values. Raises ValueError in one line."""
+    register()
+    with _one_line(name, overrides), initialize_config_module(config_module=CONFIGS, version_base="1.3"):
+        return _plain(hydra_compose(name, list(overrides)))
+
+
+def expand(name: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """What `multirun` would hand to its jobs, in order; nothing is run, nothing stays on disk."""
+    jobs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        multirun(name, overrides, folder, jobs.append)
+    return jobs
+
+
+def multirun(name: str, overrides: Sequence[str], out: str, job: Callable[[dict[str, Any]], None]) -> None:
+    """A Hydra multirun in directory `out`: `hydra.sweeper.params` and overrides spelled `key=a,b` span the jobs.
+
+    job: called with each job's configuration as plain values. Raises ValueError for overrides that do not compose.
+    """
+    register()
+    given = [*QUIET, *overrides, f"hydra.sweep.dir={_quoted(out)}"]
+    with _one_line(name, overrides):
+        search_path = create_config_search_path(f"pkg://{CONFIGS}")
+        hydra = Hydra.create_main_hydra2(task_name="flashcp", config_search_path=search_path)
+        try:
+            hydra.multirun(name, lambda config: job(_plain(config)), given)
+        finally:
+            GlobalHydra.instance().clear()
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
+    return values
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+@contextmanager
+def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
+    """Hydra's and OmegaConf's errors as a ValueError that names the override and what is legal."""
+    try:
+        yield
+    except MissingConfigException as error:
+        if error.options is None:
+            raise ValueError(_first_line(error)) from error
+        group, _, value = str(error.missing_cfg_file).rpartition("/")
+        raise ValueError(f"{group}={value}: expected one of {', '.join(sorted(error.options))}") from error
+    except OverrideParseException as error:
+        raise ValueError(f"{error.override!r} is not an override: expected KEY=VALUE") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_complaint(name, overrides, error)) from error
+
+
+def _complaint(name: str, overrides: Sequence[str], error: Exception) -> str:
+    message, cause = str(error), _first_line(error.__cause__) if error.__cause__ else ""
+    if unknown := re.match(r"Could not override '(.+?)'", message):
+        key = unknown[1]
+        legal = _siblings(name, key, overrides)
+        return f"{key}: no such override; expected one of {', '.join(legal)}"
+    if ambiguous := re.match(r"Ambiguous value for argument '(.+?)'", message):
+        return f"{ambiguous[1]}: expected one value (`flashcp sweep` takes several; a list is written [a,b])"
+    if merging := re.match(r"Error merging override (.+)", message):
+        return f"{merging[1]}: {cause[:1].lower()}{cause[1:]}"
+    return f"{_first_line(error)}{f' ({cause})' if cause else ''}"
+
+
+def _siblings(name: str, key: str, overrides: Sequence[str]) -> list[str]:
+    """The keys that stand where an unknown one was given: those of the groups that were chosen."""
+    place: Any = compose(name, [override for override in overrides if override.split("=")[0] in GROUPS])
+    for part in key.split(".")[:-1]:
+        if not isinstance(place, dict) or not isinstance(place.get(part), dict):
+            break
+        place = place[part]
+    return list(place)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,88 @@
+"""Packs to plan for, from any data set: sampled lengths, lengths in a file or a list, documents of text."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashcp.experiments.schema import GROUPS, LengthsData, SampledData
+from flashcp.sharding.lengths import LENGTH_DATA, length_stream
+from flashcp.sharding.packing import pack_lengths
+from flashcp.train.data.documents import read_documents
+from flashcp.train.data.sources import SOURCES, DataConfig, open_source
+from flashcp.train.data.tokenizer import load_tokenizer
+from flashcp.train.schema import read_dataclass
+
+__all__ = ["read_packs"]
+
+
+def read_packs(data: Mapping[str, Any], context: int, count: int, seed: int) -> list[np.ndarray]:
+    """Document lengths of the first `count` windows of `context` tokens, int64 [documents] each.
+
+    data: the `data` section of a configuration. The last window may hold fewer tokens, where documents end.
+    Raises ValueError, naming value, field and legal values, for data that cannot be read or packed.
+    """
+    if context < 1:
+        raise ValueError(f"context={context}: expected a whole number of tokens >= 1")
+    if count < 1:
+        raise ValueError(f"windows={count}: expected a whole number >= 1")
+    source = data.get("source")
+    if source in LENGTH_DATA:
+        sampled = read_dataclass(SampledData, data, "data")
+        overflow, lengths = sampled.overflow, _sampled(sampled, seed)
+    elif source == "lengths":
+        listed = read_dataclass(LengthsData, data, "data")
+        overflow, lengths = listed.overflow, iter(_listed(listed))
+    elif source in SOURCES:
+        text = read_dataclass(DataConfig, data, "data")
+        text.check()
+        overflow, lengths = text.overflow, _tokenised(text)
+    else:
+        raise ValueError(f"data.source={source!r}: expected one of {', '.join(GROUPS['data'])}")
+    packs = itertools.islice(pack_lengths(lengths, context, overflow), count)
+    return [window.document_lengths for window in packs]
+
+
+def _sampled(data: SampledData, seed: int) -> Iterator[int]:
+    if seed < 0:
+        raise ValueError(f"seed={seed}: expected a whole number >= 0")
+    return length_stream(data.source, seed, long_document_weight=data.long_document_weight, sigma=data.sigma)
+
+
+def _listed(data: LengthsData) -> list[int]:
+    """Every length, checked before any window is made."""
+    if bool(data.path) == bool(data.lengths):
+        raise ValueError(
+            "data=lengths: expected either data.path=FILE, one length a line, or data.lengths=[70000,40000,21072]"
+        )
+    if data.lengths:
+        for length in data.lengths:
+            if length < 1:
+                raise ValueError(f"data.lengths holds {length}: expected whole numbers >= 1")
+        return data.lengths
+    try:
+        lines = Path(data.path).expanduser().read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"data.path={data.path!r}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data.path={data.path!r}: not UTF-8 text; expected one length a line") from error
+    lengths = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            if not line.strip().isascii() or not line.strip().isdigit() or int(line) < 1:
+                raise ValueError(f"{data.path}:{number}: {line.strip()[:40]!r}: expected one whole number >= 1 a line")
+            lengths.append(int(line))
+    if not lengths:
+        raise ValueError(f"data.path={data.path!r}: no lengths in it; expected one a line")
+    return lengths
+
+
+def _tokenised(data: DataConfig) -> Iterator[int]:
+    """Tokens of the documents of a text source, read as they are asked for."""
+    tokenizer = load_tokenizer(data.tokenizer, data.end_token)
+    documents = read_documents(open_source(data), epochs=data.epochs or 1)
+    return (length for document in documents if (length := len(tokenizer.encode(document.text))))

@@ -1,0 +1,159 @@
+"""`flashcp plan`: what each method makes of the same packs, without training anything."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import flashcp
+from flashcp.experiments.compose import compose
+from flashcp.experiments.packs import read_packs
+from flashcp.experiments.schema import GROUPS
+from flashcp.experiments.text import table
+from flashcp.sharding.methods import METHODS, Method
+from flashcp.sharding.plan import ShardingPlan
+
+__all__ = ["main", "measure"]
+
+CONFIG = "plan"
+
+
+@dataclass(frozen=True)
+class PlannedMethod:
+    """One method's numbers over the packs: means, but for `imbalance_max`; ms: median time of one plan, measured."""
+
+    name: str
+    sharding: str
+    exchange: str
+    imbalance: float
+    imbalance_max: float
+    critical_rows: float
+    saving: float
+    ms: float
+
+
+def main(overrides: Sequence[str], as_json: bool = False) -> int:
+    """Print the table, or one JSON document."""
+    settings = compose(CONFIG, overrides)
+    options = _options(settings)
+    methods = _methods(settings)
+    packs = read_packs(settings["data"], settings["context"], settings["windows"], settings["seed"])
+    world_size = settings["world_size"]
+    packs = _plannable(packs, world_size)
+    first = flashcp.plan(packs[0], world_size, methods[0].sharding, **options)
+    if settings["figure"] and len(methods) > 1:
+        raise ValueError(f"figure={settings['figure']!r} shows one plan: name a method= or a sharding= with it")
+    planned = [measure(method, packs, world_size, options) for method in methods]
+    if settings["figure"]:
+        from flashcp.experiments.picture import draw_plan
+
+        draw_plan(first, methods[0].exchange, Path(settings["figure"]))
+        print(f"wrote {settings['figure']}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(_document(settings, packs, planned, first if len(methods) == 1 else None), indent=1))
+    else:
+        print(_heading(settings, packs))
+        print(_table(planned))
+        if len(methods) == 1:
+            print(f"\nfirst window\n{first}\n\n{first.certificate}")
+    return 0
+
+
+def measure(method: Method, packs: Sequence[np.ndarray], world_size: int, options: Mapping[str, Any]) -> PlannedMethod:
+    """Plan every pack. options: of the strategy."""
+    imbalance, critical, saving, ms = [], [], [], []
+    for lengths in packs:
+        started = time.perf_counter()
+        plan = flashcp.plan(lengths, world_size, method.sharding, **options)
+        ms.append(1e3 * (time.perf_counter() - started))
+        route = plan.route(method.exchange)
+        imbalance.append(1.0 if method.exchange == "ulysses" else plan.imbalance)  # it splits heads, not rows
+        critical.append(route.critical_rows)
+        saving.append(route.saving)
+    return PlannedMethod(
+        *method,
+        imbalance=float(np.mean(imbalance)),
+        imbalance_max=max(imbalance),
+        critical_rows=float(np.mean(critical)),
+        saving=float(np.mean(saving)),
+        ms=float(np.median(ms)),
+    )
+
+
+def _methods(settings: Mapping[str, Any]) -> list[Method]:
+    """The one that was named, or all; a pair that nobody published is named after its parts."""
+    sharding, exchange = (_name(settings, group) for group in ("sharding", "exchange"))
+    if not sharding and not exchange:
+        return list(METHODS.values())
+    pair = (sharding or "flashcp", exchange or "exact")
+    published = METHODS.get(settings["method"])
+    if published and published[1:] == pair:
+        return [published]
+    return [next((method for method in METHODS.values() if method[1:] == pair), Method("+".join(pair), *pair))]
+
+
+def _name(settings: Mapping[str, Any], group: str) -> str:
+    name = (settings[group] or {}).get("name", "")
+    if name and name not in GROUPS[group]:
+        raise ValueError(f"{group}.name={name!r}: expected one of {', '.join(GROUPS[group])}")
+    return str(name)
+
+
+def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in (settings["sharding"] or {}).items() if key != "name"}
+
+
+def _plannable(packs: list[np.ndarray], world_size: int) -> list[np.ndarray]:
+    """All packs, without a short last one that has fewer tokens than ranks."""
+    if len(packs) > 1 and packs[-1].sum() < world_size:
+        print(f"left out: a last window of {packs[-1].sum()} tokens, fewer than {world_size} ranks", file=sys.stderr)
+        return packs[:-1]
+    return packs
+
+
+def _heading(settings: Mapping[str, Any], packs: Sequence[np.ndarray]) -> str:
+    documents = np.mean([len(lengths) for lengths in packs])
+    plural = "window" if len(packs) == 1 else "windows"
+    return (
+        f"{len(packs)} {plural} of {settings['context']} tokens from {settings['data']['source']}, "
+        f"{documents:.1f} documents each, {settings['world_size']} ranks"
+    )
+
+
+def _table(planned: Sequence[PlannedMethod]) -> str:
+    rows = [
+        [
+            method.name,
+            method.sharding,
+            method.exchange,
+            f"{method.imbalance:.3f}",
+            f"{method.imbalance_max:.3f}",
+            f"{method.critical_rows:.0f}",
+            f"{method.saving:.3f}",
+            f"{method.ms:.2f}",
+        ]
+        for method in planned
+    ]
+    return table(["method", "sharding", "exchange", "imbalance", "max", "critical rows", "saving", "ms"], rows, text=3)
+
+
+def _document(
+    settings: Mapping[str, Any], packs: Sequence[np.ndarray], planned: Sequence[PlannedMethod], plan: ShardingPlan | None
+) -> dict[str, Any]:
+    document = {
+        "world_size": settings["world_size"],
+        "context": settings["context"],
+        "data": settings["data"],
+        "seed": settings["seed"],
+        "windows": len(packs),
+        "documents": sum(len(lengths) for lengths in packs),
+        "methods": [vars(method) for method in planned],
+    }
+    return document if plan is None else {**document, "plan": json.loads(plan.to_json())}

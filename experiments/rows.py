@@ -1,0 +1,107 @@
+"""results.csv: one row, one number, with everything a number must carry. Reports are built from it alone."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashcp.experiments.provenance import commit, versions_text
+
+__all__ = ["REFERENCE", "RESULTS", "Row", "read_rows", "summary_rows", "write_rows"]
+
+RESULTS = "results.csv"
+REFERENCE = "single_process"
+"""Provider of the run of the same packs on one process, which the others' losses are compared with."""
+UNITS = {
+    "step_ms": "ms",
+    "attention_ms": "ms",
+    "exchange_ms": "ms",
+    "wait_ms": "ms",
+    "loader_ms": "ms",
+    "tokens_per_s": "tokens/s",
+    "imbalance": "max/mean",
+    "imbalance_max": "max/mean",
+    "critical_rows": "rows",
+    "saving": "share",
+    "final_loss": "nats",
+    "tokens": "tokens",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number. median: over a run's steps after warm-up, or the number itself where there is one (p20, p80 None).
+
+    case: the work. provider: the method. step: of `loss`, else None. kind: `measured` or `simulated`.
+    config: digest of the run's configuration; reference: of the single-process run of the same packs, or empty.
+    """
+
+    case: str
+    provider: str
+    metric: str
+    unit: str
+    step: int | None
+    p20: float | None
+    median: float
+    p80: float | None
+    device: str
+    versions: str
+    commit: str
+    date: str
+    kind: str
+    config: str
+    reference: str
+
+
+def summary_rows(case: str, provider: str, config: str, reference: str, summary: Mapping[str, Any]) -> list[Row]:
+    """The rows of a training run, from its summary.json."""
+    versions = summary["versions"]
+    carried = (versions["device"], versions_text(versions), commit(), versions["date"], "measured", config, reference)
+
+    def row(metric: str, unit: str, value: Any, step: int | None = None) -> Row:
+        spread = value if isinstance(value, Mapping) else {"p20": None, "median": value, "p80": None}
+        numbers = (spread["p20"], spread["median"], spread["p80"])
+        return Row(case, provider, metric, unit, step, *numbers, *carried)
+
+    numbers = [row(metric, unit, summary[metric]) for metric, unit in UNITS.items()]
+    return numbers + [row("loss", "nats", loss, step) for step, loss in enumerate(summary["losses"], start=1)]
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of a sweep's directory, none when it has no results.csv. Raises ValueError for a file that is not one."""
+    path = folder / RESULTS
+    if not path.is_file():
+        return []
+    names = [field.name for field in dataclasses.fields(Row)]
+    with path.open(encoding="utf-8", newline="") as lines:
+        table = csv.DictReader(lines)
+        if table.fieldnames != names:
+            raise ValueError(f"{path}: expected the columns {', '.join(names)}")
+        try:
+            return [_parse(line) for line in table]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}:{table.line_num}: not a row of results ({error})") from error
+
+
+def write_rows(folder: Path, rows: Iterable[Row]) -> None:
+    """Write results.csv whole or not at all."""
+    unfinished = folder / f"unfinished_{RESULTS}"
+    with unfinished.open("w", encoding="utf-8", newline="") as lines:
+        table = csv.writer(lines, lineterminator="\n")
+        table.writerow([field.name for field in dataclasses.fields(Row)])
+        table.writerows(dataclasses.astuple(row) for row in rows)
+    os.replace(unfinished, folder / RESULTS)
+
+
+def _parse(line: dict[str, str]) -> Row:
+    values: dict[str, Any] = dict(line)
+    values["step"] = int(line["step"]) if line["step"] else None
+    values["median"] = float(line["median"])
+    for name in ("p20", "p80"):
+        values[name] = float(line[name]) if line[name] else None
+    return Row(**values)

@@ -1,0 +1,103 @@
+"""What a configuration may hold: plain dataclasses in Hydra's ConfigStore, groups made from the registries.
+
+A new strategy, exchange, method or data set is a legal group value as soon as its registry names it; the keyword
+options of a strategy are the fields of its `sharding` group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+
+from flashcp.sharding.exchanges import EXCHANGES
+from flashcp.sharding.lengths import LENGTH_DATA, SIGMA
+from flashcp.sharding.methods import METHODS
+from flashcp.sharding.strategies import STRATEGIES
+from flashcp.train.data.sources import SOURCES, DataConfig
+
+__all__ = ["GROUPS", "LengthsData", "PlanSettings", "SampledData", "register"]
+
+GROUPS = {
+    "method": tuple(METHODS),
+    "sharding": tuple(STRATEGIES),
+    "exchange": tuple(EXCHANGES),
+    "data": (*SOURCES, "lengths", *LENGTH_DATA),
+}
+"""Groups and their legal values (`conf/` adds groups of its own)."""
+
+
+@dataclass
+class LengthsData:
+    """Document lengths without text: `path` holds one a line, or `lengths` lists them."""
+
+    source: str = "lengths"
+    path: str = ""
+    lengths: list[int] = field(default_factory=list)
+    overflow: str = "truncate"
+
+
+@dataclass
+class SampledData:
+    """Document lengths drawn from a published distribution (`flashcp.sharding.lengths`)."""
+
+    source: str
+    long_document_weight: float = 1.0
+    sigma: float = SIGMA
+    overflow: str = "truncate"
+
+
+@dataclass
+class Choice:
+    """One member of a group that has no options."""
+
+    name: str
+
+
+@dataclass
+class PlanSettings:
+    """`flashcp plan`. windows: packs that the numbers are means over. figure: a picture of the first plan."""
+
+    world_size: int = 8
+    context: int = 131_072
+    windows: int = 100
+    seed: int = 0
+    figure: str = ""
+    method: str = ""
+    data: Any = None
+    sharding: Any = None
+    exchange: Any = None
+
+
+@cache
+def register() -> None:
+    """Put the schemas into the ConfigStore, once."""
+    store = ConfigStore.instance().store
+    for name, function in STRATEGIES.items():
+        store(group="sharding", name=name, node=_sharding(name, function))
+    for name in EXCHANGES:
+        store(group="exchange", name=name, node=Choice(name))
+    for method in METHODS.values():
+        parts = [{"override /sharding": method.sharding}, {"override /exchange": method.exchange}]
+        store(group="method", name=method.name, package="_global_", node={"defaults": parts, "method": method.name})
+    for name in SOURCES:
+        store(group="data", name=name, node=DataConfig(source=name))
+    store(group="data", name="lengths", node=LengthsData)
+    for name in LENGTH_DATA:
+        store(group="data", name=name, node=SampledData(name))
+    store(name="plan_schema", node=PlanSettings)
+
+
+def _sharding(name: str, function: Any) -> Any:
+    """A dataclass with the strategy's name and its keyword options."""
+    hints = typing.get_type_hints(function)
+    options = [
+        (option.name, hints.get(option.name, Any), field(default=option.default))
+        for option in list(inspect.signature(function).parameters.values())[2:]
+    ]
+    return dataclasses.make_dataclass("Sharding", [("name", str, field(default=name)), *options])

@@ -1,0 +1,39 @@
+"""`flashcp train`: one training run on its ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flashcp.experiments.compose import compose
+from flashcp.experiments.launch import launch
+from flashcp.experiments.settings import read_run, register_run
+from flashcp.train.run import prepare
+
+__all__ = ["CONFIG", "main"]
+
+CONFIG = "config"
+
+
+def main(overrides: Sequence[str], as_json: bool = False) -> int:
+    """Train; the exit code is the ranks'. With as_json the run's summary.json goes to standard output."""
+    register_run()
+    settings = compose(CONFIG, overrides)
+    run = read_run(settings, settings["out"] or "outputs/train")
+    prepare(run.config, run.world_size)
+    outcome = launch(run)
+    if outcome.code:
+        print(f"flashcp: error: {outcome.error}", file=sys.stderr)
+        return outcome.code
+    summary = json.loads((Path(run.config.out) / "summary.json").read_text())
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        print(
+            f"{run.provider}: {summary['steps']} steps on {run.world_size} ranks, final loss {summary['final_loss']:.4f}, "
+            f"{summary['step_ms']['median']:.0f} ms a step, {summary['tokens_per_s']['median']:.0f} tokens/s; "
+            f"written to {run.config.out}"
+        )
+    return 0

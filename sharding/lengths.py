@@ -1,0 +1,164 @@
+"""Document lengths of the data sets that context parallelism is planned for: published numbers, sampled.
+
+wlb_llm: share of documents per length bin (the sample of WLB-LLM's distribution that circulates; arXiv 2503.17924),
+uniform inside a bin. pile, redpajama: share and mean size per subset; only means are published, so a subset is
+lognormal with that mean and `sigma` 1.0, its documents drawn in proportion to share / mean; 4 bytes a token.
+RedPajama's shares are its token counts; its means are our estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from flashcp.sharding.packing import pack_lengths
+
+__all__ = ["LENGTH_DATA", "LONG_DOCUMENT", "SIGMA", "length_stream", "sample_lengths", "windows"]
+
+LONG_DOCUMENT = 32_768
+"""Tokens above which `long_document_weight` applies."""
+SIGMA = 1.0
+"""Spread of a subset's lognormal: the standard deviation of the logarithm of a length."""
+BYTES_PER_TOKEN = 4
+BLOCK = 4096  # documents drawn at a time: a stream is the same however many of them are taken
+
+# longest document of the bin in tokens, share of the documents in it
+WLB_LLM = (
+    (64, 0.01006),
+    (128, 0.00970),
+    (256, 0.02018),
+    (512, 0.03921),
+    (1024, 0.08037),
+    (1536, 0.07946),
+    (2048, 0.07835),
+    (3072, 0.15764),
+    (4096, 0.16191),
+    (5120, 0.15731),
+    (6144, 0.16127),
+    (8192, 0.02084),
+    (12288, 0.00790),
+    (16384, 0.00246),
+    (24576, 0.00304),
+    (32768, 0.00147),
+    (49152, 0.00217),
+    (65536, 0.00138),
+    (98304, 0.00320),
+    (131072, 0.00211),
+)
+
+# subset: share of the bytes, mean document in KiB
+PILE = {
+    "Pile-CC": (18.11, 4.33),
+    "PubMed Central": (14.40, 30.55),
+    "Books3": (12.07, 538.36),
+    "OpenWebText2": (10.01, 3.85),
+    "ArXiv": (8.96, 46.61),
+    "GitHub": (7.59, 5.25),
+    "FreeLaw": (6.12, 15.06),
+    "Stack Exchange": (5.13, 2.16),
+    "USPTO": (3.65, 4.08),
+    "PubMed Abstracts": (3.07, 1.30),
+    "Gutenberg": (2.17, 398.73),
+    "OpenSubtitles": (1.55, 30.48),
+    "Wikipedia": (1.53, 1.11),
+    "DM Mathematics": (1.24, 8.00),
+    "Ubuntu IRC": (0.88, 545.48),
+    "BookCorpus2": (0.75, 369.87),
+    "EuroParl": (0.73, 68.87),
+    "HackerNews": (0.62, 4.92),
+    "YouTube Subtitles": (0.60, 22.55),
+    "PhilPapers": (0.38, 73.37),
+    "NIH ExPorter": (0.30, 2.11),
+    "Enron": (0.14, 1.78),
+}
+
+# subset: tokens in billions, mean document in KiB
+REDPAJAMA = {
+    "CommonCrawl": (878, 6.0),
+    "C4": (175, 2.0),
+    "GitHub": (59, 5.2),
+    "ArXiv": (28, 60.0),
+    "Books": (26, 500.0),
+    "Wikipedia": (24, 3.2),
+    "StackExchange": (20, 2.1),
+}
+
+LENGTH_DATA = ("wlb_llm", "pile", "redpajama")
+
+
+def sample_lengths(
+    name: str, count: int, seed: int, *, long_document_weight: float = 1.0, sigma: float = SIGMA
+) -> np.ndarray:
+    """Tokens of the first `count` documents of a data set's stream, int64 [count]; see `length_stream`."""
+    if count < 1:
+        raise ValueError(f"count={count}: expected a whole number >= 1")
+    blocks, drawn = [], 0
+    for block in _blocks(name, seed, long_document_weight, sigma):
+        blocks.append(block)
+        drawn += len(block)
+        if drawn >= count:
+            break
+    return np.concatenate(blocks)[:count]
+
+
+def length_stream(name: str, seed: int, *, long_document_weight: float = 1.0, sigma: float = SIGMA) -> Iterator[int]:
+    """Tokens of one document after the other, without end, the same for the same arguments.
+
+    long_document_weight: multiplies the share of documents over 32K tokens; 1 is the data set as published.
+    sigma: of the lognormal (`pile`, `redpajama`). Raises ValueError for an unknown name or a value <= 0.
+    """
+    blocks = _blocks(name, seed, long_document_weight, sigma)
+    return (length for block in blocks for length in block.tolist())
+
+
+def windows(
+    name: str,
+    context: int,
+    count: int,
+    seed: int,
+    *,
+    overflow: str = "truncate",
+    long_document_weight: float = 1.0,
+    sigma: float = SIGMA,
+) -> Iterator[np.ndarray]:
+    """Document lengths of `count` full windows of `context` tokens, int64 [documents] each.
+
+    overflow: what becomes of a document that does not fit (`flashcp.sharding.packing`).
+    """
+    lengths = length_stream(name, seed, long_document_weight=long_document_weight, sigma=sigma)
+    packs = pack_lengths(lengths, context, overflow)
+    return (window.document_lengths for _, window in zip(range(count), packs, strict=False))
+
+
+def _blocks(name: str, seed: int, long_document_weight: float, sigma: float) -> Iterator[np.ndarray]:
+    """Blocks of lengths; documents over 32K (or, for weights above 1, all others) are thinned out."""
+    if name not in LENGTH_DATA:
+        raise ValueError(f"data set {name!r}: expected one of {', '.join(LENGTH_DATA)}")
+    for field, value in (("long_document_weight", long_document_weight), ("sigma", sigma)):
+        if not 0 < value < np.inf:
+            raise ValueError(f"{field}={value}: expected a number > 0")
+    return _draw(name, np.random.default_rng(seed), long_document_weight, sigma)
+
+
+def _draw(name: str, random: np.random.Generator, weight: float, sigma: float) -> Iterator[np.ndarray]:
+    keep_long, keep_short = min(1.0, weight), min(1.0, 1.0 / weight)
+    while True:
+        lengths = _binned(random) if name == "wlb_llm" else _lognormal(name, random, sigma)
+        keep = np.where(lengths > LONG_DOCUMENT, keep_long, keep_short)
+        yield lengths[random.random(BLOCK) < keep]
+
+
+def _binned(random: np.random.Generator) -> np.ndarray:
+    longest = np.array([tokens for tokens, _ in WLB_LLM])
+    share = np.array([share for _, share in WLB_LLM])
+    drawn = random.choice(len(longest), size=BLOCK, p=share / share.sum())
+    return random.integers(np.append(0, longest[:-1])[drawn] + 1, longest[drawn], endpoint=True)
+
+
+def _lognormal(name: str, random: np.random.Generator, sigma: float) -> np.ndarray:
+    share, mean_kib = np.array(list((PILE if name == "pile" else REDPAJAMA).values()), dtype=np.float64).T
+    documents = share / mean_kib
+    drawn = random.choice(len(share), size=BLOCK, p=documents / documents.sum())
+    log_mean = np.log(mean_kib[drawn] * 1024 / BYTES_PER_TOKEN) - sigma**2 / 2
+    return np.maximum(1, np.rint(random.lognormal(log_mean, sigma))).astype(np.int64)

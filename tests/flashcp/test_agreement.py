@@ -1,0 +1,172 @@
+"""Ranks that disagree, fail or stay away: named on every rank, never a hang; and what runs after that."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import flashcp
+from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, PeerFailedError, PlanMismatchError
+from tests.packs import random_qkv
+from tests.ranks import run_cases, run_ranks
+
+YESTERDAY, TODAY = (40, 24), (24, 40)
+
+
+def attention(cp: flashcp.ContextParallel, plan: flashcp.ShardingPlan, heads: int = 2, **grad: bool) -> torch.Tensor:
+    q, k, v, _ = random_qkv(int(plan.offsets[-1]), heads, heads, 8, torch.float32, seed=0)
+    q, k, v = (cp.shard(x, plan).requires_grad_(grad.get("grad", False)) for x in (q, k, v))
+    return cp.attention(q, k, v, plan)
+
+
+def message(error: type[Exception], call, *args) -> str:  # type: ignore[no-untyped-def]
+    try:
+        call(*args)
+    except error as raised:
+        return str(raised)
+    return "nothing was raised"
+
+
+def old_plan_on_rank_1(exchange: str, warm: bool) -> tuple[str, float, float]:
+    cp = flashcp.ContextParallel(exchange=exchange, timeout_s=20)
+    old, new = (flashcp.plan(lengths, 3, "per_document") for lengths in (YESTERDAY, TODAY))
+    if warm:
+        attention(cp, old)  # everybody agreed once: the check must not be remembered
+    started = time.monotonic()
+    said = message(PlanMismatchError, attention, cp, old if cp.rank == 1 else new)
+    elapsed = time.monotonic() - started
+    return said, elapsed, attention(cp, new).sum().item()
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_rank_with_an_old_plan_stops_all_ranks_by_name(warm: bool) -> None:
+    new = flashcp.plan(TODAY, 3, "per_document").fingerprint
+    old = flashcp.plan(YESTERDAY, 3, "per_document").fingerprint
+    cases = [(exchange, warm) for exchange in ("exact", "compacted", "all_gather", "ring")]
+    for ranks in run_cases(old_plan_on_rank_1, 3, cases):
+        for said, elapsed, _ in ranks:
+            assert f"rank 1 {old}; ranks 0, 2 {new}" in said
+            assert elapsed < 5
+
+
+def other_settings_on_rank_0(what: str) -> str:
+    rank = dist.get_rank()
+    exchange = "ring" if what == "exchange" and rank == 0 else "exact"
+    cp = flashcp.ContextParallel(exchange=exchange, timeout_s=20)
+    plan = flashcp.plan(TODAY, 2, "per_document")
+    heads = 4 if what == "heads" and rank == 0 else 2
+    return message(PlanMismatchError, lambda: attention(cp, plan, heads, grad=what == "grad" and rank == 0))
+
+
+@pytest.mark.parametrize("what", ["exchange", "heads"])
+def test_other_exchanges_and_shapes_are_named(what: str) -> None:
+    for said in run_ranks(other_settings_on_rank_0, 2, what):
+        assert what in said
+        assert "rank 0" in said
+        assert "rank 1" in said
+
+
+def absent_rank_2() -> tuple[str, float]:
+    cp = flashcp.ContextParallel(timeout_s=2)
+    started = time.monotonic()
+    if cp.rank == 2:
+        time.sleep(4)
+    said = message(ExchangeError, attention, cp, flashcp.plan(TODAY, 3, "per_document"))
+    return said, time.monotonic() - started
+
+
+def test_a_rank_that_does_not_come_is_named_within_the_time_out() -> None:
+    *others, (late, late_elapsed) = run_ranks(absent_rank_2, 3)
+    for said, elapsed in others:
+        assert "rank 2 did not come" in said
+        assert "waited 2 s" in said
+        assert elapsed < 6
+    assert late.startswith("rank 2")  # it comes to a group that gave it up
+    assert late_elapsed < 10
+
+
+def absent_in_the_backward() -> str:
+    cp = flashcp.ContextParallel(timeout_s=2)
+    out = attention(cp, flashcp.plan(TODAY, 2, "per_document"), grad=True)
+    if cp.rank == 0:
+        time.sleep(4)
+        return ""
+    return message(ExchangeTimeoutError, out.sum().backward)
+
+
+def test_a_rank_that_skips_the_backward_is_named() -> None:
+    assert "rank 0 did not come" in run_ranks(absent_in_the_backward, 2)[1]
+
+
+def failing_rank_0() -> tuple[str, float]:
+    cp = flashcp.ContextParallel(timeout_s=30)
+    plan = flashcp.plan(TODAY, 2, "per_document")
+    q, k, v, _ = random_qkv(int(plan.tokens[cp.rank]), 2, 2, 8, torch.float32, seed=0)
+    started = time.monotonic()
+    if cp.rank == 0:
+        said = message(ValueError, cp.attention, q[:-1], k, v, plan)
+    else:
+        said = message(PeerFailedError, cp.attention, q, k, v, plan)
+    return f"{said} | {attention(cp, plan).shape[0]} rows after", time.monotonic() - started
+
+
+def test_an_error_on_one_rank_reaches_the_others_at_once_and_leaves_the_group_usable() -> None:
+    (own, _), (other, elapsed) = run_ranks(failing_rank_0, 2)
+    assert "equal tokens" in own
+    assert "32 rows after" in own
+    assert "rank 0 stopped with an error" in other
+    assert "32 rows after" in other
+    assert elapsed < 10
+
+
+def bad_calls() -> list[str]:
+    cp = flashcp.ContextParallel(exchange="ulysses", timeout_s=20)
+    plan = flashcp.plan(TODAY, 2, "per_document")
+    rows = int(plan.tokens[cp.rank])
+    x = torch.zeros(rows, 3, 8)
+    y = torch.zeros(rows, 2, 8)
+    return [
+        message(ValueError, cp.attention, x, x, x, plan),
+        message(ValueError, cp.attention, y.half(), y, y, plan),
+        message(ValueError, cp.attention, y[1:], y[1:], y[1:], plan),
+        message(ValueError, cp.attention, y, y, y, flashcp.plan(TODAY, 4)),
+        message(ValueError, cp.attention, y, y, y, "plan"),
+        message(ValueError, cp.shard, torch.zeros(3), plan),
+        message(ValueError, cp.unshard, torch.zeros(3), plan),
+        message(ValueError, cp.attention, y.double(), y.double(), y.double(), plan),
+    ]
+
+
+def test_bad_calls_say_what_is_wrong() -> None:
+    expected = (
+        "query_heads=3, kv_heads=3: exchange 'ulysses' on 2 ranks expects multiples of 2",
+        "one floating-point dtype",
+        "q has 31 rows: expected 32",
+        "plan for 4 ranks: expected the group's 2",
+        "plan is a str",
+        "x has 3 rows along dim 0: expected the pack's 64",
+        "local has 3 rows along dim 0: expected 32 on rank",
+        "q is torch.float64",
+    )
+    for said in run_ranks(bad_calls, 2):
+        for text, part in zip(said, expected, strict=True):
+            assert part in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("exchange", "nope"),
+        ("overlap", "fused"),
+        ("attention", "nope"),
+        ("transport", "nccl"),
+        ("backward", "nope"),
+        ("timeout_s", 0),
+    ],
+)
+def test_unknown_names_list_the_legal_ones(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{field}={value!r}: expected"):
+        flashcp.ContextParallel(**{field: value})  # type: ignore[arg-type]

@@ -1,0 +1,118 @@
+"""What users rely on beside the numbers: no leaks between documents, repeatability, nothing kept without need."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+import flashcp
+from flashcp.comm.exchanges import EXCHANGE_CLASSES
+from tests.packs import random_qkv
+from tests.ranks import run_cases, run_ranks
+
+LENGTHS = (50, 7, 1, 70)
+PAIRS = [
+    (strategy, exchange) for strategy in flashcp.strategies() if strategy != "flashcp" for exchange in EXCHANGE_CLASSES
+]
+
+
+def probe(strategy: str, exchange: str) -> list[int]:
+    """Change one token of document 0; count changed output and gradient elements of the other documents."""
+    cp = flashcp.ContextParallel(exchange=exchange, timeout_s=20)
+    plan = flashcp.plan(LENGTHS, cp.world_size, strategy)
+
+    def run(change: float) -> list[torch.Tensor]:
+        *qkv, grad = random_qkv(sum(LENGTHS), 6, 6, 8, torch.float32, seed=0)
+        for x in qkv:
+            x[3] += change
+        local = [cp.shard(x, plan).requires_grad_() for x in qkv]
+        out = cp.attention(*local, plan)
+        gradients = torch.autograd.grad(out, local, cp.shard(grad, plan))
+        return [cp.unshard(x.detach(), plan) for x in (out, *gradients)]
+
+    before, after = run(0.0), run(1.0)
+    changed = [(a != b).flatten(1).any(1) for a, b in zip(before, after, strict=True)]
+    return [int(x[: LENGTHS[0]].sum()) for x in changed] + [int(x[LENGTHS[0] :].sum()) for x in changed]
+
+
+def test_no_document_sees_another() -> None:
+    for case, ranks in zip(PAIRS, run_cases(probe, 3, PAIRS), strict=True):
+        for counts in ranks:
+            assert min(counts[:4]) > 0, case  # the probe does change its own document
+            assert counts[4:] == [0, 0, 0, 0], case
+
+
+def twice(strategy: str, exchange: str) -> bool:
+    cp = flashcp.ContextParallel(exchange=exchange, timeout_s=20)
+    plan = flashcp.plan(LENGTHS, cp.world_size, strategy)
+    *qkv, grad = random_qkv(sum(LENGTHS), 6, 6, 8, torch.float32, seed=0)
+    local = [cp.shard(x, plan).requires_grad_() for x in qkv]
+
+    def run() -> list[torch.Tensor]:
+        out = cp.attention(*local, plan)
+        return [out, *torch.autograd.grad(out, local, cp.shard(grad, plan))]
+
+    return all(map(torch.equal, run(), run()))
+
+
+def test_runs_repeat_bit_for_bit() -> None:
+    assert all(same for ranks in run_cases(twice, 3, PAIRS) for same in ranks)
+
+
+def kept_under_no_grad(exchange: str) -> tuple[bool, bool]:
+    """Whether the receive buffer outlives the call, without and with gradients."""
+    cp = flashcp.ContextParallel(exchange=exchange, timeout_s=20)
+    plan = flashcp.plan(LENGTHS, cp.world_size, "per_document")
+    *qkv, _ = random_qkv(sum(LENGTHS), 6, 6, 8, torch.float32, seed=0)
+    q, k, v = (cp.shard(x, plan).requires_grad_() for x in qkv)
+    alive = []
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            handle = cp.prefetch(k, v, plan)
+            buffer = weakref.ref(handle._flight.buffer)
+            out = handle.attention(q)
+            assert out.requires_grad == grad
+            alive.append(buffer() is not None)
+    return alive[0], alive[1]
+
+
+@pytest.mark.parametrize("exchange", list(EXCHANGE_CLASSES))
+def test_nothing_is_kept_without_gradients(exchange: str) -> None:
+    assert run_ranks(kept_under_no_grad, 2, exchange) == [(False, True)] * 2
+
+
+def handle_and_helpers() -> None:
+    cp = flashcp.ContextParallel(timeout_s=20)
+    plan = flashcp.plan(LENGTHS, cp.world_size, "per_document")
+    *qkv, _ = random_qkv(sum(LENGTHS), 4, 2, 8, torch.float32, seed=0)
+    q, k, v = (cp.shard(x, plan) for x in qkv)
+    handle = cp.prefetch(k, v, plan)
+    assert torch.equal(handle.attention(q), cp.attention(q, k, v, plan))
+    with pytest.raises(RuntimeError, match="prefetch again"):
+        handle.attention(q)
+    assert cp.transport == "gloo"
+    assert cp.overlap == "staged"
+    assert cp.stats.attention_ms > 0
+    assert cp.stats.exchange_ms > 0
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])
+    assert torch.equal(cp.position_ids(plan), cp.shard(positions, plan))
+    full = torch.randn(3, sum(LENGTHS), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(cp.unshard(cp.shard(full, plan, dim=1), plan, dim=1), full)
+    # Every rank weighs the copies of a row with rank + 1: the adjoint is their sum.
+    local = cp.shard(full, plan, dim=1).requires_grad_()
+    (gradient,) = torch.autograd.grad(cp.unshard(local, plan, dim=1), local, full * (cp.rank + 1))
+    assert torch.allclose(gradient, local.detach() * sum(range(1, cp.world_size + 1)))
+
+
+def test_prefetch_shard_unshard_and_positions() -> None:
+    run_ranks(handle_and_helpers, 3)
+
+
+def test_alone_without_a_process_group() -> None:
+    cp = flashcp.ContextParallel()
+    assert (cp.rank, cp.world_size, cp.transport) == (0, 1, "none")
+    plan = flashcp.plan(LENGTHS, 1)
+    *qkv, _ = random_qkv(sum(LENGTHS), 4, 2, 8, torch.float32, seed=0)
+    assert torch.equal(cp.attention(*qkv, plan), flashcp.varlen_attention(*qkv, LENGTHS))

@@ -1,0 +1,85 @@
+"""The CPU implementation against the reference: values, gradients, memory, layouts."""
+
+from __future__ import annotations
+
+import resource
+
+import pytest
+import torch
+
+import flashcp
+from tests.packs import AWKWARD, random_lengths, random_qkv, relative_error
+
+
+def errors(lengths: tuple[int, ...], query_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[float]:
+    *qkv, grad = random_qkv(sum(lengths), query_heads, kv_heads, head_dim, dtype, seed=sum(lengths))
+    fast = [x.requires_grad_() for x in qkv]
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    out, expected = flashcp.varlen_attention(*fast, lengths), flashcp.reference_attention(*exact, lengths)
+    got = torch.autograd.grad(out, fast, grad)
+    want = torch.autograd.grad(expected, exact, grad.double())
+    return [relative_error(a, b) for a, b in zip((out, *got), (expected, *want), strict=True)]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=["mha", "gqa", "mqa"])
+@pytest.mark.parametrize("lengths", [*AWKWARD, *map(random_lengths, range(3))], ids=str)
+def test_matches_the_reference(lengths: tuple[int, ...], heads: tuple[int, int]) -> None:
+    assert max(errors(lengths, *heads, 16, torch.float32)) < 1e-5
+    assert max(errors(lengths, *heads, 80, torch.bfloat16)) < 1e-2
+    assert max(errors(lengths, *heads, 16, torch.float16)) < 2e-3
+
+
+def test_a_document_of_32k_tokens_fits() -> None:
+    tokens = 32_768
+    q, k, v, grad = random_qkv(tokens, 1, 1, 16, torch.float32, seed=0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = flashcp.varlen_attention(*(x.requires_grad_() for x in (q, k, v)), [tokens])
+    out.backward(grad)
+    grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown_mib < 1024, f"{grown_mib:.0f} MiB: a tokens x tokens matrix alone would take 4096"
+    last = torch.softmax(q[-1, 0].double() @ k[:, 0].double().T / 4, 0) @ v[:, 0].double()
+    assert relative_error(out[-1, 0], last) < 1e-5
+
+
+def test_any_layout_gives_the_same_numbers() -> None:
+    lengths = [5, 40, 19]
+    q, k, v, grad = random_qkv(64, 4, 2, 16, torch.float32, seed=3)
+
+    def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out = flashcp.varlen_attention(*leaves, lengths)
+        return [out, *torch.autograd.grad(out, leaves, grad)]
+
+    strided = [x.permute(2, 1, 0).contiguous().permute(2, 1, 0) for x in (q, k, v)]
+    sliced = [torch.stack((x, x), dim=1)[:, 0] for x in (q, k, v)]
+    for other in (strided, sliced):
+        assert not other[0].is_contiguous()
+        for a, b in zip(run(q, k, v), run(*other), strict=True):
+            assert torch.equal(a, b)
+    out = flashcp.varlen_attention(q, k.requires_grad_(), v, lengths)
+    (expanded,) = torch.autograd.grad(out.sum(), k)  # the gradient of sum() has stride 0 everywhere
+    (plain,) = torch.autograd.grad(flashcp.varlen_attention(q, k, v, lengths), k, torch.ones_like(out))
+    assert torch.equal(expanded, plain)
+
+
+def test_two_runs_agree_bit_for_bit() -> None:
+    lengths = (1, 127, 129)
+    assert errors(lengths, 4, 2, 16, torch.float32) == errors(lengths, 4, 2, 16, torch.float32)
+
+
+def test_softmax_scale_is_used() -> None:
+    q, k, v, _ = random_qkv(20, 2, 2, 8, torch.float32, seed=4)
+    out = flashcp.varlen_attention(q, k, v, [20], softmax_scale=0.9)
+    assert relative_error(out, flashcp.reference_attention(q, k, v, [20], 0.9)) < 1e-5
+
+
+def test_bad_input_is_named() -> None:
+    x = torch.zeros(4, 2, 8)
+    with pytest.raises(ValueError, match=r"expected one of torch\.float32, torch\.bfloat16"):
+        flashcp.varlen_attention(x.double(), x.double(), x.double(), [4])
+    with pytest.raises(ValueError, match="attention='nope': expected one of auto, cpu"):
+        flashcp.varlen_attention(x, x, x, [4], attention="nope")
+    with pytest.raises(ValueError, match="add up to 3: expected the 4 tokens"):
+        flashcp.varlen_attention(x, x, x, [3])
+    with pytest.raises(ValueError, match="multiple of KV heads"):
+        flashcp.varlen_attention(torch.zeros(4, 3, 8), x, x, [4])
