@@ -43,6 +43,7 @@ class Layout:
         self.local: Segments = plan.local(rank)
         self.received: Segments = EXCHANGES[exchange].received(plan, rank)
         self.sent: Segments = EXCHANGES[exchange].sent(plan, rank)
+        self.schedule_of_source = lru_cache(maxsize=None)(self._schedule_of_source)
 
     @cached_property
     def sent_index(self) -> Tensor:
@@ -58,6 +59,16 @@ class Layout:
     def received_schedule(self) -> Schedule:
         """What the received rows contribute, all sources at once."""
         return build_schedule(self.local, received=self.received)
+
+
+    @cached_property
+    def gathered_schedule(self) -> Schedule:
+        """The whole pack computed from the receive buffer, queries too."""
+        return build_schedule(self.received, local=self.received)
+
+    def _schedule_of_source(self, source: int) -> Schedule:
+        """What the rows received from one rank contribute."""
+        return build_schedule(self.local, received=self.received.take(self.received.rank == source))
 
 
 class Flight(ABC):

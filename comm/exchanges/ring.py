@@ -14,7 +14,7 @@ from torch import Tensor
 from flashcp.comm.exchanges.base import Flight, Homecoming, Layout, ReceivingExchange, pack_rows
 from flashcp.comm.transport import Transport
 from flashcp.kernels.cpu import KV
-from flashcp.kernels.schedule import Schedule, build_schedule
+from flashcp.kernels.schedule import Schedule
 from flashcp.sharding.plan import ShardingPlan
 
 __all__ = ["Ring"]
@@ -56,9 +56,7 @@ class _RingFlight(Flight):
             self._arrival.wait()
             if step + 1 < ranks:
                 self._arrival = self._transport.shift(self._blocks[step], self._blocks[step + 1])
-            source = (layout.rank - step) % ranks
-            block = layout.received.take(layout.received.rank == source)
-            yield build_schedule(layout.local, received=block)
+            yield layout.schedule_of_source((layout.rank - step) % ranks)
 
 
 class _RingHomecoming(Homecoming):

@@ -17,7 +17,7 @@ from torch import Tensor
 from flashcp.comm.exchanges.base import Exchange, Flight, Job, Kept
 from flashcp.comm.transport import Arrival
 from flashcp.kernels.cpu import KV
-from flashcp.kernels.schedule import Schedule, build_schedule
+from flashcp.kernels.schedule import Schedule
 from flashcp.sharding.plan import ShardingPlan
 
 __all__ = ["Ulysses"]
@@ -33,7 +33,7 @@ class Ulysses(Exchange):
     def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> Flight:
         """See Exchange."""
         arrival, buffer = self._by_heads(plan, torch.stack((k, v), dim=1))
-        return _HeadsFlight(arrival, buffer, self._schedule(plan))
+        return _HeadsFlight(arrival, buffer, self.layout(plan).gathered_schedule)
 
     def forward(
         self, plan: ShardingPlan, q: Tensor, k: Tensor, v: Tensor, flight: Flight, job: Job, scale: float
@@ -80,7 +80,7 @@ class Ulysses(Exchange):
                 nothing,
                 kept.out,
                 kept.lse,
-                self._schedule(plan),
+                self.layout(plan).gathered_schedule,
                 scale,
                 gradients[0],
                 KV(*gradients[1:]),
@@ -91,10 +91,6 @@ class Ulysses(Exchange):
             grad_q = self._by_tokens(plan, gradients[0][:, None].to(wire))[:, 0]
             grad_k, grad_v = self._by_tokens(plan, torch.stack(gradients[1:], dim=1).to(wire)).unbind(1)
         return grad_q.float(), grad_k.float(), grad_v.float()
-
-    def _schedule(self, plan: ShardingPlan) -> Schedule:
-        everything = self.layout(plan).received
-        return build_schedule(everything, local=everything)
 
     def _by_heads(self, plan: ShardingPlan, rows: Tensor) -> tuple[Arrival, Tensor]:
         """[T, tensors, heads, D] of all heads -> [C, tensors, heads / N, D] of this rank's, on its way."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,7 +24,7 @@ def plans(draw: st.DrawFn) -> ShardingPlan:
     shards = []
     for document, length in enumerate(lengths):
         cuts = sorted(draw(st.sets(st.integers(1, length), max_size=5)) | {0, length})
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             shards.append((document, start, stop, draw(st.integers(0, world_size - 1))))
     return ShardingPlan.from_shards(lengths, world_size, shards)
 
@@ -47,7 +49,7 @@ def rows_of(segments: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
     return [(document, row) for document, start, stop in segments for row in range(start, stop)]
 
 
-@settings(max_examples=400)
+@settings(max_examples=1000)
 @given(plans())
 def test_exact_sends_each_row_to_its_readers_and_nobody_else(plan: ShardingPlan) -> None:
     route, needed = plan.route("exact"), read_rows(plan)
@@ -62,7 +64,7 @@ def test_exact_sends_each_row_to_its_readers_and_nobody_else(plan: ShardingPlan)
     assert route.critical_rows == max(sizes.sum(0).max(), sizes.sum(1).max())
 
 
-@settings(max_examples=300)
+@settings(max_examples=800)
 @given(plans(), st.sampled_from(["exact", "compacted", "all_gather", "ring"]))
 def test_every_exchange_brings_the_rows_that_are_read(plan: ShardingPlan, exchange: str) -> None:
     route, needed = plan.route(exchange), read_rows(plan)
@@ -75,7 +77,7 @@ def test_every_exchange_brings_the_rows_that_are_read(plan: ShardingPlan, exchan
             assert needed[source][reader] <= set(rows_of(route.segments(source, reader)))
 
 
-@settings(max_examples=200)
+@settings(max_examples=500)
 @given(plans())
 def test_senders_and_readers_agree_on_the_order(plan: ShardingPlan) -> None:
     route = plan.route("exact")
@@ -97,7 +99,7 @@ def local_row(local: Segments, document: int, row: int) -> int:
     return int(local.row[i] + row - local.start[i])
 
 
-@settings(max_examples=200)
+@settings(max_examples=500)
 @given(plans())
 def test_counts_of_the_other_exchanges(plan: ShardingPlan) -> None:
     ranks, total, tokens = plan.world_size, int(plan.tokens.sum()), plan.tokens
