@@ -65,7 +65,7 @@ class _Attention(torch.autograd.Function):
         if call.handshake is not None:
             with call.job.clock.measure("wait_ms"):
                 call.handshake.compare(call.header._replace(backward=1))
-        gradients = call.exchange.backward(call.plan, grad_out.contiguous(), kept, call.job, ctx.scale)
+        gradients = call.exchange.backward(call.plan, _rows(grad_out), kept, call.job, ctx.scale)
         grad_q, grad_k, grad_v = (gradient.to(grad_out.dtype) for gradient in gradients)
         return grad_q, grad_k, grad_v, None, None, None
 

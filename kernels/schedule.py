@@ -51,6 +51,8 @@ class Schedule:
 def build_schedule(queries: Segments, local: Segments | None = None, received: Segments | None = None) -> Schedule:
     """Join query shards with the KV segments that lie below their ends in the same document.
 
+    Shards are disjoint: a segment that begins below a query shard's end is that shard or lies wholly before it.
+
     queries, local: shards of this rank with `row` in the local tensor. received: segments of the receive buffer.
     Leaving `local` or `received` out gives the schedule of the other part alone: outputs of several parts are
     merged by their log-sum-exp. Query shards that read nothing from the parts given are left out.
@@ -70,7 +72,6 @@ def build_schedule(queries: Segments, local: Segments | None = None, received: S
 
     used, range_first = np.unique(query, return_index=True)
     start = keys.start[key]
-    stop = np.minimum(keys.stop[key], queries.stop[query])
     return Schedule(
         query_start=queries.row[used],
         query_stop=(queries.row + queries.stop - queries.start)[used],
@@ -78,7 +79,7 @@ def build_schedule(queries: Segments, local: Segments | None = None, received: S
         range_first=np.append(range_first, len(key)),
         received=in_received[key],
         row_start=keys.row[key],
-        row_stop=keys.row[key] + stop - start,
+        row_stop=keys.row[key] + keys.stop[key] - start,
         position=start,
         masked=start == queries.start[query],
         source=keys.rank[key],

@@ -50,6 +50,11 @@ class Route:
             return 0.0
         return 1.0 - self.critical_rows * ranks / (int(self.plan.offsets[-1]) * (ranks - 1))
 
+    @property
+    def imbalance(self) -> float:
+        """Max/mean of what ranks compute: the plan's, but 1.0 for `ulysses`, which shares out heads."""
+        return 1.0 if self.exchange == "ulysses" else self.plan.imbalance
+
     def received(self, rank: int) -> Segments:
         """What lies where in a rank's receive buffer; `rank` of a segment is the owner of its rows."""
         self.plan._check_rank(rank)

@@ -25,15 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(TrainConfig.from_file(path))
     except ValueError as error:
         if _first_to_report():
-            print(f"error: {error}", file=sys.stderr)
+            _say(str(error))
         return 2
     except Exception as error:
         rank, world_size = launched_rank()
         if _first_to_report():
             traceback.print_exc()
-        print(f"error: rank {rank} of {world_size}: {type(error).__name__}: {error}", file=sys.stderr)
+        _say(f"rank {rank} of {world_size}: {type(error).__name__}: {error}")
         return 1
     return 0
+
+
+def _say(message: str) -> None:
+    print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def _first_to_report() -> bool:

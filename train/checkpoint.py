@@ -79,7 +79,10 @@ def find_checkpoint(out: Path, resume: str, identity: dict[str, Any]) -> Path | 
             raise ValueError(
                 f"checkpoint.resume={resume!r}: no checkpoint there; expected never, latest or a step_* path"
             )
-    saved = json.loads((path / IDENTITY).read_text())
+    try:
+        saved = json.loads((path / IDENTITY).read_text())
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path}: {IDENTITY} cannot be read: {error}") from error
     differing = [
         f"{section}.{field} is {saved.get(section, {}).get(field)!r} there and {value!r} here"
         for section, fields in identity.items()

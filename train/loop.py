@@ -156,7 +156,7 @@ class Trainer:
             "wait_ms": wait_ms,
             "loader_ms": loader_ms,
             "tokens_per_s": 1e3 * tokens / step_ms,
-            "imbalance": _mean([pack.imbalance for pack in packs]),
+            "imbalance": _mean([pack.route.imbalance for pack in packs]),
             "critical_rows": _mean([pack.route.critical_rows for pack in packs]),
             "saving": _mean([pack.route.saving for pack in packs]),
         }

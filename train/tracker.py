@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-__all__ = ["WANDB_MODES", "Tracker", "TrackerConfig"]
+__all__ = ["WANDB_MODES", "Tracker", "TrackerConfig", "track_comparison"]
 
 WANDB_MODES = ("offline", "online", "disabled")
 
@@ -76,6 +76,30 @@ class Tracker:
         except Exception as error:  # a full disk, a service that died, ...
             self._run = None
             _say_off(error)
+
+
+def track_comparison(
+    config: TrackerConfig,
+    out: Path,
+    columns: list[str],
+    rows: list[list[Any]],
+    chart: tuple[str, str],
+    summary: dict[str, Any],
+) -> None:
+    """One wandb run that compares others: a table, a bar chart of two of its columns (label, number), a summary."""
+    run = _start_wandb(config, out, {})
+    if run is None:
+        return
+    try:
+        import wandb
+
+        label, number = chart
+        compared = wandb.Table(columns=columns, data=rows)
+        run.log({"comparison": compared, number: wandb.plot.bar(compared, label, number, title=number)})
+        run.summary.update(summary)
+        run.finish()
+    except Exception as error:  # a full disk, a service that died, ...
+        _say_off(error)
 
 
 def _start_wandb(config: TrackerConfig, out: Path, run_config: dict[str, Any]) -> Any:

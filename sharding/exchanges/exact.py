@@ -1,6 +1,7 @@
 """`exact`: every row goes to the ranks that read it and to no other.
 
 Row x of a document is read by a rank iff the rank's last piece of that document ends beyond x: only ends cost.
+Shards are disjoint, so another rank's shard lies wholly below that end or wholly above it: shards travel whole.
 The receive buffer holds the rows of rank 0, then those of rank 1, and so on, each in pack order.
 """
 
@@ -68,6 +69,8 @@ def rows(plan: ShardingPlan) -> tuple[np.ndarray, np.ndarray]:
 
 def received(plan: ShardingPlan, rank: int) -> Segments:
     """What lies in the receive buffer of a rank: for each cut document it holds, others' rows below its end."""
+    from flashcp.sharding.plan import Segments
+
     mine = ends(plan)
     held = mine.rank == rank
     document, end = mine.document[held], mine.stop[held]
@@ -76,15 +79,11 @@ def received(plan: ShardingPlan, rank: int) -> Segments:
     shard = expand_ranges(first, count)
     end = np.repeat(end, count)
     keep = (plan.table.rank[shard] != rank) & (plan.table.start[shard] < end)
-    shard, end = shard[keep], end[keep]
-    order = np.argsort(plan.table.rank[shard], kind="stable")
-    shard, end = shard[order], end[order]
-    return _packed(
-        plan.table.document[shard],
-        plan.table.start[shard],
-        np.minimum(plan.table.stop[shard], end),
-        plan.table.rank[shard],
-    )
+    shard = shard[keep]
+    shard = shard[np.argsort(plan.table.rank[shard], kind="stable")]
+    document, start, stop, owner = (column[shard] for column in plan.table)
+    count = stop - start
+    return Segments(document, start, stop, owner, np.cumsum(count) - count)
 
 
 def sent(plan: ShardingPlan, rank: int) -> Segments:
@@ -98,12 +97,4 @@ def sent(plan: ShardingPlan, rank: int) -> Segments:
     reader, shard = reader[keep], shard[keep]
     order = np.lexsort((shard, readers.rank[reader]))
     reader, shard = reader[order], shard[order]
-    leaving = local.take(shard)
-    return leaving._replace(stop=np.minimum(leaving.stop, readers.stop[reader]), rank=readers.rank[reader])
-
-
-def _packed(document: np.ndarray, start: np.ndarray, stop: np.ndarray, rank: np.ndarray) -> Segments:
-    from flashcp.sharding.plan import Segments
-
-    count = stop - start
-    return Segments(document, start, stop, rank, np.cumsum(count) - count)
+    return local.take(shard)._replace(rank=readers.rank[reader])

@@ -61,9 +61,9 @@ def test_runs_repeat_bit_for_bit() -> None:
     assert all(same for ranks in run_cases(twice, 3, PAIRS) for same in ranks)
 
 
-def kept_under_no_grad(exchange: str) -> tuple[bool, bool]:
+def kept(exchange: str, backward: str) -> list[bool]:
     """Whether the receive buffer outlives the call, without and with gradients."""
-    cp = flashcp.ContextParallel(exchange=exchange, timeout_s=20)
+    cp = flashcp.ContextParallel(exchange=exchange, backward=backward, timeout_s=20)
     plan = flashcp.plan(LENGTHS, cp.world_size, "per_document")
     *qkv, _ = random_qkv(sum(LENGTHS), 6, 6, 8, torch.float32, seed=0)
     q, k, v = (cp.shard(x, plan).requires_grad_() for x in qkv)
@@ -75,12 +75,14 @@ def kept_under_no_grad(exchange: str) -> tuple[bool, bool]:
             out = handle.attention(q)
             assert out.requires_grad == grad
             alive.append(buffer() is not None)
-    return alive[0], alive[1]
+    return alive
 
 
 @pytest.mark.parametrize("exchange", list(EXCHANGE_CLASSES))
-def test_nothing_is_kept_without_gradients(exchange: str) -> None:
-    assert run_ranks(kept_under_no_grad, 2, exchange) == [(False, True)] * 2
+def test_received_rows_are_kept_for_a_backward_only(exchange: str) -> None:
+    keep, refetch = run_cases(kept, 2, [(exchange, "keep"), (exchange, "refetch")])
+    assert keep == [[False, True]] * 2
+    assert refetch == [[False, False]] * 2
 
 
 def handle_and_helpers() -> None:

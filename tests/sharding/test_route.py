@@ -129,6 +129,8 @@ def test_savings_and_bytes_by_hand() -> None:
     assert route.bytes(8, 4, 16, 4, backward=True).tolist() == [4 * 2 * 4 * 16 * 4, 2 * 2 * 4 * 16 * 4]
     ulysses = plan.route("ulysses")
     assert ulysses.critical_rows == 2 * 4 * 1 / 2
+    assert flashcp.plan([8], 2, "contiguous").route("exact").imbalance == 2 * 26 / 36
+    assert flashcp.plan([8], 2, "contiguous").route("ulysses").imbalance == 1.0
     # Q, K, V of 4 rows for half the heads, O of 4 rows for half the heads.
     assert ulysses.bytes(8, 4, 16, 2).tolist() == [(4 * (8 + 2 * 4) + 4 * 8) // 2 * 16 * 2] * 2
     with pytest.raises(ValueError, match="multiples of world_size=2"):

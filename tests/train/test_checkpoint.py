@@ -110,3 +110,6 @@ def test_a_damaged_checkpoint_is_one_clear_error(finished: Path, tmp_path: Path)
     (tmp_path / "run" / "checkpoints" / "step_00000002" / ".metadata").unlink()
     with pytest.raises(ValueError, match=r"checkpoint .*step_00000002: cannot be read"):
         train(small(tmp_path / "run", checkpoint={"resume": "latest"}, loop={"steps": 3}))
+    (tmp_path / "run" / "checkpoints" / "step_00000002" / "identity.json").write_text("{")
+    with pytest.raises(ValueError, match=r"checkpoint .*step_00000002: identity\.json cannot be read"):
+        train(small(tmp_path / "run", checkpoint={"resume": "latest"}, loop={"steps": 3}))

@@ -39,11 +39,6 @@ class Batch:
     carried: int
     position: Position
 
-    @property
-    def imbalance(self) -> float:
-        """Largest work of a rank over the mean: the plan's, but for `ulysses`, which splits heads evenly."""
-        return 1.0 if self.route.exchange == "ulysses" else self.plan.imbalance
-
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
         return replace(
