@@ -9,25 +9,10 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple
 
-__all__ = ["VERBS", "main"]
+from flashcp.experiments.verbs import VERBS
 
-
-class Verb(NamedTuple):
-    """A module with `main(arguments, as_json) -> exit code`, and what `--help` says of it."""
-
-    module: str
-    summary: str
-    arguments: str = "[KEY=VALUE ...]"
-
-
-VERBS = {
-    "plan": Verb("plan", "what each method makes of the same packs: balance, rows that travel, saving"),
-    "train": Verb("train", "train one model under one method"),
-    "sweep": Verb("sweep", "train under several methods (experiment=demo), compare them, write table, figure and page"),
-    "report": Verb("report", "rebuild a sweep's table, figure and page from its rows", "DIRECTORY [KEY=VALUE ...]"),
-}
+__all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

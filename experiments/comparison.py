@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class Comparison:
 
     def mean_speedups(self) -> dict[str, float]:
         """Geometric mean over cases of every method's speedup, where all cases have one."""
-        cases = len({line.case for line in self.lines if line.provider != REFERENCE})
+        cases = len(self.cases)
         found: dict[str, list[float]] = {}
         for line in self.lines:
             if line.speedup:
@@ -74,19 +75,26 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
     runs: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         runs.setdefault((row.case, row.provider), []).append(row)
-    losses = {found[0].config: _losses(found) for found in runs.values()}
-    steps = {case: _number(found, "step_ms") for (case, provider), found in runs.items() if provider == baseline}
-    lines = [_line(found, steps.get(case), losses) for (case, _), found in runs.items()]
-    order = {baseline: 0, REFERENCE: 2}
-    cases = list(dict.fromkeys(line.case for line in lines))
-    return Comparison(
-        baseline, tuple(sorted(lines, key=lambda line: (cases.index(line.case), order.get(line.provider, 1))))
-    )
+    by_config = {found[0].config: found for found in runs.values()}
+    lines: list[Line] = []
+    cases: dict[str, list[list[Row]]] = {}
+    for (case, provider), found in runs.items():
+        if provider != REFERENCE:
+            cases.setdefault(case, []).append(found)
+    for found_runs in cases.values():
+        found_runs.sort(key=lambda found: found[0].provider != baseline)
+        first = next((found for found in found_runs if found[0].provider == baseline), None)
+        baseline_ms = _number(first, "step_ms") if first else None
+        lines += [_line(found, baseline_ms, by_config) for found in found_runs]
+        references = dict.fromkeys(found[0].reference for found in found_runs)
+        alone = [by_config[digest] for digest in references if digest in by_config]
+        lines += [dataclasses.replace(_line(found, None, {}), case=found_runs[0][0].case) for found in alone]
+    return Comparison(baseline, tuple(lines))
 
 
-def _line(rows: Sequence[Row], baseline_ms: float | None, losses: dict[str, tuple[float, ...]]) -> Line:
+def _line(rows: Sequence[Row], baseline_ms: float | None, runs: dict[str, list[Row]]) -> Line:
     first, step_ms, own = rows[0], _number(rows, "step_ms"), _losses(rows)
-    expected = losses.get(first.reference, ())
+    expected = _losses(runs.get(first.reference, []))
     difference = None
     if own and len(own) == len(expected):
         difference = max(abs(a - b) / abs(b) for a, b in zip(own, expected, strict=True))
@@ -99,7 +107,7 @@ def _line(rows: Sequence[Row], baseline_ms: float | None, losses: dict[str, tupl
         exchange_ms=_number(rows, "exchange_ms"),
         wait_ms=_number(rows, "wait_ms"),
         step_ms=step_ms,
-        speedup=baseline_ms / step_ms if baseline_ms and step_ms and first.provider != REFERENCE else None,
+        speedup=baseline_ms / step_ms if baseline_ms and step_ms else None,
         final_loss=_number(rows, "final_loss"),
         loss_difference=difference,
         losses=own,

@@ -6,23 +6,37 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flashcp.experiments.schema import GROUPS, register
 
-__all__ = ["compose", "expand", "multirun"]
+__all__ = ["Job", "compose", "expand", "multirun"]
 
 CONFIGS = "flashcp.conf"
-QUIET = ("hydra/hydra_logging=disabled", "hydra/job_logging=disabled", "hydra.output_subdir=null", "hydra.sweep.subdir=.")
+QUIET = (
+    "hydra/hydra_logging=disabled",
+    "hydra/job_logging=disabled",
+    "hydra.job.chdir=false",
+    "hydra.output_subdir=null",
+    "hydra.sweep.subdir=.",
+)
+
+
+class Job(NamedTuple):
+    """One job of a multirun: its configuration as plain values, and the overrides that made it."""
+
+    settings: dict[str, Any]
+    overrides: list[str]
 
 
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -32,26 +46,29 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         return _plain(hydra_compose(name, list(overrides)))
 
 
-def expand(name: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
+def expand(name: str, overrides: Sequence[str]) -> list[Job]:
     """What `multirun` would hand to its jobs, in order; nothing is run, nothing stays on disk."""
-    jobs: list[dict[str, Any]] = []
+    jobs: list[Job] = []
     with tempfile.TemporaryDirectory() as folder:
         multirun(name, overrides, folder, jobs.append)
     return jobs
 
 
-def multirun(name: str, overrides: Sequence[str], out: str, job: Callable[[dict[str, Any]], None]) -> None:
+def multirun(name: str, overrides: Sequence[str], out: str, run: Callable[[Job], None]) -> None:
     """A Hydra multirun in directory `out`: `hydra.sweeper.params` and overrides spelled `key=a,b` span the jobs.
 
-    job: called with each job's configuration as plain values. Raises ValueError for overrides that do not compose.
+    run: called with each job. Raises ValueError for overrides that do not compose.
     """
     register()
-    given = [*QUIET, *overrides, f"hydra.sweep.dir={_quoted(out)}"]
+
+    def task(config: DictConfig) -> None:
+        run(Job(_plain(config), list(HydraConfig.get().overrides.task)))
+
     with _one_line(name, overrides):
         search_path = create_config_search_path(f"pkg://{CONFIGS}")
         hydra = Hydra.create_main_hydra2(task_name="flashcp", config_search_path=search_path)
         try:
-            hydra.multirun(name, lambda config: job(_plain(config)), given)
+            hydra.multirun(name, task, [*QUIET, *overrides, f"hydra.sweep.dir={_quoted(out)}"])
         finally:
             GlobalHydra.instance().clear()
 

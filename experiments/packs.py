@@ -15,6 +15,7 @@ from flashcp.sharding.packing import pack_lengths
 from flashcp.train.data.documents import read_documents
 from flashcp.train.data.sources import SOURCES, DataConfig, open_source
 from flashcp.train.data.tokenizer import load_tokenizer
+from flashcp.train.data.windows import encode_documents
 from flashcp.train.schema import read_dataclass
 
 __all__ = ["read_packs"]
@@ -85,4 +86,4 @@ def _tokenised(data: DataConfig) -> Iterator[int]:
     """Tokens of the documents of a text source, read as they are asked for."""
     tokenizer = load_tokenizer(data.tokenizer, data.end_token)
     documents = read_documents(open_source(data), epochs=data.epochs or 1)
-    return (length for document in documents if (length := len(tokenizer.encode(document.text))))
+    return (len(tokens) for tokens, _ in encode_documents(documents, tokenizer, data.longest))

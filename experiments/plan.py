@@ -145,7 +145,10 @@ def _table(planned: Sequence[PlannedMethod]) -> str:
 
 
 def _document(
-    settings: Mapping[str, Any], packs: Sequence[np.ndarray], planned: Sequence[PlannedMethod], plan: ShardingPlan | None
+    settings: Mapping[str, Any],
+    packs: Sequence[np.ndarray],
+    planned: Sequence[PlannedMethod],
+    plan: ShardingPlan | None,
 ) -> dict[str, Any]:
     document = {
         "world_size": settings["world_size"],

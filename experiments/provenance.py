@@ -30,6 +30,8 @@ def _git(*arguments: str) -> str:
     try:
         if not (here.parent / "pyproject.toml").is_file():
             return ""
-        return subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", here, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""

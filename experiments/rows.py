@@ -58,10 +58,10 @@ class Row:
     reference: str
 
 
-def summary_rows(case: str, provider: str, config: str, reference: str, summary: Mapping[str, Any]) -> list[Row]:
-    """The rows of a training run, from its summary.json."""
+def summary_rows(case: str, provider: str, config: str, summary: Mapping[str, Any]) -> list[Row]:
+    """The rows of a training run, from its summary.json; `reference` is still empty."""
     versions = summary["versions"]
-    carried = (versions["device"], versions_text(versions), commit(), versions["date"], "measured", config, reference)
+    carried = (versions["device"], versions_text(versions), commit(), versions["date"], "measured", config, "")
 
     def row(metric: str, unit: str, value: Any, step: int | None = None) -> Row:
         spread = value if isinstance(value, Mapping) else {"p20": None, "median": value, "p80": None}
@@ -73,7 +73,7 @@ def summary_rows(case: str, provider: str, config: str, reference: str, summary:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The rows of a sweep's directory, none when it has no results.csv. Raises ValueError for a file that is not one."""
+    """The rows of a sweep's directory, none when it has no results.csv. Raises ValueError for another table."""
     path = folder / RESULTS
     if not path.is_file():
         return []

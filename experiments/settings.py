@@ -84,17 +84,17 @@ def register_run() -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: what `launch` starts. provider: the method, as tables name it. threads: of each rank."""
+    """One training run: what `launch` starts.
 
+    case: the work that providers are compared on, in short. provider: the method, as tables name it.
+    threads: of each rank.
+    """
+
+    case: str
     provider: str
     world_size: int
     threads: int
     config: TrainConfig
-
-    @property
-    def case(self) -> str:
-        """The work that providers are compared on, in short."""
-        return f"{self.config.data.source}-c{short_tokens(self.config.context)}-n{self.world_size}"
 
     @property
     def digest(self) -> str:
@@ -106,22 +106,36 @@ class Run:
         decides = {"world_size": self.world_size, "threads": self.threads, "config": config}
         return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=4).hexdigest()
 
-    @property
-    def reference(self) -> Run:
-        """The same training on one process, on as many cores."""
+    def alone(self) -> Run:
+        """The same packs trained on by one process."""
         parallel = dataclasses.replace(
             self.config.parallel, sharding="contiguous", sharding_options={}, exchange="exact", overlap="auto"
         )
         config = dataclasses.replace(self.config, parallel=parallel)
-        return Run(REFERENCE, 1, self.threads * self.world_size, config)
+        case = self.case.replace(f"-n{self.world_size}", "-n1", 1)
+        return Run(case, REFERENCE, 1, self.threads, config)
+
+    def placed(self, folder: str, group: str, tags: Sequence[str]) -> Run:
+        """The same run writing to a folder, tracked under a group with a name of its own."""
+        tracker = self.config.tracker
+        tracker = dataclasses.replace(
+            tracker,
+            group=tracker.group or group,
+            name=tracker.name or f"{self.provider}-{self.case}",
+            tags=[*tracker.tags, *tags],
+        )
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, out=folder, tracker=tracker))
 
 
-def read_run(settings: Mapping[str, Any], out: str) -> Run:
-    """A run from a composed configuration. Raises ValueError naming value, field and legal values."""
+def read_run(settings: Mapping[str, Any], label: str = "") -> Run:
+    """A run from a composed configuration. label: added to its case.
+
+    Raises ValueError naming value, field and legal values.
+    """
     sections = dict(settings)
     world_size, threads, method = (sections.pop(name) for name in ("world_size", "threads", "method"))
     sharding, exchange = (dict(sections.pop(name)) for name in ("sharding", "exchange"))
-    sweep = sections.pop("sweep")
+    del sections["sweep"]
     for name, value in (("world_size", world_size), ("threads", threads)):
         if value < 1:
             raise ValueError(f"{name}={value}: expected a whole number >= 1")
@@ -129,31 +143,16 @@ def read_run(settings: Mapping[str, Any], out: str) -> Run:
         open_source(DataConfig(source=sections["data"]["source"]))  # says why it cannot be trained on
     parallel = {"sharding": sharding.pop("name"), "sharding_options": sharding, "exchange": exchange["name"]}
     sections["parallel"] = {**sections["parallel"], **parallel}
-    config = TrainConfig.from_dict({**sections, "out": out})
-    run = Run(_provider(method, config.parallel), world_size, threads, config)
-    tracker = config.tracker
-    config.tracker = dataclasses.replace(
-        tracker,
-        group=tracker.group or sweep["name"],
-        name=tracker.name or f"{run.provider}-n{world_size}-c{short_tokens(config.context)}",
-    )
-    return run
+    config = TrainConfig.from_dict({**sections, "out": sections["out"] or "outputs"})
+    tokens = config.context
+    short = f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+    case = f"{config.data.source}-c{short}-n{world_size}{label}"
+    return Run(case, _provider(method, config.parallel), world_size, threads, config)
 
 
 def _provider(method: str, parallel: ParallelConfig) -> str:
-    """The published name of strategy and exchange, else both their names; options that are set follow."""
+    """The published name of strategy and exchange, else both their names."""
     pair = (parallel.sharding, parallel.exchange)
     if method in METHODS and METHODS[method][1:] == pair:
         return method
     return next((name for name, published in METHODS.items() if published[1:] == pair), "+".join(pair))
-
-
-def short_tokens(tokens: int) -> str:
-    """8192 -> 8k; what is no multiple of 1024 as it is."""
-    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
-
-
-def labels(overrides: Sequence[str]) -> str:
-    """The overrides of a job that its case and provider do not show yet, as a suffix."""
-    shown = {"method", "data", "context", "world_size", "experiment", "out"}
-    return "".join(f"-{override}" for override in overrides if override.split("=")[0] not in shown)

@@ -13,6 +13,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], text: int = 1) -> 
 
     def line(cells: Sequence[str]) -> str:
         sides = ["<" if column < text else ">" for column in range(len(cells))]
-        return "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(cells, sides, widths, strict=True)).rstrip()
+        return "  ".join(
+            f"{cell:{side}{width}}" for cell, side, width in zip(cells, sides, widths, strict=True)
+        ).rstrip()
 
     return "\n".join([line(head), line(["-" * width for width in widths]), *map(line, rows)])

@@ -21,7 +21,7 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     """Train; the exit code is the ranks'. With as_json the run's summary.json goes to standard output."""
     register_run()
     settings = compose(CONFIG, overrides)
-    run = read_run(settings, settings["out"] or "outputs/train")
+    run = read_run(settings).placed(settings["out"] or "outputs/train", group="", tags=())
     prepare(run.config, run.world_size)
     outcome = launch(run)
     if outcome.code:
@@ -31,9 +31,9 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(summary, indent=1))
     else:
+        step, speed = summary["step_ms"]["median"], summary["tokens_per_s"]["median"]
         print(
-            f"{run.provider}: {summary['steps']} steps on {run.world_size} ranks, final loss {summary['final_loss']:.4f}, "
-            f"{summary['step_ms']['median']:.0f} ms a step, {summary['tokens_per_s']['median']:.0f} tokens/s; "
-            f"written to {run.config.out}"
+            f"{run.provider}: {summary['steps']} steps on {run.world_size} ranks, final loss "
+            f"{summary['final_loss']:.4f}, {step:.0f} ms a step, {speed:.0f} tokens/s; written to {run.config.out}"
         )
     return 0

@@ -57,7 +57,7 @@ def prepare(config: TrainConfig, world_size: int) -> Prepared:
             f"model.vocab_size={vocab_size}: expected 0 or at least the tokenizer's {tokenizer.vocab_size}"
         )
     model = replace(config.model, vocab_size=vocab_size)
-    same_data = ("source", "subset", "split", "text_field", "tokenizer", "end_token", "overflow")
+    same_data = ("source", "subset", "split", "text_field", "tokenizer", "end_token", "overflow", "longest")
     identity = {
         "model": {name: value for name, value in vars(model).items() if name != "checkpoint_activations"},
         "data": {name: getattr(config.data, name) for name in same_data},
@@ -82,8 +82,9 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
         optimizer = build_optimizer(model, config.optimizer)
         progress = load_checkpoint(ready.checkpoint, model, optimizer) if ready.checkpoint else Progress()
         documents = read_documents(ready.source, config.data.epochs, progress.position)
+        data = config.data
         windows = pack_documents(
-            documents, ready.tokenizer, config.context, config.data.overflow, progress.position
+            documents, ready.tokenizer, config.context, data.overflow, progress.position, data.longest
         )
         planner = config.parallel.planner(ranks.world_size)
         with Loader(windows, planner, config.parallel.exchange, ranks.rank, config.data.prefetch) as loader:

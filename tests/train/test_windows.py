@@ -8,7 +8,7 @@ import pytest
 from flashcp.sharding.packing import OVERFLOWS
 from flashcp.train.data.documents import Position, read_documents
 from flashcp.train.data.tokenizer import BytesTokenizer
-from flashcp.train.data.windows import NO_LABEL, TokenWindow, pack_documents
+from flashcp.train.data.windows import NO_LABEL, TokenWindow, encode_documents, pack_documents
 from tests.train.test_documents import Parts
 
 END = BytesTokenizer.END
@@ -86,3 +86,13 @@ def test_resuming_tokenises_nothing_twice_but_the_document_carried() -> None:
     seen.clear()
     list(pack_documents(read_documents(source, 1, first.position), Counting(), 16, "carry", first.position))
     assert seen == ["y", "z"]
+
+
+def test_documents_longer_than_asked_for_are_left_out() -> None:
+    source = Parts(["abcdefgh", "ab", "cde", "abcdefghi", "f"])
+    kept = encode_documents(read_documents(source, 1), BytesTokenizer(), longest=4)  # with the end mark
+    assert [document.text for _, document in kept] == ["ab", "cde", "f"]
+    everything = encode_documents(read_documents(source, 1), BytesTokenizer())
+    assert len(list(everything)) == 5
+    with pytest.raises(ValueError, match=r"data\.longest=1: no document has between 1 and 1"):
+        list(encode_documents(read_documents(source, 0), BytesTokenizer(), longest=1))

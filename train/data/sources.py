@@ -27,6 +27,7 @@ class DataConfig:
     tokenizer: `bytes`, the path of a tokenizers JSON file, or a name on the Hugging Face hub.
     end_token: vocabulary entry put after every document; empty: none (`bytes` has its own end mark).
     overflow: what becomes of a document's tail that does not fit a window: `truncate` or `carry`.
+    longest: documents of more tokens are left out; 0 keeps all.
     epochs: times the documents are read; 0: as often as the steps need.
     prefetch: windows packed and planned ahead of the step.
     """
@@ -39,6 +40,7 @@ class DataConfig:
     tokenizer: str = "bytes"
     end_token: str = ""
     overflow: str = "truncate"
+    longest: int = 0
     epochs: int = 0
     prefetch: int = 4
 
@@ -46,8 +48,9 @@ class DataConfig:
         """Raise ValueError for a value outside its range (what `path` holds is found out by opening it)."""
         if self.overflow not in OVERFLOWS:
             raise ValueError(f"data.overflow={self.overflow!r}: expected one of {', '.join(OVERFLOWS)}")
-        if self.epochs < 0:
-            raise ValueError(f"data.epochs={self.epochs}: expected a whole number >= 0")
+        for name in ("longest", "epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name}={getattr(self, name)}: expected a whole number >= 0")
         if self.prefetch < 1:
             raise ValueError(f"data.prefetch={self.prefetch}: expected a whole number >= 1")
 

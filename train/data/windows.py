@@ -11,7 +11,7 @@ from flashcp.sharding.packing import pack_lengths
 from flashcp.train.data.documents import Document, Position
 from flashcp.train.data.tokenizer import Tokenizer
 
-__all__ = ["NO_LABEL", "TokenWindow", "pack_documents"]
+__all__ = ["NO_LABEL", "TokenWindow", "encode_documents", "pack_documents"]
 
 NO_LABEL = -100
 """Label of a token that predicts nothing (torch's ignore_index)."""
@@ -40,27 +40,43 @@ class TokenWindow:
         return int((self.labels != NO_LABEL).sum())
 
 
+def encode_documents(
+    documents: Iterable[Document], tokenizer: Tokenizer, longest: int = 0
+) -> Iterator[tuple[np.ndarray, Document]]:
+    """Each document with its tokens, int64; those without tokens are left out, and those with more than `longest`.
+
+    longest: 0 keeps all. Raises ValueError when a whole reading of the documents leaves none.
+    """
+    kept, first_epoch = False, None
+    for document in documents:
+        first_epoch = document.position.epoch if first_epoch is None else first_epoch
+        if not kept and document.position.epoch > first_epoch + 1:  # the first reading may have begun midway
+            raise ValueError(f"data.longest={longest}: no document has between 1 and {longest} tokens")
+        tokens = tokenizer.encode(document.text)
+        if len(tokens) and (not longest or len(tokens) <= longest):
+            kept = True
+            yield tokens, document
+
+
 def pack_documents(
     documents: Iterable[Document],
     tokenizer: Tokenizer,
     context: int,
     overflow: str,
     start: Position | None = None,
+    longest: int = 0,
 ) -> Iterator[TokenWindow]:
     """Full windows; the last one, when the documents end before it is full, is left out.
 
     start: the position of the first document; its `token` says where inside it to begin (`overflow="carry"`).
+    longest: see encode_documents.
     """
     held: dict[int, tuple[np.ndarray, Document]] = {}
 
     def lengths() -> Iterator[int]:
-        number = 0
-        for document in documents:
-            tokens = tokenizer.encode(document.text)
-            if len(tokens):
-                held[number] = (tokens, document)
-                number += 1
-                yield len(tokens)
+        for number, (tokens, document) in enumerate(encode_documents(documents, tokenizer, longest)):
+            held[number] = (tokens, document)
+            yield len(tokens)
 
     first_start = start.token if start else 0
     for window in pack_lengths(lengths(), context, overflow, first_start=first_start, keep_last=False):

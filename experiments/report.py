@@ -1,0 +1,105 @@
+"""`flashcp report DIRECTORY`: table, figure and page of a sweep, from its results.csv."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from flashcp.experiments.comparison import LOSS_TOLERANCE, Comparison, Line, compare
+from flashcp.experiments.dashboard import write_dashboard
+from flashcp.experiments.figure import draw_comparison
+from flashcp.experiments.rows import REFERENCE, RESULTS, read_rows
+from flashcp.experiments.text import table
+
+__all__ = ["FIGURE", "PAGE", "main", "publish"]
+
+FIGURE, PAGE = "comparison.png", "dashboard.html"
+BASELINE = "llama3"
+
+
+def main(arguments: Sequence[str], as_json: bool = False) -> int:
+    """Rebuild everything in the directory that is made from rows."""
+    folders = [argument for argument in arguments if "=" not in argument]
+    options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    for key in options.keys() - {"baseline"}:
+        raise ValueError(f"{key}: no such override; expected baseline")
+    if len(folders) != 1:
+        raise ValueError(f"{len(folders)} directories given; expected one that holds {RESULTS}")
+    folder = Path(folders[0])
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such directory; expected one that holds {RESULTS}")
+    if not (folder / RESULTS).is_file():
+        raise ValueError(f"{folder}: no {RESULTS} in it; expected the directory of a sweep")
+    publish(folder, options.get("baseline", BASELINE), as_json)
+    return 0
+
+
+def publish(folder: Path, baseline: str, as_json: bool) -> Comparison:
+    """Print the table (or one JSON document); write the figure and the page beside the rows."""
+    rows = read_rows(folder)
+    failures = read_failures(folder)
+    comparison = compare(rows, baseline)
+    if rows:
+        draw_comparison(comparison, folder / FIGURE)
+        write_dashboard(folder / PAGE, folder.resolve().name, comparison, rows, failures)
+    if as_json:
+        print(json.dumps(_document(comparison, failures), indent=1))
+    else:
+        print(render(comparison, failures))
+        if rows:
+            print(f"\n{folder / RESULTS}  {folder / FIGURE}  {folder / PAGE}")
+    return comparison
+
+
+def read_failures(folder: Path) -> dict[tuple[str, str], str]:
+    """Why runs failed, by case and provider."""
+    files = sorted(folder.glob("jobs/*/*/failure.txt"))
+    return {(file.parent.parent.name, file.parent.name): file.read_text(encoding="utf-8").strip() for file in files}
+
+
+def render(comparison: Comparison, failures: dict[tuple[str, str], str]) -> str:
+    """The table of every case, and under it what the numbers do not say."""
+    head = ["method", "imbalance", "saving", "attention ms", "exchange ms", "step ms"]
+    head += [f"speedup over {comparison.baseline}", "final loss", "loss difference"]
+    parts = []
+    for case in dict.fromkeys([*comparison.cases, *(case for case, _ in failures)]):
+        body = [_cells(line) for line in comparison.lines if line.case == case]
+        body += [[provider, *[""] * (len(head) - 1)] for failed, provider in failures if failed == case]
+        parts.append(f"{case}\n{table(head, body)}")
+    notes = [f"failed: {case} {provider}: {error}" for (case, provider), error in failures.items()]
+    if (means := comparison.mean_speedups()) and len(comparison.cases) > 2:
+        shown = ", ".join(f"{provider} {value:.3f}" for provider, value in means.items())
+        notes.append(f"speedup over {comparison.baseline}, geometric mean over cases: {shown}")
+    if worst := comparison.worst_difference:
+        verdict = "within" if (worst.loss_difference or 0) <= LOSS_TOLERANCE else "beyond"
+        notes.append(
+            f"largest relative difference of a loss from the single process: {worst.loss_difference:.1e} "
+            f"({worst.provider}), {verdict} {LOSS_TOLERANCE:.0e}"
+        )
+    return "\n\n".join([*parts, "\n".join(notes)]).rstrip()
+
+
+def _cells(line: Line) -> list[str]:
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    return [
+        line.provider,
+        number(None if line.provider == REFERENCE else line.imbalance, ".3f"),
+        number(None if line.provider == REFERENCE else line.saving, ".3f"),
+        number(line.attention_ms, ".0f"),
+        number(line.exchange_ms, ".1f"),
+        number(line.step_ms, ".0f"),
+        number(line.speedup, ".3f"),
+        number(line.final_loss, ".5f"),
+        number(line.loss_difference, ".1e"),
+    ]
+
+
+def _document(comparison: Comparison, failures: dict[tuple[str, str], str]) -> dict[str, object]:
+    return {
+        "baseline": comparison.baseline,
+        "methods": [{"name": line.provider, **vars(line)} for line in comparison.lines],
+        "failures": [{"case": case, "name": provider, "error": error} for (case, provider), error in failures.items()],
+    }

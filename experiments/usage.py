@@ -1,0 +1,76 @@
+"""What `flashcp VERB --help` prints: the keys of the verb's configuration, and the legal values of its groups."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from importlib import import_module, resources
+from typing import Any
+
+from flashcp.experiments.compose import compose
+from flashcp.experiments.schema import GROUPS
+from flashcp.experiments.verbs import VERBS
+
+__all__ = ["config_keys", "group_values", "verb_usage"]
+
+EXPLAINED = {
+    "world_size": "ranks",
+    "context": "tokens of a window over all ranks",
+    "windows": "packs that the numbers are means over",
+    "seed": "of sampled lengths (plan), of the weights (train, sweep)",
+    "figure": "FILE to draw the first window's plan to; needs one method",
+    "threads": "of each rank",
+    "out": "directory to write to; empty: below outputs/",
+    "data.path": "file, directory or glob; data=lengths: one length a line",
+    "data.overflow": "truncate or carry: a document's tail that does not fit a window",
+    "sweep.name": "of the directory below outputs/ and of the wandb group",
+    "sweep.baseline": "method that speedups are over",
+    "sweep.reference": "also train on one process, and compare the losses",
+    "sweep.rerun": "run again what results.csv holds already",
+    "checkpoint.resume": "never, latest or the path of a step_* folder",
+    "tracker.wandb": "offline, online or disabled",
+}
+"""What keys say beyond their names; the dataclasses of the sections say the rest."""
+
+
+def verb_usage(verb: str) -> str:
+    """Usage, groups and keys with their defaults."""
+    config = getattr(import_module(f"flashcp.experiments.{VERBS[verb].module}"), "CONFIG", None)
+    parts = [f"usage: flashcp {verb} {VERBS[verb].arguments} [--json]", VERBS[verb].summary]
+    if config:
+        groups = [_wrapped(f"  {name + '=':<12}", ", ".join(values)) for name, values in group_values(config).items()]
+        keys = [f"  {f'{key}={default}':<38} {EXPLAINED.get(key, '')}".rstrip() for key, default in config_keys(config)]
+        parts.append("Groups; method= sets sharding= and exchange=, which may follow to replace a part:")
+        parts.append("\n".join(groups))
+        parts.append("Keys and their defaults; members of sharding= and data= bring their own:")
+        parts.append("\n".join(keys))
+    return "\n\n".join(parts)
+
+
+def group_values(config: str) -> dict[str, tuple[str, ...]]:
+    """Every group of a configuration and what it takes."""
+    folder = resources.files("flashcp.conf") / "experiment"
+    sweeps = (file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return GROUPS if config == "plan" else {**GROUPS, "experiment": tuple(sorted(sweeps))}
+
+
+def config_keys(config: str) -> list[tuple[str, str]]:
+    """Every key of a configuration with its default; what groups set is left out."""
+    if config != "plan":
+        from flashcp.experiments.settings import register_run
+
+        register_run()
+    set_by_groups = (*GROUPS, "sharding.name", "exchange.name", "data.source")
+    return [(key, value) for key, value in _leaves(compose(config, [])) if key not in set_by_groups]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _wrapped(head: str, text: str) -> str:
+    return textwrap.fill(text, 110, initial_indent=head, subsequent_indent=" " * len(head))

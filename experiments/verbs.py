@@ -1,0 +1,26 @@
+"""The verbs of the command line, one line each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["VERBS", "Verb"]
+
+
+class Verb(NamedTuple):
+    """A module of this folder with `main(arguments, as_json) -> exit code`, and what `--help` says of it.
+
+    A module that reads a Hydra configuration names it in `CONFIG`: its keys are then listed too.
+    """
+
+    module: str
+    summary: str
+    arguments: str = "[KEY=VALUE ...]"
+
+
+VERBS = {
+    "plan": Verb("plan", "what each method makes of the same packs: balance, rows that travel, saving"),
+    "train": Verb("train", "train one model under one method"),
+    "sweep": Verb("sweep", "train under several methods, compare them, write table, figure and page"),
+    "report": Verb("report", "rebuild a sweep's table, figure and page from its rows", "DIRECTORY [baseline=NAME]"),
+}
