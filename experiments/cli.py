@@ -45,7 +45,7 @@ def _run(given: list[str]) -> int:
     if asks_help:
         from flashcp.experiments.usage import verb_usage
 
-        print(verb_usage(words[0]))
+        print(verb_usage(words[0], words[1:]))
         return 0
     module = import_module(f"flashcp.experiments.{VERBS[words[0]].module}")
     return int(module.main(words[1:], as_json="--json" in options))

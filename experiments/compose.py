@@ -12,6 +12,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -20,9 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flashcp.experiments.schema import GROUPS, register
 
-__all__ = ["Job", "compose", "expand", "multirun"]
+__all__ = ["Job", "compose", "expand", "multirun", "register_config"]
 
 CONFIGS = "flashcp.conf"
+KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
 QUIET = (
     "hydra/hydra_logging=disabled",
     "hydra/job_logging=disabled",
@@ -42,6 +44,7 @@ class Job(NamedTuple):
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration `conf/NAME.yaml` with overrides, as plain values. Raises ValueError in one line."""
     register()
+    _check(overrides)
     with _one_line(name, overrides), initialize_config_module(config_module=CONFIGS, version_base="1.3"):
         return _plain(hydra_compose(name, list(overrides)))
 
@@ -60,6 +63,7 @@ def multirun(name: str, overrides: Sequence[str], out: str, run: Callable[[Job],
     run: called with each job. Raises ValueError for overrides that do not compose.
     """
     register()
+    _check(overrides)
 
     def task(config: DictConfig) -> None:
         run(Job(_plain(config), list(HydraConfig.get().overrides.task)))
@@ -71,6 +75,18 @@ def multirun(name: str, overrides: Sequence[str], out: str, run: Callable[[Job],
             hydra.multirun(name, task, [*QUIET, *overrides, f"hydra.sweep.dir={_quoted(out)}"])
         finally:
             GlobalHydra.instance().clear()
+
+
+def register_config(name: str, schema: type[Any]) -> None:
+    """Make a dataclass a configuration that `compose` knows by name."""
+    ConfigStore.instance().store(name=name, node=schema)
+
+
+def _check(overrides: Sequence[str]) -> None:
+    """Hydra would let `+key=1` and `~key` change which keys there are; a configuration's keys are fixed."""
+    for override in overrides:
+        if override.startswith(("+", "~")) or "=" not in override:
+            raise ValueError(f"{override!r} is not an override: expected KEY=VALUE")
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -92,7 +108,8 @@ def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
         if error.options is None:
             raise ValueError(_first_line(error)) from error
         group, _, value = str(error.missing_cfg_file).rpartition("/")
-        raise ValueError(f"{group}={value}: expected one of {', '.join(sorted(error.options))}") from error
+        legal = GROUPS.get(group, sorted(error.options))
+        raise ValueError(f"{group}={value}: expected one of {', '.join(legal)}") from error
     except OverrideParseException as error:
         raise ValueError(f"{error.override!r} is not an override: expected KEY=VALUE") from error
     except (HydraException, OmegaConfBaseException) as error:
@@ -108,13 +125,16 @@ def _complaint(name: str, overrides: Sequence[str], error: Exception) -> str:
     if ambiguous := re.match(r"Ambiguous value for argument '(.+?)'", message):
         return f"{ambiguous[1]}: expected one value (`flashcp sweep` takes several; a list is written [a,b])"
     if merging := re.match(r"Error merging override (.+)", message):
-        return f"{merging[1]}: {cause[:1].lower()}{cause[1:]}"
-    return f"{_first_line(error)}{f' ({cause})' if cause else ''}"
+        wanted = re.search(r"could not be converted to (\w+)|is not a valid (bool)", cause)
+        kind = KINDS.get((wanted[1] or wanted[2]) if wanted else "")
+        return f"{merging[1]}: expected {kind}" if kind else f"{merging[1]}: {cause}"
+    return f"{' '.join(message.splitlines()[:2])}{f' ({cause})' if cause else ''}"
 
 
 def _siblings(name: str, key: str, overrides: Sequence[str]) -> list[str]:
     """The keys that stand where an unknown one was given: those of the groups that were chosen."""
-    place: Any = compose(name, [override for override in overrides if override.split("=")[0] in GROUPS])
+    chosen = [override for override in overrides if override.split("=")[0] in GROUPS.keys() - {key}]
+    place: Any = compose(name, chosen)
     for part in key.split(".")[:-1]:
         if not isinstance(place, dict) or not isinstance(place.get(part), dict):
             break

@@ -75,7 +75,10 @@ def _tiles(comparison: Comparison) -> str:
     tiles = []
     if means := comparison.mean_speedups():
         best = max(means, key=lambda provider: means[provider])
-        tiles.append((f"{means[best]:.2f}x", f"{best}, fastest step over {comparison.baseline}"))
+        what = f"{best}, fastest step over {comparison.baseline}"
+        if best == comparison.baseline:
+            what = f"no step faster than {comparison.baseline}'s"
+        tiles.append((f"{means[best]:.2f}x", what))
     lines = [line for line in comparison.lines if line.provider != REFERENCE]
     if balanced := [line for line in lines if line.imbalance is not None and line.provider == comparison.baseline]:
         tiles.append((f"{balanced[0].imbalance:.2f}", f"imbalance of {comparison.baseline}; 1 is balanced"))

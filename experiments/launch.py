@@ -14,8 +14,9 @@ from typing import BinaryIO, NamedTuple
 from flashcp.experiments.settings import Run
 from flashcp.train.summary import write_json
 
-__all__ = ["Outcome", "launch"]
+__all__ = ["Outcome", "diagnose", "launch"]
 
+BAD_INPUT = 2
 COMPLAINT = re.compile(rb"(?:^|[\r\]])error: (.*)$", re.MULTILINE)  # a bar may stand before it on the line
 TROUBLE = re.compile(rb"(?:^|[\r\]])(?:error: |Traceback )", re.MULTILINE)
 LOST_RANK = re.compile(rb"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
@@ -34,6 +35,7 @@ def launch(run: Run, watch: Callable[[], None] | None = None) -> Outcome:
     watch: called a few times a second while the ranks work, and once after.
     """
     out = Path(run.config.out)
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     config, log = out / "config.json", out / "ranks.log"
     write_json(config, dataclasses.asdict(run.config))
@@ -50,7 +52,16 @@ def launch(run: Run, watch: Callable[[], None] | None = None) -> Outcome:
             process.terminate()  # interrupted: the launcher stops its ranks; ended: does nothing
             process.wait()
         look()
-    return Outcome(0, "") if process.returncode == 0 else _diagnose(log, process.returncode)
+    if process.returncode == 0:
+        return Outcome(0, "")
+    outcome = diagnose(log, process.returncode)
+    if outcome.code == BAD_INPUT:  # found by the ranks: leave things as they were
+        for file in (config, log):
+            file.unlink()
+        for folder in made:
+            if not any(folder.iterdir()):
+                folder.rmdir()
+    return outcome
 
 
 class Echo:
@@ -77,11 +88,12 @@ def _ended(process: subprocess.Popen[bytes]) -> bool:
     return True
 
 
-def _diagnose(log: Path, code: int) -> Outcome:
+def diagnose(log: Path, code: int) -> Outcome:
+    """Why a run failed, from what its ranks and their launcher said."""
     text = log.read_bytes()
     if complaint := COMPLAINT.search(text):
         line = complaint[1].decode(errors="replace")
-        return Outcome(1 if line.startswith("rank ") else 2, line)
+        return Outcome(1 if line.startswith("rank ") else BAD_INPUT, line)
     if lost := LOST_RANK.search(text):
         return Outcome(1, f"rank {int(lost[2])}: ended with exit code {int(lost[1])}; see {log}")
     return Outcome(1, f"the run ended with exit code {code}; see {log}")

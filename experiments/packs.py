@@ -11,7 +11,7 @@ import numpy as np
 
 from flashcp.experiments.schema import GROUPS, LengthsData, SampledData
 from flashcp.sharding.lengths import LENGTH_DATA, length_stream
-from flashcp.sharding.packing import pack_lengths
+from flashcp.sharding.packing import OVERFLOWS, pack_lengths
 from flashcp.train.data.documents import read_documents
 from flashcp.train.data.sources import SOURCES, DataConfig, open_source
 from flashcp.train.data.tokenizer import load_tokenizer
@@ -44,14 +44,21 @@ def read_packs(data: Mapping[str, Any], context: int, count: int, seed: int) -> 
         overflow, lengths = text.overflow, _tokenised(text)
     else:
         raise ValueError(f"data.source={source!r}: expected one of {', '.join(GROUPS['data'])}")
-    packs = itertools.islice(pack_lengths(lengths, context, overflow), count)
+    if overflow not in OVERFLOWS:
+        raise ValueError(f"data.overflow={overflow!r}: expected one of {', '.join(OVERFLOWS)}")
+    packs = list(itertools.islice(pack_lengths(lengths, context, overflow), count))
+    if not packs:
+        raise ValueError(f"data.source={source!r}: no document to pack with these settings of data")
     return [window.document_lengths for window in packs]
 
 
 def _sampled(data: SampledData, seed: int) -> Iterator[int]:
     if seed < 0:
         raise ValueError(f"seed={seed}: expected a whole number >= 0")
-    return length_stream(data.source, seed, long_document_weight=data.long_document_weight, sigma=data.sigma)
+    try:
+        return length_stream(data.source, seed, long_document_weight=data.long_document_weight, sigma=data.sigma)
+    except ValueError as error:
+        raise ValueError(f"data.{error}") from error
 
 
 def _listed(data: LengthsData) -> list[int]:

@@ -51,7 +51,7 @@ def _draw_pairs(axes: Any, plan: ShardingPlan, colours: np.ndarray) -> None:
     first = plan.offsets[document]
     begin, end = first + start, first + stop
     corners = np.stack([first, begin, begin, begin, end, end, first, end], axis=1).reshape(-1, 4, 2)
-    axes.add_collection(PolyCollection(corners, facecolors=colours[rank], linewidths=0))
+    axes.add_collection(PolyCollection(list(corners), facecolors=colours[rank], linewidths=0))
     size = int(plan.offsets[-1])
     axes.set_xlim(0, size)
     axes.set_ylim(size, 0)

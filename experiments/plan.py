@@ -112,7 +112,7 @@ def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plannable(packs: list[np.ndarray], world_size: int) -> list[np.ndarray]:
     """All packs, without a short last one that has fewer tokens than ranks."""
-    if len(packs) > 1 and packs[-1].sum() < world_size:
+    if len(packs) > 1 and packs[-1].sum() < min(world_size, packs[0].sum()):
         print(f"left out: a last window of {packs[-1].sum()} tokens, fewer than {world_size} ranks", file=sys.stderr)
         return packs[:-1]
     return packs

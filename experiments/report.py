@@ -11,8 +11,9 @@ from flashcp.experiments.dashboard import write_dashboard
 from flashcp.experiments.figure import draw_comparison
 from flashcp.experiments.rows import REFERENCE, RESULTS, read_rows
 from flashcp.experiments.text import table
+from flashcp.sharding.methods import METHODS
 
-__all__ = ["FIGURE", "PAGE", "main", "publish"]
+__all__ = ["FIGURE", "PAGE", "main", "publish", "read_baseline"]
 
 FIGURE, PAGE = "comparison.png", "dashboard.html"
 BASELINE = "llama3"
@@ -25,14 +26,21 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
     for key in options.keys() - {"baseline"}:
         raise ValueError(f"{key}: no such override; expected baseline")
     if len(folders) != 1:
-        raise ValueError(f"{len(folders)} directories given; expected one that holds {RESULTS}")
+        raise ValueError(f"{len(folders)} directories given: expected one that holds {RESULTS}")
     folder = Path(folders[0])
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such directory; expected one that holds {RESULTS}")
     if not (folder / RESULTS).is_file():
         raise ValueError(f"{folder}: no {RESULTS} in it; expected the directory of a sweep")
-    publish(folder, options.get("baseline", BASELINE), as_json)
+    publish(folder, read_baseline(options.get("baseline", BASELINE), "baseline"), as_json)
     return 0
+
+
+def read_baseline(name: str, field: str) -> str:
+    """The provider that speedups are over: a method, or a pair that is none. Raises ValueError for other names."""
+    if name not in METHODS and "+" not in name:
+        raise ValueError(f"{field}={name!r}: expected one of {', '.join(METHODS)}, or a pair SHARDING+EXCHANGE")
+    return name
 
 
 def publish(folder: Path, baseline: str, as_json: bool) -> Comparison:

@@ -64,9 +64,9 @@ def summary_rows(case: str, provider: str, config: str, summary: Mapping[str, An
     carried = (versions["device"], versions_text(versions), commit(), versions["date"], "measured", config, "")
 
     def row(metric: str, unit: str, value: Any, step: int | None = None) -> Row:
-        spread = value if isinstance(value, Mapping) else {"p20": None, "median": value, "p80": None}
-        numbers = (spread["p20"], spread["median"], spread["p80"])
-        return Row(case, provider, metric, unit, step, *numbers, *carried)
+        if isinstance(value, Mapping):
+            return Row(case, provider, metric, unit, step, value["p20"], value["median"], value["p80"], *carried)
+        return Row(case, provider, metric, unit, step, None, float(value), None, *carried)
 
     numbers = [row(metric, unit, summary[metric]) for metric, unit in UNITS.items()]
     return numbers + [row("loss", "nats", loss, step) for step, loss in enumerate(summary["losses"], start=1)]

@@ -109,7 +109,12 @@ class Run:
     def alone(self) -> Run:
         """The same packs trained on by one process."""
         parallel = dataclasses.replace(
-            self.config.parallel, sharding="contiguous", sharding_options={}, exchange="exact", overlap="auto"
+            self.config.parallel,
+            sharding="contiguous",
+            sharding_options={},
+            exchange="exact",
+            overlap="auto",
+            transport="auto",
         )
         config = dataclasses.replace(self.config, parallel=parallel)
         case = self.case.replace(f"-n{self.world_size}", "-n1", 1)
@@ -144,6 +149,8 @@ def read_run(settings: Mapping[str, Any], label: str = "") -> Run:
     parallel = {"sharding": sharding.pop("name"), "sharding_options": sharding, "exchange": exchange["name"]}
     sections["parallel"] = {**sections["parallel"], **parallel}
     config = TrainConfig.from_dict({**sections, "out": sections["out"] or "outputs"})
+    config.check(world_size)
+    dataclasses.replace(config.parallel, transport="auto").operator()  # it knows its legal values
     tokens = config.context
     short = f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
     case = f"{config.data.source}-c{short}-n{world_size}{label}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from flashcp.experiments.comparison import LOSS_TOLERANCE, Comparison
 from flashcp.experiments.compose import Job, expand, multirun
 from flashcp.experiments.launch import launch
 from flashcp.experiments.provenance import commit
-from flashcp.experiments.report import publish
+from flashcp.experiments.report import publish, read_baseline
 from flashcp.experiments.rows import REFERENCE, read_rows, summary_rows, write_rows
 from flashcp.experiments.settings import Run, read_run, register_run
 from flashcp.train.run import prepare
@@ -69,7 +70,8 @@ class Sweep:
         self.overrides = overrides
         jobs = expand(CONFIG, overrides)
         settings = jobs[0].settings
-        self.name, self.baseline = settings["sweep"]["name"], settings["sweep"]["baseline"]
+        self.name = settings["sweep"]["name"]
+        self.baseline = read_baseline(settings["sweep"]["baseline"], "sweep.baseline")
         self.with_reference, self.rerun = settings["sweep"]["reference"], settings["sweep"]["rerun"]
         self.out = Path(settings["out"] or f"outputs/{self.name}")
         self.swept = _swept(jobs)
@@ -86,6 +88,11 @@ class Sweep:
         if self.done:
             print(
                 f"{len(self.done)} of {len({run.digest for run in runs})} runs are in {self.out} already",
+                file=sys.stderr,
+            )
+        if waiting and (load := os.getloadavg()[0]) > (os.cpu_count() or 1):
+            print(
+                f"times will be noisy: load {load:.1f} on {os.cpu_count()} cores before the sweep began",
                 file=sys.stderr,
             )
         self.bar = tqdm(total=sum(waiting.values()), unit="step", disable=not waiting)
@@ -117,8 +124,13 @@ class Sweep:
                 self.done.add(run.digest)
                 self.train(run)
         own = runs[-1]
-        named = {"case": own.case, "provider": own.provider, "reference": reference}  # as this sweep calls them
-        self.rows = [dataclasses.replace(row, **named) if row.config == own.digest else row for row in self.rows]
+        self.rows = [
+            # older rows of this run get the names that this sweep has for it
+            dataclasses.replace(row, case=own.case, provider=own.provider, reference=reference)
+            if row.config == own.digest
+            else row
+            for row in self.rows
+        ]
         write_rows(self.out, self.rows)
 
     def train(self, run: Run) -> None:
@@ -136,6 +148,7 @@ class Sweep:
 
         outcome = launch(run, watch)
         if outcome.code:
+            folder.mkdir(parents=True, exist_ok=True)
             failure.write_text(outcome.error + "\n", encoding="utf-8")
             self.failed.append(run.provider)
             self.bar.write(f"failed: {run.case} {run.provider}: {outcome.error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flashcp.experiments.compose import compose
 from flashcp.experiments.launch import launch
+from flashcp.experiments.provenance import commit
 from flashcp.experiments.settings import read_run, register_run
 from flashcp.train.run import prepare
 
@@ -21,7 +22,7 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     """Train; the exit code is the ranks'. With as_json the run's summary.json goes to standard output."""
     register_run()
     settings = compose(CONFIG, overrides)
-    run = read_run(settings).placed(settings["out"] or "outputs/train", group="", tags=())
+    run = read_run(settings).placed(settings["out"] or "outputs/train", group="", tags=[commit()])
     prepare(run.config, run.world_size)
     outcome = launch(run)
     if outcome.code:

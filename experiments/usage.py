@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module, resources
 from typing import Any
 
@@ -33,22 +33,29 @@ EXPLAINED = {
 """What keys say beyond their names; the dataclasses of the sections say the rest."""
 
 
-def verb_usage(verb: str) -> str:
+def verb_usage(verb: str, arguments: Sequence[str] = ()) -> str:
     """Usage, groups and keys with their defaults."""
-    config = getattr(import_module(f"flashcp.experiments.{VERBS[verb].module}"), "CONFIG", None)
+    module = import_module(f"flashcp.experiments.{VERBS[verb].module}")
+    config = module.keys(arguments) if hasattr(module, "keys") else getattr(module, "CONFIG", "")
     parts = [f"usage: flashcp {verb} {VERBS[verb].arguments} [--json]", VERBS[verb].summary]
     if config:
         groups = [_wrapped(f"  {name + '=':<12}", ", ".join(values)) for name, values in group_values(config).items()]
-        keys = [f"  {f'{key}={default}':<38} {EXPLAINED.get(key, '')}".rstrip() for key, default in config_keys(config)]
-        parts.append("Groups; method= sets sharding= and exchange=, which may follow to replace a part:")
-        parts.append("\n".join(groups))
-        parts.append("Keys and their defaults; members of sharding= and data= bring their own:")
+        said = EXPLAINED if groups else {}
+        keys = [f"  {f'{key}={default}':<38} {said.get(key, '')}".rstrip() for key, default in config_keys(config)]
+        if groups:
+            parts.append("Groups; method= sets sharding= and exchange=, which may follow to replace a part:")
+            parts.append("\n".join(groups))
+            parts.append("Keys and their defaults; members of sharding= and data= bring their own:")
+        else:
+            parts.append("Keys and their defaults:")
         parts.append("\n".join(keys))
     return "\n\n".join(parts)
 
 
 def group_values(config: str) -> dict[str, tuple[str, ...]]:
     """Every group of a configuration and what it takes."""
+    if config.startswith("bench_"):
+        return {}
     folder = resources.files("flashcp.conf") / "experiment"
     sweeps = (file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
     return GROUPS if config == "plan" else {**GROUPS, "experiment": tuple(sorted(sweeps))}
@@ -56,7 +63,7 @@ def group_values(config: str) -> dict[str, tuple[str, ...]]:
 
 def config_keys(config: str) -> list[tuple[str, str]]:
     """Every key of a configuration with its default; what groups set is left out."""
-    if config != "plan":
+    if config == "config":
         from flashcp.experiments.settings import register_run
 
         register_run()

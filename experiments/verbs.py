@@ -10,7 +10,8 @@ __all__ = ["VERBS", "Verb"]
 class Verb(NamedTuple):
     """A module of this folder with `main(arguments, as_json) -> exit code`, and what `--help` says of it.
 
-    A module that reads a Hydra configuration names it in `CONFIG`: its keys are then listed too.
+    A module that reads a Hydra configuration names it in `CONFIG`, or finds it in `keys(arguments)`: `--help` lists
+    its keys.
     """
 
     module: str
@@ -22,5 +23,6 @@ VERBS = {
     "plan": Verb("plan", "what each method makes of the same packs: balance, rows that travel, saving"),
     "train": Verb("train", "train one model under one method"),
     "sweep": Verb("sweep", "train under several methods, compare them, write table, figure and page"),
+    "bench": Verb("bench", "measure one part: planner", "NAME [KEY=VALUE ...]"),
     "report": Verb("report", "rebuild a sweep's table, figure and page from its rows", "DIRECTORY [baseline=NAME]"),
 }

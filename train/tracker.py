@@ -94,7 +94,7 @@ def track_comparison(
         import wandb
 
         label, number = chart
-        compared = wandb.Table(columns=columns, data=rows)
+        compared = wandb.Table(columns=list(columns), data=rows)
         run.log({"comparison": compared, number: wandb.plot.bar(compared, label, number, title=number)})
         run.summary.update(summary)
         run.finish()

@@ -1,0 +1,120 @@
+"""Reports from rows: what is compared with what, what stays empty, and pages that need nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from flashcp.experiments.cli import main
+from flashcp.experiments.comparison import compare
+from flashcp.experiments.report import render
+from flashcp.experiments.rows import REFERENCE, RESULTS, Row, read_rows, write_rows
+
+MakeRows = Callable[..., list[Row]]
+
+
+def test_rows_survive_the_file(tmp_path: Path, make_rows: MakeRows) -> None:
+    rows = make_rows("llama3", step_ms=1 / 3)
+    rows[0] = dataclasses.replace(rows[0], versions='torch "2", numpy 2')
+    write_rows(tmp_path, rows)
+    assert read_rows(tmp_path) == rows
+    assert read_rows(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("case,", "kase,"), "expected the columns case, provider"),
+        ((",10.0,", ",ten,"), f"{RESULTS}:2: not a row of results"),
+    ],
+)
+def test_file_that_holds_no_rows_is_one_line(
+    refused: Callable[..., str], tmp_path: Path, make_rows: MakeRows, change: tuple[str, str], message: str
+) -> None:
+    write_rows(tmp_path, make_rows("llama3"))
+    text = (tmp_path / RESULTS).read_text()
+    (tmp_path / RESULTS).write_text(text.replace(*change, 1))
+    assert message in refused("report", str(tmp_path))
+
+
+def test_comparison(make_rows: MakeRows) -> None:
+    rows = [
+        *make_rows(REFERENCE, losses=(2.0, 1.0), case="stdlib-c8k-n1", config="alone"),
+        *make_rows("flashcp", step_ms=5.0, losses=(2.0, 1.0002), reference="alone"),
+        *make_rows("llama3", step_ms=10.0, losses=(2.0001, 1.0), reference="alone"),
+    ]
+    llama3, flashcp, alone = compare(rows, "llama3").lines
+    assert [line.provider for line in (llama3, flashcp, alone)] == ["llama3", "flashcp", REFERENCE]
+    assert (llama3.speedup, flashcp.speedup, alone.speedup) == (1.0, 2.0, None)
+    assert llama3.loss_difference == pytest.approx(5e-5)
+    assert flashcp.loss_difference == pytest.approx(2e-4)
+    worst = compare(rows, "llama3").worst_difference
+    assert worst
+    assert worst.provider == "flashcp"
+    assert "2.0e-04 (flashcp), beyond 1e-04" in render(compare(rows, "llama3"), {})
+
+
+def test_missing_baseline_and_reference_are_empty_cells(make_rows: MakeRows) -> None:
+    comparison = compare(make_rows("flashcp", reference="gone"), "llama3")
+    (line,) = comparison.lines
+    assert (line.speedup, line.loss_difference, comparison.worst_difference) == (None, None, None)
+    assert comparison.mean_speedups() == {}
+    shown = render(comparison, {("stdlib-c8k-n2", "llama3"): "rank 1 of 2: RuntimeError: no"})
+    assert "failed: stdlib-c8k-n2 llama3: rank 1 of 2: RuntimeError: no" in shown
+    assert [text.split()[0] for text in shown.splitlines()[3:5]] == ["flashcp", "llama3"]
+
+
+def test_speedups_over_cases_are_geometric_means(make_rows: MakeRows) -> None:
+    rows = []
+    for case, ms in (("a", 5.0), ("b", 20.0)):
+        rows += make_rows("llama3", case=case, config=f"l{case}")
+        rows += make_rows("flashcp", ms, case=case, config=f"f{case}")
+    rows += make_rows("ring", 2.0, case="a")
+    means = compare(rows, "llama3").mean_speedups()
+    assert means == {"llama3": 1.0, "flashcp": pytest.approx(math.sqrt(2 * 0.5))}  # ring is missing in case b
+
+
+class Links(HTMLParser):
+    """Tags that are open, and every address."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_report_rebuilds_figure_and_page(
+    tmp_path: Path, make_rows: MakeRows, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = make_rows("llama3", reference="alone") + make_rows("<flash&cp>", 5.0, reference="alone")
+    write_rows(tmp_path, rows + make_rows(REFERENCE, config="alone", case="one"))
+    assert main(["report", str(tmp_path)]) == 0
+    assert "2.000" in capsys.readouterr().out
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "dashboard.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert links.open == []
+    assert [address[:26] for address in links.addresses] == ["data:image/svg+xml;base64,"]
+    assert "&lt;flash&amp;cp&gt;" in page
+    assert "url(" not in page
+    assert "@import" not in page
+
+
+def test_report_takes_another_baseline(tmp_path: Path, make_rows: MakeRows, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path, make_rows("llama3", 10.0) + make_rows("ring", 20.0))
+    assert main(["report", str(tmp_path), "baseline=ring"]) == 0
+    assert "speedup over ring" in capsys.readouterr().out
