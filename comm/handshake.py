@@ -7,6 +7,7 @@ should check. Headers go point to point, so that whoever is missing can be named
 from __future__ import annotations
 
 import time
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -16,24 +17,39 @@ from torch import Tensor
 from flashcp.comm.errors import ExchangeTimeoutError, PeerFailedError, PlanMismatchError
 from flashcp.comm.transport import bounded
 
-__all__ = ["Handshake", "Header"]
+__all__ = ["Handshake", "Header", "Step"]
 
 _TAG = 7701  # keeps headers apart from rows on the same pair of ranks
 
 
+class Step(IntEnum):
+    """The moments of one call at which ranks compare notes."""
+
+    BEGIN = 0
+    ATTENTION = 1
+    BACKWARD = 2
+
+
 class Header(NamedTuple):
-    """What a rank is about to do, one int64 each. `failed`: 1 when it stopped with an error of its own."""
+    """What a rank is about to do, one int64 each.
+
+    failed: 1 when it stopped with an error of its own. step: which exchange of the call, a `Step`. query_heads and
+    scale: 0 while only KV leaves. dtype and scale: codes that differ when the values do.
+    """
 
     failed: int = 0
     call: int = 0
-    backward: int = 0
+    step: int = 0
     plan: int = 0
     exchange: int = 0
     query_heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
     row_bytes: int = 0
+    dtype: int = 0
+    scale: int = 0
     gradients: int = 0
+    refetch: int = 0
 
 
 class Handshake:

@@ -5,8 +5,9 @@ Rows travel as bytes, so any dtype does. Every wait is bounded. Nothing above `c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Protocol
 
@@ -92,7 +93,8 @@ class TwoSided:
         """See Transport."""
         if not block.numel():  # on no rank: blocks are equally large
             return _Arrived()
-        work = dist.all_gather_into_tensor(_bytes(into), _bytes(block), group=self.group, async_op=True)
+        blocks = list(_bytes(into).chunk(self.world_size))
+        work = dist.all_gather(blocks, _bytes(block), group=self.group, async_op=True)
         return self._arrival([work], block)
 
     def shift(self, rows: Tensor, into: Tensor) -> Arrival:
@@ -116,10 +118,15 @@ class _Arrival:
 
     def wait(self) -> None:
         transport = self._transport
-        while self._works:
-            with bounded(transport.timeout_s, transport.rank, "rows of another rank") as limit:
-                self._works[0].wait(limit)
-            self._works.pop(0)
+        works, self._works = self._works, []
+        with bounded(transport.timeout_s, transport.rank, "rows of another rank") as limit:
+            for work in works:
+                work.wait(limit)
+
+    def __del__(self) -> None:
+        # Rows that nobody waits for (a handle thrown away) must still land: their memory goes with this object.
+        with suppress(Exception):
+            self.wait()
 
 
 @contextmanager
@@ -134,8 +141,10 @@ def bounded(timeout_s: float, rank: int, what: str) -> Iterator[timedelta]:
         text = str(error).splitlines()[0]
         if "timed out" in text.lower():
             raise ExchangeTimeoutError(f"rank {rank} waited {timeout_s:g} s for {what}") from error
-        raise ExchangeError(f"rank {rank} lost the connection while waiting for {what}: {text}") from error
+        lost = "lost the connection" if "connection" in text.lower() or "pair" in text.lower() else "failed"
+        raise ExchangeError(f"rank {rank} {lost} while waiting for {what}: {text}") from error
 
 
 def _bytes(rows: Tensor) -> Tensor:
-    return rows.view(torch.uint8).flatten(1) if rows.dim() > 1 else rows.view(torch.uint8)
+    """The same memory as bytes, [rows, bytes of a row]."""
+    return rows.reshape(len(rows), math.prod(rows.shape[1:])).view(torch.uint8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from flashcp.comm.clock import Clock
@@ -43,7 +44,9 @@ def varlen_attention(
     whole = _whole(lengths)
     job = Job(select_attention(attention, q.device), "none", False, Clock())
     call = Call(whole, _ALONE, job, Header(), handshake=None)
-    return Handle(call, _ALONE.start(whole, k, v), k, v).attention(q, softmax_scale)
+    with torch.no_grad():
+        flight = _ALONE.start(whole, k, v)
+    return Handle(call, flight, k, v).attention(q, softmax_scale)
 
 
 _ALONE = Exact(Alone())

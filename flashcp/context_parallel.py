@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -15,9 +17,9 @@ from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.exchanges.base import Exchange, Job
 from flashcp.comm.handshake import Handshake, Header
 from flashcp.comm.transport import Alone, Transport, TwoSided
-from flashcp.kernels.inputs import check_inputs
+from flashcp.kernels.inputs import check_inputs, default_scale
 from flashcp.kernels.selection import ATTENTION, select_attention
-from flashcp.operator import Call, Handle
+from flashcp.operator import Call, Handle, scale_code
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.unshard import unshard
 
@@ -36,8 +38,9 @@ class ContextParallel:
     brings it again. timeout_s: bound on every wait for another rank.
 
     cp.transport and cp.overlap tell what `auto` chose; cp.stats is a `Clock` of this rank's milliseconds.
-    Raises ValueError for names it does not know. Calls on all ranks must come in the same order, with one plan:
-    anything else raises an ExchangeError on every rank within the time-out.
+    Raises ValueError for names it does not know and groups this rank is no member of. Calls on all ranks must come
+    in the same order. Ranks compare call numbers, plans, exchanges, shapes, dtypes and scales before rows move: what
+    differs, and whoever fails or stays away, is named in an ExchangeError on every rank within the time-out.
     """
 
     def __init__(
@@ -54,8 +57,11 @@ class ContextParallel:
         _check_name("overlap", overlap, ("auto", "none", "staged"))
         _check_name("attention", attention, ("auto", *ATTENTION))
         _check_name("backward", backward, ("keep", "refetch"))
-        if not timeout_s > 0:
-            raise ValueError(f"timeout_s={timeout_s}: expected seconds > 0")
+        if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
+            raise ValueError(f"timeout_s={timeout_s!r}: expected seconds > 0")
+        launched = dist.is_available() and dist.is_initialized()
+        if group is not None and (not launched or dist.get_rank(group) < 0):
+            raise ValueError("group: expected a torch.distributed group that this rank is a member of, or None")
         self.exchange = exchange
         self.overlap = "staged" if overlap == "auto" else overlap
         self.attention_name = attention
@@ -63,7 +69,7 @@ class ContextParallel:
         self.stats = Clock()
         self._handshake: Handshake | None = None
         self._transport: Transport = Alone()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+        if launched and dist.get_world_size(group) > 1:
             self._transport = TwoSided(group, timeout_s)
             self._handshake = Handshake(group, timeout_s)
         _check_name("transport", transport, ("auto", self._transport.name))
@@ -83,15 +89,26 @@ class ContextParallel:
         home in fp32 (`ulysses`: in the model's dtype) and are added in a fixed order.
         Raises ValueError for shapes, dtypes and plans that do not fit, ExchangeError as the class says.
         """
-        return self._begin(k, v, plan, q).attention(q, softmax_scale)
+
+        def check(rows: int) -> tuple[int, float]:
+            check_inputs(q, k, v, rows)
+            return q.shape[1], default_scale(q, softmax_scale)
+
+        return self._begin(k, v, plan, check).attention(q, softmax_scale)
 
     def prefetch(self, k: Tensor, v: Tensor, plan: ShardingPlan) -> Handle:
         """Let K and V rows leave now; `handle.attention(q)` computes later. Arguments as for `attention`."""
-        return self._begin(k, v, plan, None)
+
+        def check(rows: int) -> tuple[int, float]:
+            check_inputs(k, k, v, rows)
+            return 0, 0.0  # queries come later
+
+        return self._begin(k, v, plan, check)
 
     def shard(self, x: Tensor, plan: ShardingPlan, dim: int = 0) -> Tensor:
         """This rank's rows of a tensor that holds the whole pack along `dim`, in local order."""
         self._check_plan(plan)
+        _check_dim("x", x, dim)
         if x.shape[dim] != plan.offsets[-1]:
             raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}: expected the pack's {plan.offsets[-1]}")
         return x.index_select(dim, torch.from_numpy(plan.rows(self.rank)).to(x.device))
@@ -101,26 +118,38 @@ class ContextParallel:
 
         def header() -> Header:
             self._check_plan(plan)
+            _check_dim("local", local, dim)
             if local.shape[dim] != plan.tokens[self.rank]:
                 raise ValueError(
                     f"local has {local.shape[dim]} rows along dim {dim}: expected {plan.tokens[self.rank]} on rank "
                     f"{self.rank}"
                 )
-            return Header(plan=_signed(plan), exchange=-1, row_bytes=local.nbytes // local.shape[dim])
+            row = local.shape[:dim] + local.shape[dim:][1:]
+            return Header(
+                plan=_signed(plan),
+                exchange=-1,
+                row_bytes=math.prod(row) * local.element_size(),
+                dtype=_dtype_code(local),
+                gradients=torch.is_grad_enabled() and local.requires_grad,
+            )
 
-        self._agree(header)
-        return unshard(local.movedim(dim, 0).contiguous(), plan, self._transport).movedim(0, dim)
+        agreed = self._agree(header)
+        rows = local.movedim(dim, 0).contiguous()
+        return unshard(rows, plan, self._transport, self._handshake, agreed).movedim(0, dim)
 
     def position_ids(self, plan: ShardingPlan) -> Tensor:
         """Position inside its document of each of this rank's rows, int64 [rank's tokens]."""
         self._check_plan(plan)
         return torch.from_numpy(plan.positions(self.rank))
 
-    def _begin(self, k: Tensor, v: Tensor, plan: ShardingPlan, q: Tensor | None) -> Handle:
+    def _begin(
+        self, k: Tensor, v: Tensor, plan: ShardingPlan, check: Callable[[int], tuple[int, float]]
+    ) -> Handle:
+        """Let rows leave. check: of the tensors, given this rank's rows; returns query heads and scale."""
+
         def header() -> Header:
             self._check_plan(plan)
-            check_inputs(k if q is None else q, k, v, int(plan.tokens[self.rank]))
-            query_heads = 0 if q is None else q.shape[1]
+            query_heads, scale = check(int(plan.tokens[self.rank]))
             self._exchange.check(query_heads, k.shape[1])
             return Header(
                 plan=_signed(plan),
@@ -128,8 +157,10 @@ class ContextParallel:
                 query_heads=query_heads,
                 kv_heads=k.shape[1],
                 head_dim=k.shape[2],
-                row_bytes=k[0].nbytes,
+                dtype=_dtype_code(k),
+                scale=scale_code(scale),
                 gradients=torch.is_grad_enabled(),
+                refetch=self.backward == "refetch",
             )
 
         with self.stats.measure("wait_ms"):
@@ -145,7 +176,7 @@ class ContextParallel:
         self._calls += 1
         try:
             header = make_header()._replace(call=self._calls)
-        except ValueError:
+        except Exception:
             if self._handshake is not None:
                 with suppress(ExchangeError):
                     self._handshake.compare(Header(failed=1, call=self._calls), _GRACE_S)
@@ -164,6 +195,18 @@ class ContextParallel:
 def _check_name(field: str, name: str, legal: tuple[str, ...]) -> None:
     if name not in legal:
         raise ValueError(f"{field}={name!r}: expected one of {', '.join(legal)}")
+
+
+def _check_dim(name: str, x: Tensor, dim: int) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} is a {type(x).__name__}: expected a tensor")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim={dim}: expected an axis of {name}, which has {x.dim()}")
+
+
+def _dtype_code(x: Tensor) -> int:
+    """The same number for the same dtype on every rank."""
+    return zlib.crc32(str(x.dtype).encode())
 
 
 def _signed(plan: ShardingPlan) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import struct
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flashcp.comm.exchanges.base import Exchange, Flight, Job, Kept
-from flashcp.comm.handshake import Handshake, Header
+from flashcp.comm.handshake import Handshake, Header, Step
 from flashcp.kernels.inputs import check_inputs, default_scale
 from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["Call", "Handle"]
+__all__ = ["Call", "Handle", "scale_code"]
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,24 @@ class Handle:
     def __init__(self, call: Call, flight: Flight, k: Tensor, v: Tensor) -> None:
         self._call, self._k, self._v = call, k, v
         self._flight: Flight | None = flight
+        self._versions = _versions(k, v)
 
     def attention(self, q: Tensor, softmax_scale: float | None = None) -> Tensor:
-        """See ContextParallel.attention. Raises RuntimeError when called a second time."""
+        """See ContextParallel.attention. Raises RuntimeError when called twice, or when k or v were written to."""
+        call, plan, exchange = self._call, self._call.plan, self._call.exchange
         if self._flight is None:
             raise RuntimeError("this handle's rows were used: prefetch again for another attention call")
-        plan, exchange = self._call.plan, self._call.exchange
+        if _versions(self._k, self._v) != self._versions:
+            raise RuntimeError("k or v were changed in place after prefetch: their rows have left already")
         check_inputs(q, self._k, self._v, int(plan.tokens[exchange.transport.rank]))
         exchange.check(q.shape[1], self._k.shape[1])
         scale = default_scale(q, softmax_scale)
+        header = call.header._replace(query_heads=q.shape[1], scale=scale_code(scale))
+        if call.handshake is not None and exchange.moves_later and header != call.header:
+            with call.job.clock.measure("wait_ms"):
+                call.handshake.compare(header._replace(step=Step.ATTENTION))
         flight, self._flight = self._flight, None
-        return _Attention.apply(q, self._k, self._v, self._call, flight, scale)
+        return _Attention.apply(q, self._k, self._v, replace(call, header=header), flight, scale)
 
 
 class _Attention(torch.autograd.Function):
@@ -59,15 +68,26 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         kept = Kept(*ctx.saved_tensors)
         if call.handshake is not None:
             with call.job.clock.measure("wait_ms"):
-                call.handshake.compare(call.header._replace(backward=1))
+                call.handshake.compare(call.header._replace(step=Step.BACKWARD))
         gradients = call.exchange.backward(call.plan, _rows(grad_out), kept, call.job, ctx.scale)
         grad_q, grad_k, grad_v = (gradient.to(grad_out.dtype) for gradient in gradients)
         return grad_q, grad_k, grad_v, None, None, None
+
+
+def scale_code(scale: float) -> int:
+    """A float as the int64 of the same bits, for a header."""
+    return struct.unpack("<q", struct.pack("<d", scale))[0]
+
+
+def _versions(*tensors: Tensor) -> list[int]:
+    """How often each tensor was written to (inference tensors do not count)."""
+    return [0 if x.is_inference() else x._version for x in tensors]
 
 
 def _rows(x: Tensor) -> Tensor:

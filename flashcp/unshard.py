@@ -6,25 +6,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from flashcp.comm.handshake import Handshake, Header, Step
 from flashcp.comm.transport import Transport
 from flashcp.sharding.plan import ShardingPlan
 
 __all__ = ["unshard"]
 
 
-def unshard(local: Tensor, plan: ShardingPlan, transport: Transport) -> Tensor:
+def unshard(
+    local: Tensor, plan: ShardingPlan, transport: Transport, handshake: Handshake | None, header: Header
+) -> Tensor:
     """All rows of the pack [tokens, ...] on every rank, from each rank's local rows [rank's tokens, ...].
 
     The gradient of a local row is the sum over ranks of the gradients of its copies, added in rank order in fp32.
+    handshake, header: what the ranks compared before, and compare again before gradients move.
     """
-    return _Unshard.apply(local, plan, transport)
+    return _Unshard.apply(local, plan, transport, handshake, header)
 
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local: Tensor, plan: ShardingPlan, transport: Transport) -> Tensor:
-        ctx.plan, ctx.transport = plan, transport
+    def forward(
+        ctx: Any,
+        local: Tensor,
+        plan: ShardingPlan,
+        transport: Transport,
+        handshake: Handshake | None,
+        header: Header,
+    ) -> Tensor:
+        ctx.plan, ctx.transport, ctx.handshake, ctx.header = plan, transport, handshake, header
         most = int(plan.tokens.max())
         block = local.new_zeros((most, *local.shape[1:]))
         block[: len(local)] = local
@@ -36,11 +48,14 @@ class _Unshard(torch.autograd.Function):
         return full
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan, transport = ctx.plan, ctx.transport
+        if ctx.handshake is not None:
+            ctx.handshake.compare(ctx.header._replace(step=Step.BACKWARD))
         order = torch.cat([torch.from_numpy(plan.rows(rank)) for rank in range(plan.world_size)])
         own = int(plan.tokens[transport.rank])
         slots = grad.new_empty((own * plan.world_size, *grad.shape[1:]))
         transport.all_to_all(grad[order], plan.tokens.tolist(), slots, [own] * plan.world_size).wait()
         total = slots.unflatten(0, (plan.world_size, own)).float().sum(0)
-        return total.to(grad.dtype), None, None
+        return total.to(grad.dtype), None, None, None, None

@@ -15,6 +15,9 @@ _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raises ValueError unless q is [tokens, query heads, head_dim] and k, v [tokens, KV heads, head_dim] of one
     floating dtype and device, query heads being a multiple of KV heads."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}: expected a tensor [tokens, heads, head_dim]")
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 3:
         raise ValueError(f"{shapes}: expected [tokens, heads, head_dim] each")
@@ -41,6 +44,6 @@ def default_scale(q: Tensor, softmax_scale: float | None) -> float:
     """The factor on the scores: as given, or 1 / sqrt(head_dim). Raises ValueError unless finite and positive."""
     if softmax_scale is None:
         return 1.0 / math.sqrt(q.shape[-1])
-    if not (math.isfinite(softmax_scale) and softmax_scale > 0):
-        raise ValueError(f"softmax_scale={softmax_scale}: expected a positive number")
+    if not (isinstance(softmax_scale, int | float) and math.isfinite(softmax_scale) and softmax_scale > 0):
+        raise ValueError(f"softmax_scale={softmax_scale!r}: expected a positive number")
     return float(softmax_scale)

@@ -10,8 +10,12 @@ import numpy as np
 if TYPE_CHECKING:
     from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["Certificate", "certificate", "certify", "study_ceiling"]
+__all__ = ["Certificate", "certificate", "certify", "least_largest_work", "study_ceiling"]
 
+LONGEST = 4  # documents whose tail is bounded
+BLOCKS = 4096  # of rows, for that
+PRICES = np.geomspace(0.25, 4.0, 17)
+FEW_ROWS = 256  # rows a rank up to which single heavy rows can make balance impossible
 TOLERANCE = 1.01  # imbalance that plans are compared under; `flashcp` plans for it
 
 
@@ -80,12 +84,12 @@ def certificate(document_lengths: np.ndarray, world_size: int, tolerance: float 
     """
     lengths = np.asarray(document_lengths, dtype=np.int64)
     tokens = int(lengths.sum())
-    work_bound = _largest_work(lengths, world_size)
+    work_bound = least_largest_work(lengths, world_size)
     mean = int((lengths * (lengths + 1) // 2).sum()) / world_size
     work_limit = int(max(tolerance * mean * (1 + 1e-12), work_bound))  # the factor keeps rounding on the safe side
     rank_tokens = -(-tokens // world_size)
-    total = int(_ends(lengths, world_size, work_limit, rank_tokens).sum())
-    critical = max(int(lengths.max()) - rank_tokens, -(-total // world_size))
+    total = least_total_rows(lengths, world_size, work_limit, rank_tokens)
+    critical = max(-(-total // world_size), least_tail_rows(lengths, world_size, work_limit, rank_tokens))
     return Certificate(tolerance, work_bound, critical, total)
 
 
@@ -109,13 +113,13 @@ def study_ceiling(document_lengths: np.ndarray, world_size: int, tolerance: floa
     return float(1 - critical / (rank_tokens * (world_size - 1)))
 
 
-def _largest_work(lengths: np.ndarray, world_size: int) -> int:
+def least_largest_work(lengths: np.ndarray, world_size: int) -> int:
     """Some rank works at least this much: the mean, or k + 1 of the k N + 1 heaviest rows and the lightest rest."""
     total = int((lengths * (lengths + 1) // 2).sum())
     bound = -(-total // world_size)
     tokens = int(lengths.sum())
     fewest = tokens // world_size
-    if int(lengths.max()) * fewest <= bound:  # even a rank of heaviest rows alone stays below the mean
+    if fewest > FEW_ROWS or int(lengths.max()) * fewest <= bound:
         return bound
     ordered = np.sort(lengths)
     at_least = np.append(np.arange(len(ordered), 0, -1), 0)  # documents with a row of work x: those of length >= x
@@ -125,18 +129,63 @@ def _largest_work(lengths: np.ndarray, world_size: int) -> int:
     return max(bound, int(((k + 1) * rows[tokens - 1 - k * world_size] + lightest[fewest - 1 - k]).max()))
 
 
-def _ends(lengths: np.ndarray, world_size: int, work_limit: int, rank_tokens: int) -> np.ndarray:
-    """Least ends e_1 .. e_(N-1) of each document, int64 [documents that must be split, world_size - 1].
+def least_total_rows(lengths: np.ndarray, world_size: int, work_limit: int, rank_tokens: int) -> int:
+    """All rows that travel: the sum of all ends but each document's last, for documents that compete for ranks.
 
-    The j ranks that reach furthest into a document hold every row beyond e_j, and j ranks hold at most
-    j * rank_tokens rows and j * work_limit work.
+    Of what ranks hold of documents, at most N holdings exceed half the work limit. A document with b such holdings
+    has its j-th end from the last no lower than where the work beyond is min(j, b) limits and max(0, j - b) halves
+    (nor below length - j * rank_tokens). The N big holdings are dealt to the documents so that the sum is least.
+    With N big holdings for every document this would be the study's bound, which lets each have all ranks to itself.
     """
     work = lengths * (lengths + 1) // 2
-    split = (lengths > rank_tokens) | (work > work_limit)
     j = np.arange(1, world_size, dtype=np.int64)
-    by_tokens = lengths[split, None] - j * rank_tokens
-    by_work = smallest_end(np.maximum(work[split, None] - j * work_limit, 0))
-    return np.maximum(np.maximum(by_tokens, by_work), 0)
+    split = (lengths > rank_tokens) | (work > work_limit // 2)
+    length, work = lengths[split], work[split]
+    b = np.arange(world_size + 1)[:, None]
+    beyond = np.minimum(j, b) * work_limit + np.maximum(0, j - b) * (work_limit // 2)
+    least = np.zeros(world_size + 1, dtype=np.int64)  # over the documents so far, by big holdings given out
+    for i in range(len(length)):
+        most = int(min(world_size, work[i] // work_limit + 1))  # more big holdings change nothing
+        cost = _ends(length[i], work[i], beyond[: most + 1], j * rank_tokens).sum(axis=-1)  # [big holdings]
+        options = [np.append(np.full(k, _NEVER), least[: len(least) - k]) + cost[k] for k in range(most + 1)]
+        least = np.min(options, axis=0)
+    return int(least.min())
+
+
+_NEVER = np.int64(1) << 60
+
+
+def _ends(length: np.ndarray, work: np.ndarray, beyond: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Lowest end with at most `beyond` work and `rows` rows above it, int64 [..., len(rows)]."""
+    by_work = smallest_end(np.maximum(np.asarray(work)[..., None] - beyond, 0))
+    return np.maximum(np.maximum(np.asarray(length)[..., None] - rows, by_work), 0)
+
+
+def least_tail_rows(lengths: np.ndarray, world_size: int, work_limit: int, rank_tokens: int) -> int:
+    """max(sent, received) of the rank with a document's last row, for the longest documents.
+
+    It receives at least length - n rows if it holds n rows of the document. A row y that it holds is read by every
+    other rank with rows beyond y: no fewer than readers(y), what the work and the rows beyond y need, less itself.
+    Low rows have many readers, high rows have much work. For any price p of work, the n cheapest rows by
+    readers(y) + p (y + 1) cost no more than all it sends plus p times the work limit.
+    """
+    best = int(lengths.max()) - rank_tokens
+    for length in np.sort(lengths)[::-1][:LONGEST].tolist():
+        if length <= best:
+            break
+        block = -(-length // BLOCKS)  # rows that count as the cheapest of their block
+        y = np.arange(0, length, block, dtype=np.int64)
+        last = np.minimum(y + block, length)  # a block's fewest readers are those of its last row
+        work_beyond = (length * (length + 1) - last * (last + 1)) // 2
+        readers = np.maximum(-(-work_beyond // work_limit), -(-(length - last) // rank_tokens)) - 1
+        readers = np.clip(readers, 0, world_size - 1)
+        rows = np.arange(1, len(y) + 1) * block
+        for price in (readers[0] / length) * PRICES:
+            sends = np.cumsum(np.sort(readers + price * (y + 1))) * block - price * work_limit
+            # Holding fewer than `rows`, it receives more than length - rows; holding as many, it sends `sends`.
+            bounds = np.minimum(length - rows + 1, np.floor(sends * (1 - 1e-9) - 1).astype(np.int64))
+            best = max(best, int(bounds.max()))
+    return best
 
 
 def smallest_end(work: np.ndarray) -> np.ndarray:

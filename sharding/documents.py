@@ -9,6 +9,8 @@ import numpy as np
 
 __all__ = ["document_offsets", "expand_ranges", "read_document_lengths", "read_world_size"]
 
+MOST_TOKENS = 2**31 - 1  # of a pack: its work, tokens squared, then fits int64
+
 
 def read_document_lengths(document_lengths: Iterable[int] | np.ndarray) -> np.ndarray:
     """Lengths of the documents of one pack, in tokens, as a read-only int64 array [documents].
@@ -25,8 +27,9 @@ def read_document_lengths(document_lengths: Iterable[int] | np.ndarray) -> np.nd
         raise ValueError(
             f"document_lengths holds {given.dtype} (first value {given[0]!r}): expected whole numbers >= 1"
         )
-    if given.max() > np.iinfo(np.int32).max:
-        raise ValueError(f"document_lengths holds {given.max()}: expected at most {np.iinfo(np.int32).max}")
+    tokens = given.sum(dtype=np.float64)
+    if given.max() > MOST_TOKENS or tokens > MOST_TOKENS:
+        raise ValueError(f"document_lengths hold {tokens:.0f} tokens: expected at most {MOST_TOKENS}")
     lengths = given.astype(np.int64)
     if lengths.min() < 1:
         where = int(np.argmax(lengths < 1))

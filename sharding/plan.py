@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple, overload
 
 import numpy as np
@@ -133,12 +134,7 @@ class ShardingPlan:
         cls, document_lengths: Iterable[int], world_size: int, shards: Iterable[Shard | Sequence[int]]
     ) -> ShardingPlan:
         """A plan from (document, start, stop, rank) tuples. Raises ValueError as the constructor does."""
-        rows = [tuple(shard) for shard in shards]
-        try:
-            columns = np.array(rows, dtype=np.int64).reshape(len(rows), 4).T
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError("shards: expected (document, start, stop, rank) in whole numbers") from error
-        return cls(read_document_lengths(document_lengths), world_size, ShardTable(*columns))
+        return cls(read_document_lengths(document_lengths), world_size, _read_shards(list(shards)))
 
     @property
     def shards(self) -> ShardView:
@@ -148,7 +144,9 @@ class ShardingPlan:
     @cached_property
     def offsets(self) -> np.ndarray:
         """Row of the pack where each document starts, int64 [documents + 1]."""
-        return document_offsets(self.document_lengths)
+        offsets = document_offsets(self.document_lengths)
+        offsets.flags.writeable = False
+        return offsets
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -220,12 +218,12 @@ class ShardingPlan:
         """The plan `to_json` wrote. Raises ValueError for anything else."""
         try:
             fields = json.loads(text)
-            shards = np.array(fields["shards"], dtype=np.int64).reshape(len(fields["shards"]), 4)
+            shards = _read_shards(fields["shards"])
             lengths, world_size = fields["document_lengths"], fields["world_size"]
             strategy = str(fields.get("strategy", "custom"))
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"not the JSON of a plan: {error!r}") from error
-        return cls(read_document_lengths(lengths), world_size, ShardTable(*shards.T), strategy)
+        return cls(read_document_lengths(lengths), world_size, shards, strategy)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ShardingPlan) and (
@@ -269,8 +267,18 @@ class ShardingPlan:
         return total
 
     def _check_rank(self, rank: int) -> None:
-        if not 0 <= rank < self.world_size:
-            raise ValueError(f"rank={rank}: expected 0 to {self.world_size - 1}")
+        if not isinstance(rank, Integral) or not 0 <= rank < self.world_size:
+            raise ValueError(f"rank={rank!r}: expected 0 to {self.world_size - 1}")
+
+
+def _read_shards(shards: Sequence[Sequence[int]]) -> ShardTable:
+    try:
+        rows = np.array([tuple(shard) for shard in shards]).reshape(len(shards), 4)
+    except (TypeError, ValueError) as error:
+        raise ValueError("shards: expected (document, start, stop, rank) in whole numbers") from error
+    if len(shards) and rows.dtype.kind not in "iu":
+        raise ValueError("shards: expected (document, start, stop, rank) in whole numbers")
+    return ShardTable(*rows.astype(np.int64).T)
 
 
 def _sorted_table(table: ShardTable) -> ShardTable:

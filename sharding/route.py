@@ -21,7 +21,7 @@ class Route:
     exchange: str
 
     def __post_init__(self) -> None:
-        if self.exchange not in EXCHANGES:
+        if not isinstance(self.exchange, str) or self.exchange not in EXCHANGES:
             raise ValueError(f"exchange={self.exchange!r}: expected one of {', '.join(EXCHANGES)}")
 
     @property
@@ -81,6 +81,8 @@ class Route:
         home, so what a rank received in the forward it sends in the backward, at the wire's width.
         """
         ranks = self.plan.world_size
+        if kv_heads < 1 or query_heads < 1 or query_heads % kv_heads:
+            raise ValueError(f"query_heads={query_heads}, kv_heads={kv_heads}: expected a multiple, both at least 1")
         if self.exchange == "ulysses":
             if query_heads % ranks or kv_heads % ranks:
                 raise ValueError(
@@ -96,7 +98,9 @@ class Route:
 
     @cached_property
     def _rows(self) -> tuple[np.ndarray, np.ndarray]:
-        return EXCHANGES[self.exchange].rows(self.plan)
+        sent, received = EXCHANGES[self.exchange].rows(self.plan)
+        sent.flags.writeable = received.flags.writeable = False
+        return sent, received
 
     def __repr__(self) -> str:
         return (

@@ -96,10 +96,12 @@ class Exchange(ABC):
     """One way for KV to travel. `name` is a key of `flashcp.sharding.exchanges.EXCHANGES`.
 
     gradient_dtype is what the wire carries in the backward pass; None: the model's. splits_heads: whether ranks
-    share out heads, so that their number must divide query and KV heads.
+    share out heads, so that their number must divide query and KV heads. moves_later: whether rows also travel while
+    attention is computed, so that ranks must come to that together.
     """
 
     name: str
+    moves_later = False
     splits_heads = False
     gradient_dtype: torch.dtype | None = torch.float32
 

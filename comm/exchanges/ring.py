@@ -24,6 +24,7 @@ class Ring(ReceivingExchange):
     """See the module."""
 
     name = "ring"
+    moves_later = True
 
     def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> Flight:
         """See Exchange."""

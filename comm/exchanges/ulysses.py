@@ -27,6 +27,7 @@ class Ulysses(Exchange):
     """See the module."""
 
     name = "ulysses"
+    moves_later = True
     gradient_dtype = None
     splits_heads = True
 

@@ -46,7 +46,7 @@ def plan(
     """
     lengths = read_document_lengths(document_lengths)
     ranks = read_world_size(world_size, int(lengths.sum()))
-    if strategy not in STRATEGIES:
+    if not isinstance(strategy, str) or strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r}: expected one of {', '.join(STRATEGIES)}")
     function = STRATEGIES[strategy]
     legal = list(inspect.signature(function).parameters)[2:]

@@ -125,6 +125,15 @@ def test_bad_file_of_lengths_is_one_line(refused: Callable[..., str], tmp_path: 
     assert refused("plan", "data=lengths", "data.path=lengths.txt").startswith(message)
 
 
+@pytest.mark.parametrize("verb", ["train", "sweep"])
+def test_out_that_is_a_file_is_one_line(
+    refused: Callable[..., str], tmp_path: Path, tiny: list[str], verb: str
+) -> None:
+    (tmp_path / "taken").write_text("mine")
+    for out in ("taken", "taken/below"):
+        assert refused(verb, *tiny, f"out={out}").endswith("taken is not a directory that may be written to")
+
+
 def test_unknown_verb_and_option(refused: Callable[..., str]) -> None:
     assert refused("plam") == f"'plam': no such verb; expected one of {', '.join(VERBS)}"
     assert refused("plan", "--jsn").startswith("--jsn: no such option; expected --help, --json")

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import flashcp
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, PeerFailedError, PlanMismatchError
+from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from tests.packs import random_qkv
 from tests.ranks import run_cases, run_ranks
 
@@ -52,21 +53,103 @@ def test_a_rank_with_an_old_plan_stops_all_ranks_by_name(warm: bool) -> None:
             assert elapsed < 5
 
 
-def other_settings_on_rank_0(what: str) -> str:
-    rank = dist.get_rank()
-    exchange = "ring" if what == "exchange" and rank == 0 else "exact"
+def other_settings_on_rank_0(what: str, exchange: str) -> str:
+    """Rank 0 calls with one thing different from rank 1."""
+    odd = dist.get_rank() == 0
+    cp = flashcp.ContextParallel(
+        exchange="all_gather" if what == "exchange" and odd else exchange,
+        backward="refetch" if what == "refetch" and odd else "keep",
+        timeout_s=20,
+    )
+    plan = flashcp.plan(TODAY, 2, "per_document")
+    q, k, v, _ = random_qkv(32, 4, 4 if what == "kv heads" and odd else 2, 8, torch.float32, seed=0)
+    if what == "query heads" and odd:
+        q = q[:, :2]
+    if what == "dtype":
+        q, k, v = (x.to(torch.float16 if odd else torch.bfloat16) for x in (q, k, v))
+    k.requires_grad_(what != "gradients" or odd)
+    scale = 1.0 if what == "scale" and odd else None
+
+    def call() -> None:
+        with torch.set_grad_enabled(what != "gradients" or odd):
+            handle = cp.prefetch(k, v, plan) if what == "query heads" else None
+            out = handle.attention(q, scale) if handle else cp.attention(q, k, v, plan, scale)
+        out.sum().backward()
+
+    return message(PlanMismatchError, call)
+
+
+@pytest.mark.parametrize("exchange", ["exact", "ring", "ulysses"])
+def test_other_exchanges_shapes_dtypes_scales_and_settings_are_named(exchange: str) -> None:
+    cases = [
+        (what, exchange)
+        for what in ("exchange", "kv heads", "query heads", "dtype", "scale", "gradients", "refetch")
+    ]
+    for (what, _), ranks in zip(cases, run_cases(other_settings_on_rank_0, 2, cases), strict=True):
+        for said in ranks:
+            assert f"disagree on {what} " in said
+            assert "rank 0" in said
+            assert "rank 1" in said
+
+
+def handles_out_of_order(exchange: str) -> str:
     cp = flashcp.ContextParallel(exchange=exchange, timeout_s=20)
     plan = flashcp.plan(TODAY, 2, "per_document")
-    heads = 4 if what == "heads" and rank == 0 else 2
-    return message(PlanMismatchError, lambda: attention(cp, plan, heads, grad=what == "grad" and rank == 0))
+    q, k, v, _ = random_qkv(32, 2, 2, 8, torch.float32, seed=0)
+    first, second = cp.prefetch(k, v, plan), cp.prefetch(k + 1, v, plan)
+    return message(PlanMismatchError, (first if cp.rank else second).attention, q)
 
 
-@pytest.mark.parametrize("what", ["exchange", "heads"])
-def test_other_exchanges_and_shapes_are_named(what: str) -> None:
-    for said in run_ranks(other_settings_on_rank_0, 2, what):
-        assert what in said
-        assert "rank 0" in said
-        assert "rank 1" in said
+def test_handles_used_in_another_order_are_named() -> None:
+    for exchange in ("ring", "ulysses"):
+        assert all("disagree on call" in said for said in run_ranks(handles_out_of_order, 2, exchange))
+
+
+def thrown_away_handles(exchange: str) -> None:
+    cp = flashcp.ContextParallel(exchange=exchange, timeout_s=20)
+    plan = flashcp.plan(TODAY, 3, "per_document")
+    *qkv, _ = random_qkv(64, 3, 3, 8, torch.float32, seed=0)
+    q, k, v = (cp.shard(x, plan) for x in qkv)
+    for _ in range(3):
+        cp.prefetch(k, v, plan)
+    full = flashcp.reference_attention(*qkv, TODAY)
+    assert torch.allclose(cp.attention(q, k, v, plan).double(), cp.shard(full, plan), atol=1e-5)
+
+
+def test_a_handle_may_be_thrown_away() -> None:
+    run_cases(thrown_away_handles, 3, [(exchange,) for exchange in ("exact", "all_gather", "ring", "ulysses")])
+
+
+def outside_the_group() -> str:
+    group = dist.new_group([1, 2])
+    if dist.get_rank() == 0:
+        return message(ValueError, lambda: flashcp.ContextParallel(group=group))
+    cp = flashcp.ContextParallel(group=group, timeout_s=20)
+    attention(cp, flashcp.plan(TODAY, 2, "per_document"))
+    return f"rank {cp.rank} of {cp.world_size}"
+
+
+def test_groups_smaller_than_the_world() -> None:
+    outside, *inside = run_ranks(outside_the_group, 3)
+    assert "member" in outside
+    assert inside == ["rank 0 of 2", "rank 1 of 2"]
+    with pytest.raises(ValueError, match="member"):
+        flashcp.ContextParallel(group=5)  # type: ignore[arg-type]
+
+
+def empty_rank(exchange: str) -> None:
+    cp = flashcp.ContextParallel(exchange=exchange, timeout_s=20)
+    plan = flashcp.ShardingPlan.from_shards([10], 2, [(0, 0, 10, 0)])
+    *qkv, grad = random_qkv(10, 2, 2, 8, torch.float32, seed=0)
+    local = [cp.shard(x, plan).requires_grad_() for x in qkv]
+    out = cp.attention(*local, plan)
+    out.backward(cp.shard(grad, plan))
+    full = flashcp.reference_attention(*qkv, [10])
+    assert torch.allclose(cp.unshard(out.detach(), plan).double(), full, atol=1e-5)
+
+
+def test_a_rank_without_rows_takes_part() -> None:
+    run_cases(empty_rank, 2, [(exchange,) for exchange in EXCHANGE_CLASSES])
 
 
 def absent_rank_2() -> tuple[str, float]:
@@ -136,6 +219,9 @@ def bad_calls() -> list[str]:
         message(ValueError, cp.attention, y, y, y, "plan"),
         message(ValueError, cp.shard, torch.zeros(3), plan),
         message(ValueError, cp.unshard, torch.zeros(3), plan),
+        message(ValueError, cp.unshard, torch.zeros(32), plan, 7),
+        message(ValueError, cp.attention, None, y, y, plan),
+        message(ValueError, lambda: cp.attention(y, y, y, plan, softmax_scale=-1)),
         message(ValueError, cp.attention, y.double(), y.double(), y.double(), plan),
     ]
 
@@ -149,6 +235,9 @@ def test_bad_calls_say_what_is_wrong() -> None:
         "plan is a str",
         "x has 3 rows along dim 0: expected the pack's 64",
         "local has 3 rows along dim 0: expected 32 on rank",
+        "dim=7: expected an axis of local, which has 1",
+        "q is a NoneType: expected a tensor",
+        "softmax_scale=-1: expected a positive number",
         "q is torch.float64",
     )
     for said in run_ranks(bad_calls, 2):
@@ -165,6 +254,7 @@ def test_bad_calls_say_what_is_wrong() -> None:
         ("transport", "nccl"),
         ("backward", "nope"),
         ("timeout_s", 0),
+        ("timeout_s", float("inf")),
     ],
 )
 def test_unknown_names_list_the_legal_ones(field: str, value: object) -> None:

@@ -94,6 +94,10 @@ def handle_and_helpers() -> None:
     assert torch.equal(handle.attention(q), cp.attention(q, k, v, plan))
     with pytest.raises(RuntimeError, match="prefetch again"):
         handle.attention(q)
+    handle = cp.prefetch(k, v, plan)
+    k.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        handle.attention(q)
     assert cp.transport == "gloo"
     assert cp.overlap == "staged"
     assert cp.stats.attention_ms > 0
@@ -102,6 +106,9 @@ def handle_and_helpers() -> None:
     assert torch.equal(cp.position_ids(plan), cp.shard(positions, plan))
     full = torch.randn(3, sum(LENGTHS), generator=torch.Generator().manual_seed(1))
     assert torch.equal(cp.unshard(cp.shard(full, plan, dim=1), plan, dim=1), full)
+    one = cp.shard(full[0], plan).requires_grad_()  # rows that are single numbers
+    cp.unshard(one, plan).sum().backward()
+    assert torch.equal(one.grad, torch.full_like(one, cp.world_size))
     # Every rank weighs the copies of a row with rank + 1: the adjoint is their sum.
     local = cp.shard(full, plan, dim=1).requires_grad_()
     (gradient,) = torch.autograd.grad(cp.unshard(local, plan, dim=1), local, full * (cp.rank + 1))
@@ -118,3 +125,12 @@ def test_alone_without_a_process_group() -> None:
     plan = flashcp.plan(LENGTHS, 1)
     *qkv, _ = random_qkv(sum(LENGTHS), 4, 2, 8, torch.float32, seed=0)
     assert torch.equal(cp.attention(*qkv, plan), flashcp.varlen_attention(*qkv, LENGTHS))
+
+
+def test_lengths_seen_in_inference_mode_can_be_trained_on() -> None:
+    *qkv, _ = random_qkv(13, 2, 2, 8, torch.float32, seed=0)
+    with torch.inference_mode():
+        flashcp.varlen_attention(*qkv, [6, 7])
+    q, k, v = (x.requires_grad_() for x in qkv)
+    flashcp.varlen_attention(q, k, v, [6, 7]).sum().backward()
+    assert k.grad is not None

@@ -48,6 +48,7 @@ def test_touching_pieces_of_one_document_on_one_rank_become_one_shard() -> None:
         ([(0, 0, 5, 0)], "document 1 is on no rank"),
         ([], "on no rank"),
         ([("a", 0, 5, 0)], "whole numbers"),
+        ([(0, 0.5, 5.9, 0), *SHARDS[2:]], "whole numbers"),
     ],
 )
 def test_a_plan_that_does_not_hold_every_row_once_is_refused(shards: list, says: str) -> None:
@@ -84,7 +85,8 @@ def test_a_plan_cannot_be_changed() -> None:
     plan = make()
     with pytest.raises(AttributeError):
         plan.world_size = 3  # type: ignore[misc]
-    for array in (plan.document_lengths, plan.tokens, plan.work, *plan.table):
+    sent = plan.route().sent_rows
+    for array in (plan.document_lengths, plan.tokens, plan.work, plan.offsets, sent, *plan.table):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 7
 
@@ -106,6 +108,7 @@ def test_a_plan_prints_as_a_short_table() -> None:
         ("abc", 1, "whole numbers"),
         ([[1], [2, 3]], 1, "whole numbers"),
         ([2**40], 1, "at most"),
+        ([2**30] * 3, 1, "at most"),
         (5, 1, "whole numbers"),
         ([4], 5, "world_size=5 with a pack of 4 tokens"),
         ([4], 0, "world_size=0"),
@@ -129,6 +132,8 @@ def test_unknown_names_and_options_list_the_legal_ones() -> None:
         make().route("nope")
     with pytest.raises(ValueError, match="rank=2"):
         make().rows(2)
+    with pytest.raises(ValueError, match=r"rank=0\.5"):
+        make().rows(0.5)  # type: ignore[arg-type]
 
 
 def test_lengths_may_come_as_any_iterable_or_array() -> None:

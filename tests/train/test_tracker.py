@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flashcp.train.tracker import Tracker, TrackerConfig
+from flashcp.train.tracker import Tracker, TrackerConfig, track_comparison
 
 DISABLED = TrackerConfig(wandb="disabled")
 
@@ -51,6 +51,24 @@ def test_wandb_offline_writes_beside_it(tmp_path: Path, monkeypatch: pytest.Monk
     content = run.read_bytes()
     assert b"flashcp-n2" in content
     assert b"final_loss" in content
+
+
+def test_comparison_is_one_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    config = TrackerConfig(wandb="offline", group="sweep", job_type="compare")
+    rows = [["llama3", 1.0], ["flashcp", None]]
+    track_comparison(
+        config, tmp_path, ["provider", "speedup"], rows, ("provider", "speedup"), {"speedup_vs_llama3": 1.5}
+    )
+    (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 20
+    while b"speedup_vs_llama3" not in run.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    content = run.read_bytes()
+    assert b"speedup_vs_llama3" in content
+    assert b"compare" in content
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/comparison*.json")
+    assert json.loads(table.read_text())["data"] == rows
 
 
 def test_without_wandb_the_run_goes_on_and_says_so_once(

@@ -1,81 +1,192 @@
-"""`flashcp`: equal tokens, balanced work, and as few KV rows on the busiest rank as a search finds (docs/planner.md)."""
+"""`flashcp`: equal tokens, work within a tolerance, and as few KV rows on the busiest rank as a search finds.
+
+The algorithm, with its derivations and a worked example, is in docs/planner.md: `fill` makes a first plan that is
+exact in tokens and work, `search` improves it (compiled by numba when the window is big), `members` compares it with
+the plans of the other strategies.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from flashcp.sharding.plan import ShardTable
+from flashcp.sharding.bounds import FEW_ROWS, TOLERANCE, least_largest_work
+from flashcp.sharding.plan import ShardingPlan, ShardTable
 from flashcp.sharding.strategies.flashcp.compiled import Loops, loops
+from flashcp.sharding.strategies.flashcp.members import best_member, largest_work, members
+from flashcp.sharding.strategies.flashcp.rows import exchange_rows
 from flashcp.sharding.strategies.flashcp.state import Holders, no_holders
 
-__all__ = ["flashcp"]
+__all__ = ["Cost", "flashcp"]
 
-SMALL_WINDOW = 4096
+Cost = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]
+"""Work, rows sent, rows received and query tiles of each rank [world_size] -> predicted time of the slowest."""
+
+SMALL_WINDOW = 4096  # tokens up to which the loops run uncompiled: numba takes longer to import than they take
+STARTS = 8  # searches that begin; the better half goes on, until one is left
+LEAST_MOVES = 4000  # of a search that begins
+EXTENSIONS = 4  # more rounds for a plan that is not yet within the tolerance
 SEED = 12345
-STARTS=8
+TILE = 128  # rows of a query tile, as the kernels cut them
 
 
 def flashcp(
     document_lengths: np.ndarray,
     world_size: int,
-    tolerance: float = 1.01,
+    *,
+    tolerance: float = TOLERANCE,
     budget: int | None = None,
-    total_weight: float = 0.0,
+    total_weight: float = 1 / 16,
     granularity: int = 1,
     max_split: int | None = None,
     multicast: bool = False,
+    cost: Cost | None = None,
 ) -> ShardTable:
+    """Plan a window: first imbalance within the tolerance, then critical rows of the exact exchange.
+
+    tolerance: imbalance (largest work over mean) that is as good as balance.
+    budget: changes to try; None is 400 up to 4,096 tokens, 44,000 + 250 per rank above.
+    total_weight: critical rows that one row less on average over the ranks is worth, to the search.
+    granularity: tails begin on multiples of this many rows; heads, which equalise tokens to the row, do not.
+    max_split: ranks that one document may be on, where the tolerance allows it; None for all.
+    multicast: count a row that several ranks read as sent once (a relay or multicast sends it on).
+    cost: chooses between plans for three tolerances and the other strategies' instead of critical rows.
+
+    The same input gives the same plan on any machine: whole numbers, budgets in changes, choices from a fixed seed.
+    Raises ValueError for options out of range.
+    """
+    _check_options(tolerance, budget, total_weight, granularity, max_split)
     if world_size == 1:
-        n=len(document_lengths)
-        return ShardTable(np.arange(n),np.zeros(n,np.int64),document_lengths.copy(),np.zeros(n,np.int64))
-    tokens = int(document_lengths.sum())
-    compiled = tokens > SMALL_WINDOW
-    run = loops(compiled)
+        nothing = np.zeros_like(document_lengths)
+        return ShardTable(np.arange(len(document_lengths)), nothing, document_lengths, nothing)
+
+    pairs = int((document_lengths * (document_lengths + 1) // 2).sum())
+    least = least_largest_work(document_lengths, world_size)
+
+    def search(tolerance: float) -> tuple[ShardTable, int, int]:
+        limit = max(int(tolerance * pairs / world_size), least)
+        settings = (limit, round(64 * total_weight), max_split or world_size, granularity, multicast)
+        return *_search(document_lengths, world_size, budget, settings), limit
+
+    if cost is not None:
+        plans = [search(1 + (tolerance - 1) * slack)[0] for slack in (1, 0.25, 4)]
+        plans += members(document_lengths, world_size)
+        return min(plans, key=lambda table: _predict(document_lengths, world_size, table, cost))
+    found, critical, limit = search(tolerance)
+    if largest_work(found, world_size) > limit and document_lengths.sum() <= FEW_ROWS * world_size:
+        found = exchange_rows(document_lengths, world_size, found, limit)
+        critical = int(ShardingPlan(document_lengths, world_size, found).route("exact").critical_rows)
+    if granularity > 1 or max_split is not None or multicast:
+        return found  # the other strategies know nothing of these
+    better = best_member(document_lengths, world_size, limit, largest_work(found, world_size), critical)
+    return found if better is None else better
+
+
+def _search(
+    lengths: np.ndarray, world_size: int, budget: int | None, settings: tuple[int, int, int, int, bool]
+) -> tuple[ShardTable, int]:
+    """Fill, then search from several seeds, the better half going on each time. Returns the critical rows too."""
+    small = int(lengths.sum()) <= SMALL_WINDOW
     if budget is None:
-        budget = 36_000 + 700 * world_size if compiled else 400
-    order = np.argsort(-document_lengths, kind="stable")
-    length = document_lengths[order]
-    work = length * (length + 1) // 2
-    room = np.full(world_size, tokens // world_size)
-    room[: tokens % world_size] += 1
-    total = int(work.sum())
-    share, rest = divmod(total, world_size)
-    target = np.full(world_size, share); target[:rest] += 1
-    limit = int(tolerance * total / world_size)
-    base = no_holders(length, world_size + 1)
-    run.fill(base, len(length), room, target)
-    trial = no_holders(np.zeros(3, np.int64), world_size + 2)
-    starts = min(STARTS, max(1, budget // 4000))
-    stages = starts.bit_length()
-    runs = [(0,0,base.copy(), np.array([SEED + 7919 * i])) for i in range(starts)]
-    while True:
-        each = budget // stages // len(runs)
-        done=[]
-        for _,_,h,seed in runs:
-            ex,cr = run.improve(h, trial, len(length), world_size, limit, each, seed, int(64*total_weight), max_split or world_size, granularity, multicast)
-            done.append((ex,cr,h,seed))
-        done.sort(key=lambda t: t[:2])
-        if len(runs)==1: break
-        runs = done[:max(1,len(runs)//2)]
-    return table(done[0][2], order)
+        budget = 400 if small else 44_000 + 250 * world_size
+    run = loops(compiled=not small)
+    order = np.argsort(-lengths, kind="stable")
+    first, bundle, divisible = _first_plan(lengths[order], world_size, run)
+    trial = no_holders(np.zeros(3, dtype=np.int64), world_size + 2)
+    starts = min(STARTS, max(1, budget // LEAST_MOVES))
+    running = [(first.copy(), np.array([SEED + 7919 * start])) for start in range(starts)]
+    rounds = starts.bit_length()
+    for _ in range(rounds):
+        moves = budget // rounds // len(running)
+        reached = [
+            run.improve(holders, trial, divisible, world_size, moves, seed, *settings) for holders, seed in running
+        ]
+        ranked = sorted(range(len(running)), key=lambda i: (reached[i], i))
+        running = [running[i] for i in ranked[: max(1, len(running) // 2)]]
+    (excess, critical), (holders, seed) = reached[ranked[0]], running[0]
+    for _ in range(EXTENSIONS):
+        if excess == 0:
+            break
+        excess, critical = run.improve(holders, trial, divisible, world_size, budget // rounds, seed, *settings)
+    return _table(holders, lengths[order], order, bundle, divisible), int(critical)
 
-def table(holders: Holders, order: np.ndarray) -> ShardTable:
-    """The pieces of every document: heads in holders' order from the start, tails from the end."""
-    document, slot = np.nonzero(np.arange(holders.rank.shape[1]) < holders.count[:, None])
-    rank, rows, tail = (a[document, slot] for a in (holders.rank, holders.rows, holders.tail))
-    first = np.concatenate(([0], np.cumsum(holders.count)))[document]
 
-    def within(amount: np.ndarray) -> np.ndarray:
+def _first_plan(length: np.ndarray, world_size: int, run: Loops) -> tuple[Holders, np.ndarray, int]:
+    """The plan that `fill` makes of documents sorted longest first; which bundle each later one is in.
+
+    Of very many documents the longest are planned one by one; the others are dealt into 8 bundles a rank, which
+    differ by one document's length at most and leave every rank room: the 16 N longest have as many tokens a rank.
+    """
+    alone = 16 * world_size + 256
+    if len(length) <= alone + 8 * world_size:
+        alone = len(length)
+    rest = length[alone:]
+    bundle = np.arange(len(rest)) % (8 * world_size)
+    bundles = min(len(rest), 8 * world_size)
+    bundle_rows, bundle_work = np.zeros((2, bundles), dtype=np.int64)
+    np.add.at(bundle_rows, bundle, rest)
+    np.add.at(bundle_work, bundle, rest * (rest + 1) // 2)
+
+    holders = no_holders(np.concatenate((length[:alone], bundle_rows)), world_size + 1)
+    holders.number[alone:] = 1
+    holders.rank[alone:, 0] = np.arange(bundles) % world_size
+    holders.rows[alone:, 0] = bundle_rows
+    holders.work[alone:, 0] = bundle_work
+    room = _equal_shares(int(length.sum()), world_size)
+    work = _equal_shares(int((length * (length + 1) // 2).sum()), world_size)
+    np.subtract.at(room, holders.rank[alone:, 0], bundle_rows)
+    np.subtract.at(work, holders.rank[alone:, 0], bundle_work)
+    run.fill(holders, alone, room, work)
+    return holders, bundle, alone
+
+
+def _equal_shares(amount: int, world_size: int) -> np.ndarray:
+    share, left = divmod(amount, world_size)
+    return share + (np.arange(world_size) < left).astype(np.int64)
+
+
+def _table(holders: Holders, length: np.ndarray, order: np.ndarray, bundle: np.ndarray, divisible: int) -> ShardTable:
+    """The pieces: heads in holders' order from a document's start, tails from its end, bundled documents whole."""
+    document, slot = np.nonzero(np.arange(holders.rank.shape[1]) < holders.number[:divisible, None])
+    rank, rows, tail = (array[document, slot] for array in (holders.rank, holders.rows, holders.tail))
+    first = (np.cumsum(holders.number) - holders.number)[document]
+
+    def before(amount: np.ndarray) -> np.ndarray:
         """Sum over the earlier holders of the same document."""
-        before = np.cumsum(amount) - amount
-        return before - before[first]
+        earlier = np.cumsum(amount) - amount
+        return earlier - earlier[first]
 
     head = rows - tail
-    low, high = within(head), holders.length[document] - within(tail)
+    low, high = before(head), holders.length[document] - before(tail)
+    bundled = np.arange(divisible, len(length))
     pieces = ShardTable(
-        np.tile(order[document], 2),
-        np.concatenate((low, high - tail)),
-        np.concatenate((low + head, high)),
-        np.tile(rank, 2),
+        order[np.concatenate((document, document, bundled))],
+        np.concatenate((low, high - tail, np.zeros_like(bundled))),
+        np.concatenate((low + head, high, length[bundled])),
+        np.concatenate((rank, rank, holders.rank[divisible + bundle, 0])),
     )
     return ShardTable(*(column[pieces.stop > pieces.start] for column in pieces))
+
+
+def _predict(lengths: np.ndarray, world_size: int, table: ShardTable, cost: Cost) -> float:
+    plan = ShardingPlan(lengths, world_size, table)
+    route = plan.route("exact")
+    tiles = np.zeros(world_size, dtype=np.int64)
+    np.add.at(tiles, plan.table.rank, -(-(plan.table.stop - plan.table.start) // TILE))
+    return cost(plan.work, route.sent_rows, route.received_rows, tiles)
+
+
+def _check_options(
+    tolerance: float, budget: int | None, total_weight: float, granularity: int, max_split: int | None
+) -> None:
+    if not tolerance >= 1:
+        raise ValueError(f"tolerance={tolerance}: expected a number >= 1")
+    if budget is not None and budget < 0:
+        raise ValueError(f"budget={budget}: expected a whole number >= 0")
+    if not 0 <= total_weight <= 64:
+        raise ValueError(f"total_weight={total_weight}: expected 0 to 64")
+    if granularity < 1:
+        raise ValueError(f"granularity={granularity}: expected a whole number >= 1")
+    if max_split is not None and max_split < 1:
+        raise ValueError(f"max_split={max_split}: expected a whole number >= 1")

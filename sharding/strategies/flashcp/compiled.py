@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from flashcp.sharding.strategies.flashcp import fill, search
+from flashcp.sharding.strategies.flashcp import changes, fill, search, state
 
 __all__ = ["Loops", "loops"]
 
@@ -20,13 +21,39 @@ class Loops(NamedTuple):
 
 @cache
 def loops(compiled: bool) -> Loops:
-    """The plain functions, or their compiled twins (numba is imported here, and keeps them on disk)."""
+    """The plain functions, or their compiled twins; numba is imported here, and keeps what it compiled on disk."""
     if not compiled:
         return Loops(fill.fill, search.improve)
     from numba import njit
     from numba.extending import register_jitable
 
-    for helper in (fill.hold, *(getattr(search, name) for name in search.__all__ if name != "improve")):
-        register_jitable(helper)
-    compile_ = njit(cache=True, error_model="numpy")
-    return Loops(compile_(fill.fill), compile_(search.improve))
+    functions = (
+        *(fill.hold, fill.fill),
+        *(state.find, state.layout, state.charge),
+        *(changes.note, changes.adopt, changes.propose_split, changes.propose_moved),
+        *(search.draw, search.overwork, search.volume_energy, search.improve),
+    )
+    for function in functions:
+        register_jitable(function)
+    stamp = zlib.crc32(repr([_code(function) for function in functions]).encode())
+
+    # numba looks for changes in the file of the function it compiles only; the stamp stands for the others.
+    def stamped_fill(*arguments):  # type: ignore[no-untyped-def]
+        if stamp >= 0:
+            fill.fill(*arguments)
+
+    def stamped_improve(*arguments):  # type: ignore[no-untyped-def]
+        if stamp >= 0:
+            return search.improve(*arguments)
+
+    try:
+        compile_ = njit(cache=True, error_model="numpy")
+        return Loops(compile_(stamped_fill), compile_(stamped_improve))
+    except RuntimeError:  # neither the package's folder nor the user's can be written: compile in every process
+        compile_ = njit(error_model="numpy")
+        return Loops(compile_(stamped_fill), compile_(stamped_improve))
+
+
+def _code(function: Callable[..., Any]) -> tuple[object, ...]:
+    code = function.__code__
+    return code.co_code, code.co_consts, code.co_names

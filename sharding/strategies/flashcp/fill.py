@@ -1,6 +1,6 @@
 """A first plan, exact in tokens and in work: fill rank after rank from the longest documents, thinned by the shortest.
 
-Runs as it stands, or compiled by numba (`compiled`): whole numbers only, no calls out of this file.
+Runs as it stands, or compiled by numba (`compiled`): whole numbers only.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ __all__ = ["fill", "hold"]
 def hold(holders: Holders, document: int, rank: int, rows: int, work: int) -> None:
     """Give a rank more rows and work of a document."""
     slot = 0
-    while slot < holders.count[document] and holders.rank[document, slot] != rank:
+    while slot < holders.number[document] and holders.rank[document, slot] != rank:
         slot += 1
-    if slot == holders.count[document]:
-        holders.count[document] = slot + 1
+    if slot == holders.number[document]:
+        holders.number[document] = slot + 1
         holders.rank[document, slot] = rank
         holders.rows[document, slot] = 0
         holders.work[document, slot] = 0
@@ -46,19 +46,18 @@ def fill(holders: Holders, documents: int, room: np.ndarray, target: np.ndarray)
             while high[shortest] == low[shortest]:
                 shortest -= 1
             left = high[longest] - low[longest]
-            dense = (low[longest] + high[longest] + 1) * left // 2
-            if left <= rows and (dense <= work or last):
-                hold(holders, longest, rank, left, dense)
+            pairs = (low[longest] + high[longest] + 1) * left // 2
+            if left <= rows and (pairs <= work or last):
+                hold(holders, longest, rank, left, pairs)
                 rows -= left
-                work -= dense
+                work -= pairs
                 low[longest] = high[longest]
                 continue
-            if shortest > longest and (left < rows or rows * (low[longest] + high[longest] + 1) > 2 * work):
-                taken = min(rows, high[shortest] - low[shortest])
-                if left >= rows:  # no more than brings the mean down
-                    dense_row = (low[longest] + high[longest] + 1) // 2
-                    thin_row = (2 * low[shortest] + taken + 1) // 2
-                    taken = min(taken, max(1, (rows * dense_row - work) // max(1, dense_row - thin_row) + 1))
+            dense = low[longest] + high[longest] + 1  # twice the mean work of its rows
+            if dense > low[shortest] + high[shortest] + 1 and rows * dense > 2 * work:
+                # As if all its rows were as light as the first: never too many, and the loop comes back for more.
+                taken = max(1, (rows * dense - 2 * work) // (dense - 2 * low[shortest] - 1))
+                taken = min(taken, rows, high[shortest] - low[shortest])
                 pairs = taken * low[shortest] + taken * (taken + 1) // 2
                 hold(holders, shortest, rank, taken, pairs)
                 low[shortest] += taken

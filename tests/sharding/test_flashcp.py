@@ -1,0 +1,208 @@
+"""`flashcp`: equal tokens, balanced work, never worse than its members, the same plan however it is computed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashcp.sharding.batch import plan_windows
+from flashcp.sharding.lengths import windows
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.strategies.flashcp import flashcp
+from flashcp.sharding.strategies.flashcp.members import members
+
+strategy_module = importlib.import_module("flashcp.sharding.strategies.flashcp")
+ROOT = Path(__file__).parents[2]
+WINDOW = 131_072
+
+AWKWARD = {
+    "full": [WINDOW],
+    "halves": [WINDOW // 2] * 2,
+    "sixteen": [WINDOW // 16] * 16,
+    "tiny": [1 + i * 37 % 64 for i in range(4000)],
+    "long_and_tiny": [3 * WINDOW // 4] + [1 + i * 37 % 64 for i in range(1000)],
+    "geometric": [WINDOW >> i for i in range(1, 17)] + [2],
+    "three": [70_000, 40_000, 21_072],
+    "ones": [1] * 5000,
+}
+
+
+def made(lengths: list[int] | np.ndarray, world_size: int, **options: object) -> ShardingPlan:
+    pack = np.asarray(lengths, dtype=np.int64)
+    return ShardingPlan(pack, world_size, flashcp(pack, world_size, **options), "flashcp")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 8, 48])
+@pytest.mark.parametrize("case", AWKWARD)
+def test_awkward_windows_are_balanced(case: str, world_size: int) -> None:
+    plan = made(AWKWARD[case], world_size)
+    assert np.ptp(plan.tokens) <= 1
+    assert plan.imbalance <= 1.02 or plan.work.max() == plan.certificate.largest_work
+
+
+@pytest.mark.parametrize("world_size", [4, 7, 16])
+@pytest.mark.parametrize("data", ["wlb_llm", "pile", "redpajama"])
+def test_data_windows_are_within_the_tolerance(data: str, world_size: int) -> None:
+    for lengths in windows(data, WINDOW, 2, seed=11):
+        plan = made(lengths, world_size)
+        assert np.ptp(plan.tokens) <= 1
+        assert plan.imbalance <= 1.01
+        assert plan.certificate.gaps is not None
+        assert plan.certificate.gaps[1] * world_size / (WINDOW * (world_size - 1)) < 0.12
+
+
+def test_very_many_documents() -> None:
+    lengths = np.random.default_rng(0).integers(1, 65, 30_000)
+    plan = made(lengths, 8)
+    assert np.ptp(plan.tokens) <= 1
+    assert plan.imbalance <= 1.01
+    assert plan.route("exact").saving > 0.99
+
+
+def test_few_rows_a_rank_are_exchanged_one_by_one() -> None:
+    plan = made([300], 48)
+    assert np.ptp(plan.tokens) <= 1
+    assert plan.imbalance < 1.02
+
+
+@pytest.mark.parametrize("kind", ["wlb_llm", "tiny", "equal", "wide"])
+@pytest.mark.parametrize("seed", range(4))
+def test_never_worse_than_a_member(kind: str, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    lengths = {
+        "wlb_llm": lambda: next(windows("wlb_llm", 16_384, 1, seed)),
+        "tiny": lambda: random.integers(1, 64, random.integers(10, 400)),
+        "equal": lambda: np.full(random.integers(1, 40), random.integers(10, 2000)),
+        "wide": lambda: np.maximum(8, 10 ** random.uniform(0, 4, random.integers(1, 12))).astype(np.int64),
+    }[kind]()
+    world_size = int(random.choice([2, 3, 4, 8]))
+    plan = made(lengths, world_size)
+    for table in members(plan.document_lengths, world_size):
+        member = ShardingPlan(plan.document_lengths, world_size, table)
+        if member.work.max() <= plan.work.max():
+            assert plan.route("exact").critical_rows <= member.route("exact").critical_rows
+
+
+@pytest.mark.parametrize(("data", "world_size"), [("pile", 8), ("wlb_llm", 5)])
+def test_the_plain_loops_make_the_compiled_plan(data: str, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = next(windows(data, WINDOW, 1, seed=3))
+    compiled = made(lengths, world_size, budget=8000)
+    loops = strategy_module.loops
+    monkeypatch.setattr(strategy_module, "loops", lambda compiled: loops(False))
+    assert made(lengths, world_size, budget=8000) == compiled
+
+
+PROGRAM = """
+import hashlib, importlib, sys
+import numpy as np
+from flashcp.sharding.strategies.flashcp import flashcp
+digest = hashlib.sha256()
+for lengths, world_size in (([70_000, 40_000, 21_072], 8), ([100, 28], 4), (range(1, 300), 3)):
+    for column in flashcp(np.array(lengths, dtype=np.int64), world_size, budget=3000):
+        digest.update(column.tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_the_same_plan_from_any_process(tmp_path: Path) -> None:
+    """Whatever the hash seed, the number of threads, the cache of compiled code, and with compilation disabled."""
+    environments = (
+        {"PYTHONHASHSEED": "1", "NUMBA_NUM_THREADS": "1"},
+        {"PYTHONHASHSEED": "2", "NUMBA_NUM_THREADS": "2", "NUMBA_CACHE_DIR": str(tmp_path)},
+        {"PYTHONHASHSEED": "3", "NUMBA_DISABLE_JIT": "1"},
+    )
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for environment in environments
+    }
+    assert len(printed) == 1
+
+
+def test_small_windows_load_no_compiler() -> None:
+    program = "import sys, flashcp; flashcp.plan([100, 28], 4); sys.exit('numba' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_budget_helps_and_weight_lowers_the_total() -> None:
+    lengths = next(windows("pile", WINDOW, 1, seed=5))
+    first, searched = made(lengths, 8, budget=0), made(lengths, 8)
+    assert searched.route("exact").critical_rows < first.route("exact").critical_rows
+    heavy = made(lengths, 8, total_weight=8.0)
+    assert heavy.route("exact").received_rows.sum() <= searched.route("exact").received_rows.sum()
+
+
+def test_granularity_aligns_tails() -> None:
+    """Of two pieces of a document on one rank, the later one is the tail: it begins on a multiple."""
+    lengths = next(windows("wlb_llm", WINDOW, 1, seed=5))
+    plan = made(lengths, 4, granularity=128)
+    assert np.ptp(plan.tokens) <= 1
+    key = plan.table.document * 4 + plan.table.rank
+    tails = [np.flatnonzero(key == k)[-1] for k in np.unique(key) if (key == k).sum() > 1]
+    starts = plan.table.start[tails]
+    assert len(tails) > 0
+    assert (starts % 128 == 0).mean() > 0.5
+
+
+def test_max_split_limits_the_ranks_of_a_document() -> None:
+    lengths = next(windows("redpajama", WINDOW, 1, seed=2))
+    free, limited = made(lengths, 8), made(lengths, 8, max_split=3)
+
+    def widest(plan: ShardingPlan) -> int:
+        pairs = np.unique(np.stack((plan.table.document, plan.table.rank)), axis=1)
+        return int(np.bincount(pairs[0]).max())
+
+    assert widest(limited) <= max(3, widest(free) - 1)
+    assert limited.imbalance <= 1.01
+
+
+def test_a_cost_model_chooses() -> None:
+    lengths = next(windows("pile", 16_384, 1, seed=4))
+    calls = []
+
+    def balance_only(work: np.ndarray, sent: np.ndarray, received: np.ndarray, tiles: np.ndarray) -> float:
+        calls.append((len(work), len(sent), len(received), int(tiles.sum())))
+        return float(work.max())
+
+    plan = made(lengths, 4, cost=balance_only)
+    assert plan.imbalance <= made(lengths, 4).imbalance
+    assert len(calls) >= 4
+    assert all(shape[:3] == (4, 4, 4) and shape[3] >= 128 for shape in calls)
+
+
+def test_multicast_counts_a_row_once() -> None:
+    """The search weighs sends differently, so a plan for one long document holds other heads."""
+    lengths = np.array([100_000, 31_072])
+    plain, relayed = made(lengths, 8), made(lengths, 8, multicast=True)
+    assert relayed.imbalance <= 1.01
+    assert relayed.route("exact").received_rows.max() <= plain.route("exact").received_rows.max()
+
+
+def test_many_windows_on_workers() -> None:
+    packs = [np.array(lengths) for lengths in ([100, 28], [64, 64], [5, 3, 90], [128])]
+    alone = list(plan_windows(packs, 4))
+    together = list(plan_windows(packs, 4, workers=2))
+    assert [plan.fingerprint for plan in together] == [plan.fingerprint for plan in alone]
+    with pytest.raises(ValueError, match="workers=0"):
+        list(plan_windows(packs, 4, workers=0))
+
+
+@pytest.mark.parametrize(
+    "option", [{"tolerance": 0.9}, {"budget": -1}, {"total_weight": -0.1}, {"granularity": 0}, {"max_split": 0}]
+)
+def test_options_are_checked(option: dict[str, float]) -> None:
+    name, value = next(iter(option.items()))
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        made([100, 28], 4, **option)
