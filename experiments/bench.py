@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flashcp.experiments.compose import compose, register_config
+from flashcp.experiments.folders import check_out
 from flashcp.train.schema import read_dataclass
 
 __all__ = ["BENCHES", "Bench", "keys", "main"]
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
     out = Path(settings.pop("out"))
     if out.suffix != ".csv":
         raise ValueError(f"out={str(out)!r}: expected a file *.csv")
+    check_out(out.parent)
     rows = list(bench.measure(read_dataclass(bench.settings, settings)))
     bench.write(out, rows)
     print(json.dumps({"rows": [row._asdict() for row in rows]}, indent=1) if as_json else bench.table(rows))

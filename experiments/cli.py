@@ -6,8 +6,11 @@ Bad input of every kind ends in one line on standard error and exit code 2.
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from flashcp.experiments.verbs import VERBS
@@ -15,20 +18,47 @@ from flashcp.experiments.verbs import VERBS
 __all__ = ["main"]
 
 
+class Stopped(BaseException):
+    """A signal asked the command to end; what is under way is stopped on the way out."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0; 1 when something failed on the way; 2 for bad input."""
+    """Exit code: 0; 1 when something failed on the way; 2 for bad input; 128 + its number after a signal."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(given)
+        with _signals_raise():
+            return _run(given)
     except ValueError as error:
         print(f"flashcp: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("flashcp: interrupted", file=sys.stderr)
         return 130
+    except Stopped as stopped:
+        print(f"flashcp: stopped by {signal.Signals(stopped.args[0]).name}", file=sys.stderr)
+        return 128 + int(stopped.args[0])
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP as an exception: by default Python would end without stopping the ranks it started."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    ours = threading.current_thread() is threading.main_thread()  # only there does Python take handlers
+    # nohup ignores SIGHUP, and a caller may have handlers of its own: those stay
+    taken = [n for n in (signal.SIGTERM, signal.SIGHUP) if ours and signal.getsignal(n) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _run(given: list[str]) -> int:

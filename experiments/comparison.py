@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from flashcp.experiments.rows import REFERENCE, Row
 
-__all__ = ["LOSS_TOLERANCE", "Comparison", "Line", "compare"]
+__all__ = ["LOSS_TOLERANCE", "Comparison", "Line", "compare", "relative_difference"]
 
 LOSS_TOLERANCE = 1e-4
 """Relative difference at one step up to which losses agree (fp32)."""
@@ -92,12 +92,17 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
     return Comparison(baseline, tuple(lines))
 
 
+def relative_difference(loss: float, reference: float) -> float:
+    """Relative to the reference; where that is 0, to the loss itself."""
+    return abs(loss - reference) / (abs(reference) or abs(loss) or 1.0)
+
+
 def _line(rows: Sequence[Row], baseline_ms: float | None, runs: dict[str, list[Row]]) -> Line:
     first, step_ms, own = rows[0], _number(rows, "step_ms"), _losses(rows)
     expected = _losses(runs.get(first.reference, []))
     difference = None
     if own and len(own) == len(expected):
-        difference = max(abs(a - b) / abs(b) for a, b in zip(own, expected, strict=True))
+        difference = max(relative_difference(a, b) for a, b in zip(own, expected, strict=True))
     return Line(
         case=first.case,
         provider=first.provider,

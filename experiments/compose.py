@@ -15,6 +15,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -114,12 +115,20 @@ def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
         raise ValueError(f"{error.override!r} is not an override: expected KEY=VALUE") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_complaint(name, overrides, error)) from error
+    except ValueError as error:  # Hydra's own about a group that is given a number or null, which it does not name
+        given = next((override for override in overrides if _names_nothing(override)), "")
+        if not given or not str(error).startswith("Config group override must be"):
+            raise
+        legal = GROUPS.get(given.split("=")[0], ["the sweeps that --help lists"])
+        raise ValueError(f"{given}: expected one of {', '.join(legal)}") from error
 
 
 def _complaint(name: str, overrides: Sequence[str], error: Exception) -> str:
     message, cause = str(error), _first_line(error.__cause__) if error.__cause__ else ""
     if unknown := re.match(r"Could not override '(.+?)'", message):
         key = unknown[1]
+        if (full := getattr(error.__cause__, "full_key", None)) and str(full).startswith(f"{key}."):
+            key = str(full)  # parallel={zz:1}: the key that is unknown is below the one given
         legal = _siblings(name, key, overrides)
         return f"{key}: no such override; expected one of {', '.join(legal)}"
     if ambiguous := re.match(r"Ambiguous value for argument '(.+?)'", message):
@@ -140,6 +149,12 @@ def _siblings(name: str, key: str, overrides: Sequence[str]) -> list[str]:
             break
         place = place[part]
     return list(place)
+
+
+def _names_nothing(override: str) -> bool:
+    """Whether a group is given a number, null or the like."""
+    value = OverridesParser.create().parse_override(override).value()
+    return override.split("=")[0] in (*GROUPS, "experiment") and not isinstance(value, str | list | dict)
 
 
 def _first_line(error: BaseException) -> str:

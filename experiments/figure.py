@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from flashcp.experiments.comparison import LOSS_TOLERANCE, Comparison, Line
+from flashcp.experiments.comparison import LOSS_TOLERANCE, Comparison, Line, relative_difference
 from flashcp.experiments.rows import REFERENCE
 
 __all__ = ["PARTS", "comparison_figure", "draw_comparison", "method_colours", "step_parts"]
@@ -91,7 +91,7 @@ def _draw_differences(axes: Any, lines: list[Line], reference: Line | None, colo
     expected = reference.losses if reference else ()
     for line in lines:
         differences = [
-            max(abs(a - b) / abs(b), SMALLEST_DIFFERENCE) for a, b in zip(line.losses, expected, strict=False)
+            max(relative_difference(a, b), SMALLEST_DIFFERENCE) for a, b in zip(line.losses, expected, strict=False)
         ]
         axes.plot(
             range(1, len(differences) + 1), differences, color=colours[line.provider], lw=1.4, label=line.provider

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,10 @@ __all__ = ["Outcome", "diagnose", "launch"]
 BAD_INPUT = 2
 COMPLAINT = re.compile(rb"(?:^|[\r\]])error: (.*)$", re.MULTILINE)  # a bar may stand before it on the line
 TROUBLE = re.compile(rb"(?:^|[\r\]])(?:error: |Traceback )", re.MULTILINE)
-LOST_RANK = re.compile(rb"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+LOST_RANK = re.compile(rb"failed \(exitcode: (?P<code>-?\d+)\) local_rank: (?P<rank>\d+)")
+FAILED_RANK = re.compile(rb"rank +: (?P<rank>\d+) \(local_rank: \d+\)\s+exitcode +: (?P<code>-?\d+)")
+GLOO_NOISE = re.compile(r"\[[^\]\s]*\.(?:cc|h):\d+\] |[.,]? *(?:This may indicate .*|Please check logs .*|\.\.\.GLHF!.*)$")
+METRICS = "metrics.jsonl"  # the ranks' first file
 
 
 class Outcome(NamedTuple):
@@ -32,30 +36,35 @@ class Outcome(NamedTuple):
 def launch(run: Run, watch: Callable[[], None] | None = None) -> Outcome:
     """Run every rank to its end. What they say goes to out/ranks.log; without `watch` also to standard error.
 
-    watch: called a few times a second while the ranks work, and once after.
+    watch: called a few times a second while the ranks work, and once after. Bad input that the ranks find before
+    the first step leaves nothing in `out`. Raises ValueError when `out` cannot be written.
     """
     out = Path(run.config.out)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
     config, log = out / "config.json", out / "ranks.log"
-    write_json(config, dataclasses.asdict(run.config))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(config, dataclasses.asdict(run.config))
+        log.write_bytes(b"")
+    except OSError as error:
+        raise ValueError(f"out={str(out)!r}: cannot be written ({error.strerror}: {error.filename})") from error
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.world_size}"]
     command = [sys.executable, *(ranks if run.world_size > 1 else []), "-m", "flashcp.train", str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(run.threads)}
     with log.open("wb") as written, log.open("rb") as said:
-        process = subprocess.Popen(command, env=environment, stdout=written, stderr=subprocess.STDOUT)
         look = watch or Echo(said)
+        process = subprocess.Popen(command, env=environment, stdout=written, stderr=subprocess.STDOUT)
         try:
             while not _ended(process):
                 look()
         finally:
-            process.terminate()  # interrupted: the launcher stops its ranks; ended: does nothing
+            process.terminate()  # interrupted or stopped: the launcher stops its ranks; ended: does nothing
             process.wait()
         look()
     if process.returncode == 0:
         return Outcome(0, "")
     outcome = diagnose(log, process.returncode)
-    if outcome.code == BAD_INPUT:  # found by the ranks: leave things as they were
+    if outcome.code == BAD_INPUT and not (out / METRICS).exists():  # found before the first step: leave no trace
         for file in (config, log):
             file.unlink()
         for folder in made:
@@ -89,11 +98,26 @@ def _ended(process: subprocess.Popen[bytes]) -> bool:
 
 
 def diagnose(log: Path, code: int) -> Outcome:
-    """Why a run failed, from what its ranks and their launcher said."""
+    """Why a run failed, from what its ranks and their launcher said.
+
+    A rank that a signal ended comes first: the others complain only of a connection that it closed.
+    """
     text = log.read_bytes()
-    if complaint := COMPLAINT.search(text):
-        line = complaint[1].decode(errors="replace")
+    ended = {int(found["rank"]): int(found["code"]) for found in LOST_RANK.finditer(text)}
+    ended |= {int(found["rank"]): int(found["code"]) for found in FAILED_RANK.finditer(text)}
+    complaints = [found[1].decode(errors="replace") for found in COMPLAINT.finditer(text)]
+    killed = [rank for rank, status in ended.items() if status < 0]
+    silent = [rank for rank in killed if not any(line.startswith(f"rank {rank} of ") for line in complaints)]
+    if complaints and not silent:
+        line = " ".join(GLOO_NOISE.sub("", complaints[0]).split())
         return Outcome(1 if line.startswith("rank ") else BAD_INPUT, line)
-    if lost := LOST_RANK.search(text):
-        return Outcome(1, f"rank {int(lost[2])}: ended with exit code {int(lost[1])}; see {log}")
-    return Outcome(1, f"the run ended with exit code {code}; see {log}")
+    if ended:
+        rank = min(silent or ended)
+        return Outcome(1, f"rank {rank}: ended with exit code {_spelled(ended[rank])}; see {log}")
+    return Outcome(1, f"the run ended with exit code {_spelled(code)}; see {log}")
+
+
+def _spelled(code: int) -> str:
+    """An exit code; for a negative one also the signal's name."""
+    names = {-number: number.name for number in signal.Signals}
+    return f"{code} ({names[code]})" if code in names else str(code)

@@ -15,7 +15,7 @@ from flashcp.sharding.packing import OVERFLOWS, pack_lengths
 from flashcp.train.data.documents import read_documents
 from flashcp.train.data.sources import SOURCES, DataConfig, open_source
 from flashcp.train.data.tokenizer import load_tokenizer
-from flashcp.train.data.windows import encode_documents
+from flashcp.train.data.windows import LONGEST_CONTEXT, encode_documents
 from flashcp.train.schema import read_dataclass
 
 __all__ = ["read_packs"]
@@ -27,8 +27,8 @@ def read_packs(data: Mapping[str, Any], context: int, count: int, seed: int) -> 
     data: the `data` section of a configuration. The last window may hold fewer tokens, where documents end.
     Raises ValueError, naming value, field and legal values, for data that cannot be read or packed.
     """
-    if context < 1:
-        raise ValueError(f"context={context}: expected a whole number of tokens >= 1")
+    if not 1 <= context <= LONGEST_CONTEXT:
+        raise ValueError(f"context={context}: expected a whole number of tokens >= 1 and <= {LONGEST_CONTEXT}")
     if count < 1:
         raise ValueError(f"windows={count}: expected a whole number >= 1")
     source = data.get("source")
@@ -73,7 +73,7 @@ def _listed(data: LengthsData) -> list[int]:
                 raise ValueError(f"data.lengths holds {length}: expected whole numbers >= 1")
         return data.lengths
     try:
-        lines = Path(data.path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(data.path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise ValueError(f"data.path={data.path!r}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -19,12 +19,17 @@ __all__ = ["draw_plan"]
 LEGEND_RANKS = 16  # more ranks than this are told apart by their order alone
 
 
-def draw_plan(plan: ShardingPlan, exchange: str, path: Path) -> None:
-    """Write the picture in the format of the path's suffix. Raises ValueError when it cannot be written.
+def draw_plan(plan: ShardingPlan, exchange: str, path: Path) -> Path:
+    """Write the picture in the format of the path's suffix, PNG where there is none. Returns the file written.
+
+    Raises ValueError when it cannot be written.
 
     Left: the causal pairs of the pack, coloured by the rank that computes them (for `ulysses`, which splits heads,
     by the rank that holds the query). Right: the rows each rank holds; its work, and the rows it sends and receives.
     """
+    if path.is_dir():
+        raise ValueError(f"figure={str(path)!r}: cannot be written (it is a directory); expected a file")
+    file = path if path.suffix else path.with_name(f"{path.name}.png")
     figure = Figure(figsize=(13, 6.2), layout="constrained", facecolor="white")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.0, 1.25), height_ratios=(1.4, 1.0))
     colours = np.array([PALETTE[rank % len(PALETTE)] for rank in range(plan.world_size)])
@@ -40,9 +45,10 @@ def draw_plan(plan: ShardingPlan, exchange: str, path: Path) -> None:
         fontsize=12,
     )
     try:
-        figure.savefig(path, dpi=160)
+        figure.savefig(file, dpi=160)
     except (OSError, ValueError) as error:
         raise ValueError(f"figure={str(path)!r}: cannot be written ({error})") from error
+    return file
 
 
 def _draw_pairs(axes: Any, plan: ShardingPlan, colours: np.ndarray) -> None:

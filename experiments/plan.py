@@ -14,6 +14,7 @@ import numpy as np
 
 import flashcp
 from flashcp.experiments.compose import compose
+from flashcp.experiments.options import naming_options
 from flashcp.experiments.packs import read_packs
 from flashcp.experiments.schema import GROUPS
 from flashcp.experiments.text import table
@@ -47,15 +48,16 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     packs = read_packs(settings["data"], settings["context"], settings["windows"], settings["seed"])
     world_size = settings["world_size"]
     packs = _plannable(packs, world_size)
-    first = flashcp.plan(packs[0], world_size, methods[0].sharding, **options)
+    with naming_options(options):
+        first = flashcp.plan(packs[0], world_size, methods[0].sharding, **options)
     if settings["figure"] and len(methods) > 1:
         raise ValueError(f"figure={settings['figure']!r} shows one plan: name a method= or a sharding= with it")
     planned = [measure(method, packs, world_size, options) for method in methods]
     if settings["figure"]:
         from flashcp.experiments.picture import draw_plan
 
-        draw_plan(first, methods[0].exchange, Path(settings["figure"]))
-        print(f"wrote {settings['figure']}", file=sys.stderr)
+        file = draw_plan(first, methods[0].exchange, Path(settings["figure"]))
+        print(f"wrote {file}", file=sys.stderr)
     if as_json:
         print(json.dumps(_document(settings, packs, planned, first if len(methods) == 1 else None), indent=1))
     else:

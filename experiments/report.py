@@ -32,6 +32,8 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
         raise ValueError(f"{folder}: no such directory; expected one that holds {RESULTS}")
     if not (folder / RESULTS).is_file():
         raise ValueError(f"{folder}: no {RESULTS} in it; expected the directory of a sweep")
+    if not read_rows(folder) and not read_failures(folder):
+        raise ValueError(f"{folder / RESULTS}: no rows in it, and no failed run beside it")
     publish(folder, read_baseline(options.get("baseline", BASELINE), "baseline"), as_json)
     return 0
 

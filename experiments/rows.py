@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -80,11 +81,15 @@ def read_rows(folder: Path) -> list[Row]:
     names = [field.name for field in dataclasses.fields(Row)]
     with path.open(encoding="utf-8", newline="") as lines:
         table = csv.DictReader(lines)
-        if table.fieldnames != names:
+        try:
+            found = table.fieldnames
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}: not a file of results ({error})") from error
+        if found != names:
             raise ValueError(f"{path}: expected the columns {', '.join(names)}")
         try:
             return [_parse(line) for line in table]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, csv.Error) as error:
             raise ValueError(f"{path}:{table.line_num}: not a row of results ({error})") from error
 
 
@@ -101,7 +106,15 @@ def write_rows(folder: Path, rows: Iterable[Row]) -> None:
 def _parse(line: dict[str, str]) -> Row:
     values: dict[str, Any] = dict(line)
     values["step"] = int(line["step"]) if line["step"] else None
-    values["median"] = float(line["median"])
+    values["median"] = _number(line, "median")
     for name in ("p20", "p80"):
-        values[name] = float(line[name]) if line[name] else None
+        values[name] = _number(line, name) if line[name] else None
     return Row(**values)
+
+
+def _number(line: dict[str, str], name: str) -> float:
+    """A finite number; only a saving may be below 0: an exchange can move more rows than the all-gather."""
+    value = float(line[name])
+    if not math.isfinite(value) or (value < 0 and line["metric"] != "saving"):
+        raise ValueError(f"{name}={line[name]}: expected a finite number >= 0")
+    return value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -21,7 +22,7 @@ from flashcp.sharding.methods import METHODS
 from flashcp.sharding.strategies import STRATEGIES
 from flashcp.train.data.sources import SOURCES, DataConfig
 
-__all__ = ["GROUPS", "LengthsData", "PlanSettings", "SampledData", "register"]
+__all__ = ["GROUPS", "LengthsData", "PlanSettings", "SampledData", "group_members", "register"]
 
 GROUPS = {
     "method": tuple(METHODS),
@@ -78,26 +79,39 @@ class PlanSettings:
 def register() -> None:
     """Put the schemas into the ConfigStore, once."""
     store = ConfigStore.instance().store
-    for name, function in STRATEGIES.items():
-        store(group="sharding", name=name, node=_sharding(name, function))
-    for name in EXCHANGES:
-        store(group="exchange", name=name, node=Choice(name))
+    for group, members in group_members().items():
+        for name, node in members.items():
+            store(group=group, name=name, node=node)
     for method in METHODS.values():
         parts = [{"override /sharding": method.sharding}, {"override /exchange": method.exchange}]
         store(group="method", name=method.name, package="_global_", node={"defaults": parts, "method": method.name})
-    for name in SOURCES:
-        store(group="data", name=name, node=DataConfig(source=name))
-    store(group="data", name="lengths", node=LengthsData)
-    for name in LENGTH_DATA:
-        store(group="data", name=name, node=SampledData(name))
     store(name="plan_schema", node=PlanSettings)
 
 
+def group_members() -> dict[str, dict[str, Any]]:
+    """The groups whose members are sections: for each its members, a dataclass object with its defaults each."""
+    text = {name: DataConfig(source=name) for name in SOURCES}
+    sampled = {name: SampledData(name) for name in LENGTH_DATA}
+    return {
+        "sharding": {name: _sharding(name, function) for name, function in STRATEGIES.items()},
+        "exchange": {name: Choice(name) for name in EXCHANGES},
+        "data": {**text, "lengths": LengthsData(), **sampled},
+    }
+
+
 def _sharding(name: str, function: Any) -> Any:
-    """A dataclass with the strategy's name and its keyword options."""
+    """An object with the strategy's name and the defaults of its keyword options.
+
+    Options that take a function (a cost model) are for Python callers and have no key.
+    """
     hints = typing.get_type_hints(function)
     options = [
         (option.name, hints.get(option.name, Any), field(default=option.default))
         for option in list(inspect.signature(function).parameters.values())[2:]
+        if not _takes_function(hints.get(option.name, Any))
     ]
-    return dataclasses.make_dataclass("Sharding", [("name", str, field(default=name)), *options])
+    return dataclasses.make_dataclass("Sharding", [("name", str, field(default=name)), *options])()
+
+
+def _takes_function(hint: Any) -> bool:
+    return any(part is Callable or typing.get_origin(part) is Callable for part in (hint, *typing.get_args(hint)))

@@ -12,6 +12,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
+from flashcp.experiments.options import naming_options
 from flashcp.experiments.rows import REFERENCE
 from flashcp.experiments.schema import register
 from flashcp.sharding.methods import METHODS
@@ -149,7 +150,8 @@ def read_run(settings: Mapping[str, Any], label: str = "") -> Run:
     parallel = {"sharding": sharding.pop("name"), "sharding_options": sharding, "exchange": exchange["name"]}
     sections["parallel"] = {**sections["parallel"], **parallel}
     config = TrainConfig.from_dict({**sections, "out": sections["out"] or "outputs"})
-    config.check(world_size)
+    with naming_options(config.parallel.sharding_options):
+        config.check(world_size)
     dataclasses.replace(config.parallel, transport="auto").operator()  # it knows its legal values
     tokens = config.context
     short = f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,11 @@ from tqdm import tqdm
 
 from flashcp.experiments.comparison import LOSS_TOLERANCE, Comparison
 from flashcp.experiments.compose import Job, expand, multirun
+from flashcp.experiments.folders import check_out
 from flashcp.experiments.launch import launch
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.report import publish, read_baseline
-from flashcp.experiments.rows import REFERENCE, read_rows, summary_rows, write_rows
+from flashcp.experiments.rows import REFERENCE, Row, read_rows, summary_rows, write_rows
 from flashcp.experiments.settings import Run, read_run, register_run
 from flashcp.train.run import prepare
 from flashcp.train.tracker import TrackerConfig, track_comparison
@@ -74,10 +76,12 @@ class Sweep:
         self.baseline = read_baseline(settings["sweep"]["baseline"], "sweep.baseline")
         self.with_reference, self.rerun = settings["sweep"]["reference"], settings["sweep"]["rerun"]
         self.out = Path(settings["out"] or f"outputs/{self.name}")
+        check_out(self.out)
         self.swept = _swept(jobs)
         runs = [run for job in jobs for run in self.runs(job)]
         for run in runs:
-            prepare(run.config, run.world_size)
+            fresh = dataclasses.replace(run.config, out=f"{run.config.out}.new")  # whatever an older run left there
+            prepare(fresh, run.world_size)
         self.rows = read_rows(self.out)
         here = {run.digest for run in runs} & {row.config for row in self.rows}
         self.exact = all(run.config.loop.precision == "fp32" for run in runs)
@@ -124,21 +128,14 @@ class Sweep:
                 self.done.add(run.digest)
                 self.train(run)
         own = runs[-1]
-        self.rows = [
-            # older rows of this run get the names that this sweep has for it
-            dataclasses.replace(row, case=own.case, provider=own.provider, reference=reference)
-            if row.config == own.digest
-            else row
-            for row in self.rows
-        ]
+        self.rows = _named(self.rows, own, reference)
         write_rows(self.out, self.rows)
 
     def train(self, run: Run) -> None:
-        """One run; its rows replace older ones of the same case and provider."""
+        """One run, from its beginning; its rows replace older ones of the same case and provider."""
         folder, begun = Path(run.config.out), self.bar.n
         metrics, failure = folder / "metrics.jsonl", folder / "failure.txt"
-        for old in (metrics, failure):
-            old.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
         self.bar.set_description(run.provider)
 
         def watch() -> None:
@@ -147,6 +144,8 @@ class Sweep:
                 self.bar.update(begun + steps - self.bar.n)
 
         outcome = launch(run, watch)
+        self.bar.total += self.bar.n - begun - run.config.loop.steps  # a run may end before its last step
+        self.bar.refresh()
         if outcome.code:
             folder.mkdir(parents=True, exist_ok=True)
             failure.write_text(outcome.error + "\n", encoding="utf-8")
@@ -156,6 +155,17 @@ class Sweep:
         summary = json.loads((folder / "summary.json").read_text())
         self.rows = [row for row in self.rows if (row.case, row.provider) != (run.case, run.provider)]
         self.rows += summary_rows(run.case, run.provider, run.digest, summary)
+
+
+def _named(rows: list[Row], run: Run, reference: str) -> list[Row]:
+    """All rows, the run's last. Another sweep may have made them and have other names for them: its copy stays."""
+    name = (run.case, run.provider)
+    made = [row for row in rows if row.config == run.digest]
+    names = [(row.case, row.provider) for row in made]
+    copied = name if name in names else next(iter(names), name)
+    mine = [row for row in made if (row.case, row.provider) == copied]
+    others = [row for row in rows if (row.case, row.provider) != name]
+    return others + [dataclasses.replace(row, case=name[0], provider=name[1], reference=reference) for row in mine]
 
 
 def _swept(jobs: Sequence[Job]) -> set[str]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashcp.experiments.compose import compose
+from flashcp.experiments.folders import check_out
 from flashcp.experiments.launch import launch
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.settings import read_run, register_run
@@ -23,6 +24,7 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     register_run()
     settings = compose(CONFIG, overrides)
     run = read_run(settings).placed(settings["out"] or "outputs/train", group="", tags=[commit()])
+    check_out(Path(run.config.out))
     prepare(run.config, run.world_size)
     outcome = launch(run)
     if outcome.code:

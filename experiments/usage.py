@@ -8,7 +8,7 @@ from importlib import import_module, resources
 from typing import Any
 
 from flashcp.experiments.compose import compose
-from flashcp.experiments.schema import GROUPS
+from flashcp.experiments.schema import GROUPS, group_members
 from flashcp.experiments.verbs import VERBS
 
 __all__ = ["config_keys", "group_values", "verb_usage"]
@@ -45,7 +45,9 @@ def verb_usage(verb: str, arguments: Sequence[str] = ()) -> str:
         if groups:
             parts.append("Groups; method= sets sharding= and exchange=, which may follow to replace a part:")
             parts.append("\n".join(groups))
-            parts.append("Keys and their defaults; members of sharding= and data= bring their own:")
+            parts.append("Keys that come with a member of a group:")
+            parts.append("\n".join(_wrapped(f"  {members}  ", ", ".join(keys)) for members, keys in member_keys()))
+            parts.append("Keys and their defaults:")
         else:
             parts.append("Keys and their defaults:")
         parts.append("\n".join(keys))
@@ -59,6 +61,16 @@ def group_values(config: str) -> dict[str, tuple[str, ...]]:
     folder = resources.files("flashcp.conf") / "experiment"
     sweeps = (file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
     return GROUPS if config == "plan" else {**GROUPS, "experiment": tuple(sorted(sweeps))}
+
+
+def member_keys() -> list[tuple[str, list[str]]]:
+    """Members of groups that share their keys, as `data=wlb_llm|pile`, and those keys."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for group, members in group_members().items():
+        for name, node in members.items():
+            if keys := tuple(f"{group}.{key}" for key in vars(node) if key not in ("name", "source")):
+                found[keys] = [*found.get(keys, []), name if keys in found else f"{group}={name}"]
+    return [("|".join(names), list(keys)) for keys, names in found.items()]
 
 
 def config_keys(config: str) -> list[tuple[str, str]]:
@@ -80,4 +92,5 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _wrapped(head: str, text: str) -> str:
-    return textwrap.fill(text, 110, initial_indent=head, subsequent_indent=" " * len(head))
+    indent = " " * min(len(head), 14)
+    return textwrap.fill(text, 110, initial_indent=head, subsequent_indent=indent)

@@ -34,7 +34,7 @@ BEHIND_ONE_DOOR = {
 }
 # What sharding/ may use besides the standard library: at import time, and inside functions.
 SHARDING_LIBRARIES = {"numpy"}
-SHARDING_LATE_LIBRARIES = {"numpy", "numba"}
+SHARDING_LATE_LIBRARIES = {"numpy", "numba", "ortools"}
 READS_FILES = {"fileinput", "glob", "io", "mmap", "pathlib", "pkgutil", "shutil", "tempfile"}
 
 

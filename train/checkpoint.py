@@ -55,11 +55,12 @@ class Progress:
     position: Position = dataclasses.field(default_factory=Position)
 
 
-def find_checkpoint(out: Path, resume: str, identity: dict[str, Any]) -> Path | None:
+def find_checkpoint(out: Path, resume: str, identity: dict[str, Any], steps: int) -> Path | None:
     """The checkpoint that `checkpoint.resume` names, checked to belong to this run; None: start fresh.
 
     identity: what must be equal for a resumed run to go on as the uninterrupted one, by section and field.
-    Raises ValueError when there is no such checkpoint, or when it is another model's, naming the fields.
+    steps: of the whole run. Raises ValueError when there is no such checkpoint, when it is another model's, naming
+    the fields, and when it has no step left to do.
     """
     kept = _kept(out)
     if resume == "never":
@@ -80,17 +81,20 @@ def find_checkpoint(out: Path, resume: str, identity: dict[str, Any]) -> Path | 
                 f"checkpoint.resume={resume!r}: no checkpoint there; expected never, latest or a step_* path"
             )
     try:
-        saved = json.loads((path / IDENTITY).read_text())
-    except ValueError as error:
-        raise ValueError(f"checkpoint {path}: {IDENTITY} cannot be read: {error}") from error
-    differing = [
-        f"{section}.{field} is {saved.get(section, {}).get(field)!r} there and {value!r} here"
-        for section, fields in identity.items()
-        for field, value in fields.items()
-        if saved.get(section, {}).get(field) != value
-    ]
+        saved = json.loads((path / IDENTITY).read_text(encoding="utf-8"))
+        done = int(saved["progress"]["step"])
+        differing = [
+            f"{section}.{field} is {saved[section].get(field)!r} there and {value!r} here"
+            for section, fields in identity.items()
+            for field, value in fields.items()
+            if saved[section].get(field) != value
+        ]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(f"checkpoint {path}: {IDENTITY} cannot be read: {_reason(error)}") from error
     if differing:
         raise ValueError(f"checkpoint {path} belongs to another run: {'; '.join(differing)}")
+    if done >= steps:
+        raise ValueError(f"loop.steps={steps}: checkpoint {path} has done {done} steps already, expected more")
     return path
 
 
@@ -112,7 +116,8 @@ def save_checkpoint(
     with _one_process_is_fine():
         dcp.save(_state(model, optimizer, progress), checkpoint_id=unfinished)
     if ranks.rank == 0:
-        (unfinished / IDENTITY).write_text(json.dumps(identity, indent=1))
+        content = {**identity, "progress": {"step": progress.step}}
+        (unfinished / IDENTITY).write_text(json.dumps(content, indent=1), encoding="utf-8")
         os.replace(unfinished, path)
         for old in _kept(out)[:-keep]:
             shutil.rmtree(old)
@@ -127,10 +132,11 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """
     state = _state(model, optimizer, Progress())
     try:
+        dcp.FileSystemReader(path).read_metadata()  # torch would log a traceback before it raises
         with _one_process_is_fine():
             dcp.load(state, checkpoint_id=path)
-    except (OSError, dcp.CheckpointException) as error:
-        raise ValueError(f"checkpoint {path}: cannot be read: {str(error).splitlines()[0]}") from error
+    except (Exception, dcp.CheckpointException) as error:  # a damaged file fails wherever its bytes lead
+        raise ValueError(f"checkpoint {path}: cannot be read: {_reason(error)}") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     torch.set_rng_state(state["rng"])
     position = Position(*state["position"].tolist())
@@ -148,6 +154,13 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progres
         "position": torch.tensor(dataclasses.astuple(progress.position)),
         "counters": torch.tensor([progress.step, progress.dropped, progress.carried]),
     }
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong inside: torch wraps the errors of ranks, with their tracebacks."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(": ")
 
 
 @contextmanager

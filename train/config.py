@@ -10,6 +10,7 @@ from typing import Any
 
 from flashcp.train.checkpoint import CheckpointConfig
 from flashcp.train.data.sources import DataConfig
+from flashcp.train.data.windows import LONGEST_CONTEXT
 from flashcp.train.loop import LoopConfig
 from flashcp.train.model import ModelConfig
 from flashcp.train.optimizer import OptimizerConfig
@@ -59,6 +60,10 @@ class TrainConfig:
             raise ValueError(
                 f"context={self.context}: expected at least one token a rank, world_size={world_size}"
             )
+        if not 2 <= self.context <= LONGEST_CONTEXT:  # a token alone has no next token to predict
+            raise ValueError(f"context={self.context}: expected a whole number from 2 to {LONGEST_CONTEXT}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: expected a whole number >= 0 and < 2**63")
         self.data.check()
         self.model.check()
         self.parallel.check(world_size, self.model.heads, self.model.kv_heads)

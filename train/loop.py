@@ -17,7 +17,7 @@ from flashcp.train.checkpoint import Progress
 from flashcp.train.data.loader import Batch
 from flashcp.train.model import Decoder
 from flashcp.train.optimizer import FlatGradients, OptimizerConfig, learning_rate
-from flashcp.train.ranks import DEVICES, Ranks
+from flashcp.train.ranks import DEVICES, LONGEST_WAIT_S, Ranks
 
 __all__ = ["PRECISIONS", "LoopConfig", "Trainer"]
 
@@ -47,8 +47,8 @@ class LoopConfig:
         for name, legal in (("precision", PRECISIONS), ("device", DEVICES)):
             if getattr(self, name) not in legal:
                 raise ValueError(f"loop.{name}={getattr(self, name)!r}: expected one of {', '.join(legal)}")
-        if not self.timeout_s > 0:
-            raise ValueError(f"loop.timeout_s={self.timeout_s}: expected seconds > 0")
+        if not 0 < self.timeout_s <= LONGEST_WAIT_S:
+            raise ValueError(f"loop.timeout_s={self.timeout_s}: expected seconds > 0 and <= {LONGEST_WAIT_S:.0e}")
 
 
 class Trainer:
@@ -159,6 +159,7 @@ class Trainer:
             "imbalance": _mean([pack.route.imbalance for pack in packs]),
             "critical_rows": _mean([pack.route.critical_rows for pack in packs]),
             "saving": _mean([pack.route.saving for pack in packs]),
+            "critical_rows_bound": _mean([pack.plan.certificate.critical_rows for pack in packs]),
         }
 
 

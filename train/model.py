@@ -6,6 +6,7 @@ V vocabulary. There is no batch dimension: a pack is one row of documents.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,6 +50,9 @@ class ModelConfig:
         for name in ("ffn_dim", "vocab_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)}: expected a whole number >= 0")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"model.{name}={getattr(self, name)}: expected a finite number > 0")
         if self.dim % self.heads or self.dim // self.heads % 2:
             raise ValueError(f"model.dim={self.dim}: expected an even multiple of model.heads={self.heads}")
         if self.heads % self.kv_heads:

@@ -27,6 +27,9 @@ class OptimizerConfig:
 
     def check(self) -> None:
         """Raise ValueError for a number outside its range."""
+        for name, value in vars(self).items():
+            if not math.isfinite(value):
+                raise ValueError(f"optimizer.{name}={value}: expected a finite number")
         for name in ("lr", "eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)}: expected a number > 0")

@@ -11,6 +11,7 @@ import numpy as np
 import flashcp
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.train.ranks import LONGEST_WAIT_S
 
 __all__ = ["ParallelConfig"]
 
@@ -41,6 +42,10 @@ class ParallelConfig:
                 f"parallel.exchange='ulysses' with model.heads={heads}, model.kv_heads={kv_heads}: "
                 f"expected multiples of world_size={world_size}"
             )
+        if not 0 < self.timeout_s <= LONGEST_WAIT_S:
+            raise ValueError(
+                f"parallel.timeout_s={self.timeout_s}: expected seconds > 0 and <= {LONGEST_WAIT_S:.0e}"
+            )
         self.planner(world_size)(np.array([world_size]))  # the strategy's options are checked by using them
 
     def planner(self, world_size: int) -> Callable[[np.ndarray], ShardingPlan]:
@@ -52,12 +57,15 @@ class ParallelConfig:
         return make_plan
 
     def operator(self) -> flashcp.ContextParallel:
-        """The attention operator over the default process group, or for one rank alone."""
-        return flashcp.ContextParallel(
-            exchange=self.exchange,
-            overlap=self.overlap,
-            attention=self.attention,
-            transport=self.transport,
-            backward=self.backward,
-            timeout_s=self.timeout_s,
-        )
+        """The attention operator over the default process group, or for one rank alone. Raises ValueError for names."""
+        try:
+            return flashcp.ContextParallel(
+                exchange=self.exchange,
+                overlap=self.overlap,
+                attention=self.attention,
+                transport=self.transport,
+                backward=self.backward,
+                timeout_s=self.timeout_s,
+            )
+        except ValueError as error:
+            raise ValueError(f"parallel.{error}") from error

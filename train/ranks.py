@@ -11,9 +11,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-__all__ = ["DEVICES", "Ranks", "launched_rank", "world"]
+__all__ = ["DEVICES", "LONGEST_WAIT_S", "Ranks", "launched_rank", "world"]
 
 DEVICES = ("auto", "cpu", "cuda")
+LONGEST_WAIT_S = 1e9  # 30 years: clocks that count nanoseconds in 64 bits still hold it
 
 
 @dataclass(frozen=True)

@@ -57,13 +57,13 @@ def prepare(config: TrainConfig, world_size: int) -> Prepared:
             f"model.vocab_size={vocab_size}: expected 0 or at least the tokenizer's {tokenizer.vocab_size}"
         )
     model = replace(config.model, vocab_size=vocab_size)
-    same_data = ("source", "subset", "split", "text_field", "tokenizer", "end_token", "overflow", "longest")
+    same_data = ("source", "path", "subset", "split", "text_field", "tokenizer", "end_token", "overflow", "longest")
     identity = {
         "model": {name: value for name, value in vars(model).items() if name != "checkpoint_activations"},
         "data": {name: getattr(config.data, name) for name in same_data},
         "run": {"context": config.context},
     }
-    checkpoint = find_checkpoint(Path(config.out), config.checkpoint.resume, identity)
+    checkpoint = find_checkpoint(Path(config.out), config.checkpoint.resume, identity, config.loop.steps)
     source = open_source(config.data)
     next(read_documents(source))
     return Prepared(source, tokenizer, model, identity, checkpoint)
@@ -96,10 +96,11 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
 def _peek(loader: Loader, config: TrainConfig, progress: Progress) -> Iterator[Batch]:
     """The loader's batches, the first step's made: what is wrong with them shows before a file is written."""
     first = list(itertools.islice(loader, config.loop.accumulation))
-    if progress.step == 0 and len(first) < config.loop.accumulation:
+    if len(first) < config.loop.accumulation:
+        more = f" after step {progress.step}" if progress.step else ""
         raise ValueError(
             f"data.epochs={config.data.epochs}: the documents fill {len(first)} windows of "
-            f"context={config.context}, expected at least loop.accumulation={config.loop.accumulation}"
+            f"context={config.context}{more}, expected at least loop.accumulation={config.loop.accumulation}"
         )
     return itertools.chain(first, loader)
 
@@ -117,6 +118,8 @@ def _train(
     )
     written = dataclasses.asdict(config)
     tracker = Tracker(config.tracker, out, written, progress.step + 1) if ranks.rank == 0 else None
+    if tracker:
+        (out / "summary.json").unlink(missing_ok=True)  # an earlier run's
     summary = None
     try:
         for row in steps:

@@ -35,6 +35,7 @@ class Tracker:
     """One row a step, in `rows` and in out/metrics.jsonl, which is the record; wandb never stops a run.
 
     first_step: the first step this run will log. Rows of an interrupted run before it stay, later ones go.
+    Raises ValueError when they cannot be read.
     """
 
     def __init__(
@@ -44,8 +45,7 @@ class Tracker:
         path = out / "metrics.jsonl"
         self.rows: list[dict[str, Any]] = []
         if first_step > 1 and path.is_file():
-            earlier = (json.loads(line) for line in path.read_text().splitlines())
-            self.rows = [row for row in earlier if row["step"] < first_step]
+            self.rows = [row for row in _earlier_rows(path) if row["step"] < first_step]
         self._file = path.open("w", encoding="utf-8")
         for row in self.rows:
             self._write(row)
@@ -76,6 +76,22 @@ class Tracker:
         except Exception as error:  # a full disk, a service that died, ...
             self._run = None
             _say_off(error)
+
+
+def _earlier_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of an interrupted run; a last line that was cut off is left out."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+            int(row["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}:{number}: not a row of metrics ({error}); move the file away") from error
+        rows.append(row)
+    return rows
 
 
 def track_comparison(

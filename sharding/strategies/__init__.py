@@ -10,6 +10,7 @@ import numpy as np
 from flashcp.sharding.documents import read_document_lengths, read_world_size
 from flashcp.sharding.plan import ShardingPlan, ShardTable
 from flashcp.sharding.strategies.contiguous import contiguous
+from flashcp.sharding.strategies.flashcp import flashcp
 from flashcp.sharding.strategies.flashcp_paper import flashcp_paper
 from flashcp.sharding.strategies.per_document import per_document
 from flashcp.sharding.strategies.per_sequence import per_sequence
@@ -23,7 +24,7 @@ STRATEGIES: dict[str, Callable[..., ShardTable]] = {
     "per_document": per_document,
     "wlb_adaptive": wlb_adaptive,
     "flashcp_paper": flashcp_paper,
-    "flashcp": flashcp_paper,
+    "flashcp": flashcp,
 }
 
 

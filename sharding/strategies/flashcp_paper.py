@@ -26,7 +26,10 @@ import numpy as np
 from flashcp.sharding.plan import ShardTable, shard_work
 from flashcp.sharding.strategies.chunks import head_tail_chunks
 
-__all__ = ["flashcp_paper"]
+__all__ = ["SINGLE_STEPS", "TARGET_IMBALANCE", "Attempt", "attempt_table", "flashcp_paper", "try_cut"]
+
+TARGET_IMBALANCE = 1.05
+SINGLE_STEPS = 64  # restarts that each add one document to PerDoc
 
 Piece = tuple[int, int, int]  # document, start, stop
 
@@ -39,7 +42,9 @@ class Attempt(NamedTuple):
     imbalance: float
 
 
-def flashcp_paper(document_lengths: np.ndarray, world_size: int, target_imbalance: float = 1.05) -> ShardTable:
+def flashcp_paper(
+    document_lengths: np.ndarray, world_size: int, target_imbalance: float = TARGET_IMBALANCE
+) -> ShardTable:
     """The paper's heuristic. Raises ValueError for a target below 1."""
     if not target_imbalance >= 1.0:
         raise ValueError(f"target_imbalance={target_imbalance}: expected a number >= 1")
@@ -47,16 +52,16 @@ def flashcp_paper(document_lengths: np.ndarray, world_size: int, target_imbalanc
     best: Attempt | None = None
     cut = restarts = 0
     while True:
-        attempt = _attempt(document_lengths, longest_first, cut, world_size)
+        attempt = try_cut(document_lengths, longest_first, cut, world_size)
         if best is None or attempt.imbalance < best.imbalance:
             best = attempt
         if best.imbalance <= target_imbalance or cut == len(document_lengths):
-            return _table(best)
+            return attempt_table(best)
         restarts += 1
-        cut = min(len(document_lengths), cut + (1 if restarts <= 64 else max(1, cut // 8)))
+        cut = min(len(document_lengths), cut + (1 if restarts <= SINGLE_STEPS else max(1, cut // 8)))
 
 
-def _attempt(lengths: np.ndarray, longest_first: np.ndarray, cut: int, world_size: int) -> Attempt:
+def try_cut(lengths: np.ndarray, longest_first: np.ndarray, cut: int, world_size: int) -> Attempt:
     """Cut the `cut` longest documents 2N ways, place the others whole, equalise tokens."""
     chosen = longest_first[:cut]
     per_document = _per_document(chosen, lengths[chosen], world_size)
@@ -138,7 +143,7 @@ def _advance(queue: list[tuple[int, int]], amount: int, rank: int) -> None:
         heapq.heappop(queue)
 
 
-def _table(attempt: Attempt) -> ShardTable:
+def attempt_table(attempt: Attempt) -> ShardTable:
     flat = [(*piece, rank) for rank, held in enumerate(attempt.pieces) for piece in held]
     columns = np.array(flat, dtype=np.int64).reshape(len(flat), 4).T
     return ShardTable(*map(np.concatenate, zip(attempt.per_document, columns, strict=True)))

@@ -37,6 +37,9 @@ class JsonlSource:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:  # ValueError: JSON or UTF-8
             raise ValueError(f"{place}: not a line of JSON ({error})") from error
+        if isinstance(record, dict) and not isinstance(record.get(self._text_field, ""), str):
+            value = json.dumps(record[self._text_field])
+            raise ValueError(f"{place}: data.text_field={self._text_field!r} holds {value[:40]}: expected text")
         if not isinstance(record, dict) or not isinstance(record.get(self._text_field), str):
             found = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
             raise ValueError(

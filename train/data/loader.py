@@ -52,6 +52,7 @@ class Batch:
 def make_batch(window: TokenWindow, plan: ShardingPlan, exchange: str, rank: int) -> Batch:
     """A rank's rows of a pack under a plan."""
     rows = plan.rows(rank)
+    _ = plan.certificate  # made here, ahead of the step, for the metrics
     return Batch(
         tokens=torch.from_numpy(window.tokens[rows]),
         labels=torch.from_numpy(window.labels[rows]),

@@ -46,6 +46,11 @@ class DataConfig:
 
     def check(self) -> None:
         """Raise ValueError for a value outside its range (what `path` holds is found out by opening it)."""
+        if self.source == "stdlib" and self.path:
+            raise ValueError(
+                f"data.path={self.path!r}: data=stdlib reads Python's own files and takes no path; expected another "
+                f"data, one of {', '.join(name for name in SOURCES if name != 'stdlib')}"
+            )
         if self.overflow not in OVERFLOWS:
             raise ValueError(f"data.overflow={self.overflow!r}: expected one of {', '.join(OVERFLOWS)}")
         for name in ("longest", "epochs"):

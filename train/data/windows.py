@@ -11,10 +11,12 @@ from flashcp.sharding.packing import pack_lengths
 from flashcp.train.data.documents import Document, Position
 from flashcp.train.data.tokenizer import Tokenizer
 
-__all__ = ["NO_LABEL", "TokenWindow", "encode_documents", "pack_documents"]
+__all__ = ["LONGEST_CONTEXT", "NO_LABEL", "TokenWindow", "encode_documents", "pack_documents"]
 
 NO_LABEL = -100
 """Label of a token that predicts nothing (torch's ignore_index)."""
+LONGEST_CONTEXT = 2**31 - 1
+"""Tokens of the longest window: kernels count rows in 32 bits."""
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,17 @@ import numpy as np
 
 from flashcp.sharding.plan import ShardingPlan, ShardTable, shard_work
 from flashcp.sharding.strategies.contiguous import contiguous
-from flashcp.sharding.strategies.flashcp_paper import _attempt, _table, flashcp_paper
+from flashcp.sharding.strategies.flashcp_paper import (
+    SINGLE_STEPS,
+    TARGET_IMBALANCE,
+    attempt_table,
+    flashcp_paper,
+    try_cut,
+)
 from flashcp.sharding.strategies.per_document import per_document
 from flashcp.sharding.strategies.per_sequence import per_sequence
 
 __all__ = ["best_member", "largest_work", "members"]
-
-PAPER_TARGET = 1.05  # imbalance at which the paper's heuristic stops
-PAPER_SINGLE_STEPS = 64  # restarts after which it cuts more than one document more at a time
 
 
 def members(lengths: np.ndarray, world_size: int) -> list[ShardTable]:
@@ -46,7 +49,7 @@ def _candidates(lengths: np.ndarray, world_size: int, limit: int, key: tuple[int
     critical = key[1]
     tokens, pairs = int(lengths.sum()), int((lengths * (lengths + 1) // 2).sum())
     # Else a member may win by its work, whatever its rows.
-    balanced = key[0] <= limit and limit * world_size <= PAPER_TARGET * pairs
+    balanced = key[0] <= limit and limit * world_size <= TARGET_IMBALANCE * pairs
     most = -(-tokens // world_size)
 
     # One rank holds the last rows of every document with at least 2N: it receives all of their other rows.
@@ -61,12 +64,12 @@ def _candidates(lengths: np.ndarray, world_size: int, limit: int, key: tuple[int
     longest_first = np.argsort(-lengths, kind="stable")
     foreign = lengths[longest_first] - 2 * (lengths[longest_first] // (2 * world_size) + 1)
     received = np.concatenate(([0], np.cumsum(np.maximum(foreign, 0))))
-    for cut in range(min(len(lengths), PAPER_SINGLE_STEPS) + 1):
+    for cut in range(min(len(lengths), SINGLE_STEPS) + 1):
         if balanced and received[cut] >= critical:
             return
-        attempt = _attempt(lengths, longest_first, cut, world_size)
-        if attempt.imbalance <= PAPER_TARGET:
-            yield _table(attempt)
+        attempt = try_cut(lengths, longest_first, cut, world_size)
+        if attempt.imbalance <= TARGET_IMBALANCE:
+            yield attempt_table(attempt)
             return
     yield flashcp_paper(lengths, world_size)
 

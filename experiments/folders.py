@@ -1,0 +1,29 @@
+"""Where results go, checked before anything runs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["check_out"]
+
+
+def check_out(out: Path) -> None:
+    """Raise ValueError when no file can be made in the directory `out`. Found out by making one; nothing stays."""
+    made: list[Path] = []
+    try:
+        made = [folder for folder in (out, *out.absolute().parents) if not folder.exists()]
+        place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise ValueError(f"out={str(out)!r}: {place} is not a directory that may be written to")
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"out={str(out)!r}: cannot be written ({error.strerror})") from error
+    finally:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
