@@ -103,8 +103,9 @@ def diagnose(log: Path, code: int) -> Outcome:
     A rank that a signal ended comes first: the others complain only of a connection that it closed.
     """
     text = log.read_bytes()
-    ended = {int(found["rank"]): int(found["code"]) for found in LOST_RANK.finditer(text)}
-    ended |= {int(found["rank"]): int(found["code"]) for found in FAILED_RANK.finditer(text)}
+    ended = {int(found["rank"]): int(found["code"]) for found in FAILED_RANK.finditer(text)}
+    ended = {rank: status for rank, status in ended.items() if status != -signal.SIGTERM}  # the launcher's doing
+    ended |= {int(found["rank"]): int(found["code"]) for found in LOST_RANK.finditer(text)}
     complaints = [found[1].decode(errors="replace") for found in COMPLAINT.finditer(text)]
     killed = [rank for rank, status in ended.items() if status < 0]
     silent = [rank for rank in killed if not any(line.startswith(f"rank {rank} of ") for line in complaints)]

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,8 +34,28 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError: flashcp.train
             "rank 1: ended with exit code -9",
         ),
         ("", 1, "the run ended with exit code 1"),
+        (
+            "error: rank 0 of 2: RuntimeError: [/x/gloo/pair.cc:547] Connection closed by peer [::1]:7. This may "
+            "indicate a remote failure...GLHF!\nE1 failed (exitcode: -9) local_rank: 1 (pid: 7) of binary: python\n",
+            1,
+            "rank 1: ended with exit code -9 (SIGKILL)",
+        ),
+        (
+            "error: rank 0 of 2: RuntimeError: [/x/gloo/pair.cc:547] Connection closed by peer [::1]:7. This may "
+            "indicate a remote failure...GLHF!\nE1 failed (exitcode: 1) local_rank: 0 (pid: 7) of binary: python\n"
+            "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 8)\n",
+            1,
+            "rank 1: ended with exit code -9 (SIGKILL)",
+        ),
+        (
+            "error: rank 1 of 2: RuntimeError: [/x/gloo/pair.cc:547] Connection closed by peer [::1]:7. This may "
+            "indicate a remote failure...GLHF!\nE1 failed (exitcode: 1) local_rank: 1 (pid: 7) of binary: python\n"
+            "  rank      : 0 (local_rank: 0)\n  exitcode  : -15 (pid: 8)\n",
+            1,
+            "rank 1 of 2: RuntimeError: Connection closed by peer [::1]:7",
+        ),
     ],
-    ids=["bad input", "a rank", "a killed rank", "no word"],
+    ids=["bad input", "a rank", "a killed rank", "no word", "killed, heard", "killed, heard first", "gloo's noise"],
 )
 def test_diagnosis(tmp_path: Path, log: str, code: int, error: str) -> None:
     file = tmp_path / "ranks.log"
@@ -36,6 +63,7 @@ def test_diagnosis(tmp_path: Path, log: str, code: int, error: str) -> None:
     outcome = diagnose(file, 1)
     assert outcome.code == code
     assert outcome.error.startswith(error)
+    assert "GLHF" not in outcome.error
 
 
 def test_echo_stops_at_the_first_trouble(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,3 +87,46 @@ def test_bad_input_found_by_the_ranks_leaves_only_what_was_there(tmp_path: Path,
     assert outcome.code == 2
     assert outcome.error.startswith(f"{tmp_path}/a.jsonl:2: not a line of JSON")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.jsonl", "kept", "mine.txt"]
+
+
+def test_bad_input_met_after_the_first_step_keeps_what_was_written(tmp_path: Path, tiny: list[str]) -> None:
+    register_run()
+    (tmp_path / "a.jsonl").write_text('{"text": "%s"}\n' % ("hello " * 50) * 8 + "not json\n")
+    overrides = ["data=jsonl", f"data.path={tmp_path}/a.jsonl", "data.prefetch=1", "loop.steps=50", "world_size=1"]
+    run = read_run(compose("config", [*tiny, *overrides]))
+    outcome = launch(run.placed(str(tmp_path / "out"), "", ()))
+    assert (outcome.code, outcome.error[: len(f"{tmp_path}/a.jsonl:9")]) == (2, f"{tmp_path}/a.jsonl:9")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "metrics.jsonl", "ranks.log"}
+
+
+def test_a_stopped_command_stops_its_ranks(tmp_path: Path, tiny: list[str]) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "flashcp.experiments.cli", "train", *tiny, "loop.steps=1000000", f"out={out}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: (out / "metrics.jsonl").is_file())
+        assert alive(out)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.terminate()
+    assert process.returncode == 143
+    assert said.endswith("flashcp: stopped by SIGTERM\n")
+    assert alive(out) == []
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def alive(out: Path) -> list[str]:
+    """The processes that were started with a run's configuration."""
+    found = []
+    for process in os.listdir("/proc"):
+        with suppress(OSError):
+            words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+            found += [process] if str(out / "config.json").encode() in words else []
+    return found

@@ -72,9 +72,15 @@ def test_picture(tmp_path: Path) -> None:
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_picture_says_the_file_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "method=llama3", "windows=1", "context=1024", f"figure={tmp_path / 'plan'}"]) == 0
+    assert f"wrote {tmp_path / 'plan.png'}" in capsys.readouterr().err
+    assert (tmp_path / "plan.png").is_file()
+
+
 def test_lengths_of_a_file_are_packed_in_its_order(tmp_path: Path) -> None:
     file = tmp_path / "lengths.txt"
-    file.write_text("5\n\n 7 \n3\n")
+    file.write_text("\ufeff5\n\n 7 \n3\n", encoding="utf-8")  # a mark that some editors put first is no length
     data = {"source": "lengths", "path": str(file)}
     assert [pack.tolist() for pack in read_packs(data, 8, 10, 0)] == [[5, 3], [3]]
     assert [pack.tolist() for pack in read_packs({**data, "overflow": "carry"}, 8, 10, 0)] == [[5, 3], [4, 3]]

@@ -31,6 +31,9 @@ def test_rows_survive_the_file(tmp_path: Path, make_rows: MakeRows) -> None:
     [
         (("case,", "kase,"), "expected the columns case, provider"),
         ((",10.0,", ",ten,"), f"{RESULTS}:2: not a row of results"),
+        ((",10.0,", ",nan,"), f"{RESULTS}:2: not a row of results (median=nan: expected a finite number >= 0)"),
+        ((",10.0,", ",-1.0,"), f"{RESULTS}:2: not a row of results (median=-1.0: expected a finite number >= 0)"),
+        ((",10.0,", f",{'1' * 200_000},"), f"{RESULTS}:1: not a row of results (field larger than field limit"),
     ],
 )
 def test_file_that_holds_no_rows_is_one_line(
@@ -40,6 +43,19 @@ def test_file_that_holds_no_rows_is_one_line(
     text = (tmp_path / RESULTS).read_text()
     (tmp_path / RESULTS).write_text(text.replace(*change, 1))
     assert message in refused("report", str(tmp_path))
+
+
+def test_binary_file_and_one_without_rows_are_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
+    write_rows(tmp_path, [])
+    assert refused("report", str(tmp_path)).startswith(f"{tmp_path / RESULTS}: no rows in it")
+    (tmp_path / RESULTS).write_bytes(b"\xff\xfe\x00")
+    assert refused("report", str(tmp_path)).startswith(f"{tmp_path / RESULTS}: not a file of results")
+
+
+def test_loss_of_zero_on_the_single_process_divides_nothing(make_rows: MakeRows) -> None:
+    rows = [*make_rows(REFERENCE, losses=(0.0, 0.0), config="alone")]
+    rows += make_rows("llama3", losses=(0.0, 0.5), reference="alone")
+    assert compare(rows, "llama3").lines[0].loss_difference == 1.0
 
 
 def test_comparison(make_rows: MakeRows) -> None:

@@ -37,6 +37,7 @@ def resume(finished: Path, out: Path, *, at: str = "latest", **sections: dict[st
             r"another run: model\.layers is 2 there and 3 here; model\.kv_heads is 2 there and 4 here$",
         ),
         ({"model": {"vocab_size": 300}}, r"model\.vocab_size is 320 there and 300 here"),
+        ({"data": {"source": "text", "path": __file__}}, r"data\.path is '' there and '.*test_checkpoint\.py' here"),
         ({"data": {"overflow": "truncate"}}, r"data\.overflow is 'carry' there and 'truncate' here"),
     ],
 )
@@ -100,9 +101,9 @@ def test_a_run_does_not_start_over_another(finished: Path) -> None:
 
 
 def test_latest_without_any_starts_fresh(tmp_path: Path) -> None:
-    assert find_checkpoint(tmp_path, "latest", {}) is None
+    assert find_checkpoint(tmp_path, "latest", {}, 9) is None
     (tmp_path / "checkpoints" / "step_00000009").mkdir(parents=True)  # no identity: never became whole
-    assert find_checkpoint(tmp_path, "latest", {}) is None
+    assert find_checkpoint(tmp_path, "latest", {}, 9) is None
 
 
 def test_a_damaged_checkpoint_is_one_clear_error(finished: Path, tmp_path: Path) -> None:
@@ -113,3 +114,28 @@ def test_a_damaged_checkpoint_is_one_clear_error(finished: Path, tmp_path: Path)
     (tmp_path / "run" / "checkpoints" / "step_00000002" / "identity.json").write_text("{")
     with pytest.raises(ValueError, match=r"checkpoint .*step_00000002: identity\.json cannot be read"):
         train(small(tmp_path / "run", checkpoint={"resume": "latest"}, loop={"steps": 3}))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("checkpoints/step_00000002/identity.json", "[]", r"step_00000002: identity\.json cannot be read: TypeError"),
+        ("checkpoints/step_00000002/.metadata", "", r"step_00000002: cannot be read: EOFError"),
+        ("checkpoints/step_00000002/__0_0.distcp", "", r"step_00000002: cannot be read: EOFError"),
+        ("metrics.jsonl", '{"step": 1\n', r"metrics\.jsonl:1: not a row of metrics"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_is_wrong(
+    file: str, content: str, message: str, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        train(small(tmp_path / "run", checkpoint={"resume": "latest"}, loop={"steps": 3}))
+
+
+def test_a_finished_run_has_nothing_to_resume(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(ValueError, match=r"^loop\.steps=2: checkpoint .*step_00000002 has done 2 steps already"):
+        train(small(finished, checkpoint={"resume": "latest"}, loop={"steps": 2}))
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before

@@ -21,7 +21,7 @@ from flashcp.train.run import run
 from tests.ranks import run_cases, run_ranks
 
 TIMES = {"step_ms", "attention_ms", "exchange_ms", "wait_ms", "loader_ms", "tokens_per_s"}
-SHARED = {"critical_rows", "saving", "imbalance"}
+SHARED = {"critical_rows", "critical_rows_bound", "saving", "imbalance"}
 
 
 def small(out: Path, **sections: dict[str, Any]) -> dict[str, Any]:
