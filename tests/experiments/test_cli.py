@@ -76,7 +76,7 @@ TRAIN_REFUSED = [
     ("method=null", "method=null: expected one of llama3"),
     ("parallel={zz:1}", "parallel.zz: no such override; expected one of overlap"),
     ("parallel.timeout_s=inf", "parallel.timeout_s=inf: expected seconds > 0"),
-    ("loop.timeout_s=.inf", "loop.timeout_s=inf: expected seconds > 0"),
+    ("loop.timeout_s=inf", "loop.timeout_s=inf: expected seconds > 0"),
     ("data=stdlib data.path=foo", "data.path='foo': data=stdlib reads Python's own files and takes no path"),
     ("out=/proc/foo", "out='/proc/foo': cannot be written (No such file or directory)"),
     ("method=flashcp_paper sharding.target_imbalance=0", "sharding.target_imbalance=0.0: expected a number >= 1"),

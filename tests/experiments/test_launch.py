@@ -21,6 +21,9 @@ from flashcp.experiments.settings import read_run, register_run
 LAUNCHER = """Traceback (most recent call last):
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError: flashcp.train FAILED
 """
+CLOSED = "RuntimeError: [/x/gloo/pair.cc:547] Connection closed by peer [::1]:7. This may indicate a failure...GLHF!"
+FAILED = "E1123 failed (exitcode: %d) local_rank: %d (pid: 7) of binary: python\n"
+LISTED = "  rank      : %d (local_rank: 0)\n  exitcode  : %d (pid: 8)\n"
 
 
 @pytest.mark.parametrize(
@@ -34,23 +37,14 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError: flashcp.train
             "rank 1: ended with exit code -9",
         ),
         ("", 1, "the run ended with exit code 1"),
+        (f"error: rank 0 of 2: {CLOSED}\n{FAILED % (-9, 1)}", 1, "rank 1: ended with exit code -9 (SIGKILL)"),
         (
-            "error: rank 0 of 2: RuntimeError: [/x/gloo/pair.cc:547] Connection closed by peer [::1]:7. This may "
-            "indicate a remote failure...GLHF!\nE1 failed (exitcode: -9) local_rank: 1 (pid: 7) of binary: python\n",
+            f"error: rank 0 of 2: {CLOSED}\n{FAILED % (1, 0)}{LISTED % (1, -9)}",
             1,
             "rank 1: ended with exit code -9 (SIGKILL)",
         ),
         (
-            "error: rank 0 of 2: RuntimeError: [/x/gloo/pair.cc:547] Connection closed by peer [::1]:7. This may "
-            "indicate a remote failure...GLHF!\nE1 failed (exitcode: 1) local_rank: 0 (pid: 7) of binary: python\n"
-            "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 8)\n",
-            1,
-            "rank 1: ended with exit code -9 (SIGKILL)",
-        ),
-        (
-            "error: rank 1 of 2: RuntimeError: [/x/gloo/pair.cc:547] Connection closed by peer [::1]:7. This may "
-            "indicate a remote failure...GLHF!\nE1 failed (exitcode: 1) local_rank: 1 (pid: 7) of binary: python\n"
-            "  rank      : 0 (local_rank: 0)\n  exitcode  : -15 (pid: 8)\n",
+            f"error: rank 1 of 2: {CLOSED}\n{FAILED % (1, 1)}{LISTED % (0, -15)}",
             1,
             "rank 1 of 2: RuntimeError: Connection closed by peer [::1]:7",
         ),

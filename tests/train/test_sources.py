@@ -186,3 +186,10 @@ def test_a_missing_package_is_one_clear_line(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf"needs the package {package.split('.')[0]}: pip install"):
         open_source(DataConfig(source=source, path="somewhere"))
+
+
+def test_a_number_where_text_should_be_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": 5}\n')
+    source = open_source(DataConfig(source="jsonl", path=str(tmp_path / "a.jsonl")))
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: data\.text_field='text' holds 5: expected text$"):
+        list(source.read(0, 0))
