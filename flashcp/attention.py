@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashcp.kernels.inputs import check_inputs, default_scale
 from flashcp.kernels.library import attention as attention_operator
-from flashcp.kernels.library import dynamic, whole_pack
+from flashcp.kernels.library import whole_pack
 from flashcp.kernels.selection import attention_name
 from flashcp.kernels.tuning import Tuning
 from flashcp.sharding.documents import read_document_lengths

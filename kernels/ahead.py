@@ -58,14 +58,15 @@ def build(
     group: int = 1,
     accumulate: bool = False,
 ) -> Build:
-    """Compile one kernel. target: a key of TARGETS. dtype: `float32`, `float16`, `bfloat16`. group: query heads a KV head.
+    """Compile one kernel. target: a key of TARGETS. dtype: a name of `kernels/tuning.py`'s DTYPES.
 
-    accumulate: the variant that goes on from earlier ranges (the exchanges use it under `staged`).
+    group: query heads a KV head. accumulate: the variant that goes on from earlier ranges.
     """
     kernel = KERNELS[which]
     element = _TRITON_NAMES[dtype]
-    chosen = dict(GROUP=group, HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=blocks.block_m,
-                  BLOCK_N=blocks.block_n, PRECISION=blocks.precision, MERGE=accumulate, ADD=accumulate)  # fmt: skip
+    chosen = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_M": blocks.block_m,
+              "BLOCK_N": blocks.block_n, "PRECISION": blocks.precision, "MERGE": accumulate,
+              "ADD": accumulate}  # fmt: skip
     signature, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in chosen:
@@ -98,7 +99,8 @@ def _read(compiled: triton.compiler.CompiledKernel, target: str) -> Build:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+        command = [str(tool), "--dump-resource-usage", str(cubin)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return Build(
         registers=_number(r"REG:(\d+)", usage),
         spilled_bytes=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),

@@ -1,7 +1,7 @@
 """Backward: dK and dV of one key tile and one KV head.
 
-A program walks the ranges of query rows that read its tile and, for each, the query heads of its group. Every element is
-written by one program, sums run in a fixed order: two runs agree bit for bit.
+A program walks the ranges of query rows that read its tile and, for each, the query heads of its group. Every element
+is written by one program, sums run in a fixed order: two runs agree bit for bit.
 
 Shapes: N key rows (BLOCK_N), M query rows (BLOCK_M), D head_dim widened to a power of two (BLOCK_D).
 """
@@ -87,7 +87,7 @@ def _scatter(
 
     MASKED: rows end at `end`, and a query of an own run counts for a key if key <= query < where the key's run ends.
     """
-    for b in range(0, blocks):
+    for b in range(blocks):
         m = full + (b - beside) * BLOCK_M
         if MASKED:
             m = tl.where(b < beside, start + b * BLOCK_M, m)

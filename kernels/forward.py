@@ -26,7 +26,7 @@ def forward_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MERGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, query head). MERGE: go on from the fp32 `out` and `lse` of earlier ranges instead of from nothing."""
+    """Program (tile, query head). MERGE: go on from the fp32 `out` and `lse` of earlier ranges, not from nothing."""
     head = tl.program_id(1)
     _, row, stop, range_first, range_stop = load_tile(table, tl.program_id(0))
     rows = row + tl.arange(0, BLOCK_M)

@@ -154,13 +154,13 @@ class TritonAttention:
             blocks = self.tuning.of(which) or choose(which, architecture(q.device), q.shape[2], q.dtype, schedule)
             make = key_tiles if which is Pass.BACKWARD_KV else query_tiles
             tiles = make(schedule, len(q), blocks.tile_rows(which))
-            tables = tuple(_to_device(x, q.device) for x in (tiles.table, tiles.ranges, tiles.reach))
-            kept[key] = _Prepared(blocks, tables, *tiles.rows)
+            table, ranges, reach = (_to_device(x, q.device) for x in (tiles.table, tiles.ranges, tiles.reach))
+            kept[key] = _Prepared(blocks, (table, ranges, reach), *tiles.rows)
         return kept[key]
 
 
 def _row_terms(out: Tensor, grad_out: Tensor, lse: Tensor, scale: float) -> Tensor:
-    """log_sum and delta of `backward_rows_kernel`, [2, H, T padded]: padded, so that new lengths compile nothing new."""
+    """log_sum and delta of `backward_rows_kernel`, [2, H, T padded]; padded, for new lengths to compile nothing new."""
     rows, heads, head_dim = out.shape
     blocks = triton.cdiv(rows, _ROWS)
     terms = torch.empty((2, heads, blocks * _ROWS), dtype=torch.float32, device=out.device)
@@ -173,9 +173,16 @@ def _row_terms(out: Tensor, grad_out: Tensor, lse: Tensor, scale: float) -> Tens
     return terms
 
 
-def _launch(kernel: Any, prepared: _Prepared, q: Tensor, local: KV, heads: int, arguments: tuple[object, ...],
-            **constants: bool) -> None:  # fmt: skip
-    """One program per tile and head. Tiles run fastest: programs side by side read the same head's KV out of the cache."""
+def _launch(
+    kernel: Any,
+    prepared: _Prepared,
+    q: Tensor,
+    local: KV,
+    heads: int,
+    arguments: tuple[object, ...],
+    **constants: bool,
+) -> None:
+    """One program per tile and head. Tiles run fastest: programs side by side find one head's KV in the cache."""
     tiles, blocks, head_dim = len(prepared.tables[0]), prepared.blocks, q.shape[2]
     if tiles == 0:
         return

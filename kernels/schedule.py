@@ -48,7 +48,6 @@ class Schedule:
         queries = np.repeat(self.query_stop - self.query_start, np.diff(self.range_first))
         return int(np.where(self.masked, rows * (rows + 1) // 2, rows * queries).sum())
 
-
     def range_totals(self, amount: np.ndarray) -> np.ndarray:
         """Sum over the ranges of each query shard of an amount per range, int64 [G]."""
         totals = np.concatenate(([0], np.cumsum(amount, dtype=np.int64)))

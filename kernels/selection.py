@@ -64,7 +64,7 @@ class AttentionKernel(Protocol):
 
 
 def attention_name(name: str, device: torch.device) -> str:
-    """What `auto` stands for on a device: `triton` on a GPU, `cpu` elsewhere. Raises ValueError as `select_attention`."""
+    """What `auto` stands for: `triton` on a GPU, `cpu` elsewhere. Raises ValueError as `select_attention` does."""
     if name not in ("auto", *ATTENTION):
         raise ValueError(f"attention={name!r}: expected one of auto, {', '.join(ATTENTION)}")
     if name == "auto":

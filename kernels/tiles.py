@@ -29,8 +29,8 @@ LOCAL, RECEIVED, OWN = 0, 1, 2
 class Tiles:
     """Tables of one kernel launch, all int32.
 
-    table [tiles, 5], COLUMNS. row, stop: the tile's rows, in the receive buffer if `received`, else in the local tensor.
-    range_first, range_stop: its entries of `ranges`.
+    table [tiles, 5], COLUMNS. row, stop: the tile's rows, in the receive buffer if `received`, else in the local
+    tensor. range_first, range_stop: its entries of `ranges`.
     ranges [ranges, 3]: (place, start, stop). LOCAL and RECEIVED: rows there that every row of the tile reads (query
     tiles) or is read by (key tiles, whose readers are always local). OWN: the own run of the tile's rows, from `start`
     to the tile (query tiles) or from the tile to `stop` (key tiles).

@@ -7,6 +7,7 @@ chip's): `experiments/tune_attention.py` compiles the candidates anywhere and ti
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from enum import Enum
 
@@ -14,7 +15,18 @@ import torch
 
 from flashcp.kernels.schedule import Schedule
 
-__all__ = ["DTYPES", "HEAD_DIMS", "SHARED_BYTES", "TABLE", "Blocks", "Pass", "Tuning", "architecture", "choose", "padded"]
+__all__ = [
+    "DTYPES",
+    "HEAD_DIMS",
+    "SHARED_BYTES",
+    "TABLE",
+    "Blocks",
+    "Pass",
+    "Tuning",
+    "architecture",
+    "choose",
+    "padded",
+]
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -22,6 +34,9 @@ SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 """Shared memory that one block may take, per architecture."""
 SHORT_SPEED = 0.8
 """Speed assumed of the tiles for short documents, next to the large ones on a long document (not measured)."""
+
+
+_TEXT = re.compile(r"(forward|backward_kv|backward_q)=(\d+)x(\d+)x(\d+)x(\d+)x(\w+)")
 
 
 class Pass(Enum):
@@ -34,7 +49,7 @@ class Pass(Enum):
 
 @dataclass(frozen=True)
 class Blocks:
-    """How one kernel is compiled: query rows and key rows of a block, warps, pipeline stages, precision of fp32 products.
+    """How a kernel is compiled: query rows and key rows of a block, warps, pipeline stages, precision of fp32 products.
 
     precision: `ieee`, or `tf32x3` (three tensor-core products, NVIDIA only); without meaning for 16-bit inputs.
     Raises ValueError for numbers the kernels cannot be built with.
@@ -82,11 +97,11 @@ class Tuning:
         """The tuning `to_text` wrote. Raises ValueError for anything else."""
         chosen = {}
         for part in filter(None, text.split(",")):
-            name, _, shape = part.partition("=")
-            *numbers, precision = shape.split("x") if shape.count("x") == 4 else [""]
-            if name not in {field.name for field in fields(cls)} or not all(x.isdecimal() for x in numbers):
+            match = _TEXT.fullmatch(part)
+            if match is None:
                 raise ValueError(f"tuning={text!r}: expected PASS=MxNxWARPSxSTAGESxPRECISION, ...")
-            chosen[name] = Blocks(*map(int, numbers), precision)
+            name, block_m, block_n, warps, stages, precision = match.groups()
+            chosen[name] = Blocks(int(block_m), int(block_n), int(warps), int(stages), precision)
         return cls(**chosen)
 
 
