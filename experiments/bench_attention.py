@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ LARGEST_ERROR = 1e-2  # bf16 against float64; peers may differ from ours by twic
 BACKWARD_FLOPS = 2.5
 SHARE_S = 4.0  # seconds for the measurements of one case
 FLUSH_BYTES = 256 << 20
+Work = Callable[[], object]
 
 
 class Number(NamedTuple):
@@ -98,9 +100,9 @@ def measure(case: Case, device: torch.device) -> Iterator[Number]:
             del providers[name]
             outputs.pop(name, None)
     del expected
-    work = {f"{name}/forward": forward for name, forward in providers.items()}
+    work: dict[str, Work] = {f"{name}/forward": forward for name, forward in providers.items()}
     for name, out in outputs.items():
-        work[f"{name}/backward"] = lambda out=out: torch.autograd.grad(out, x.leaves, x.grad, retain_graph=True)
+        work[f"{name}/backward"] = partial(torch.autograd.grad, out, x.leaves, x.grad, retain_graph=True)
     work[f"{OURS}/forward_no_grad"] = torch.no_grad()(providers[OURS])
     for label, times in in_turns(work, device).items():
         name, which = label.split("/")
@@ -148,11 +150,11 @@ def extra_memory(x: Tensors, forward: Forward) -> float:
     return max(0, peak - x.q.nbytes - lse - gradients) / x.q.nbytes
 
 
-def in_turns(work: dict[str, Callable[[], object]], device: torch.device) -> dict[str, tuple[float, float, float]]:
+def in_turns(work: dict[str, Work], device: torch.device) -> dict[str, tuple[float, float, float]]:
     """Milliseconds (p20, median, p80) of each function, measured in turns, the L2 cache flushed before each."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
-    def once(function: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def once(function: Work) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         start.record()
@@ -169,7 +171,7 @@ def in_turns(work: dict[str, Callable[[], object]], device: torch.device) -> dic
     torch.cuda.synchronize()
     times = {label: torch.tensor([a.elapsed_time(b) for name, (a, b) in events if name == label]) for label in work}
     spread = torch.tensor([0.2, 0.5, 0.8])
-    return {label: tuple(torch.quantile(t, spread).tolist()) for label, t in times.items()}  # type: ignore[misc]
+    return {label: tuple(torch.quantile(t, spread).tolist()) for label, t in times.items()}
 
 
 def to_row(case: str, number: Number, device: torch.device) -> Row:

@@ -20,7 +20,7 @@ def backward_rows_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Program (block of rows, query head): delta = sum(out * grad_out) and log_sum = lse / softmax_scale, both fp32
-    [heads, head_rows]. A row that read nothing gets log_sum = inf: all its weights come out as 0."""
+    [heads, head_rows]. Rows that read nothing lie in no tile, and nobody asks for theirs."""
     row, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     out_at = place(out, row, out_row, head, out_head)
     grad_at = place(grad_out, row, grad_row, head, grad_head)
@@ -28,7 +28,6 @@ def backward_rows_kernel(
     grad_tile = load_rows(grad_at, grad_row, rows - row, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     at = row + tl.arange(0, BLOCK_M)
     lse_rows = tl.load(lse + at.to(tl.int64) * lse_row + head, mask=at < rows, other=0.0)
-    finite = lse_rows > float("-inf")
     into = tl.cast(head, tl.int64) * head_rows + at
-    tl.store(log_sum + into, tl.where(finite, lse_rows / softmax_scale, float("inf")), mask=at < rows)
+    tl.store(log_sum + into, lse_rows / softmax_scale, mask=at < rows)
     tl.store(delta + into, tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1), mask=at < rows)

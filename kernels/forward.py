@@ -38,7 +38,7 @@ def forward_kernel(
     if MERGE:
         acc = load_rows(out_at, out_row, stop - row, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         before = tl.load(lse_at, mask=rows < stop, other=float("-inf"))
-        total = tl.where(before == float("-inf"), 0.0, 1.0)
+        total = tl.full([BLOCK_M], 1.0, tl.float32)  # where nothing came before, it fades at the first score
         maximum = tl.maximum(before * LOG2E, LOWEST)
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

@@ -148,7 +148,7 @@ class _Array:
         return int(self.array[0])
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Array) and len(self.array) == len(other.array) and hash(self) == hash(other)
+        return isinstance(other, _Array) and self.array[0] == other.array[0]
 
 
 @lru_cache(maxsize=_KEPT)

@@ -99,6 +99,15 @@ def test_every_pair_once_from_both_sides(strategy: str, exchange: str) -> None:
                 check(schedule, rows, size)
 
 
+def test_pieces_that_arrive_out_of_order() -> None:
+    shards = [(0, 0, 10, 1), (0, 10, 20, 0), (0, 20, 30, 2), (0, 30, 40, 1), (1, 0, 12, 2), (2, 0, 5, 0), (2, 5, 9, 2)]
+    for shift in range(3):
+        moved = [(*shard[:3], (shard[3] + shift) % 3) for shard in shards]
+        plan = ShardingPlan.from_shards([40, 12, 9], 3, moved)
+        for schedule in rank_schedules(plan, "ulysses", 0):
+            check(schedule, 61, 0)
+
+
 @pytest.mark.parametrize("lengths", AWKWARD, ids=str)
 def test_whole_packs(lengths: tuple[int, ...]) -> None:
     check(whole_pack_schedule(np.array(lengths)), sum(lengths), 0)

@@ -29,6 +29,11 @@ def pack_rows(plan: ShardingPlan, segments: Segments) -> np.ndarray:
     return np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)] or [np.zeros(0, int)])
 
 
+def surrounded(x: Tensor, columns: int) -> Tensor:
+    """The same numbers with columns of NaN behind each row, so that every tensor has strides of its own."""
+    return torch.cat((x, x.new_full((*x.shape[:-1], columns), torch.nan)), dim=-1)[..., : x.shape[-1]]
+
+
 class Rank:
     """A rank's tensors as an exchange would lay them out; rows of the receive buffer that no one sends stay NaN."""
 
@@ -43,12 +48,12 @@ class Rank:
         self.rows = torch.from_numpy(pack_rows(plan, self.queries))
         self.sent = torch.from_numpy(pack_rows(plan, self.received))
         self.slots = torch.from_numpy(self.received.buffer_rows())
-        self.q, k, v, self.grad = (x[self.rows] for x in (*qkv, grad))
+        self.q, k, v, self.grad = (surrounded(x[self.rows], i + 1) for i, x in enumerate((*qkv, grad)))
         self.local = KV(k, v)
         size = int(self.slots.max()) + 1 if len(self.slots) else 0
         buffer = torch.full((size, 2, *k.shape[1:]), torch.nan, dtype=k.dtype)
         buffer[self.slots] = torch.stack((qkv[1], qkv[2]), dim=1)[self.sent]
-        self.buffer, self.from_others = buffer, KV(buffer[:, 0], buffer[:, 1])
+        self.buffer, self.from_others = buffer, KV(surrounded(buffer[:, 0], 2), surrounded(buffer[:, 1], 3))
         parts = [self.received]
         if exchange == "sources":  # as a ring computes: block after block
             parts = [self.received.take(self.received.rank == rank) for rank in np.unique(self.received.rank)]
