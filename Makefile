@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 ROOMS := comm conf experiments kernels sharding train
 ARGS ?=
 
-.PHONY: help demo test lint pins clean
+.PHONY: help demo test lint kernels pins clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ lint: $(STAMP) ## ruff and mypy
 	cd .venv/typed && ../bin/mypy --config-file $(CURDIR)/pyproject.toml \
 		--cache-dir $(CURDIR)/.mypy_cache -p flashcp \
 		| sed -E 's#^flashcp/($(subst $() ,|,$(ROOMS)))/#\1/#'
+
+kernels: $(STAMP) ## compile every shipped Triton kernel for sm_80, sm_90, sm_100 and gfx942; print what they take
+	$(BIN)/python -m flashcp.experiments.tune_attention --table $(ARGS)
 
 pins: $(STAMP) ## print what .venv holds, in the form of constraints.txt
 	@$(BIN)/python -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//' | sort -f

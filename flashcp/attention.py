@@ -1,24 +1,18 @@
-"""Attention over packed documents on one device: no distribution, no plan."""
+"""`varlen_attention`: the kernels alone, on one device that holds the whole pack."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from flashcp.comm.clock import Clock
-from flashcp.comm.exchanges.base import Job
-from flashcp.comm.exchanges.exact import Exact
-from flashcp.comm.handshake import Header
-from flashcp.comm.transport import Alone
-from flashcp.kernels.inputs import check_heads
-from flashcp.kernels.selection import select_attention
-from flashcp.operator import Call, Handle
+from flashcp.kernels.inputs import check_inputs, default_scale
+from flashcp.kernels.library import attention as attention_operator
+from flashcp.kernels.library import whole_pack
+from flashcp.kernels.selection import attention_name
+from flashcp.kernels.tuning import Tuning
 from flashcp.sharding.documents import read_document_lengths
-from flashcp.sharding.plan import ShardingPlan
-from flashcp.sharding.strategies import plan
 
 __all__ = ["varlen_attention"]
 
@@ -27,31 +21,37 @@ def varlen_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    document_lengths: Iterable[int],
+    document_lengths: Iterable[int] | Tensor,
     attention: str = "auto",
     softmax_scale: float | None = None,
+    tuning: Tuning | None = None,
 ) -> Tensor:
     """Causal attention inside each document of a pack, differentiable.
 
     q: [tokens, query heads, head_dim], k and v: [tokens, KV heads, head_dim]; fp32, bf16 or fp16. Returns
-    [tokens, query heads, head_dim] in q's dtype. attention: `auto` or the name of an implementation.
+    [tokens, query heads, head_dim] in q's dtype. attention: `auto` or the name of an implementation. tuning: block
+    shapes for the Triton kernels instead of the table's.
+
+    Under torch.compile a list of lengths is a constant: a new list compiles anew. To compile once for all packs hand
+    over `flashcp.kernels.library.dynamic(torch.tensor(lengths))`, int64 on the CPU.
     Raises ValueError for shapes, dtypes, lengths and names that do not fit.
     """
-    check_heads(q, k, v)
-    lengths = tuple(read_document_lengths(document_lengths).tolist())
-    if sum(lengths) != len(q):
-        raise ValueError(f"document_lengths add up to {sum(lengths)}: expected the {len(q)} tokens of q")
-    whole = _whole(lengths)
-    job = Job(select_attention(attention, q.device), "none", False, Clock())
-    call = Call(whole, _ALONE, job, Header(), handshake=None)
-    with torch.no_grad():
-        flight = _ALONE.start(whole, k, v)
-    return Handle(call, flight, k, v).attention(q, softmax_scale)
+    check_inputs(q, k, v, len(q))
+    lengths = document_lengths if isinstance(document_lengths, Tensor) else _tensor(document_lengths, len(q))
+    empty = k.new_empty((0, 2, *k.shape[1:]))
+    return attention_operator(
+        q,
+        k,
+        v,
+        empty,
+        whole_pack(lengths, len(q)),
+        default_scale(q, softmax_scale),
+        attention_name(attention, q.device),
+        "" if tuning is None else tuning.to_text(),
+    )[0]
 
 
-_ALONE = Exact(Alone())
-
-
-@lru_cache(maxsize=4)
-def _whole(lengths: tuple[int, ...]) -> ShardingPlan:
-    return plan(lengths, 1, "contiguous")
+def _tensor(document_lengths: Iterable[int], tokens: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.tensor(list(document_lengths), dtype=torch.int64)
+    return torch.tensor(read_document_lengths(document_lengths).tolist())

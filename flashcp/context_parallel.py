@@ -19,6 +19,7 @@ from flashcp.comm.handshake import Handshake, Header
 from flashcp.comm.transport import Alone, Transport, TwoSided
 from flashcp.kernels.inputs import check_inputs, default_scale
 from flashcp.kernels.selection import ATTENTION, select_attention
+from flashcp.kernels.tuning import Tuning
 from flashcp.operator import Call, Handle, scale_code
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.unshard import unshard
@@ -35,7 +36,8 @@ class ContextParallel:
     exchange: `exact`, `compacted`, `all_gather`, `ring`, `ulysses`. overlap: `none` waits for all rows, `staged`
     computes local rows meanwhile, `auto` takes the best there is. attention: `auto` or an implementation's name.
     transport: `auto` or the group's backend. backward: `keep` holds received KV for the backward pass, `refetch`
-    brings it again. timeout_s: bound on every wait for another rank.
+    brings it again. timeout_s: bound on every wait for another rank. tuning: block shapes for the Triton kernels
+    instead of the table's.
 
     cp.transport and cp.overlap tell what `auto` chose; cp.stats is a `Clock` of this rank's milliseconds.
     Raises ValueError for names it does not know and groups this rank is no member of. Calls on all ranks must come
@@ -52,6 +54,7 @@ class ContextParallel:
         transport: str = "auto",
         backward: str = "keep",
         timeout_s: float = 60.0,
+        tuning: Tuning | None = None,
     ) -> None:
         _check_name("exchange", exchange, tuple(EXCHANGE_CLASSES))
         _check_name("overlap", overlap, ("auto", "none", "staged"))
@@ -64,7 +67,7 @@ class ContextParallel:
             raise ValueError("group: expected a torch.distributed group that this rank is a member of, or None")
         self.exchange = exchange
         self.overlap = "staged" if overlap == "auto" else overlap
-        self.attention_name = attention
+        self.attention_name, self._tuning = attention, tuning
         self.backward = backward
         self.stats = Clock()
         self._handshake: Handshake | None = None
@@ -165,7 +168,7 @@ class ContextParallel:
 
         with self.stats.measure("wait_ms"):
             agreed = self._agree(header)
-        kernel = select_attention(self.attention_name, k.device)
+        kernel = select_attention(self.attention_name, k.device, self._tuning)
         with torch.no_grad(), self.stats.measure("exchange_ms"):
             flight = self._exchange.start(plan, k, v)
         job = Job(kernel, self.overlap, self.backward == "refetch", self.stats)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashcp.kernels.schedule import Schedule
 
-__all__ = ["KV", "backward", "forward"]
+__all__ = ["KV", "Gradients", "attend", "backward", "forward", "gradients"]
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -28,6 +28,37 @@ class KV(NamedTuple):
 
     k: Tensor
     v: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients of all inputs of attention: of q [T, H, D], of the local keys and values, of the receive buffer
+    [R, 2, K, D] in fp32, for they are added elsewhere."""
+
+    q: Tensor
+    local: KV
+    received: Tensor
+
+
+def attend(q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over all of a schedule's ranges at once: out [T, H, D] in q's dtype, log-sum-exp fp32 [T, H].
+
+    Rows that read nothing get zeros and -inf.
+    """
+    out = q.new_zeros(q.shape, dtype=torch.float32)
+    lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+    forward(q, local, received, schedule, scale, out, lse)
+    return out.to(q.dtype), lse
+
+
+def gradients(
+    grad_out: Tensor, q: Tensor, local: KV, received: KV, out: Tensor, lse: Tensor, schedule: Schedule, scale: float
+) -> Gradients:
+    """Gradients of `attend`, local ones in the inputs' dtype."""
+    grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, *local))
+    back = q.new_zeros((len(received.k), 2, *received.k.shape[1:]), dtype=torch.float32)
+    grad_received = KV(*back.unbind(1))
+    backward(grad_out, q, local, received, out, lse, schedule, scale, grad_q, KV(grad_k, grad_v), grad_received)
+    return Gradients(grad_q.to(q.dtype), KV(grad_k.to(q.dtype), grad_v.to(q.dtype)), back)
 
 
 def forward(q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, out: Tensor, lse: Tensor) -> None:

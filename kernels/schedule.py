@@ -6,7 +6,8 @@ from the receive buffer. Only the shard itself needs the causal mask; all that l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -46,6 +47,40 @@ class Schedule:
         rows = self.row_stop - self.row_start
         queries = np.repeat(self.query_stop - self.query_start, np.diff(self.range_first))
         return int(np.where(self.masked, rows * (rows + 1) // 2, rows * queries).sum())
+
+    def range_totals(self, amount: np.ndarray) -> np.ndarray:
+        """Sum over the ranges of each query shard of an amount per range, int64 [G]."""
+        totals = np.concatenate(([0], np.cumsum(amount, dtype=np.int64)))
+        return totals[self.range_first[1:]] - totals[self.range_first[:-1]]
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """All of it in one int64 array, headed by a fingerprint of the rest: what operators take."""
+        columns = [getattr(self, field.name) for field in fields(self)]
+        body = np.concatenate([[len(self.query_start), len(self.source)], *columns]).astype(np.int64)
+        digest = hashlib.blake2b(body.astype("<i8").tobytes(), digest_size=8).digest()
+        return np.concatenate(([int.from_bytes(digest, "little", signed=True)], body))
+
+    @cached_property
+    def extent(self) -> tuple[int, int, int]:
+        """Rows that must be there: of queries, of the local keys, of the receive buffer."""
+        local, received = (self.row_stop[self.received == flag].max(initial=0) for flag in (False, True))
+        return int(self.query_stop.max(initial=0)), int(local), int(received)
+
+    @staticmethod
+    def array_size(queries: int, ranges: int) -> int:
+        """Elements of `array` for so many query shards and ranges."""
+        return 3 + 4 * queries + 1 + 6 * ranges
+
+    @classmethod
+    def from_array(cls, array: np.ndarray) -> Schedule:
+        """The schedule that `array` was made from."""
+        queries, ranges = (int(x) for x in array[1:3])
+        sizes = [queries, queries, queries, queries + 1] + [ranges] * 6
+        columns = np.split(array[3:], np.cumsum(sizes)[:-1])
+        dtypes = {"received": bool, "masked": bool}
+        names = [field.name for field in fields(cls)]
+        return cls(*(column.astype(dtypes.get(name, np.int64)) for name, column in zip(names, columns, strict=True)))
 
 
 def build_schedule(queries: Segments, local: Segments | None = None, received: Segments | None = None) -> Schedule:

@@ -1,21 +1,29 @@
-"""Which implementation of attention runs: the names users give and the modules behind them."""
+"""Which implementation of attention runs: the names users give and what stands behind them."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from functools import lru_cache
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from flashcp.kernels import cpu
-from flashcp.kernels.cpu import KV
+from flashcp.kernels.cpu import KV, Gradients
 from flashcp.kernels.schedule import Schedule
+from flashcp.kernels.tuning import Tuning
 
-__all__ = ["ATTENTION", "AttentionKernel", "select_attention"]
+__all__ = ["ATTENTION", "AttentionKernel", "attention_name", "select_attention"]
+
+ATTENTION = ("cpu", "triton")
 
 
 class AttentionKernel(Protocol):
-    """An implementation: a module with these two functions, documented in `kernels/cpu.py`."""
+    """An implementation; what these do is documented in `kernels/cpu.py`.
+
+    forward and backward go on from earlier parts, in fp32; attend and gradients take all ranges at once and keep
+    nothing else in memory.
+    """
 
     def forward(
         self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, out: Tensor, lse: Tensor
@@ -38,14 +46,58 @@ class AttentionKernel(Protocol):
     ) -> None:
         """Add the gradients of the schedule's ranges."""
 
+    def attend(self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float) -> tuple[Tensor, Tensor]:
+        """Output in q's dtype and log-sum-exp."""
 
-ATTENTION: dict[str, AttentionKernel] = {"cpu": cpu}
+    def gradients(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        out: Tensor,
+        lse: Tensor,
+        schedule: Schedule,
+        scale: float,
+    ) -> Gradients:
+        """Gradients of `attend`."""
 
 
-def select_attention(name: str, device: torch.device) -> AttentionKernel:
-    """The implementation for a device. Raises ValueError for an unknown name or a device it does not run on."""
+def attention_name(name: str, device: torch.device) -> str:
+    """What `auto` stands for: `triton` on a GPU, `cpu` elsewhere. Raises ValueError as `select_attention` does."""
     if name not in ("auto", *ATTENTION):
         raise ValueError(f"attention={name!r}: expected one of auto, {', '.join(ATTENTION)}")
-    if device.type != "cpu":
-        raise ValueError(f"attention={name!r} on a {device.type} tensor: expected CPU tensors")
-    return ATTENTION["cpu"]
+    if name == "auto":
+        name = "triton" if device.type == "cuda" else "cpu"
+    if name == "cpu" and device.type != "cpu":
+        raise ValueError(f"attention='cpu' on a {device.type} tensor: expected CPU tensors, or attention='triton'")
+    if name == "triton" and device.type != "cuda":
+        _check_interpreter(device)
+    return name
+
+
+def select_attention(name: str, device: torch.device, tuning: Tuning | None = None) -> AttentionKernel:
+    """The implementation for a device. tuning: block shapes that replace the table's (`triton` alone has any).
+
+    Raises ValueError for an unknown name, a device it does not run on, and `triton` on a CPU without the interpreter.
+    """
+    return cast(AttentionKernel, cpu) if attention_name(name, device) == "cpu" else _triton(tuning or Tuning())
+
+
+@lru_cache(maxsize=8)
+def _triton(tuning: Tuning) -> AttentionKernel:
+    from flashcp.kernels.launch import TritonAttention
+
+    return TritonAttention(tuning)
+
+
+def _check_interpreter(device: torch.device) -> None:
+    try:
+        import triton
+    except ImportError as error:
+        raise ValueError("attention='triton': expected triton to be installed; attention='cpu' needs none") from error
+    if device.type != "cpu" or not triton.knobs.runtime.interpret:
+        raise ValueError(
+            f"attention='triton' on a {device.type} tensor: expected a GPU, or CPU tensors and Triton's interpreter, "
+            "which is on when TRITON_INTERPRET=1 is set before Python starts"
+        )

@@ -1,0 +1,146 @@
+"""Everyone who computes attention on packs, behind one interface: a function of a case's tensors, or None.
+
+None means that a peer is not installed or does not do the case; the benchmark leaves its cell empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashcp.attention import varlen_attention
+from flashcp.experiments.attention_cases import Case, Tensors
+from flashcp.kernels.library import attention, schedule_tensor
+
+__all__ = ["OURS", "PEERS", "Forward"]
+
+Forward = Callable[[], Tensor]
+OURS = "flashcp"
+
+
+def ours(case: Case, x: Tensors) -> Forward:
+    """The Triton kernels: `varlen_attention` on packs, the operator under it on a rank's share."""
+    if case.lengths is not None:
+        lengths = torch.tensor(case.lengths)
+        return lambda: varlen_attention(x.q, x.k, x.v, lengths)
+    schedule = schedule_tensor(case.schedule)
+    return lambda: attention(x.q, x.k, x.v, x.received, schedule, case.head_dim**-0.5)[0]
+
+
+def torch_fa2(case: Case, x: Tensors) -> Forward | None:
+    """torch's own FlashAttention-2 on packs, the operator under `torch.nn.attention.varlen`."""
+    if case.lengths is None:
+        return None
+    offsets, longest = _offsets(case, x), max(case.lengths)
+    operator = torch.ops.aten._flash_attention_forward
+    return lambda: operator(x.q, x.k, x.v, offsets, offsets, longest, longest, 0.0, True, False)[0]
+
+
+def flex(case: Case, x: Tensors) -> Forward | None:
+    """FlexAttention with a BlockMask of the documents."""
+    if case.lengths is None:
+        return None
+    from torch.nn.attention.flex_attention import BlockMask
+
+    document = torch.from_numpy(np.repeat(np.arange(len(case.lengths)), case.lengths)).to(x.q.device)
+
+    def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document[query] == document[key])
+
+    # Blocks of 128 x 128: `full` need no mask, `partial` do. Documents are sorted, so ends of blocks tell all.
+    size = -(-case.rows // 128)
+    starts = torch.arange(size, device=x.q.device) * 128
+    first, last = document[starts], document[(starts + 127).clamp(max=case.rows - 1)]
+    below = torch.arange(size, device=x.q.device)[:, None] > torch.arange(size, device=x.q.device)
+    full = below & (last[:, None] == first[None, :])
+    full[-1] &= case.rows % 128 == 0  # rows that fill up the last block see nothing
+    touching = (below | torch.eye(size, dtype=torch.bool, device=x.q.device)) & (last[None, :] >= first[:, None])
+    mask = BlockMask.from_kv_blocks(
+        *_sparse(touching & ~full),
+        *_sparse(full),
+        BLOCK_SIZE=128,
+        mask_mod=same_document,
+        seq_lengths=(case.rows, case.rows),
+    )
+    q, k, v = (y.transpose(0, 1)[None] for y in (x.q, x.k, x.v))
+    grouped = case.query_heads != case.kv_heads
+    return lambda: _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=grouped)[0].transpose(0, 1)
+
+
+def cudnn(case: Case, x: Tensors) -> Forward | None:
+    """cuDNN through torch's scaled_dot_product_attention: only documents of one length."""
+    if case.lengths is None or len(set(case.lengths)) > 1:
+        return None
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (y.unflatten(0, (len(case.lengths), -1)).transpose(1, 2) for y in (x.q, x.k, x.v))
+    grouped = case.query_heads != case.kv_heads
+
+    def forward() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return forward
+
+
+def fa3(case: Case, x: Tensors) -> Forward | None:
+    """FlashAttention-3, where `flash_attn_interface` is installed."""
+    return _flash_package("flash_attn_interface", case, x)
+
+
+def fa4(case: Case, x: Tensors) -> Forward | None:
+    """FlashAttention-4, where `flash_attn.cute` is installed."""
+    return _flash_package("flash_attn.cute", case, x)
+
+
+PEERS: dict[str, Callable[[Case, Tensors], Forward | None]] = {
+    OURS: ours,
+    "torch_fa2": torch_fa2,
+    "flex": flex,
+    "cudnn": cudnn,
+    "fa3": fa3,
+    "fa4": fa4,
+}
+
+
+def _flash_package(module: str, case: Case, x: Tensors) -> Forward | None:
+    if case.lengths is None:
+        return None
+    try:
+        function: Any = import_module(module).flash_attn_varlen_func
+    except (ImportError, AttributeError):
+        return None
+    offsets, longest = _offsets(case, x), max(case.lengths)
+
+    def forward() -> Tensor:
+        out = function(x.q, x.k, x.v, cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=longest,
+                       max_seqlen_k=longest, causal=True)  # fmt: skip
+        return out[0] if isinstance(out, tuple) else out
+
+    return forward
+
+
+def _offsets(case: Case, x: Tensors) -> Tensor:
+    lengths = torch.tensor((0, *(case.lengths or ())))
+    return lengths.cumsum(0).to(x.q.device, torch.int32)
+
+
+def _sparse(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """A table of blocks as FlexAttention takes it: how many in each row, and their columns, those first."""
+    count = blocks.sum(1, dtype=torch.int32)
+    columns = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    return count[None, None], columns[None, None]
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)

@@ -1,0 +1,125 @@
+"""Find block shapes for `kernels/tuning.py`.
+
+    python -m flashcp.experiments.tune_attention --arch sm_90 --head-dim 128 --pass backward_kv
+
+Anywhere: compiles every candidate for the chip and lists those that spill nothing, fit its shared memory and use its
+tensor cores. On a GPU of that architecture it also times them, on a long document and on short ones, and the fastest
+of each belong into the table. `--table` compiles what the table ships, all of it, and fails if an entry is unfit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+
+import torch
+import triton
+
+from flashcp.attention import varlen_attention
+from flashcp.experiments.attention_cases import Case, make_tensors
+from flashcp.kernels.ahead import TARGETS, Build, build
+from flashcp.kernels.schedule import whole_pack_schedule
+from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, Tuning, architecture, padded
+
+__all__ = ["main"]
+
+TIMED = {"long": [16_384], "short": [64] * 256}
+HEAD = f"{'kernel':<58} {'registers':>9} {'spilled B':>9} {'shared B':>9} {'tensor-core':>11} {'async':>6}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 if an entry of the table is unfit."""
+    parser = argparse.ArgumentParser(prog="tune_attention", description=__doc__)
+    parser.add_argument("--arch", choices=list(TARGETS), default="sm_90")
+    parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, default=128)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--pass", dest="which", choices=[which.value for which in Pass], default="forward")
+    parser.add_argument("--table", action="store_true", help="compile what the table ships for every architecture")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(arguments)
+    print(HEAD)
+    if options.table:
+        return 0 if all(compiled(list(shipped()), options.processes)) else 1
+    which = Pass(options.which)
+    candidates = [(which, options.arch, options.head_dim, options.dtype, blocks) for blocks in grid(options.dtype)]
+    fits = compiled(candidates, options.processes)
+    fitting = [case[4] for case, fit in zip(candidates, fits, strict=True) if fit]
+    if torch.cuda.is_available() and architecture(torch.device("cuda")) == options.arch:
+        rank_by_time(which, fitting, options.head_dim, getattr(torch, options.dtype))
+    else:
+        print(f"not timed: that needs a GPU of {options.arch}")
+    return 0
+
+
+Kernel = tuple[Pass, str, int, str, Blocks]
+
+
+def shipped() -> Iterator[Kernel]:
+    """Every kernel of the table, for every head_dim and dtype that it serves."""
+    for arch, head_dim, dtype, which in product(TARGETS, HEAD_DIMS, DTYPES, Pass):
+        for blocks in dict.fromkeys(TABLE[arch, padded(head_dim), getattr(torch, dtype).itemsize, which]):
+            yield which, arch, head_dim, dtype, blocks
+
+
+def grid(dtype: str) -> Iterator[Blocks]:
+    """Candidates of a search."""
+    rows, precisions = ((16, 32, 64), ("ieee", "tf32x3")) if dtype == "float32" else ((32, 64, 128), ("ieee",))
+    for block_m, block_n, warps, stages, precision in product(rows, rows, (4, 8), (1, 2, 3), precisions):
+        yield Blocks(block_m, block_n, warps, stages, precision)
+
+
+def compiled(kernels: Sequence[Kernel], processes: int) -> list[bool]:
+    """Compile, print a line each, tell which are fit."""
+    with ProcessPoolExecutor(processes) as pool:
+        found = []
+        for kernel, result in zip(kernels, pool.map(_try, kernels), strict=True):
+            which, arch, head_dim, dtype, b = kernel
+            shape = f"{b.block_m}x{b.block_n} w{b.warps} s{b.stages} {b.precision}"
+            name = f"{arch} {head_dim} {dtype} {which.value} {shape}"
+            found.append(isinstance(result, Build) and fit(result, arch, dtype))
+            if isinstance(result, Build):
+                cores = result.wgmma + result.tcgen05 + result.mma
+                numbers = f"{result.registers:>9} {result.spilled_bytes:>9} {result.shared_bytes:>9} {cores:>11}"
+                unfit = "" if found[-1] else "  unfit"
+                print(f"{name:<58} {numbers} {result.async_copies:>6}{unfit}", flush=True)
+            else:
+                print(f"{name:<58} {result}", flush=True)
+    return found
+
+
+def fit(found: Build, arch: str, dtype: str) -> bool:
+    """Within the chip's shared memory and, for 16-bit inputs, nothing spilled and all on tensor cores."""
+    if found.shared_bytes > SHARED_BYTES[arch]:
+        return False
+    return dtype == "float32" or (found.spilled_bytes == 0 and found.wgmma + found.tcgen05 + found.mma > 0)
+
+
+def _try(kernel: Kernel) -> Build | str:
+    try:
+        return build(*kernel)
+    except Exception as error:  # compilers fail in many ways; a candidate less
+        return f"does not compile: {str(error).splitlines()[0][:80]}"
+
+
+def rank_by_time(which: Pass, candidates: Sequence[Blocks], head_dim: int, dtype: torch.dtype) -> None:
+    """Time each candidate on both packs; print the order."""
+    for pack, lengths in TIMED.items():
+        case = Case(pack, whole_pack_schedule(torch.tensor(lengths).numpy()), sum(lengths), 0, tuple(lengths), 16, 16,
+                    head_dim)  # fmt: skip
+        x = make_tensors(case, dtype, torch.device("cuda"))
+        times = []
+        for blocks in candidates:
+            forward = partial(varlen_attention, x.q, x.k, x.v, lengths, tuning=Tuning(**{which.value: blocks}))
+            backward = partial(torch.autograd.grad, forward(), x.leaves, x.grad, retain_graph=True)
+            work = forward if which is Pass.FORWARD else backward
+            times.append((triton.testing.do_bench(work, warmup=10, rep=50, quantiles=[0.5, 0.2, 0.8]), blocks))
+        for (median, low, high), blocks in sorted(times, key=lambda entry: entry[0][0]):
+            print(f"{pack}: {median:.3f} ms ({low:.3f} to {high:.3f}) {blocks}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

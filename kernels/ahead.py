@@ -1,0 +1,119 @@
+"""Compile the attention kernels for a chip that is not here, and read what the compiler made of them.
+
+Works on any machine: triton carries its own ptxas and cuobjdump. What cannot be known this way is time.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flashcp.kernels.backward_kv import backward_kv_kernel
+from flashcp.kernels.backward_q import backward_q_kernel
+from flashcp.kernels.forward import forward_kernel
+from flashcp.kernels.tuning import Blocks, Pass, padded
+
+__all__ = ["TARGETS", "Build", "build"]
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+KERNELS = {Pass.FORWARD: forward_kernel, Pass.BACKWARD_KV: backward_kv_kernel, Pass.BACKWARD_Q: backward_q_kernel}
+_TRITON_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_FP32 = {"lse", "log_sum", "delta", "grad_k_received", "grad_v_received"}
+_INT32 = {"table", "ranges", "reach"}
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a compiled kernel takes: registers a thread, spilled bytes a thread, shared memory of a block in bytes, and
+    how many tensor-core (wgmma, tcgen05, mma), asynchronous-copy and plain instructions it holds. On AMD the
+    assembler tells registers and spills; the rest is 0."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    wgmma: int
+    tcgen05: int
+    mma: int
+    async_copies: int
+
+
+def build(
+    which: Pass,
+    target: str,
+    head_dim: int,
+    dtype: str,
+    blocks: Blocks,
+    group: int = 1,
+    accumulate: bool = False,
+) -> Build:
+    """Compile one kernel. target: a key of TARGETS. dtype: a name of `kernels/tuning.py`'s DTYPES.
+
+    group: query heads a KV head. accumulate: the variant that goes on from earlier ranges.
+    """
+    kernel = KERNELS[which]
+    element = _TRITON_NAMES[dtype]
+    chosen = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_M": blocks.block_m,
+              "BLOCK_N": blocks.block_n, "PRECISION": blocks.precision, "MERGE": accumulate,
+              "ADD": accumulate}  # fmt: skip
+    signature, constexprs, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in chosen:
+            signature[name], constexprs[(index,)] = "constexpr", chosen[name]
+        elif name == "scale":
+            signature[name] = "fp32"
+        else:
+            if name in _INT32:
+                signature[name] = "*i32"
+            elif name.endswith(("_row", "_head", "_rows")):
+                signature[name] = "i32"
+            elif name in _FP32 or (accumulate and name in ("out", "grad_q", "grad_k", "grad_v")):
+                signature[name] = "*fp32"
+            else:
+                signature[name] = f"*{element}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return _read(triton.compile(source, target=TARGETS[target], options=options), target)
+
+
+def _read(compiled: triton.compiler.CompiledKernel, target: str) -> Build:
+    shared = compiled.metadata.shared
+    if target.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        return Build(_number(r"\.vgpr_count:\s+(\d+)", text), 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text), shared,
+                     0, 0, text.count("v_mfma"), 0)  # fmt: skip
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [str(tool), "--dump-resource-usage", str(cubin)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return Build(
+        registers=_number(r"REG:(\d+)", usage),
+        spilled_bytes=_number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
+        shared_bytes=shared,
+        wgmma=ptx.count("wgmma.mma_async"),
+        tcgen05=ptx.count("tcgen05.mma"),
+        mma=ptx.count("mma.sync"),
+        async_copies=ptx.count("cp.async.cg") + ptx.count("cp.async.ca"),
+    )
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"the compiler's listing holds no {pattern!r}")
+    return int(match.group(1))

@@ -1,0 +1,116 @@
+"""Backward: dK and dV of one key tile and one KV head.
+
+A program walks the ranges of query rows that read its tile and, for each, the query heads of its group. Every element
+is written by one program, sums run in a fixed order: two runs agree bit for bit.
+
+Shapes: N key rows (BLOCK_N), M query rows (BLOCK_M), D head_dim widened to a power of two (BLOCK_D).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flashcp.kernels.blocks import LOG2E, OWN, load_rows, load_tile, place, store_rows
+
+__all__ = ["backward_kv_kernel"]
+
+FAR = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def backward_kv_kernel(
+    q, k, v, k_received, v_received, grad_out, log_sum, delta, grad_k, grad_v, grad_k_received, grad_v_received,
+    table, ranges, reach, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
+    grad_row, grad_head, head_rows, gk_row, gk_head, gv_row, gv_head, gkr_row, gkr_head, gvr_row, gvr_head,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, KV head). ADD: add to the gradients instead of storing."""
+    kv_head = tl.program_id(1)
+    received, row, stop, range_first, range_stop = load_tile(table, tl.program_id(0), False)
+    is_received = received != 0
+    row_k = tl.where(is_received, kr_row, k_row)
+    row_v = tl.where(is_received, vr_row, v_row)
+    k_at = place(tl.where(is_received, k_received, k), row, row_k, kv_head, tl.where(is_received, kr_head, k_head))
+    v_at = place(tl.where(is_received, v_received, v), row, row_v, kv_head, tl.where(is_received, vr_head, v_head))
+    k_tile = load_rows(k_at, row_k, stop - row, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v_tile = load_rows(v_at, row_v, stop - row, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+
+    for j in range(GROUP * (range_stop - range_first)):
+        head = kv_head * GROUP + j % GROUP
+        entry = ranges + 3 * (range_first + j // GROUP)
+        is_own = tl.load(entry) == OWN
+        start = tl.where(is_own, row, tl.load(entry + 1))
+        end = tl.load(entry + 2)
+        # Query blocks beside the tile's own rows need the mask, those behind it do not, the last one may be cut off.
+        beside = tl.where(is_own, tl.cdiv(stop - row, BLOCK_M), 0)
+        behind = start + beside * BLOCK_M
+        full = behind + tl.maximum(end - behind, 0) // BLOCK_M * BLOCK_M
+        q_at = place(q, 0, 0, head, q_head)
+        grad_at = place(grad_out, 0, 0, head, grad_head)
+        log_sum_at = log_sum + tl.cast(head, tl.int64) * head_rows
+        delta_at = delta + tl.cast(head, tl.int64) * head_rows
+        dk, dv = _scatter(
+            dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, delta_at, q_row, grad_row,
+            0, (full - behind) // BLOCK_M, behind, behind, end, row, stop, reach, is_own, scale,
+            HEAD_DIM, BLOCK_D, BLOCK_M, False, PRECISION,
+        )  # fmt: skip
+        dk, dv = _scatter(
+            dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, delta_at, q_row, grad_row,
+            beside, beside + tl.where(full < end, 1, 0), start, full, end, row, stop, reach, is_own, scale,
+            HEAD_DIM, BLOCK_D, BLOCK_M, True, PRECISION,
+        )  # fmt: skip
+
+    # Read again rather than kept: the loops above need every register there is.
+    received, row, stop, _, _ = load_tile(table, tl.program_id(0), True)
+    dk *= scale / LOG2E
+    if received != 0:
+        store_rows(place(grad_k_received, row, gkr_row, kv_head, gkr_head), gkr_row, stop - row, dk, ADD, HEAD_DIM)
+        store_rows(place(grad_v_received, row, gvr_row, kv_head, gvr_head), gvr_row, stop - row, dv, ADD, HEAD_DIM)
+    else:
+        store_rows(place(grad_k, row, gk_row, kv_head, gk_head), gk_row, stop - row, dk, ADD, HEAD_DIM)
+        store_rows(place(grad_v, row, gv_row, kv_head, gv_head), gv_row, stop - row, dv, ADD, HEAD_DIM)
+
+
+@triton.jit
+def _scatter(
+    dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, delta_at, q_row, grad_row,
+    beside, blocks, start, full, end, row, stop, reach, is_own, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`beside` blocks of queries from `start` on, the others of `blocks` from `full` on.
+
+    MASKED: rows end at `end`, and a query of an own run counts for a key if key <= query < where the key's run ends.
+    """
+    for b in range(blocks):
+        m = full + (b - beside) * BLOCK_M
+        if MASKED:
+            m = tl.where(b < beside, start + b * BLOCK_M, m)
+        at = m + tl.arange(0, BLOCK_M)  # [M]
+        q_tile = load_rows(place(q_at, m, q_row, 0, 0), q_row, end - m, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
+        grad_tile = load_rows(place(grad_at, m, grad_row, 0, 0), grad_row, end - m, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
+        if MASKED:
+            log_sum_rows = tl.load(log_sum_at + at, mask=at < end, other=float("inf"))
+            delta_rows = tl.load(delta_at + at, mask=at < end, other=0.0)
+        else:
+            log_sum_rows = tl.load(log_sum_at + at)
+            delta_rows = tl.load(delta_at + at)
+        # The terms of the rows are where the products start from: fewer registers than subtracting them later.
+        nothing = tl.zeros([k_tile.shape[0], BLOCK_M], tl.float32)
+        scores = tl.dot(k_tile, tl.trans(q_tile), nothing - log_sum_rows[None, :], input_precision=PRECISION)  # [N, M]
+        if MASKED:
+            key = row + tl.arange(0, k_tile.shape[0])  # [N]
+            first = tl.where(is_own, key, 0)
+            past_last = tl.load(reach + key, mask=is_own & (key < stop), other=FAR)
+            seen = (at[None, :] >= first[:, None]) & (at[None, :] < past_last[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        weights = tl.exp2(scores * scale)
+        dv = tl.dot(weights.to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
+        pull = tl.dot(v_tile, tl.trans(grad_tile), nothing - delta_rows[None, :], input_precision=PRECISION)  # [N, M]
+        dk = tl.dot((weights * pull).to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    return dk, dv

@@ -1,0 +1,209 @@
+"""The Triton implementation of attention: the interface of `kernels/cpu.py`, one launch a pass over all ranges.
+
+Shapes: T local rows, R received rows, H query heads, K KV heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from flashcp.kernels.backward_kv import backward_kv_kernel
+from flashcp.kernels.backward_q import backward_q_kernel
+from flashcp.kernels.backward_rows import backward_rows_kernel
+from flashcp.kernels.cpu import KV, Gradients
+from flashcp.kernels.forward import forward_kernel
+from flashcp.kernels.schedule import Schedule
+from flashcp.kernels.tiles import key_tiles, query_tiles
+from flashcp.kernels.tuning import Blocks, Pass, Tuning, architecture, choose, padded
+
+__all__ = ["TritonAttention"]
+
+_LOG2E = 1.4426950408889634
+_ROWS = 64  # of a block of backward_rows_kernel
+
+
+class _Prepared(NamedTuple):
+    """What a launch needs beside the tensors: block shapes, the tile tables on the device, rows that tiles cover."""
+
+    blocks: Blocks
+    tables: tuple[Tensor, Tensor, Tensor]
+    local_rows: int
+    received_rows: int
+
+
+class TritonAttention:
+    """Attention by the kernels of this folder. tuning: block shapes that replace the table's (`kernels/tuning.py`).
+
+    The tables of a schedule are built once per pass and live as long as the schedule does.
+    """
+
+    def __init__(self, tuning: Tuning | None = None) -> None:
+        self.tuning = tuning or Tuning()
+        self._prepared: WeakKeyDictionary[Schedule, dict[tuple[object, ...], _Prepared]] = WeakKeyDictionary()
+
+    def forward(
+        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, out: Tensor, lse: Tensor
+    ) -> None:
+        """See `kernels/cpu.py`."""
+        prepared = self._prepare(Pass.FORWARD, schedule, q)
+        self._forward(prepared, q, local, received, scale, out, lse, merge=True)
+
+    def attend(self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float) -> tuple[Tensor, Tensor]:
+        """See `kernels/cpu.py`. One launch, nothing in memory but the results."""
+        prepared = self._prepare(Pass.FORWARD, schedule, q)
+        out = _empty(q.shape, q.dtype, q.device, prepared.local_rows == len(q))
+        lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
+        self._forward(prepared, q, local, received, scale, out, lse, merge=False)
+        return out, lse
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        out: Tensor,
+        lse: Tensor,
+        schedule: Schedule,
+        scale: float,
+        grad_q: Tensor,
+        grad_local: KV,
+        grad_received: KV,
+    ) -> None:
+        """See `kernels/cpu.py`."""
+        state = grad_out, q, local, received, out, lse, schedule, scale
+        self._backward(*state, grad_q, grad_local, grad_received, add=True)
+
+    def gradients(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        out: Tensor,
+        lse: Tensor,
+        schedule: Schedule,
+        scale: float,
+    ) -> Gradients:
+        """See `kernels/cpu.py`. Three launches whatever the schedule; no fp32 copy of a local gradient."""
+        keys = self._prepare(Pass.BACKWARD_KV, schedule, q)
+        queries = self._prepare(Pass.BACKWARD_Q, schedule, q)
+        grad_q = _empty(q.shape, q.dtype, q.device, queries.local_rows == len(q))
+        grad_local = KV(*(_empty(x.shape, x.dtype, q.device, keys.local_rows == len(x)) for x in local))
+        shape = (len(received.k), 2, *received.k.shape[1:])
+        back = _empty(shape, torch.float32, q.device, keys.received_rows == shape[0])
+        gradients = grad_q, grad_local, KV(*back.unbind(1))
+        self._backward(grad_out, q, local, received, out, lse, schedule, scale, *gradients, add=False)
+        return Gradients(grad_q, grad_local, back)
+
+    def _forward(
+        self,
+        prepared: _Prepared,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        scale: float,
+        out: Tensor,
+        lse: Tensor,
+        merge: bool,
+    ) -> None:
+        tensors = (q, *local, *received, out, lse, *prepared.tables)
+        strides = (*_strides(q, *local, *received, out), lse.stride(0))
+        _launch(forward_kernel, prepared, q, local, q.shape[1], (*tensors, scale * _LOG2E, *strides), MERGE=merge)
+
+    def _backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        out: Tensor,
+        lse: Tensor,
+        schedule: Schedule,
+        scale: float,
+        grad_q: Tensor,
+        grad_local: KV,
+        grad_received: KV,
+        add: bool,
+    ) -> None:
+        log_sum, delta = _row_terms(out, grad_out, lse, scale)
+        inputs = (q, *local, *received, grad_out, log_sum, delta)
+        strides = (*_strides(q, *local, *received, grad_out), log_sum.stride(0))
+
+        # Received rows' gradients have a way to go: dK and dV first, and their tiles first among them.
+        prepared = self._prepare(Pass.BACKWARD_KV, schedule, q)
+        outputs = (*grad_local, *grad_received)
+        arguments = (*inputs, *outputs, *prepared.tables, scale * _LOG2E, *strides, *_strides(*outputs))
+        _launch(backward_kv_kernel, prepared, q, local, local.k.shape[1], arguments, ADD=add)
+
+        prepared = self._prepare(Pass.BACKWARD_Q, schedule, q)
+        arguments = (*inputs, grad_q, *prepared.tables, scale * _LOG2E, *strides, *_strides(grad_q))
+        _launch(backward_q_kernel, prepared, q, local, q.shape[1], arguments, ADD=add)
+
+    def _prepare(self, which: Pass, schedule: Schedule, q: Tensor) -> _Prepared:
+        kept = self._prepared.setdefault(schedule, {})
+        key = (which, len(q), q.shape[2], q.dtype, q.device)
+        if key not in kept:
+            blocks = self.tuning.of(which) or choose(which, architecture(q.device), q.shape[2], q.dtype, schedule)
+            make = key_tiles if which is Pass.BACKWARD_KV else query_tiles
+            tiles = make(schedule, len(q), blocks.tile_rows(which))
+            table, ranges, reach = (_to_device(x, q.device) for x in (tiles.table, tiles.ranges, tiles.reach))
+            kept[key] = _Prepared(blocks, (table, ranges, reach), *tiles.rows)
+        return kept[key]
+
+
+def _row_terms(out: Tensor, grad_out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """log_sum and delta of `backward_rows_kernel`, [2, H, T padded]; padded, for new lengths to compile nothing new."""
+    rows, heads, head_dim = out.shape
+    blocks = triton.cdiv(rows, _ROWS)
+    terms = torch.empty((2, heads, blocks * _ROWS), dtype=torch.float32, device=out.device)
+    with torch.cuda.device_of(out):
+        if blocks:
+            backward_rows_kernel[(blocks, heads)](
+                out, grad_out, lse, *terms, scale, rows, *_strides(out, grad_out), lse.stride(0), blocks * _ROWS,
+                HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=_ROWS,
+            )  # fmt: skip
+    return terms
+
+
+def _launch(
+    kernel: Any,
+    prepared: _Prepared,
+    q: Tensor,
+    local: KV,
+    heads: int,
+    arguments: tuple[object, ...],
+    **constants: bool,
+) -> None:
+    """One program per tile and head. Tiles run fastest: programs side by side find one head's KV in the cache."""
+    tiles, blocks, head_dim = len(prepared.tables[0]), prepared.blocks, q.shape[2]
+    if tiles == 0:
+        return
+    with torch.cuda.device_of(q):
+        kernel[(tiles, heads)](
+            *arguments, GROUP=q.shape[1] // local.k.shape[1], HEAD_DIM=head_dim, BLOCK_D=padded(head_dim),
+            BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n, PRECISION=blocks.precision, **constants,
+            num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, filled: bool) -> Tensor:
+    """A tensor for results; zeros where the tiles do not fill all of it."""
+    return (torch.empty if filled else torch.zeros)(tuple(shape), dtype=dtype, device=device)
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device; from pinned memory, so that the host does not wait for it."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride for x in tensors for stride in x.stride()[:2])

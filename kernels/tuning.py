@@ -1,0 +1,194 @@
+"""Block shapes of the attention kernels per chip, head_dim, dtype and pass: a table, never timed at start-up.
+
+A training job that timed kernels when it starts would run different ones on different ranks. The entries were chosen
+by what the compiler makes of them (no spilled registers, tensor cores, asynchronous copies, shared memory within the
+chip's): `experiments/tune_attention.py` compiles the candidates anywhere and times them where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from enum import Enum
+
+import torch
+
+from flashcp.kernels.schedule import Schedule
+
+__all__ = [
+    "DTYPES",
+    "HEAD_DIMS",
+    "SHARED_BYTES",
+    "TABLE",
+    "Blocks",
+    "Pass",
+    "Tuning",
+    "architecture",
+    "choose",
+    "padded",
+]
+
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+DTYPES = ("bfloat16", "float16", "float32")
+SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+"""Shared memory that one block may take, per architecture."""
+SHORT_SPEED = 0.8
+"""Speed assumed of the tiles for short documents, next to the large ones on a long document (not measured)."""
+
+
+_TEXT = re.compile(r"(forward|backward_kv|backward_q)=(\d+)x(\d+)x(\d+)x(\d+)x(\w+)")
+
+
+class Pass(Enum):
+    """The three kernels that are tuned."""
+
+    FORWARD = "forward"
+    BACKWARD_KV = "backward_kv"
+    BACKWARD_Q = "backward_q"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel is compiled: query rows and key rows of a block, warps, pipeline stages, precision of fp32 products.
+
+    precision: `ieee`, or `tf32x3` (three tensor-core products, NVIDIA only); without meaning for 16-bit inputs.
+    Raises ValueError for numbers the kernels cannot be built with.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    precision: str = "ieee"
+
+    def __post_init__(self) -> None:
+        for name, legal in (("block_m", (16, 32, 64, 128, 256)), ("block_n", (16, 32, 64, 128, 256)),
+                            ("warps", (1, 2, 4, 8, 16)), ("stages", (1, 2, 3, 4, 5)),
+                            ("precision", ("ieee", "tf32x3"))):  # fmt: skip
+            if getattr(self, name) not in legal:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(str, legal))}")
+
+    def tile_rows(self, which: Pass) -> int:
+        """Rows of a tile of that pass: keys for dK and dV, queries otherwise."""
+        return self.block_n if which is Pass.BACKWARD_KV else self.block_m
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Blocks that replace the table's, pass by pass; None leaves the table's."""
+
+    forward: Blocks | None = None
+    backward_kv: Blocks | None = None
+    backward_q: Blocks | None = None
+
+    def of(self, which: Pass) -> Blocks | None:
+        """What replaces the table's entry for a pass."""
+        return getattr(self, which.value)
+
+    def to_text(self) -> str:
+        """`forward=128x64x8x3xieee,...`: what operators carry."""
+        chosen = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return ",".join(
+            f"{name}={b.block_m}x{b.block_n}x{b.warps}x{b.stages}x{b.precision}" for name, b in chosen if b is not None
+        )
+
+    @classmethod
+    def from_text(cls, text: str) -> Tuning:
+        """The tuning `to_text` wrote. Raises ValueError for anything else."""
+        chosen = {}
+        for part in filter(None, text.split(",")):
+            match = _TEXT.fullmatch(part)
+            if match is None:
+                raise ValueError(f"tuning={text!r}: expected PASS=MxNxWARPSxSTAGESxPRECISION, ...")
+            name, block_m, block_n, warps, stages, precision = match.groups()
+            chosen[name] = Blocks(int(block_m), int(block_n), int(warps), int(stages), precision)
+        return cls(**chosen)
+
+
+_F, _KV, _Q = Pass.FORWARD, Pass.BACKWARD_KV, Pass.BACKWARD_Q
+_SMALL = (16, 32, 64)
+_ROWS: tuple[tuple[str, int, tuple[int, ...], Pass, Blocks, Blocks | None], ...] = (
+    # architecture, bytes an element, head_dims, pass, blocks for long documents, for short ones (None: the same)
+    ("sm_80", 2, _SMALL, _F, Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3)),
+    ("sm_80", 2, _SMALL, _KV, Blocks(64, 64, 8, 2), None),
+    ("sm_80", 2, _SMALL, _Q, Blocks(128, 32, 8, 3), Blocks(64, 32, 4, 2)),
+    ("sm_80", 2, (128,), _F, Blocks(128, 32, 8, 3), Blocks(64, 64, 4, 2)),
+    ("sm_80", 2, (128,), _KV, Blocks(64, 64, 8, 2), None),
+    ("sm_80", 2, (128,), _Q, Blocks(128, 32, 8, 3), Blocks(64, 32, 4, 2)),
+    ("sm_80", 2, (256,), _F, Blocks(64, 32, 8, 2), None),
+    ("sm_80", 2, (256,), _KV, Blocks(32, 32, 8, 1), None),
+    ("sm_80", 2, (256,), _Q, Blocks(64, 32, 8, 1), None),
+    ("sm_90", 2, (*_SMALL, 128), _F, Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3)),
+    ("sm_90", 2, (*_SMALL, 128), _KV, Blocks(64, 128, 8, 2), Blocks(64, 64, 8, 2)),
+    ("sm_90", 2, (*_SMALL, 128), _Q, Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 3)),
+    ("sm_90", 2, (256,), _F, Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    ("sm_90", 2, (256,), _KV, Blocks(16, 64, 8, 2), None),
+    ("sm_90", 2, (256,), _Q, Blocks(64, 32, 8, 2), None),
+    ("sm_100", 2, _SMALL, _F, Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3)),
+    ("sm_100", 2, (128,), _F, Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3)),
+    ("sm_100", 2, (*_SMALL, 128), _KV, Blocks(64, 64, 8, 2), None),
+    ("sm_100", 2, (*_SMALL, 128), _Q, Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 3)),
+    ("sm_100", 2, (256,), _F, Blocks(64, 32, 8, 2), None),
+    ("sm_100", 2, (256,), _KV, Blocks(32, 32, 8, 2), None),
+    ("sm_100", 2, (256,), _Q, Blocks(32, 32, 8, 2), None),
+    ("gfx942", 2, (*_SMALL, 128), _F, Blocks(128, 64, 8, 1), Blocks(64, 64, 4, 1)),
+    ("gfx942", 2, (*_SMALL, 128), _KV, Blocks(32, 64, 4, 1), None),
+    ("gfx942", 2, (*_SMALL, 128), _Q, Blocks(64, 32, 4, 1), None),
+    ("gfx942", 2, (256,), _F, Blocks(64, 32, 4, 1), None),
+    ("gfx942", 2, (256,), _KV, Blocks(32, 32, 4, 1), None),
+    ("gfx942", 2, (256,), _Q, Blocks(32, 32, 4, 1), None),
+    *(
+        row
+        for arch, fast in (("sm_80", "tf32x3"), ("sm_90", "tf32x3"), ("sm_100", "tf32x3"), ("gfx942", "ieee"))
+        for row in (
+            (arch, 4, _SMALL, _F, Blocks(64, 32, 8, 2, fast), None),
+            (arch, 4, _SMALL, _KV, Blocks(32, 32, 8, 1, fast), None),
+            (arch, 4, _SMALL, _Q, Blocks(32, 32, 8, 1, fast), None),
+            (arch, 4, (128,), _F, Blocks(32, 32, 8, 1), None),
+            (arch, 4, (128,), _KV, Blocks(32, 32, 8, 1, fast), None),
+            (arch, 4, (128,), _Q, Blocks(32, 32, 8, 1), None),
+            (arch, 4, (256,), _F, Blocks(16, 32, 8, 1), None),
+            (arch, 4, (256,), _KV, Blocks(16, 32, 8, 1), None),
+            (arch, 4, (256,), _Q, Blocks(16, 16, 8, 1), None),
+        )
+    ),
+)
+TABLE: dict[tuple[str, int, int, Pass], tuple[Blocks, Blocks]] = {
+    (arch, dim, size, which): (long, short or long) for arch, size, dims, which, long, short in _ROWS for dim in dims
+}
+"""(architecture, head_dim as the kernels pad it, bytes an element, pass) -> blocks for long and for short documents."""
+
+
+def padded(head_dim: int) -> int:
+    """The power of two that the kernels widen head_dim to."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def architecture(device: torch.device) -> str:
+    """Key of the table for a device: its own architecture, or the nearest older one; `cpu` under the interpreter."""
+    if device.type == "cpu":
+        return "cpu"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+def choose(which: Pass, arch: str, head_dim: int, dtype: torch.dtype, schedule: Schedule) -> Blocks:
+    """The table's blocks for a pass, for long or for short documents: whichever computes less for its speed."""
+    if arch == "cpu":
+        return Blocks(32, 32, 4, 1)
+    long, short = TABLE[arch, padded(head_dim), dtype.itemsize, which]
+    large, small = (computed_pairs(schedule, blocks.tile_rows(which)) for blocks in (long, short))
+    return short if small < SHORT_SPEED * large else long
+
+
+def computed_pairs(schedule: Schedule, tile_rows: int) -> int:
+    """Query-key pairs that tiles of so many rows compute, about, the masked ones included."""
+    length = schedule.query_stop - schedule.query_start
+    keys = schedule.row_stop - schedule.row_start
+    to_read = schedule.range_totals(keys * ~schedule.masked)
+    own = schedule.range_totals(schedule.masked) > 0
+    rows = -(-length // tile_rows) * tile_rows
+    shared = own & (to_read == 0) & (length <= tile_rows // 2)
+    return int((length * tile_rows)[shared].sum() + (rows * (to_read + own * (length + tile_rows) // 2))[~shared].sum())

@@ -1,0 +1,113 @@
+"""The attention campaign where there is no GPU: its gate, its cases, its masks, and what it says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flashcp.experiments.attention_cases import Case, all_cases, exact_share, make_tensors
+from flashcp.experiments.attention_peers import OURS, PEERS
+from flashcp.experiments.bench_attention import LARGEST_ERROR, Number, draw, in_turns, main, own_error, to_row
+from flashcp.kernels.reference import reference_attention
+from flashcp.kernels.schedule import build_schedule, whole_pack_schedule
+from flashcp.sharding.strategies import plan
+from tests.checkout import ROOT
+from tests.packs import relative_error
+
+CPU = torch.device("cpu")
+LENGTHS = (60, 1, 300, 129, 20)
+
+
+def small(lengths: tuple[int, ...] = LENGTHS) -> Case:
+    return Case("small", whole_pack_schedule(np.array(lengths)), sum(lengths), 0, lengths, 4, 2, 16)
+
+
+def share() -> Case:
+    split = plan(LENGTHS, 3, "per_document")
+    local, received = split.local(1), split.route("exact").received(1)
+    schedule = build_schedule(local, local=local, received=received)
+    return Case("share", schedule, int(split.tokens[1]), int((received.stop - received.start).sum()), None, 4, 2, 16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr().err == "bench_attention: needs a GPU, and torch sees none here\n"
+
+
+def test_it_needs_neither_hydra_nor_wandb() -> None:
+    script = (
+        "import sys, flashcp.experiments.bench_attention as b; "
+        "print([m for m in ('hydra', 'omegaconf', 'wandb') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_the_gate_agrees_with_the_reference() -> None:
+    case = small()
+    x = make_tensors(case, torch.float32, CPU)
+    wanted = reference_attention(x.q, x.k, x.v, LENGTHS)
+    grads = torch.autograd.grad(wanted, (x.q, x.k, x.v), x.grad.double())
+    found = exact_share(case, x, kv_head=1, block=50)
+    assert relative_error(found["out"], wanted[:, 2:]) < 1e-12
+    for name, grad in zip(("q", "k", "v"), (grads[0][:, 2:], grads[1][:, 1], grads[2][:, 1]), strict=True):
+        assert relative_error(found[name], grad) < 1e-6  # autograd rounds to fp32
+
+
+@pytest.mark.parametrize("case", [small(), share()], ids=["pack", "share"])
+def test_the_gate_lets_a_right_kernel_by_and_stops_a_wrong_one(case: Case) -> None:
+    x = make_tensors(case, torch.float32, CPU)
+    forward = PEERS[OURS](case, x)
+    assert forward is not None
+    assert own_error(case, x, forward) < 1e-5
+    assert own_error(case, x, lambda: 1.05 * forward()) > LARGEST_ERROR
+    assert own_error(case, x, lambda: forward() * float("nan")) == float("inf")
+
+
+def test_flex_gets_the_mask_of_the_documents() -> None:
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+    for lengths in (LENGTHS, (256, 128), (1000,)):
+        case = small(lengths)
+        forward = PEERS["flex"](case, make_tensors(case, torch.float32, CPU))
+        cells = dict(zip(forward.__code__.co_freevars, (c.cell_contents for c in forward.__closure__), strict=True))
+        mask: BlockMask = cells["mask"]
+        wanted = create_block_mask(mask.mask_mod, None, None, case.rows, case.rows, device="cpu")
+        assert torch.equal(mask.kv_num_blocks, wanted.kv_num_blocks)
+        assert torch.equal(mask.full_kv_num_blocks, wanted.full_kv_num_blocks)
+        assert torch.equal(mask.to_dense(), wanted.to_dense())
+
+
+def test_cases_cover_the_lengths_and_the_shares() -> None:
+    cases = list(all_cases())
+    assert {(case.query_heads, case.kv_heads) for case in cases} == {(32, 32), (32, 8)}
+    names = [case.name for case in cases]
+    assert {"one_4k", "one_128k", "16x8k", "4096x32", "wlb_llm", "rank_of_8_per_document"} <= set(names)
+    pairs = {case.name: case.schedule.pairs for case in cases}
+    for name in names:
+        if name.startswith("as_one_document_"):
+            assert pairs[name] == pytest.approx(pairs[name.removeprefix("as_one_document_")], rel=1e-3)
+
+
+def test_peers_leave_what_they_do_not_do() -> None:
+    x = make_tensors(share(), torch.float32, CPU)
+    assert [name for name, make in PEERS.items() if make(share(), x) is not None] == [OURS]
+    x = make_tensors(small(), torch.float32, CPU)
+    assert PEERS["cudnn"](small(), x) is None
+
+
+@pytest.mark.gpu
+def test_timing_and_figures(tmp_path: Path) -> None:
+    device = torch.device("cuda")
+    x = torch.randn(2048, 2048, device=device)
+    times = in_turns({"small": lambda: x @ x, "large": lambda: [x @ x for _ in range(20)]}, device)
+    assert 0 < times["small"][0] <= times["small"][1] <= times["small"][2] < times["large"][1]
+    numbers = [Number(OURS, f"{which}_tflops", "TFLOP/s", 1, 2, 3) for which in ("forward", "backward")]
+    draw(tmp_path, [to_row("case", number, device) for number in numbers])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backward.png", "forward.png"]

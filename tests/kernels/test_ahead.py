@@ -1,0 +1,102 @@
+"""What the compilers make of the shipped configurations, without a GPU: registers, spills, tensor cores, shared memory.
+
+A sample of the table; `make kernels` builds all of it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import product
+
+import pytest
+
+from flashcp.kernels.ahead import TARGETS, Build, build
+from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, padded
+
+pytest.importorskip("triton")
+F, KV, Q = Pass
+
+
+def entries(arch: str, head_dim: int, dtype: str) -> list[tuple[Pass, str, int, str, Blocks]]:
+    """Every kernel the table ships for an architecture, head_dim and dtype."""
+    size = 4 if dtype == "float32" else 2
+    return [
+        (which, arch, head_dim, dtype, blocks)
+        for which in Pass
+        for blocks in dict.fromkeys(TABLE[arch, padded(head_dim), size, which])
+    ]
+
+
+def long_only(arch: str, head_dim: int, dtype: str) -> list[tuple[Pass, str, int, str, Blocks]]:
+    size = 4 if dtype == "float32" else 2
+    return [(which, arch, head_dim, dtype, TABLE[arch, padded(head_dim), size, which][0]) for which in Pass]
+
+
+HOPPER = [*entries("sm_90", 128, "bfloat16"), *entries("sm_90", 64, "bfloat16"), *long_only("sm_90", 128, "float16")]
+OTHERS = [
+    *long_only("sm_90", 128, "float32"),
+    *long_only("sm_80", 128, "bfloat16"),
+    *long_only("sm_100", 128, "bfloat16"),
+    *long_only("gfx942", 128, "bfloat16"),
+    *long_only("sm_90", 80, "float16"),
+    *long_only("sm_90", 256, "bfloat16"),
+    (F, "sm_80", 64, "float16", TABLE["sm_80", 64, 2, F][0]),
+    (F, "sm_100", 64, "float32", TABLE["sm_100", 64, 4, F][0]),
+    (KV, "sm_100", 16, "bfloat16", TABLE["sm_100", 16, 2, KV][0]),
+    (Q, "gfx942", 32, "float16", TABLE["gfx942", 32, 2, Q][0]),
+]
+
+
+@cache
+def built(which: Pass, arch: str, head_dim: int, dtype: str, blocks: Blocks) -> Build:
+    return build(which, arch, head_dim, dtype, blocks)
+
+
+def name(case: tuple[Pass, str, int, str, Blocks]) -> str:
+    which, arch, head_dim, dtype, b = case
+    return f"{arch}-{head_dim}-{dtype}-{which.value}-{b.block_m}x{b.block_n}"
+
+
+def test_the_table_is_whole() -> None:
+    keys = product(TARGETS, map(padded, HEAD_DIMS), (2, 4), Pass)
+    assert set(TABLE) == set(keys)
+    assert set(SHARED_BYTES) == set(TARGETS)
+    assert set(DTYPES) == {"float32", "float16", "bfloat16"}
+
+
+@pytest.mark.parametrize("case", [*HOPPER, *OTHERS], ids=name)
+def test_fits_the_chip(case: tuple[Pass, str, int, str, Blocks]) -> None:
+    found = built(*case)
+    assert 0 < found.shared_bytes <= SHARED_BYTES[case[1]]
+    assert found.registers > 0
+    if case[3] != "float32":
+        assert found.spilled_bytes == 0
+        assert found.wgmma + found.tcgen05 + found.mma > 0
+        if case[1] != "gfx942":
+            assert found.async_copies > 0
+
+
+@pytest.mark.parametrize("case", HOPPER, ids=name)
+def test_on_hopper_nothing_spills_and_all_runs_on_wgmma(case: tuple[Pass, str, int, str, Blocks]) -> None:
+    found = built(*case)
+    assert found.spilled_bytes == 0
+    assert found.wgmma > 0
+    assert found.mma == 0
+    assert found.async_copies > 0
+
+
+def test_grouped_heads_spill_nothing_either() -> None:
+    for which in Pass:
+        assert build(which, "sm_90", 128, "bfloat16", TABLE["sm_90", 128, 2, which][0], group=4).spilled_bytes == 0
+
+
+def test_table_of_what_was_built(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"{'kernel':<48} {'registers':>9} {'spilled B':>9} {'shared B':>9} {'tensor-core':>11} {'async':>6}"]
+    for case in [*HOPPER, *OTHERS]:
+        b = built(*case)
+        matrix = b.wgmma + b.tcgen05 + b.mma
+        numbers = f"{b.registers:>9} {b.spilled_bytes:>9} {b.shared_bytes:>9} {matrix:>11} {b.async_copies:>6}"
+        lines.append(f"{name(case):<48} {numbers}")
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+    assert len(lines) == 1 + len(HOPPER) + len(OTHERS)

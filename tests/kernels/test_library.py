@@ -1,0 +1,148 @@
+"""The operators: torch.compile once for many plans, checkpointing, fake tensors, gradients, errors. On the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import flashcp
+from flashcp.kernels.library import attention, dynamic, schedule_tensor, whole_pack
+from flashcp.kernels.schedule import Schedule, build_schedule, whole_pack_schedule
+from tests.packs import random_lengths, random_qkv, relative_error
+
+TOKENS = 96
+SCALE = 0.25
+
+
+def packs(count: int) -> list[list[int]]:
+    """Ways to fill a window, of very different numbers of documents."""
+    rng = np.random.default_rng(0)
+    cuts = [np.unique(rng.integers(1, TOKENS, n)) for n in range(count)]
+    return [np.diff([0, *cut, TOKENS]).tolist() for cut in cuts]
+
+
+def whole_inputs(lengths: list[int]) -> tuple[list[Tensor], Tensor]:
+    *qkv, grad = random_qkv(sum(lengths), 4, 2, 16, torch.float32, seed=len(lengths))
+    return [x.requires_grad_() for x in qkv], grad
+
+
+def compiled(fn: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], CompileCounterWithBackend]:
+    """The function compiled in one graph, and the counter of how often it was."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(fn, fullgraph=True, backend=counter), counter
+
+
+def test_twenty_packs_compile_once() -> None:
+    def layer(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+        return flashcp.varlen_attention(2 * q, k, v, lengths).sin()
+
+    fast, counter = compiled(layer)
+    for lengths in packs(20):
+        qkv, grad = whole_inputs(lengths)
+        out = fast(*qkv, dynamic(torch.tensor(lengths)))
+        wanted = flashcp.reference_attention(2 * qkv[0], *qkv[1:], lengths).sin()
+        assert relative_error(out, wanted) < 1e-5
+        for a, b in zip(
+            torch.autograd.grad(out, qkv, grad), torch.autograd.grad(wanted, qkv, grad.double()), strict=True
+        ):
+            assert relative_error(a, b) < 1e-5
+    assert counter.frame_count == 1
+
+
+def test_twenty_plans_compile_once() -> None:
+    def layer(q: Tensor, k: Tensor, v: Tensor, received: Tensor, schedule: Tensor) -> Tensor:
+        return attention(q, k, v, received, schedule, SCALE)[0] + 1
+
+    fast, counter = compiled(layer)
+    received_rows = set()
+    for i, lengths in enumerate(packs(20)):
+        plan = flashcp.plan(lengths, 3, ("per_document", "per_sequence", "contiguous")[i % 3])
+        rank = i // 3 % 3
+        local, received = plan.local(rank), plan.route("exact").received(rank)
+        schedule = build_schedule(local, local=local, received=received)
+        rows = int((received.stop - received.start).sum())
+        received_rows.add(rows)
+        q, k, v, grad = random_qkv(int(plan.tokens[rank]), 4, 2, 16, torch.float32, seed=i)
+        others = torch.randn(rows, 2, 2, 16)
+        leaves = [x.requires_grad_() for x in (q, k, v, others)]
+        marked = dynamic(others.detach()).requires_grad_()
+        out = fast(q, k, v, marked, schedule_tensor(schedule))
+        wanted = attention(*leaves, torch.from_numpy(schedule.array), SCALE)[0] + 1
+        assert torch.equal(out, wanted)
+        for a, b in zip(
+            torch.autograd.grad(out, [q, k, v, marked], grad), torch.autograd.grad(wanted, leaves, grad), strict=True
+        ):
+            assert torch.equal(a, b)
+    assert {0} < received_rows  # none is a number like any other
+    assert counter.frame_count == 1
+
+
+def test_a_list_of_lengths_compiles() -> None:
+    qkv, _ = whole_inputs([50, 46])
+    fast, _ = compiled(lambda q, k, v: flashcp.varlen_attention(q, k, v, [50, 46]))
+    assert torch.equal(fast(*qkv), flashcp.varlen_attention(*qkv, [50, 46]))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_recomputes_the_same(reentrant: bool) -> None:
+    lengths = [50, 46]
+    qkv, grad = whole_inputs(lengths)
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flashcp.varlen_attention(q.tanh(), k, v, lengths)
+
+    plain = torch.autograd.grad(layer(*qkv), qkv, grad)
+    for x in qkv:
+        x.grad = None
+    checkpoint(layer, *qkv, use_reentrant=reentrant).backward(grad)
+    for a, x in zip(plain, qkv, strict=True):
+        assert torch.equal(a, x.grad)
+
+
+def test_the_operators_keep_torchs_rules() -> None:
+    lengths = [30, 10]
+    q, k, v, _ = random_qkv(40, 2, 1, 16, torch.float32, seed=0)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    empty = torch.zeros(0, 2, 1, 16)
+    schedule = torch.from_numpy(whole_pack_schedule(np.array(lengths)).array)
+    torch.library.opcheck(torch.ops.flashcp.attention, (*inputs, empty, schedule, SCALE))
+    torch.library.opcheck(torch.ops.flashcp.whole_pack, (torch.tensor(lengths), 40))
+
+
+def test_whole_pack_is_the_schedule_of_the_lengths() -> None:
+    for seed in range(5):
+        lengths = np.array(random_lengths(seed))
+        made = Schedule.from_array(whole_pack(torch.from_numpy(lengths), int(lengths.sum())).numpy())
+        wanted = whole_pack_schedule(lengths)
+        for name in Schedule.__dataclass_fields__:
+            assert np.array_equal(getattr(made, name), getattr(wanted, name))
+            assert getattr(made, name).dtype == getattr(wanted, name).dtype
+
+
+def test_lse_is_the_log_of_the_sum() -> None:
+    q, k, v, _ = random_qkv(40, 2, 1, 16, torch.float32, seed=0)
+    schedule = torch.from_numpy(whole_pack_schedule(np.array([40])).array)
+    out, lse = attention(q.requires_grad_(), k, v, torch.zeros(0, 2, 1, 16), schedule, SCALE)
+    assert out.requires_grad
+    assert not lse.requires_grad
+    scores = SCALE * torch.einsum("qhd,kd->qhk", q, k[:, 0])
+    for row in (0, 7, 39):
+        assert torch.allclose(lse[row], scores[row, :, : row + 1].logsumexp(-1), atol=1e-5)
+
+
+def test_a_schedule_that_does_not_fit_is_named() -> None:
+    q, k, v, _ = random_qkv(40, 2, 1, 16, torch.float32, seed=0)
+    schedule = torch.from_numpy(whole_pack_schedule(np.array([41])).array)
+    with pytest.raises(ValueError, match=r"schedule reaches row 40 of q: expected rows below 40"):
+        attention(q, k, v, torch.zeros(0, 2, 1, 16), schedule, SCALE)
+    with pytest.raises(ValueError, match="add up to 41: expected the 40 tokens"):
+        flashcp.varlen_attention(q, k, v, torch.tensor([41]))
+    with pytest.raises(ValueError, match="expected whole numbers"):
+        flashcp.varlen_attention(q, k, v, torch.tensor([40.0]))

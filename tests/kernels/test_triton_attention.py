@@ -1,0 +1,183 @@
+"""The Triton kernels, interpreted, against the float64 reference: values and gradients of all ranks of real plans."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import flashcp
+from flashcp.kernels.cpu import KV
+from flashcp.kernels.schedule import Schedule, build_schedule
+from flashcp.kernels.selection import AttentionKernel, select_attention
+from flashcp.kernels.tuning import Blocks, Tuning
+from flashcp.sharding.plan import Segments, ShardingPlan
+from tests.interpreter import interpreted
+from tests.packs import random_lengths, random_qkv, relative_error
+
+LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3}
+SMALL = "forward=32x16x4x1xieee,backward_kv=16x32x4x1xieee,backward_q=32x16x4x1xieee"
+WIDE = "forward=64x32x4x1xieee,backward_kv=32x64x4x1xieee,backward_q=16x64x4x1xieee"
+TALL = "forward=16x64x4x1xieee,backward_kv=64x16x4x1xieee,backward_q=64x16x4x1xieee"
+
+
+def pack_rows(plan: ShardingPlan, segments: Segments) -> np.ndarray:
+    """Rows of the pack that a list of segments holds, in order."""
+    starts = plan.offsets[segments.document] + segments.start
+    lengths = segments.stop - segments.start
+    return np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)] or [np.zeros(0, int)])
+
+
+def surrounded(x: Tensor, columns: int) -> Tensor:
+    """The same numbers with columns of NaN behind each row, so that every tensor has strides of its own."""
+    return torch.cat((x, x.new_full((*x.shape[:-1], columns), torch.nan)), dim=-1)[..., : x.shape[-1]]
+
+
+class Rank:
+    """A rank's tensors as an exchange would lay them out; rows of the receive buffer that no one sends stay NaN."""
+
+    def __init__(self, plan: ShardingPlan, exchange: str, rank: int, qkv: list[Tensor], grad: Tensor) -> None:
+        route = plan.route("ring" if exchange == "sources" else exchange)
+        self.received = route.received(rank)
+        if exchange == "ulysses":  # every row of the pack in order of arrival, all of them local
+            self.queries = self.received
+            self.received = self.received.take(np.zeros(0, int))
+        else:
+            self.queries = plan.local(rank)
+        self.rows = torch.from_numpy(pack_rows(plan, self.queries))
+        self.sent = torch.from_numpy(pack_rows(plan, self.received))
+        self.slots = torch.from_numpy(self.received.buffer_rows())
+        self.q, k, v, self.grad = (surrounded(x[self.rows], i + 1) for i, x in enumerate((*qkv, grad)))
+        self.local = KV(k, v)
+        size = int(self.slots.max()) + 1 if len(self.slots) else 0
+        buffer = torch.full((size, 2, *k.shape[1:]), torch.nan, dtype=k.dtype)
+        buffer[self.slots] = torch.stack((qkv[1], qkv[2]), dim=1)[self.sent]
+        self.buffer, self.from_others = buffer, KV(surrounded(buffer[:, 0], 2), surrounded(buffer[:, 1], 3))
+        parts = [self.received]
+        if exchange == "sources":  # as a ring computes: block after block
+            parts = [self.received.take(self.received.rank == rank) for rank in np.unique(self.received.rank)]
+        self.parts = [build_schedule(self.queries, received=part) for part in parts]
+        self.parts.insert(0, build_schedule(self.queries, local=self.queries))
+        self.whole = build_schedule(self.queries, local=self.queries, received=self.received)
+
+    def one_launch(self, kernel: AttentionKernel, scale: float) -> tuple[Tensor, Tensor, KV, Tensor]:
+        inputs = self.q, self.local, self.from_others
+        out, lse = kernel.attend(*inputs, self.whole, scale)
+        grads = [kernel.gradients(self.grad, *inputs, out, lse, self.whole, scale) for _ in range(2)]
+        first, again = ([g.q, *g.local, g.received] for g in grads)
+        assert all(map(torch.equal, first, again)), "two backward runs differ"
+        return out, *grads[0]
+
+    def staged(self, kernel: AttentionKernel, scale: float) -> tuple[Tensor, Tensor, KV, Tensor]:
+        out = torch.zeros(self.q.shape)
+        lse = torch.full(self.q.shape[:2], -torch.inf)
+        for part in self.parts:
+            kernel.forward(self.q, self.local, self.from_others, part, scale, out, lse)
+        grad_q, back = torch.zeros(self.q.shape), torch.zeros(self.buffer.shape)
+        grad_local = KV(*(torch.zeros(x.shape) for x in self.local))
+        state = self.grad, self.q, self.local, self.from_others, out, lse
+        for part in reversed(self.parts):
+            kernel.backward(*state, part, scale, grad_q, grad_local, KV(back[:, 0], back[:, 1]))
+        return out, grad_q, grad_local, back
+
+
+def errors(lengths: tuple[int, ...], ranks: int, strategy: str, exchange: str, staged: bool, heads: tuple[int, int],
+           head_dim: int, dtype: torch.dtype, tuning: str) -> dict[str, float]:  # fmt: skip
+    """Relative errors of the output and the gradients of a whole pack, put together from all its ranks."""
+    plan = flashcp.plan(lengths, ranks, strategy)
+    *qkv, grad = random_qkv(sum(lengths), *heads, head_dim, dtype, seed=sum(lengths))
+    kernel, scale = select_attention("triton", torch.device("cpu"), Tuning.from_text(tuning)), head_dim**-0.5
+    out, grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float64) for x in (qkv[0], *qkv))
+    for rank in range(1 if exchange == "ulysses" else ranks):
+        state = Rank(plan, exchange, rank, qkv, grad)
+        part, part_q, local, back = (state.staged if staged else state.one_launch)(kernel, scale)
+        out[state.rows], grad_q[state.rows] = part.double(), part_q.double()
+        for total, own, others in zip((grad_k, grad_v), local, back.unbind(1), strict=True):
+            total.index_add_(0, state.rows, own.double())
+            total.index_add_(0, state.sent, others[state.slots].double())
+    exact = [x.double().requires_grad_() for x in qkv]
+    expected = flashcp.reference_attention(*exact, lengths)
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    found = zip(("out", "q", "k", "v"), (out, grad_q, grad_k, grad_v), (expected, *wanted), strict=True)
+    return {name: relative_error(a, b) for name, a, b in found}
+
+
+fp32, fp16 = torch.float32, torch.float16
+ALONE = (1, "contiguous", "exact", False)
+CASES = {
+    "singles": ((1,) * 7, *ALONE, (2, 2), 16, fp32, SMALL),
+    "tiny documents share tiles": (tuple(1 + i % 5 for i in range(40)), *ALONE, (4, 2), 16, fp32, SMALL),
+    "127 and 129": ((1, 127, 129), *ALONE, (2, 1), 32, fp32, WIDE),
+    "tall": ((70, 3, 3, 64, 1), *ALONE, (2, 1), 32, fp16, TALL),
+    "fp16 128": ((61, 7), *ALONE, (2, 2), 128, fp16, WIDE),
+    "odd dim 80": ((33, 18), *ALONE, (2, 1), 80, fp32, SMALL),
+    "odd dim 96": ((33, 18), *ALONE, (2, 1), 96, fp16, WIDE),
+    "dim 256": ((35,), *ALONE, (1, 1), 256, fp32, SMALL),
+    "dim 64": ((5, 45), *ALONE, (3, 1), 64, fp32, TALL),
+    "257 on two": ((257,), 2, "per_document", "exact", False, (1, 1), 16, fp32, WIDE),
+    "exact": ((13, 1, 53, 2, 47), 3, "per_document", "exact", False, (4, 2), 16, fp32, SMALL),
+    "exact fp16 80": ((13, 1, 53, 2), 2, "per_document", "exact", False, (2, 1), 80, fp16, WIDE),
+    "exact staged": ((13, 1, 53, 2, 47), 2, "per_document", "exact", True, (4, 2), 16, fp32, SMALL),
+    "all_gather": ((1, 1, 100, 1, 1), 2, "per_sequence", "all_gather", False, (2, 2), 16, fp32, SMALL),
+    "compacted": (random_lengths(3), 4, "flashcp_paper", "compacted", False, (2, 1), 16, fp32, SMALL),
+    "ring by blocks": ((40, 7, 61), 3, "per_sequence", "sources", True, (2, 1), 16, fp32, SMALL),
+    "fp16 staged": ((40, 31), 2, "contiguous", "exact", True, (2, 1), 32, fp16, TALL),
+    "ulysses": ((40, 7, 61), 3, "per_document", "ulysses", False, (2, 1), 16, fp32, WIDE),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_matches_the_reference(case: tuple) -> None:
+    found = interpreted(errors, *case)
+    assert max(found.values()) < LIMIT[case[-2]], found
+
+
+def nothing_to_read() -> None:
+    """Queries whose ranges are all elsewhere, and key rows that nobody reads."""
+    plan = ShardingPlan.from_shards([40, 24], 2, [(0, 0, 32, 0), (0, 32, 40, 1), (1, 0, 24, 1)])
+    *qkv, grad = random_qkv(64, 2, 1, 16, fp32, seed=0)
+    state = Rank(plan, "all_gather", 1, qkv, grad)
+    received: Schedule = state.parts[1]
+    read = torch.zeros(32, dtype=torch.bool)
+    read[int(received.query_start[0]) : int(received.query_stop[0])] = True
+    assert 0 < int(read.sum()) < 32
+    kernel = select_attention("triton", torch.device("cpu"), Tuning(forward=Blocks(32, 16, 4, 1)))
+    out, lse = kernel.attend(state.q, state.local, state.from_others, received, 0.25)
+    assert out[read].isfinite().all()
+    assert out[read].count_nonzero()
+    assert out[~read].count_nonzero() == 0
+    assert (lse[~read] == -torch.inf).all()
+    grads = kernel.gradients(state.grad, state.q, state.local, state.from_others, out, lse, received, 0.25)
+    assert grads.q[read].count_nonzero()
+    assert grads.q[~read].count_nonzero() == 0
+    assert grads.local.k.count_nonzero() == grads.local.v.count_nonzero() == 0
+    assert grads.received[:32].count_nonzero()
+    assert grads.received.isfinite().all()
+    assert grads.received.dtype == fp32
+
+
+def test_rows_with_nothing_to_read_are_zeros() -> None:
+    interpreted(nothing_to_read)
+
+
+def other_layouts() -> None:
+    """Row and head strides of any kind; the receive buffer's halves are strided already."""
+    lengths = [5, 40, 19]
+    q, k, v, grad = random_qkv(64, 4, 2, 16, fp32, seed=3)
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out = flashcp.varlen_attention(*leaves, lengths, attention="triton")
+        return [out, *torch.autograd.grad(out, leaves, grad)]
+
+    strided = [x.permute(2, 1, 0).contiguous().permute(2, 1, 0) for x in (q, k, v)]
+    sliced = [torch.stack((x, x.neg()), dim=1)[:, 0] for x in (q, k, v)]
+    by_head = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
+    for other in (strided, sliced, by_head):
+        assert not other[0].is_contiguous()
+        assert all(map(torch.equal, run(q, k, v), run(*other)))
+
+
+def test_any_layout_gives_the_same_numbers() -> None:
+    interpreted(other_layouts)

@@ -1,0 +1,61 @@
+"""Block shapes: what is legal, how they travel, and when short documents get small tiles."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from flashcp.kernels.schedule import whole_pack_schedule
+from flashcp.kernels.tiles import query_tiles
+from flashcp.kernels.tuning import TABLE, Blocks, Pass, Tuning, architecture, choose, computed_pairs, padded
+
+
+def test_text_comes_back_as_the_tuning() -> None:
+    tuning = Tuning(forward=Blocks(128, 64, 8, 3), backward_q=Blocks(16, 32, 4, 1, "tf32x3"))
+    assert Tuning.from_text(tuning.to_text()) == tuning
+    assert Tuning.from_text("") == Tuning()
+
+
+@pytest.mark.parametrize("text", ["forward", "forward=1x2", "sideways=16x16x4x1xieee", "forward=axbxcxdxieee"])
+def test_text_that_is_no_tuning_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match="expected PASS=MxNxWARPSxSTAGESxPRECISION"):
+        Tuning.from_text(text)
+
+
+def test_blocks_that_cannot_be_built_are_named() -> None:
+    with pytest.raises(ValueError, match="block_m=48: expected one of 16, 32, 64"):
+        Blocks(48, 64, 4, 2)
+    with pytest.raises(ValueError, match="precision='tf32': expected one of ieee, tf32x3"):
+        Blocks(64, 64, 4, 2, "tf32")
+
+
+def test_head_dims_are_widened_to_powers_of_two() -> None:
+    assert [padded(d) for d in (1, 16, 17, 64, 80, 96, 128, 256)] == [16, 16, 32, 64, 128, 128, 128, 256]
+
+
+def test_short_documents_get_small_tiles() -> None:
+    long, short = TABLE["sm_90", 128, 2, Pass.FORWARD]
+    assert (long.block_m, short.block_m) == (128, 64)
+
+    def chosen(*lengths: int) -> Blocks:
+        return choose(Pass.FORWARD, "sm_90", 128, torch.bfloat16, whole_pack_schedule(np.array(lengths)))
+
+    assert chosen(32_768) == chosen(*[8192] * 4) == chosen(*[1024] * 32) == long
+    assert chosen(*[32] * 1024) == chosen(*[130] * 200) == short
+    assert chosen(32_768, *[32] * 100) == long  # the long one is nearly all there is to compute
+
+
+def test_computed_pairs_are_those_of_the_tiles() -> None:
+    for lengths in ([1000], [64] * 10, [8] * 64, [300, 20, 20, 500]):
+        schedule = whole_pack_schedule(np.array(lengths))
+        for tile_rows in (32, 64):
+            tiles = query_tiles(schedule, sum(lengths), tile_rows)
+            start = tiles.ranges[tiles.table[:, 3], 1]
+            walked = int((tile_rows * (tiles.table[:, 2] - start)).sum())
+            assert walked == pytest.approx(computed_pairs(schedule, tile_rows), rel=0.35)
+
+
+def test_the_interpreter_has_an_architecture_of_its_own() -> None:
+    assert architecture(torch.device("cpu")) == "cpu"
+    assert choose(Pass.FORWARD, "cpu", 64, torch.float32, whole_pack_schedule(np.array([4]))).block_m == 32
