@@ -60,7 +60,6 @@ class Layout:
         """What the received rows contribute, all sources at once."""
         return build_schedule(self.local, received=self.received)
 
-
     @cached_property
     def gathered_schedule(self) -> Schedule:
         """The whole pack computed from the receive buffer, queries too."""
