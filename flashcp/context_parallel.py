@@ -145,9 +145,7 @@ class ContextParallel:
         self._check_plan(plan)
         return torch.from_numpy(plan.positions(self.rank))
 
-    def _begin(
-        self, k: Tensor, v: Tensor, plan: ShardingPlan, check: Callable[[int], tuple[int, float]]
-    ) -> Handle:
+    def _begin(self, k: Tensor, v: Tensor, plan: ShardingPlan, check: Callable[[int], tuple[int, float]]) -> Handle:
         """Let rows leave. check: of the tensors, given this rank's rows; returns query heads and scale."""
 
         def header() -> Header:

@@ -29,9 +29,7 @@ def random_qkv(
     """q, k, v of a whole pack and the gradient of its output, the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((query_heads,), (kv_heads,), (kv_heads,), (query_heads,))
-    return tuple(
-        torch.randn(tokens, *heads, head_dim, generator=generator).to(dtype) for heads in shapes
-    )  # type: ignore[return-value]
+    return tuple(torch.randn(tokens, *heads, head_dim, generator=generator).to(dtype) for heads in shapes)  # type: ignore[return-value]
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

@@ -110,9 +110,7 @@ def test_rooms_are_imported_through_flashcp() -> None:
 def test_library_stays_behind_its_door(library: str) -> None:
     doors = BEHIND_ONE_DOOR[library]
     broken = [
-        str(imp)
-        for imp in all_imports()
-        if imp.module.split(".")[0] == library and not imp.file.startswith(doors)
+        str(imp) for imp in all_imports() if imp.module.split(".")[0] == library and not imp.file.startswith(doors)
     ]
     assert not broken
 

@@ -57,9 +57,7 @@ class TrainConfig:
         if not self.out:
             raise ValueError("out is empty: expected a directory to write to")
         if self.context < world_size:
-            raise ValueError(
-                f"context={self.context}: expected at least one token a rank, world_size={world_size}"
-            )
+            raise ValueError(f"context={self.context}: expected at least one token a rank, world_size={world_size}")
         if not 2 <= self.context <= LONGEST_CONTEXT:  # a token alone has no next token to predict
             raise ValueError(f"context={self.context}: expected a whole number from 2 to {LONGEST_CONTEXT}")
         if not 0 <= self.seed < 2**63:

@@ -56,9 +56,7 @@ class ModelConfig:
         if self.dim % self.heads or self.dim // self.heads % 2:
             raise ValueError(f"model.dim={self.dim}: expected an even multiple of model.heads={self.heads}")
         if self.heads % self.kv_heads:
-            raise ValueError(
-                f"model.heads={self.heads}: expected a multiple of model.kv_heads={self.kv_heads}"
-            )
+            raise ValueError(f"model.heads={self.heads}: expected a multiple of model.kv_heads={self.kv_heads}")
 
 
 class AttentionHandle(Protocol):

@@ -32,9 +32,7 @@ class ParallelConfig:
     def check(self, world_size: int, heads: int, kv_heads: int) -> None:
         """Raise ValueError for names that do not exist and heads that the exchange cannot divide."""
         if self.sharding not in flashcp.strategies():
-            raise ValueError(
-                f"parallel.sharding={self.sharding!r}: expected one of {', '.join(flashcp.strategies())}"
-            )
+            raise ValueError(f"parallel.sharding={self.sharding!r}: expected one of {', '.join(flashcp.strategies())}")
         if self.exchange not in EXCHANGES:
             raise ValueError(f"parallel.exchange={self.exchange!r}: expected one of {', '.join(EXCHANGES)}")
         if self.exchange == "ulysses" and (heads % world_size or kv_heads % world_size):
@@ -43,9 +41,7 @@ class ParallelConfig:
                 f"expected multiples of world_size={world_size}"
             )
         if not 0 < self.timeout_s <= LONGEST_WAIT_S:
-            raise ValueError(
-                f"parallel.timeout_s={self.timeout_s}: expected seconds > 0 and <= {LONGEST_WAIT_S:.0e}"
-            )
+            raise ValueError(f"parallel.timeout_s={self.timeout_s}: expected seconds > 0 and <= {LONGEST_WAIT_S:.0e}")
         self.planner(world_size)(np.array([world_size]))  # the strategy's options are checked by using them
 
     def planner(self, world_size: int) -> Callable[[np.ndarray], ShardingPlan]:

@@ -105,9 +105,7 @@ def _peek(loader: Loader, config: TrainConfig, progress: Progress) -> Iterator[B
     return itertools.chain(first, loader)
 
 
-def _train(
-    trainer: Trainer, config: TrainConfig, identity: dict[str, Any], ranks: Ranks
-) -> dict[str, Any] | None:
+def _train(trainer: Trainer, config: TrainConfig, identity: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
     progress, out = trainer.progress, Path(config.out)
     steps = tqdm(
         trainer.steps(),

@@ -37,10 +37,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "final_loss": last["loss"],
         "losses": [row["loss"] for row in rows],
         **{name: _spread([row[name] for row in timed]) for name in TIMES},
-        **{
-            name: float(np.mean([row[name] for row in rows]))
-            for name in ("imbalance", "critical_rows", "saving")
-        },
+        **{name: float(np.mean([row[name] for row in rows])) for name in ("imbalance", "critical_rows", "saving")},
         "imbalance_max": max(row["imbalance"] for row in rows),
         "tokens": sum(row["tokens"] for row in rows),
         "labelled_tokens": sum(row["labelled_tokens"] for row in rows),
@@ -56,9 +53,7 @@ def versions(device: torch.device) -> dict[str, str]:
     except PackageNotFoundError:
         triton = "none"
     return {
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}",
         "flashcp": flashcp.__version__,
         "torch": torch.__version__,
         "triton": triton,

@@ -38,9 +38,7 @@ class Tracker:
     Raises ValueError when they cannot be read.
     """
 
-    def __init__(
-        self, config: TrackerConfig, out: Path, run_config: dict[str, Any], first_step: int = 1
-    ) -> None:
+    def __init__(self, config: TrackerConfig, out: Path, run_config: dict[str, Any], first_step: int = 1) -> None:
         out.mkdir(parents=True, exist_ok=True)
         path = out / "metrics.jsonl"
         self.rows: list[dict[str, Any]] = []

@@ -82,8 +82,7 @@ def other_settings_on_rank_0(what: str, exchange: str) -> str:
 @pytest.mark.parametrize("exchange", ["exact", "ring", "ulysses"])
 def test_other_exchanges_shapes_dtypes_scales_and_settings_are_named(exchange: str) -> None:
     cases = [
-        (what, exchange)
-        for what in ("exchange", "kv heads", "query heads", "dtype", "scale", "gradients", "refetch")
+        (what, exchange) for what in ("exchange", "kv heads", "query heads", "dtype", "scale", "gradients", "refetch")
     ]
     for (what, _), ranks in zip(cases, run_cases(other_settings_on_rank_0, 2, cases), strict=True):
         for said in ranks:

@@ -51,9 +51,7 @@ def check(world_size: int, cases: list[tuple], bound: float) -> None:
 @pytest.mark.parametrize("dtype", list(BOUND), ids=["fp32", "bf16"])
 def test_every_strategy_and_exchange_matches_the_reference(world_size: int, dtype: torch.dtype) -> None:
     cases = []
-    for i, (strategy, exchange, heads) in enumerate(
-        itertools.product(flashcp.strategies(), EXCHANGE_CLASSES, HEADS)
-    ):
+    for i, (strategy, exchange, heads) in enumerate(itertools.product(flashcp.strategies(), EXCHANGE_CLASSES, HEADS)):
         lengths = random_lengths(100 * world_size + i) if i % 2 else AWKWARD[i // 2 % len(AWKWARD)]
         cases.append((lengths, strategy, exchange, heads, dtype))
     check(world_size, cases, BOUND[dtype])

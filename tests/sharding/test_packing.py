@@ -69,9 +69,7 @@ def test_lengths_are_asked_for_one_window_at_a_time() -> None:
     context=st.integers(1, 50),
     overflow=st.sampled_from(OVERFLOWS),
 )
-def test_every_token_is_in_one_window_or_counted_as_dropped(
-    lengths: list[int], context: int, overflow: str
-) -> None:
+def test_every_token_is_in_one_window_or_counted_as_dropped(lengths: list[int], context: int, overflow: str) -> None:
     windows = list(pack_lengths(lengths, context, overflow))
     assert all(w.document_lengths.sum() == context for w in windows[:-1])
     assert windows[-1].document_lengths.sum() <= context

@@ -87,16 +87,12 @@ def test_a_checkpoint_by_path(finished: Path, tmp_path: Path) -> None:
     # the new directory holds no rows of the steps before: only what this run did is told
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2
-    with pytest.raises(
-        ValueError, match=r"checkpoint\.resume='.*nowhere': no checkpoint there; expected never"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint\.resume='.*nowhere': no checkpoint there; expected never"):
         train(small(tmp_path / "run", checkpoint={"resume": str(tmp_path / "nowhere")}))
 
 
 def test_a_run_does_not_start_over_another(finished: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"already holds step_00000002: go on with checkpoint\.resume=latest"
-    ):
+    with pytest.raises(ValueError, match=r"already holds step_00000002: go on with checkpoint\.resume=latest"):
         train(small(finished))
 
 

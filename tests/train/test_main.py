@@ -52,9 +52,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_corrupt_line_is_named_before_and_during_a_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_corrupt_line_is_named_before_and_during_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = json.dumps({"text": "all is well " * 60}) + "\n"
     (tmp_path / "d.jsonl").write_text("{}\n" + good)
     data = {"source": "jsonl", "path": str(tmp_path / "d.jsonl"), "prefetch": 1}
@@ -74,9 +72,7 @@ def test_a_failing_rank_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([write(tmp_path, config)]) == 1
     error = capsys.readouterr().err
     assert "Traceback" in error
-    assert re.search(
-        r"^error: rank 0 of 1: FloatingPointError: step \d: the loss is nan$", error, re.MULTILINE
-    )
+    assert re.search(r"^error: rank 0 of 1: FloatingPointError: step \d: the loss is nan$", error, re.MULTILINE)
 
 
 def test_two_launched_ranks_train(tmp_path: Path) -> None:

@@ -30,10 +30,7 @@ def test_a_pack_gives_what_its_documents_give_alone() -> None:
     model = alone()
     tokens, position_ids, plan = pack(7, 1, 12)
     together = model(tokens, position_ids, plan)
-    parts = [
-        model(part, torch.arange(len(part)), flashcp.plan([len(part)], 1))
-        for part in tokens.split([7, 1, 12])
-    ]
+    parts = [model(part, torch.arange(len(part)), flashcp.plan([len(part)], 1)) for part in tokens.split([7, 1, 12])]
     torch.testing.assert_close(together, torch.cat(parts), rtol=1e-5, atol=1e-6)
 
 
@@ -52,9 +49,7 @@ def test_rotary_turns_pairs_by_position() -> None:
     position_ids = torch.tensor([0, 1, 2, 0, 7])
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     pairs = torch.complex(x_THE[..., :4], x_THE[..., 4:])
-    turned = pairs * torch.polar(
-        torch.ones(5, 1, 4, dtype=torch.float64), position_ids[:, None, None] * frequency
-    )
+    turned = pairs * torch.polar(torch.ones(5, 1, 4, dtype=torch.float64), position_ids[:, None, None] * frequency)
     got = rotate(x_THE.float(), Rotary(head_dim, theta)(position_ids))
     torch.testing.assert_close(got.double(), torch.cat((turned.real, turned.imag), -1), rtol=1e-5, atol=1e-5)
 
@@ -66,9 +61,7 @@ def test_positions_matter_only_by_their_distance() -> None:
             block.attention.wq.weight.mul_(30)
             block.attention.wk.weight.mul_(30)
     tokens, position_ids, plan = pack(9)
-    here, moved, stretched = (
-        model(tokens, ids, plan) for ids in (position_ids, position_ids + 100, position_ids * 2)
-    )
+    here, moved, stretched = (model(tokens, ids, plan) for ids in (position_ids, position_ids + 100, position_ids * 2))
     torch.testing.assert_close(here, moved, rtol=1e-3, atol=1e-4)
     assert (here - stretched).abs().max() > 1e-3
 

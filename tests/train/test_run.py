@@ -91,9 +91,7 @@ METHODS = [
 ]
 
 
-def test_every_method_on_two_ranks_gives_the_losses_of_one(
-    single: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_every_method_on_two_ranks_gives_the_losses_of_one(single: list[dict[str, Any]], tmp_path: Path) -> None:
     cases = [
         (small(tmp_path / sharding, parallel={"sharding": sharding, "exchange": exchange}),)
         for sharding, exchange in METHODS
@@ -138,9 +136,7 @@ def test_the_loss_is_the_mean_over_the_labelled_tokens_of_all_packs_of_a_step(tm
         losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
     loss = torch.cat(losses).sum() / (22 + 20 + 22)
     loss.backward()
-    norm = torch.cat(
-        [weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]
-    ).norm()
+    norm = torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]).norm()
 
     (row,) = read_rows(tmp_path / "run")
     assert row["labelled_tokens"] == 22 + 20 + 22
@@ -196,9 +192,7 @@ def train_and_die_at(config: dict[str, Any], step: int) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("overflow", ["truncate", "carry"])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    world_size: int, overflow: str, tmp_path: Path
-) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(world_size: int, overflow: str, tmp_path: Path) -> None:
     data = {"overflow": overflow}
     run_ranks(train, world_size, small(tmp_path / "whole", data=data, checkpoint={"every": 3}))
     resumed = interrupt_and_resume(tmp_path / "resumed", world_size, data=data)
@@ -234,9 +228,7 @@ def test_a_run_ends_with_its_documents(tmp_path: Path) -> None:
     summary = train(small(tmp_path / "run", data=data, loop={"accumulation": 1}))
     assert summary is not None
     assert summary["steps"] == 3
-    with pytest.raises(
-        ValueError, match=r"data\.epochs=1: the documents fill 3 windows of context=515, expected"
-    ):
+    with pytest.raises(ValueError, match=r"data\.epochs=1: the documents fill 3 windows of context=515, expected"):
         train(small(tmp_path / "never", data=data, loop={"accumulation": 4}))
     assert not (tmp_path / "never").exists()
 

@@ -46,7 +46,5 @@ def test_errors_name_the_field(words: str, tmp_path: Path) -> None:
     broken.write_text("{}")
     with pytest.raises(ValueError, match=r"data\.tokenizer='.*broken\.json': cannot be read as a tokenizers"):
         load_tokenizer(str(broken))
-    with pytest.raises(
-        ValueError, match=r"data\.tokenizer='nowhere\.json': cannot be read as .*No such file"
-    ):
+    with pytest.raises(ValueError, match=r"data\.tokenizer='nowhere\.json': cannot be read as .*No such file"):
         load_tokenizer("nowhere.json")

@@ -50,7 +50,5 @@ def read_documents(source: Source, epochs: int = 0, start: Position | None = Non
                     yield Document(text, here, place)
             place = Position(place.epoch, place.part + 1)
         if not found:
-            raise ValueError(
-                f"{source.parts[0]}: no document that is not empty in {len(source.parts)} part(s)"
-            )
+            raise ValueError(f"{source.parts[0]}: no document that is not empty in {len(source.parts)} part(s)")
         place = Position(place.epoch + 1)

@@ -66,9 +66,7 @@ def open_binary(file: Path) -> io.BufferedIOBase:
             try:
                 import zstandard
             except ImportError as error:
-                raise ValueError(
-                    f"{file}: .zst needs the package zstandard: pip install zstandard"
-                ) from error
+                raise ValueError(f"{file}: .zst needs the package zstandard: pip install zstandard") from error
             return io.BufferedReader(zstandard.open(file, "rb"))
         case _:
             return file.open("rb")

@@ -16,16 +16,12 @@ class HuggingFaceSource:
         try:
             from datasets import load_dataset
         except ImportError as error:
-            raise ValueError(
-                "data.source='huggingface' needs the package datasets: pip install datasets"
-            ) from error
+            raise ValueError("data.source='huggingface' needs the package datasets: pip install datasets") from error
         try:
             self._rows = load_dataset(name, subset or None, split=split, streaming=True)
         except Exception as error:  # whatever the hub, the network or the data set's own files raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"data.path={name!r}: cannot load it from the Hugging Face hub: {reason}"
-            ) from error
+            raise ValueError(f"data.path={name!r}: cannot load it from the Hugging Face hub: {reason}") from error
         self._text_field = text_field
         self.parts = [f"{name}/{subset}/{split}" if subset else f"{name}/{split}"]
 
@@ -33,7 +29,6 @@ class HuggingFaceSource:
         for row in self._rows.skip(skip):
             if not isinstance(row.get(self._text_field), str):
                 raise ValueError(
-                    f"{self.parts[part]}: no text in data.text_field={self._text_field!r}; "
-                    f"it has: {', '.join(row)}"
+                    f"{self.parts[part]}: no text in data.text_field={self._text_field!r}; it has: {', '.join(row)}"
                 )
             yield row[self._text_field]

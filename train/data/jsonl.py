@@ -42,9 +42,7 @@ class JsonlSource:
             raise ValueError(f"{place}: data.text_field={self._text_field!r} holds {value[:40]}: expected text")
         if not isinstance(record, dict) or not isinstance(record.get(self._text_field), str):
             found = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise ValueError(
-                f"{place}: no text in data.text_field={self._text_field!r}; it has: {found or 'nothing'}"
-            )
+            raise ValueError(f"{place}: no text in data.text_field={self._text_field!r}; it has: {found or 'nothing'}")
         return record[self._text_field]
 
 

@@ -83,9 +83,7 @@ class Loader:
     ) -> None:
         self._made: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
-        self._batches = (
-            make_batch(window, make_plan(window.document_lengths), exchange, rank) for window in windows
-        )
+        self._batches = (make_batch(window, make_plan(window.document_lengths), exchange, rank) for window in windows)
         self._thread = threading.Thread(target=self._work, name="flashcp-loader", daemon=True)
         self._thread.start()
 

@@ -33,9 +33,7 @@ class ParquetSource:
             with self._open(file) as table:
                 names = table.schema_arrow.names
                 if self._column not in names:
-                    raise ValueError(
-                        f"no column data.text_field={self._column!r}; it has: {', '.join(names)}"
-                    )
+                    raise ValueError(f"no column data.text_field={self._column!r}; it has: {', '.join(names)}")
                 first_group, skip = _group_of_row(table, skip)
                 groups = range(first_group, table.num_row_groups)
                 for batch in table.iter_batches(BATCH_ROWS, row_groups=groups, columns=[self._column]):

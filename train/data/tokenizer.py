@@ -41,9 +41,7 @@ class FileTokenizer:
         try:
             from tokenizers import Tokenizer as Library
         except ImportError as error:
-            raise ValueError(
-                f"data.tokenizer={name!r} needs the package tokenizers: pip install tokenizers"
-            ) from error
+            raise ValueError(f"data.tokenizer={name!r} needs the package tokenizers: pip install tokenizers") from error
         path = Path(name).expanduser()
         is_file = path.is_file() or name.endswith(".json") or name.startswith((".", "/", "~"))
         try:
