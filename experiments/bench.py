@@ -31,7 +31,14 @@ def _planner() -> Bench:
     return Bench(PlannerBench, bench_planner, planner_table, write_planner_rows)
 
 
-BENCHES: dict[str, Callable[[], Bench]] = {"planner": _planner}
+def _awkward() -> Bench:
+    from flashcp.experiments.bench_awkward import AwkwardBench, awkward_table, bench_awkward
+    from flashcp.experiments.bench_planner import write_planner_rows
+
+    return Bench(AwkwardBench, bench_awkward, awkward_table, write_planner_rows)
+
+
+BENCHES: dict[str, Callable[[], Bench]] = {"planner": _planner, "awkward": _awkward}
 
 
 def main(arguments: Sequence[str], as_json: bool = False) -> int:

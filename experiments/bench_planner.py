@@ -23,7 +23,7 @@ from flashcp.sharding.lengths import LENGTH_DATA, windows
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan, strategies
 
-__all__ = ["PlannerBench", "PlannerRow", "bench_planner", "planner_table", "write_planner_rows"]
+__all__ = ["PlannerBench", "PlannerRow", "bench_planner", "planner_table", "provenance", "write_planner_rows"]
 
 
 @dataclass
@@ -86,7 +86,7 @@ def _numbers(
     saving = np.array([made.route("exact").saving for made in plans])
     to_ceiling = 100 * (np.array(ceilings) - saving)
     to_certificate = np.array([_points_to_certificate(made) for made in plans])
-    carried = (platform_text(), _versions(), commit(), datetime.date.today().isoformat())
+    carried = provenance()
 
     def spread(metric: str, unit: str, values: np.ndarray | list[float]) -> PlannerRow:
         p20, median, p80 = np.percentile(values, (20, 50, 80)).tolist()
@@ -144,6 +144,11 @@ def write_planner_rows(path: Path, rows: list[PlannerRow]) -> None:
         table = csv.writer(lines, lineterminator="\n")
         table.writerow(PlannerRow._fields)
         table.writerows(rows)
+
+
+def provenance() -> tuple[str, str, str, str]:
+    """What every row carries: device, versions, commit, date."""
+    return platform_text(), _versions(), commit(), datetime.date.today().isoformat()
 
 
 def platform_text() -> str:
