@@ -72,7 +72,7 @@ def hard_windows(context: int, world_size: int, seed: int) -> dict[str, np.ndarr
             "sixteen": [context // 16] * 16,
             "1 to 64": tiny(context),
             "three quarters and tiny": [3 * context // 4, *tiny(context // 4)],
-            "geometric": [context >> i for i in range(1, 17)],
+            "geometric": [max(1, context >> i) for i in range(1, 17)],
             "2 documents": [3 * context // 4, context // 4],
             "3 documents": [context // 2, context // 3, context // 7],
             "4 documents": [context // 2, context // 4, context // 5, context // 21],
