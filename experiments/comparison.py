@@ -84,8 +84,10 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
     for found_runs in cases.values():
         found_runs.sort(key=lambda found: found[0].provider != baseline)
         first = next((found for found in found_runs if found[0].provider == baseline), None)
-        baseline_ms = _number(first, "step_ms") if first else None
-        lines += [_line(found, baseline_ms, by_config) for found in found_runs]
+        for found in found_runs:
+            # Runs of other settings (steps, model, data) have another single-process run: no speedup over those.
+            same = first is not None and found[0].reference == first[0].reference
+            lines.append(_line(found, _number(first, "step_ms") if first and same else None, by_config))
         references = dict.fromkeys(found[0].reference for found in found_runs)
         alone = [by_config[digest] for digest in references if digest in by_config]
         lines += [dataclasses.replace(_line(found, None, {}), case=found_runs[0][0].case) for found in alone]

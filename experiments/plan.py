@@ -123,9 +123,11 @@ def _plannable(packs: list[np.ndarray], world_size: int) -> list[np.ndarray]:
 def _heading(settings: Mapping[str, Any], packs: Sequence[np.ndarray]) -> str:
     documents = np.mean([len(lengths) for lengths in packs])
     plural = "window" if len(packs) == 1 else "windows"
+    shortest = min(int(lengths.sum()) for lengths in packs)
+    size = f"{settings['context']}" if shortest == settings["context"] else f"{shortest} to {settings['context']}"
     return (
-        f"{len(packs)} {plural} of {settings['context']} tokens from {settings['data']['source']}, "
-        f"{documents:.1f} documents each, {settings['world_size']} ranks"
+        f"{len(packs)} {plural} of {size} tokens from {settings['data']['source']}, "
+        f"{documents:.1f} documents on average, {settings['world_size']} ranks"
     )
 
 
