@@ -134,3 +134,10 @@ def test_report_takes_another_baseline(tmp_path: Path, make_rows: MakeRows, caps
     write_rows(tmp_path, make_rows("llama3", 10.0) + make_rows("ring", 20.0))
     assert main(["report", str(tmp_path), "baseline=ring"]) == 0
     assert "speedup over ring" in capsys.readouterr().out
+
+
+def test_runs_of_other_settings_have_no_speedup_over_the_baseline(make_rows: MakeRows) -> None:
+    rows = [*make_rows("llama3", reference="four steps"), *make_rows("ring", reference="four steps")]
+    rows += make_rows("flashcp", reference="two steps")
+    speedups = {line.provider: line.speedup for line in compare(rows, "llama3").lines}
+    assert speedups == {"llama3": 1.0, "ring": 1.0, "flashcp": None}
