@@ -76,7 +76,7 @@ def measure(method: Method, packs: Sequence[np.ndarray], world_size: int, option
         plan = flashcp.plan(lengths, world_size, method.sharding, **options)
         ms.append(1e3 * (time.perf_counter() - started))
         route = plan.route(method.exchange)
-        imbalance.append(1.0 if method.exchange == "ulysses" else plan.imbalance)  # it splits heads, not rows
+        imbalance.append(route.imbalance)
         critical.append(route.critical_rows)
         saving.append(route.saving)
     return PlannedMethod(
