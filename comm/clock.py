@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Clock"]
 
@@ -21,6 +21,7 @@ class Clock:
     attention_ms: float = 0.0
     exchange_ms: float = 0.0
     wait_ms: float = 0.0
+    _inner_ms: float = field(default=0.0, repr=False, compare=False)
 
     def reset(self) -> None:
         """Set all to zero."""
@@ -28,9 +29,11 @@ class Clock:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Add the time of a block to one of the fields."""
-        start = time.perf_counter()
+        """Add the time of a block to one of the fields; a block inside another counts for itself alone."""
+        start, inner, self._inner_ms = time.perf_counter(), self._inner_ms, 0.0
         try:
             yield
         finally:
-            setattr(self, name, getattr(self, name) + 1e3 * (time.perf_counter() - start))
+            passed = 1e3 * (time.perf_counter() - start)
+            setattr(self, name, getattr(self, name) + passed - self._inner_ms)
+            self._inner_ms = inner + passed

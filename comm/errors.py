@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ExchangeError", "ExchangeTimeoutError", "PeerFailedError", "PlanMismatchError"]
+__all__ = ["ExchangeError", "ExchangeTimeoutError", "HeapError", "PeerFailedError", "PlanMismatchError"]
 
 
 class ExchangeError(RuntimeError):
@@ -19,3 +19,7 @@ class PeerFailedError(ExchangeError):
 
 class PlanMismatchError(ExchangeError):
     """Ranks came to one exchange with different plans, exchanges or shapes; raised on all of them."""
+
+
+class HeapError(ExchangeError):
+    """Memory for receive buffers is not there, or more than the limit."""

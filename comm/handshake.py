@@ -1,12 +1,15 @@
-"""Before rows move, every rank tells every other what it is about to do; they go on only if all say the same.
+"""On every call every rank tells every other what it is about to do; they go on only if all say the same.
 
-This runs on every call, in the forward and in the backward pass: a rank that reuses an old plan cannot know that it
-should check. Headers go point to point, so that whoever is missing can be named.
+This runs in the forward and in the backward pass, unconditionally: a rank that reuses an old plan cannot know that it
+should check. Headers go point to point, so that whoever is missing can be named. Posting a header and reading the
+others' are two steps: under a one-sided transport rows leave and local tiles run in between.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
+from contextlib import suppress
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -15,11 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashcp.comm.errors import ExchangeTimeoutError, PeerFailedError, PlanMismatchError
-from flashcp.comm.transport import bounded
+from flashcp.comm.two_sided import bounded
 
 __all__ = ["Handshake", "Header", "Step"]
 
-_TAG = 7701  # keeps headers apart from rows on the same pair of ranks
+_TAG, _SHARE_TAG = 7701, 7702  # keep headers apart from rows on the same pair of ranks
+_AHEAD = 8  # headers posted and not yet compared
 
 
 class Step(IntEnum):
@@ -34,7 +38,8 @@ class Header(NamedTuple):
     """What a rank is about to do, one int64 each.
 
     failed: 1 when it stopped with an error of its own. step: which exchange of the call, a `Step`. query_heads and
-    scale: 0 while only KV leaves. dtype and scale: codes that differ when the values do.
+    scale: 0 while only KV leaves. dtype and scale: codes that differ when the values do. oldest: the oldest inbox that
+    the rank still reads; it is passed on, not compared.
     """
 
     failed: int = 0
@@ -50,15 +55,23 @@ class Header(NamedTuple):
     scale: int = 0
     gradients: int = 0
     refetch: int = 0
+    oldest: int = 0
 
 
 class Handshake:
-    """Compares headers within a group, every call within the time-out."""
+    """Compares headers within a group, every call within the time-out.
+
+    oldest: the least `oldest` of all ranks in the headers compared last: the same on all ranks at the same point of
+    the program.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
         self.group = group if dist.get_backend(group) == "gloo" else _gloo_beside(group)
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.timeout_s = timeout_s
+        self.oldest = 0
+        self._posted: deque[Posted] = deque()
+        self._last_words: list[dist.Work | None] = []
 
     def compare(self, header: Header, timeout_s: float | None = None) -> None:
         """Return when all ranks sent this very header.
@@ -66,33 +79,91 @@ class Handshake:
         Raises on every rank: PlanMismatchError naming who differs in what, PeerFailedError naming the ranks that
         failed, ExchangeTimeoutError naming the ranks that did not come.
         """
-        limit = self.timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + limit
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
-        headers = torch.empty(self.world_size, len(header), dtype=torch.int64)
-        headers[self.rank] = torch.tensor(header)
-        with bounded(limit, self.rank, "headers to leave"):
-            arrivals = {rank: dist.irecv(headers[rank], group=self.group, tag=_TAG, group_src=rank) for rank in others}
-            departures = [dist.isend(headers[self.rank], group=self.group, tag=_TAG, group_dst=rank) for rank in others]
-        missing = []
-        for rank, arrival in arrivals.items():
-            try:
-                self._wait(arrival, deadline, f"rank {rank}")
-            except ExchangeTimeoutError:
-                missing.append(rank)
-        if missing:
-            raise ExchangeTimeoutError(
-                f"rank {self.rank} waited {limit:g} s: {_named(missing)} did not come to the exchange "
-                f"(call {header.call})"
-            )
-        for departure in departures:
-            self._wait(departure, deadline, "headers to leave")
-        _judge(headers, header)
+        self.post(header, timeout_s).check()
+
+    def post(self, header: Header, timeout_s: float | None = None) -> Posted:
+        """Send a header; `check` of what is returned waits for the others' and raises as `compare` does."""
+        while len(self._posted) >= _AHEAD:
+            self._posted[0].check()
+        posted = Posted(self, header, self.timeout_s if timeout_s is None else timeout_s)
+        self._posted.append(posted)
+        return posted
+
+    def settle(self) -> None:
+        """Check all headers posted so far."""
+        while self._posted:
+            self._posted[0].check()
+
+    def abandon(self, call: int) -> None:
+        """Tell the others, who come to it at their next call, that this rank has failed; waits for nobody."""
+        with suppress(RuntimeError):
+            words = torch.tensor(Header(failed=1, call=call))
+            self._last_words = [self._send(words, rank, _TAG) for rank in self._others]
+
+    def share(self, words: bytes, size: int = 256) -> list[bytes]:
+        """A few bytes of every rank, in rank order, as `compare` moves headers."""
+        padded = torch.frombuffer(bytearray(words[:size].ljust(size, b"\0")), dtype=torch.uint8).clone()
+        mail = torch.empty((self.world_size, size), dtype=torch.uint8)
+        mail[self.rank] = padded
+        works = [self._receive(mail[rank], rank, _SHARE_TAG) for rank in self._others]
+        works += [self._send(padded, rank, _SHARE_TAG) for rank in self._others]
+        deadline = time.monotonic() + self.timeout_s
+        for work in works:
+            self._wait(work, deadline, "the other ranks to set up memory")
+        return [bytes(row.tolist()).rstrip(b"\0") for row in mail]
+
+    @property
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.world_size) if rank != self.rank]
+
+    def _send(self, words: Tensor, rank: int, tag: int) -> dist.Work | None:
+        return dist.isend(words, group=self.group, tag=tag, group_dst=rank)
+
+    def _receive(self, words: Tensor, rank: int, tag: int) -> dist.Work | None:
+        return dist.irecv(words, group=self.group, tag=tag, group_src=rank)
 
     def _wait(self, work: dist.Work | None, deadline: float, what: str) -> None:
         if work is not None:
             with bounded(deadline - time.monotonic(), self.rank, what) as limit:
                 work.wait(limit)
+
+
+class Posted:
+    """A header that was sent, and the others' on their way."""
+
+    def __init__(self, handshake: Handshake, header: Header, timeout_s: float) -> None:
+        self._handshake, self._header, self._timeout_s = handshake, header, timeout_s
+        self._headers = torch.empty(handshake.world_size, len(header), dtype=torch.int64)
+        self._headers[handshake.rank] = torch.tensor(header)
+        own = self._headers[handshake.rank]
+        with bounded(timeout_s, handshake.rank, "headers to leave"):
+            self._arrivals = {rank: handshake._receive(self._headers[rank], rank, _TAG) for rank in handshake._others}
+            self._departures = [handshake._send(own, rank, _TAG) for rank in handshake._others]
+
+    def check(self) -> None:
+        """Wait for the others' headers, earlier ones first, and compare; done once. Raises as `Handshake.compare`."""
+        queue = self._handshake._posted
+        while self in queue:
+            queue.popleft()._compare()
+
+    def _compare(self) -> None:
+        handshake, header = self._handshake, self._header
+        deadline = time.monotonic() + self._timeout_s
+        missing = []
+        for rank, arrival in self._arrivals.items():
+            try:
+                handshake._wait(arrival, deadline, f"rank {rank}")
+            except ExchangeTimeoutError:
+                missing.append(rank)
+        if missing:
+            raise ExchangeTimeoutError(
+                f"rank {handshake.rank} waited {self._timeout_s:g} s: {_named(missing)} did not come to the exchange "
+                f"(call {header.call})"
+            )
+        for departure in self._departures:
+            handshake._wait(departure, deadline, "headers to leave")
+        _judge(self._headers, header)
+        handshake.oldest = int(self._headers[:, -1].min())
 
 
 def _judge(headers: Tensor, mine: Header) -> None:
@@ -103,7 +174,7 @@ def _judge(headers: Tensor, mine: Header) -> None:
         raise PeerFailedError(
             f"{_named(failed)} stopped with an error before the exchange (call {mine.call}); see its own message"
         )
-    for field, values in zip(Header._fields, headers.T.tolist(), strict=True):
+    for field, values in list(zip(Header._fields, headers.T.tolist(), strict=True))[:-1]:
         if len(set(values)) > 1:
             groups = sorted(set(values), key=lambda value: (values.count(value), value))
             said = "; ".join(

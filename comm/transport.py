@@ -1,47 +1,85 @@
-"""What carries rows: the interface every transport offers, and the two-sided one over torch.distributed.
+"""What carries rows: the interface that every transport offers, and the transport of one rank alone.
 
-Rows travel as bytes, so any dtype does. Every wait is bounded. Nothing above `comm/` knows which transport runs.
+Every wait is bounded. Nothing above `comm/` knows which transport runs.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError
+from flashcp.comm.rows import Inbox, Leaving
+from flashcp.kernels.arrivals import Arrivals
 
-__all__ = ["Alone", "Arrival", "Transport", "TwoSided"]
+__all__ = ["Alone", "Arrival", "Transport", "plain_inbox"]
 
 
 class Arrival(Protocol):
-    """Rows on their way."""
+    """Rows on their way, in and out. All waits raise ExchangeError if nothing comes within the time-out."""
 
-    def wait(self) -> None:
-        """Return when the rows have arrived. Raises ExchangeError if they do not within the time-out."""
+    def wait(self, source: int | None = None) -> None:
+        """Return when the rows of one rank have arrived, or all of them."""
+
+    def leave(self) -> None:
+        """Return when this rank's own rows have left: their tensors may be written to again."""
+
+    def flags(self) -> Arrivals | None:
+        """What a kernel waits on, source by source; None where only the host can wait."""
+
+    def check(self, flags: Arrivals) -> None:
+        """After a kernel that waited on flags: raises ExchangeTimeoutError when it waited in vain."""
 
 
 class Transport(Protocol):
-    """Moves rows between the ranks of one group; tensors are contiguous [rows, ...], results arrive in `into`."""
+    """Moves rows between the ranks of one group.
+
+    one_sided: rows are put where they are read and each source's arrival can be waited for, so that ranks need not
+    come to an exchange together. sent_bytes: what has left this rank for others so far. oldest: of the inboxes that
+    this rank still reads, for the header of its next call.
+    """
 
     name: str
     rank: int
     world_size: int
+    one_sided: bool
 
-    def all_to_all(self, rows: Tensor, sent: Sequence[int], into: Tensor, received: Sequence[int]) -> Arrival:
-        """Send the first sent[0] rows to rank 0, the next sent[1] to rank 1, ...; receive likewise."""
+    @property
+    def sent_bytes(self) -> int:
+        """See the class."""
 
-    def all_gather(self, block: Tensor, into: Tensor) -> Arrival:
-        """Give every rank every block; blocks are equally large, `into` holds them in rank order."""
+    @property
+    def oldest(self) -> int:
+        """See the class."""
 
-    def shift(self, rows: Tensor, into: Tensor) -> Arrival:
-        """Send rows to rank + 1 and receive from rank - 1, in a ring."""
+    def inbox(self, rows: int, most: int, row: Sequence[int], like: Tensor, steps: int = 1) -> Inbox:
+        """Memory for `rows` rows of shape `row` in the dtype and on the device of `like`.
+
+        most: the most rows that any rank asks for here; all ranks come to this in the same order. steps: how many
+        exchanges fill it one after another (`ring`).
+        """
+
+    def is_open(self, ticket: int) -> bool:
+        """Whether the inbox still holds its rows."""
+
+    def free(self, ticket: int) -> None:
+        """This rank has read the inbox for the last time; on all ranks at the same point of the program."""
+
+    def all_to_all(
+        self, leaving: Leaving, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int]
+    ) -> Arrival:
+        """Send the first sent[0] rows to rank 0, the next sent[1] to rank 1, ...; receive likewise.
+
+        offsets: the row of each rank's inbox where this rank's rows begin.
+        """
+
+    def all_gather(self, block: Leaving, inbox: Inbox) -> Arrival:
+        """Give every rank every block; blocks are equally large, the inbox holds them in rank order."""
+
+    def shift(self, leaving: Leaving, inbox: Inbox, step: int, into: slice, offset: int) -> Arrival:
+        """Send rows to rank + 1, row `offset` of its inbox, and receive those of rank - 1 in rows `into`."""
 
 
 class Alone:
@@ -50,101 +88,52 @@ class Alone:
     name = "none"
     rank = 0
     world_size = 1
+    one_sided = False
+    oldest = 0
+    sent_bytes = 0
 
-    def all_to_all(self, rows: Tensor, sent: Sequence[int], into: Tensor, received: Sequence[int]) -> Arrival:
+    def inbox(self, rows: int, most: int, row: Sequence[int], like: Tensor, steps: int = 1) -> Inbox:
         """See Transport."""
-        into.copy_(rows)
+        return plain_inbox(rows, row, like)
+
+    def is_open(self, ticket: int) -> bool:
+        """See Transport."""
+        return True
+
+    def free(self, ticket: int) -> None:
+        """See Transport."""
+
+    def all_to_all(
+        self, leaving: Leaving, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int]
+    ) -> Arrival:
+        """See Transport."""
+        return self.all_gather(leaving, inbox)
+
+    def all_gather(self, block: Leaving, inbox: Inbox) -> Arrival:
+        """See Transport."""
+        block.write(inbox.rows, 0, len(block))
         return _Arrived()
 
-    def all_gather(self, block: Tensor, into: Tensor) -> Arrival:
+    def shift(self, leaving: Leaving, inbox: Inbox, step: int, into: slice, offset: int) -> Arrival:
         """See Transport."""
-        into.copy_(block)
-        return _Arrived()
-
-    def shift(self, rows: Tensor, into: Tensor) -> Arrival:
-        """See Transport."""
-        into.copy_(rows)
+        leaving.write(inbox.rows[into], 0, len(leaving))
         return _Arrived()
 
 
 class _Arrived:
-    def wait(self) -> None:
+    def wait(self, source: int | None = None) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
+
+    def flags(self) -> Arrivals | None:
+        return None
+
+    def check(self, flags: Arrivals) -> None:
         pass
 
 
-class TwoSided:
-    """torch.distributed's sends, receives and collectives (gloo; nccl is written and was never run)."""
-
-    def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
-        self.group = group
-        self.name = str(dist.get_backend(group))
-        self.rank = dist.get_rank(group)
-        self.world_size = dist.get_world_size(group)
-        self.timeout_s = timeout_s
-
-    def all_to_all(self, rows: Tensor, sent: Sequence[int], into: Tensor, received: Sequence[int]) -> Arrival:
-        """See Transport."""
-        work = dist.all_to_all_single(
-            _bytes(into), _bytes(rows), list(received), list(sent), group=self.group, async_op=True
-        )
-        return self._arrival([work], rows)
-
-    def all_gather(self, block: Tensor, into: Tensor) -> Arrival:
-        """See Transport."""
-        if not block.numel():  # on no rank: blocks are equally large
-            return _Arrived()
-        blocks = list(_bytes(into).chunk(self.world_size))
-        work = dist.all_gather(blocks, _bytes(block), group=self.group, async_op=True)
-        return self._arrival([work], block)
-
-    def shift(self, rows: Tensor, into: Tensor) -> Arrival:
-        """See Transport. An empty tensor on either side is not sent: both neighbours know its size."""
-        works = []
-        if rows.numel():
-            works.append(dist.isend(_bytes(rows), group=self.group, group_dst=(self.rank + 1) % self.world_size))
-        if into.numel():
-            works.append(dist.irecv(_bytes(into), group=self.group, group_src=(self.rank - 1) % self.world_size))
-        return self._arrival(works, rows)
-
-    def _arrival(self, works: list[dist.Work | None], rows: Tensor) -> Arrival:
-        return _Arrival([work for work in works if work is not None], rows, self)
-
-
-class _Arrival:
-    def __init__(self, works: list[dist.Work], rows: Tensor, transport: TwoSided) -> None:
-        self._works = works
-        self._rows = rows  # kept alive until they have left
-        self._transport = transport
-
-    def wait(self) -> None:
-        transport = self._transport
-        works, self._works = self._works, []
-        with bounded(transport.timeout_s, transport.rank, "rows of another rank") as limit:
-            for work in works:
-                work.wait(limit)
-
-    def __del__(self) -> None:
-        # Rows that nobody waits for (a handle thrown away) must still land: their memory goes with this object.
-        with suppress(Exception):
-            self.wait()
-
-
-@contextmanager
-def bounded(timeout_s: float, rank: int, what: str) -> Iterator[timedelta]:
-    """For operations that must end: gives the time-out to wait with, and turns torch's errors into ours.
-
-    Raises ExchangeTimeoutError past the time-out, ExchangeError when a peer is gone.
-    """
-    try:
-        yield timedelta(seconds=max(timeout_s, 0.001))
-    except RuntimeError as error:
-        text = str(error).splitlines()[0]
-        if "timed out" in text.lower():
-            raise ExchangeTimeoutError(f"rank {rank} waited {timeout_s:g} s for {what}") from error
-        lost = "lost the connection" if "connection" in text.lower() or "pair" in text.lower() else "failed"
-        raise ExchangeError(f"rank {rank} {lost} while waiting for {what}: {text}") from error
-
-
-def _bytes(rows: Tensor) -> Tensor:
-    """The same memory as bytes, [rows, bytes of a row]."""
-    return rows.reshape(len(rows), math.prod(rows.shape[1:])).view(torch.uint8)
+def plain_inbox(rows: int, row: Sequence[int], like: Tensor) -> Inbox:
+    """An inbox in ordinary memory."""
+    return Inbox(torch.empty((rows, *row), dtype=like.dtype, device=like.device))

@@ -11,14 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashcp.comm.choice import TRANSPORTS, TransportOptions, choose_transport
 from flashcp.comm.clock import Clock
 from flashcp.comm.errors import ExchangeError
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.exchanges.base import Exchange, Job
-from flashcp.comm.handshake import Handshake, Header
-from flashcp.comm.transport import Alone, Transport, TwoSided
+from flashcp.comm.handshake import Handshake, Header, Posted
+from flashcp.comm.transport import Alone, Transport
 from flashcp.kernels.inputs import check_inputs, default_scale
-from flashcp.kernels.selection import ATTENTION, select_attention
+from flashcp.kernels.selection import ATTENTION, AttentionKernel, select_attention
 from flashcp.kernels.tuning import Tuning
 from flashcp.operator import Call, Handle, scale_code
 from flashcp.sharding.plan import ShardingPlan
@@ -26,6 +27,7 @@ from flashcp.unshard import unshard
 
 __all__ = ["ContextParallel", "Handle"]
 
+OVERLAPS = ("none", "staged", "fused")
 _GRACE_S = 5.0  # a rank with an error of its own waits this long for the others to hear of it
 
 
@@ -34,10 +36,13 @@ class ContextParallel:
 
     group: a torch.distributed group; None: the default one, or this rank alone where none is initialised.
     exchange: `exact`, `compacted`, `all_gather`, `ring`, `ulysses`. overlap: `none` waits for all rows, `staged`
-    computes local rows meanwhile, `auto` takes the best there is. attention: `auto` or an implementation's name.
-    transport: `auto` or the group's backend. backward: `keep` holds received KV for the backward pass, `refetch`
+    computes local rows meanwhile and others as they arrive, in `stages` parts, `fused` waits inside its one launch,
+    `auto` takes the best there is. attention: `auto` or an implementation's name. transport: `auto`, `shm` between
+    processes of one host, or the group's backend. backward: `keep` holds received KV for the backward pass, `refetch`
     brings it again. timeout_s: bound on every wait for another rank. tuning: block shapes for the Triton kernels
-    instead of the table's.
+    instead of the table's. heap_mib: most memory for receive buffers on a rank (one-sided transports; 0: no limit);
+    region_mib: the least that one of them holds, so that plans can grow without a stop. throttle_gbps: GB/s at which
+    rows leave over `shm`, to study overlap on one machine (0: at once).
 
     cp.transport and cp.overlap tell what `auto` chose; cp.stats is a `Clock` of this rank's milliseconds.
     Raises ValueError for names it does not know and groups this rank is no member of. Calls on all ranks must come
@@ -55,31 +60,49 @@ class ContextParallel:
         backward: str = "keep",
         timeout_s: float = 60.0,
         tuning: Tuning | None = None,
+        stages: int = 2,
+        heap_mib: float = 0.0,
+        region_mib: float = 0.0,
+        throttle_gbps: float = 0.0,
     ) -> None:
         _check_name("exchange", exchange, tuple(EXCHANGE_CLASSES))
-        _check_name("overlap", overlap, ("auto", "none", "staged"))
+        _check_name("overlap", overlap, ("auto", *OVERLAPS))
+        _check_name("transport", transport, ("auto", "none", *TRANSPORTS))
         _check_name("attention", attention, ("auto", *ATTENTION))
         _check_name("backward", backward, ("keep", "refetch"))
         if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
             raise ValueError(f"timeout_s={timeout_s!r}: expected seconds > 0")
+        if not isinstance(stages, int) or stages < 1:
+            raise ValueError(f"stages={stages!r}: expected a whole number >= 1")
+        for field, value in (("heap_mib", heap_mib), ("region_mib", region_mib), ("throttle_gbps", throttle_gbps)):
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{field}={value!r}: expected a number >= 0")
         launched = dist.is_available() and dist.is_initialized()
         if group is not None and (not launched or dist.get_rank(group) < 0):
             raise ValueError("group: expected a torch.distributed group that this rank is a member of, or None")
         self.exchange = exchange
-        self.overlap = "staged" if overlap == "auto" else overlap
         self.attention_name, self._tuning = attention, tuning
         self.backward = backward
         self.stats = Clock()
         self._handshake: Handshake | None = None
         self._transport: Transport = Alone()
         if launched and dist.get_world_size(group) > 1:
-            self._transport = TwoSided(group, timeout_s)
             self._handshake = Handshake(group, timeout_s)
-        _check_name("transport", transport, ("auto", self._transport.name))
+            options = TransportOptions(timeout_s, heap_mib, region_mib, throttle_gbps)
+            self._transport = choose_transport(transport, group, self._handshake, options)
+        else:
+            _check_name("transport", transport, ("auto", "none"))
         self.transport = self._transport.name
         self.rank, self.world_size = self._transport.rank, self._transport.world_size
         self._exchange: Exchange = EXCHANGE_CLASSES[exchange if self.world_size > 1 else "exact"](self._transport)
+        self.overlap = self._choose_overlap(overlap)
+        self.stages = stages
         self._calls = 0
+
+    @property
+    def sent_bytes(self) -> int:
+        """What has left this rank for other ranks so far, all tensors of both passes, headers not counted."""
+        return self._transport.sent_bytes
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, plan: ShardingPlan, softmax_scale: float | None = None
@@ -136,7 +159,9 @@ class ContextParallel:
                 gradients=torch.is_grad_enabled() and local.requires_grad,
             )
 
-        agreed = self._agree(header)
+        agreed, posted = self._agree(header)
+        if posted is not None:
+            posted.check()
         rows = local.movedim(dim, 0).contiguous()
         return unshard(rows, plan, self._transport, self._handshake, agreed).movedim(0, dim)
 
@@ -148,10 +173,14 @@ class ContextParallel:
     def _begin(self, k: Tensor, v: Tensor, plan: ShardingPlan, check: Callable[[int], tuple[int, float]]) -> Handle:
         """Let rows leave. check: of the tensors, given this rank's rows; returns query heads and scale."""
 
+        def select() -> AttentionKernel:
+            return select_attention(self.attention_name, k.device, self._tuning)
+
         def header() -> Header:
             self._check_plan(plan)
             query_heads, scale = check(int(plan.tokens[self.rank]))
             self._exchange.check(query_heads, k.shape[1])
+            select()
             return Header(
                 plan=_signed(plan),
                 exchange=list(EXCHANGE_CLASSES).index(self.exchange),
@@ -165,32 +194,55 @@ class ContextParallel:
             )
 
         with self.stats.measure("wait_ms"):
-            agreed = self._agree(header)
-        kernel = select_attention(self.attention_name, k.device, self._tuning)
-        with torch.no_grad(), self.stats.measure("exchange_ms"):
+            agreed, posted = self._agree(header)
+        refetch, agree = self.backward == "refetch", posted.check if posted else _nothing
+        job = Job(select(), self.overlap, self.stages, refetch, self.stats, agree)
+        call = Call(plan, self._exchange, job, agreed, self._handshake)
+        with torch.no_grad(), self.stats.measure("exchange_ms"), call.watched():
             flight = self._exchange.start(plan, k, v)
-        job = Job(kernel, self.overlap, self.backward == "refetch", self.stats)
-        return Handle(Call(plan, self._exchange, job, agreed, self._handshake), flight, k, v)
+        return Handle(call, flight, k, v)
 
-    def _agree(self, make_header: Callable[[], Header]) -> Header:
-        """Check this rank's arguments and compare notes with the others, who also hear of an error here."""
+    def _agree(self, make_header: Callable[[], Header]) -> tuple[Header, Posted | None]:
+        """Check this rank's arguments and tell the others, who also hear of an error here.
+
+        What they tell is compared now, but under a one-sided transport only before this rank reads their rows.
+        """
         self._calls += 1
         try:
-            header = make_header()._replace(call=self._calls)
+            header = make_header()._replace(call=self._calls, oldest=self._transport.oldest)
         except Exception:
             if self._handshake is not None:
                 with suppress(ExchangeError):
                     self._handshake.compare(Header(failed=1, call=self._calls), _GRACE_S)
             raise
-        if self._handshake is not None:
-            self._handshake.compare(header)
-        return header
+        if self._handshake is None:
+            return header, None
+        posted = self._handshake.post(header)
+        if not self._transport.one_sided:
+            posted.check()
+        return header, posted
+
+    def _choose_overlap(self, asked: str) -> str:
+        """What `auto` stands for. Raises ValueError for `fused` where rows do not arrive source by source."""
+        at_once = self._exchange.moves_later or not self._transport.one_sided
+        if asked == "fused" and at_once and self.world_size > 1:
+            raise ValueError(
+                f"overlap='fused' with exchange={self.exchange!r} over {self.transport}: expected one of auto, none, "
+                "staged; fused needs a one-sided transport and exact, compacted or all_gather"
+            )
+        if asked != "auto":
+            return asked
+        return "staged" if at_once or self.attention_name != "triton" else "fused"
 
     def _check_plan(self, plan: ShardingPlan) -> None:
         if not isinstance(plan, ShardingPlan):
             raise ValueError(f"plan is a {type(plan).__name__}: expected a ShardingPlan")
         if plan.world_size != self.world_size:
             raise ValueError(f"plan for {plan.world_size} ranks: expected the group's {self.world_size}")
+
+
+def _nothing() -> None:
+    """One rank alone has nobody to agree with."""
 
 
 def _check_name(field: str, name: str, legal: tuple[str, ...]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flashcp.comm.exchanges.base import Exchange, Flight, Job, Kept
+from flashcp.comm.errors import ExchangeError, PeerFailedError, PlanMismatchError
+from flashcp.comm.exchanges.base import Exchange, Job, Kept
+from flashcp.comm.exchanges.flight import Flight
 from flashcp.comm.handshake import Handshake, Header, Step
 from flashcp.kernels.inputs import check_inputs, default_scale
 from flashcp.sharding.plan import ShardingPlan
@@ -30,6 +34,30 @@ class Call:
     job: Job
     header: Header
     handshake: Handshake | None
+
+    def say(self, step: Step) -> Call:
+        """Tell the others that this rank has come to a later step of the call; compare now, unless rows can leave and
+        local ones be computed before."""
+        if self.handshake is None:
+            return self
+        oldest = self.exchange.transport.oldest
+        posted = self.handshake.post(self.header._replace(step=step, oldest=oldest))
+        if not self.exchange.transport.one_sided:
+            with self.job.clock.measure("wait_ms"):
+                posted.check()
+        return replace(self, job=replace(self.job, agree=posted.check))
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Ranks that do not wait for this one hear of its failure when they next compare headers."""
+        try:
+            yield
+        except (PlanMismatchError, PeerFailedError):
+            raise  # which they all know
+        except ExchangeError:
+            if self.handshake is not None:
+                self.handshake.abandon(self.header.call)
+            raise
 
 
 class Handle:
@@ -51,18 +79,22 @@ class Handle:
         exchange.check(q.shape[1], self._k.shape[1])
         scale = default_scale(q, softmax_scale)
         header = call.header._replace(query_heads=q.shape[1], scale=scale_code(scale))
-        if call.handshake is not None and exchange.moves_later and header != call.header:
-            with call.job.clock.measure("wait_ms"):
-                call.handshake.compare(header._replace(step=Step.ATTENTION))
+        later = exchange.moves_later and header != call.header
+        call = replace(call, header=header)
         flight, self._flight = self._flight, None
-        return _Attention.apply(q, self._k, self._v, replace(call, header=header), flight, scale)
+        with call.watched():
+            if later:
+                call = call.say(Step.ATTENTION)
+            return _Attention.apply(q, self._k, self._v, call, flight, scale)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, flight: Flight, scale: float) -> Tensor:
         out, kept = call.exchange.forward(call.plan, _rows(q), _rows(k), _rows(v), flight, call.job, scale)
-        if any(ctx.needs_input_grad):
+        if not call.header.gradients:
+            call.exchange.release(kept)
+        elif any(ctx.needs_input_grad):
             ctx.save_for_backward(*kept)
             ctx.call, ctx.scale = call, scale
         return out
@@ -72,10 +104,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         kept = Kept(*ctx.saved_tensors)
-        if call.handshake is not None:
-            with call.job.clock.measure("wait_ms"):
-                call.handshake.compare(call.header._replace(step=Step.BACKWARD))
-        gradients = call.exchange.backward(call.plan, _rows(grad_out), kept, call.job, ctx.scale)
+        with call.watched():
+            call = call.say(Step.BACKWARD)
+            gradients = call.exchange.backward(call.plan, _rows(grad_out), kept, call.job, ctx.scale)
         grad_q, grad_k, grad_v = (gradient.to(grad_out.dtype) for gradient in gradients)
         return grad_q, grad_k, grad_v, None, None, None
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flashcp.comm.handshake import Handshake, Header, Step
+from flashcp.comm.rows import WholeRows
 from flashcp.comm.transport import Transport
 from flashcp.sharding.plan import ShardingPlan
 
@@ -40,11 +41,15 @@ class _Unshard(torch.autograd.Function):
         most = int(plan.tokens.max())
         block = local.new_zeros((most, *local.shape[1:]))
         block[: len(local)] = local
-        gathered = block.new_empty((most * plan.world_size, *block.shape[1:]))
-        transport.all_gather(block, gathered).wait()
+        total = most * plan.world_size
+        inbox = transport.inbox(total, total, block.shape[1:], block)
+        arrival = transport.all_gather(WholeRows(block), inbox)
+        arrival.wait()
+        arrival.leave()
         full = local.new_empty((int(plan.offsets[-1]), *local.shape[1:]))
-        for rank, rows in enumerate(gathered.split(most)):
+        for rank, rows in enumerate(inbox.rows.split(most)):
             full[torch.from_numpy(plan.rows(rank))] = rows[: plan.tokens[rank]]
+        transport.free(inbox.ticket)
         return full
 
     @staticmethod
@@ -54,8 +59,13 @@ class _Unshard(torch.autograd.Function):
         if ctx.handshake is not None:
             ctx.handshake.compare(ctx.header._replace(step=Step.BACKWARD))
         order = torch.cat([torch.from_numpy(plan.rows(rank)) for rank in range(plan.world_size)])
-        own = int(plan.tokens[transport.rank])
-        slots = grad.new_empty((own * plan.world_size, *grad.shape[1:]))
-        transport.all_to_all(grad[order], plan.tokens.tolist(), slots, [own] * plan.world_size).wait()
-        total = slots.unflatten(0, (plan.world_size, own)).float().sum(0)
+        tokens, ranks = plan.tokens.tolist(), plan.world_size
+        own = tokens[transport.rank]
+        inbox = transport.inbox(own * ranks, max(tokens) * ranks, grad.shape[1:], grad)
+        offsets = [count * transport.rank for count in tokens]
+        arrival = transport.all_to_all(WholeRows(grad[order]), tokens, inbox, [own] * ranks, offsets)
+        arrival.wait()
+        arrival.leave()
+        total = inbox.rows.unflatten(0, (ranks, own)).float().sum(0)
+        transport.free(inbox.ticket)
         return total.to(grad.dtype), None, None, None, None

@@ -8,16 +8,18 @@ Shapes: T local rows, R received rows, H query heads, K KV heads, G = H / K quer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from flashcp.kernels.arrivals import Arrivals
 from flashcp.kernels.schedule import Schedule
 
-__all__ = ["KV", "Gradients", "attend", "backward", "forward", "gradients"]
+__all__ = ["KV", "Gradients", "attend", "forward", "gradients"]
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -39,26 +41,53 @@ class Gradients(NamedTuple):
     received: Tensor
 
 
-def attend(q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, arrivals: Arrivals | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over all of a schedule's ranges at once: out [T, H, D] in q's dtype, log-sum-exp fp32 [T, H].
 
-    Rows that read nothing get zeros and -inf.
+    Rows that read nothing get zeros and -inf. arrivals: received rows are still on their way; local ranges are
+    computed first, and a received one when its source's flag is up.
     """
     out = q.new_zeros(q.shape, dtype=torch.float32)
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-    forward(q, local, received, schedule, scale, out, lse)
+    if arrivals is None:
+        forward(q, local, received, schedule, scale, out, lse)
+    else:
+        forward(q, local, received, schedule.part(~schedule.received), scale, out, lse)
+        for source in np.unique(schedule.source[schedule.received]).tolist():
+            arrivals.wait(source)
+            part = schedule.part(schedule.received & (schedule.source == source))
+            forward(q, local, received, part, scale, out, lse)
     return out.to(q.dtype), lse
 
 
 def gradients(
-    grad_out: Tensor, q: Tensor, local: KV, received: KV, out: Tensor, lse: Tensor, schedule: Schedule, scale: float
+    grad_out: Tensor,
+    q: Tensor,
+    local: KV,
+    received: KV,
+    out: Tensor,
+    lse: Tensor,
+    schedule: Schedule,
+    scale: float,
+    local_dtype: torch.dtype | None = None,
+    leave: Callable[[Tensor], None] | None = None,
 ) -> Gradients:
-    """Gradients of `attend`, local ones in the inputs' dtype."""
+    """Gradients of `attend`: q's in its dtype, local ones in local_dtype (None: the inputs').
+
+    leave: called with the gradients of the receive buffer, fp32 [R, 2, K, D], as soon as they are complete.
+    """
     grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, *local))
     back = q.new_zeros((len(received.k), 2, *received.k.shape[1:]), dtype=torch.float32)
-    grad_received = KV(*back.unbind(1))
-    backward(grad_out, q, local, received, out, lse, schedule, scale, grad_q, KV(grad_k, grad_v), grad_received)
-    return Gradients(grad_q.to(q.dtype), KV(grad_k.to(q.dtype), grad_v.to(q.dtype)), back)
+    totals = KV(grad_k, grad_v), KV(*back.unbind(1))
+    for in_received in (True, False):
+        _add_gradients(grad_out, q, (local, received)[in_received], out, lse, schedule, scale, grad_q,
+                       totals[in_received], in_received)  # fmt: skip
+        if in_received and leave is not None:
+            leave(back)
+    dtype = local_dtype or local.k.dtype
+    return Gradients(grad_q.to(q.dtype), KV(grad_k.to(dtype), grad_v.to(dtype)), back)
 
 
 def forward(q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, out: Tensor, lse: Tensor) -> None:
@@ -77,35 +106,36 @@ def forward(q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float
             _merge(out[rows], lse[rows], _rows(part), _rows(part_lse))
 
 
-def backward(
+def _add_gradients(
     grad_out: Tensor,
     q: Tensor,
-    local: KV,
-    received: KV,
+    keys: KV,
     out: Tensor,
     lse: Tensor,
     schedule: Schedule,
     scale: float,
     grad_q: Tensor,
-    grad_local: KV,
-    grad_received: KV,
+    grad_keys: KV,
+    in_received: bool,
 ) -> None:
-    """Add the gradients of the schedule's ranges to grad_q [T, H, D], grad_local and grad_received, all fp32.
+    """Add the gradients of the ranges in one of the two buffers to grad_q [T, H, D] and grad_keys, all fp32.
 
     out, lse: the merged result over *all* ranges of the forward pass; with it each range's gradient stands alone.
     """
-    buffers = _by_head(local), _by_head(received)
-    gradients = grad_local, grad_received
-    group = q.shape[1] // local.k.shape[1]
+    buffer = _by_head(keys)
+    group = q.shape[1] // keys.k.shape[1]
     for rows, ranges in _queries(schedule):
+        chosen = [(place, masked) for part, place, masked in ranges if part == in_received]
+        if not chosen:
+            continue
         q_part, out_part, grad_part = (_heads(x[rows], group) for x in (q, out, grad_out))
         lse_part = rearrange(lse[rows], "t (k g) -> g k t", g=group)
-        for in_received, keys, masked in ranges:
-            k_part, v_part = (_shared(x[:, keys], group) for x in buffers[in_received])
+        for place, masked in chosen:
+            k_part, v_part = (_shared(x[:, place], group) for x in buffer)
             grads = _attend_backward(grad_part, q_part, k_part, v_part, out_part, lse_part, 0.0, masked, scale=scale)
             grad_q[rows] += _rows(grads[0])
-            for total, grad in zip(gradients[in_received], grads[1:], strict=True):
-                total[keys] += rearrange(grad.sum(0), "k t d -> t k d")
+            for total, grad in zip(grad_keys, grads[1:], strict=True):
+                total[place] += rearrange(grad.sum(0), "k t d -> t k d")
 
 
 def _queries(schedule: Schedule) -> Iterator[tuple[slice, list[tuple[bool, slice, bool]]]]:

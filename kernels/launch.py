@@ -5,7 +5,7 @@ Shapes: T local rows, R received rows, H query heads, K KV heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -30,12 +30,19 @@ _ROWS = 64  # of a block of backward_rows_kernel
 
 
 class _Prepared(NamedTuple):
-    """What a launch needs beside the tensors: block shapes, the tile tables on the device, rows that tiles cover."""
+    """What a launch needs beside the tensors: block shapes, the tile tables on the device, rows that tiles cover, and
+    which tile is the first of local rows (key tiles: received ones come before)."""
 
     blocks: Blocks
     tables: tuple[Tensor, Tensor, Tensor]
     local_rows: int
     received_rows: int
+    first_local: int
+
+    def tiles(self, start: int, stop: int) -> _Prepared:
+        """Some of the tiles alone."""
+        table, ranges, reach = self.tables
+        return self._replace(tables=(table[start:stop], ranges, reach))
 
 
 class TritonAttention:
@@ -63,24 +70,6 @@ class TritonAttention:
         self._forward(prepared, q, local, received, scale, out, lse, merge=False)
         return out, lse
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        local: KV,
-        received: KV,
-        out: Tensor,
-        lse: Tensor,
-        schedule: Schedule,
-        scale: float,
-        grad_q: Tensor,
-        grad_local: KV,
-        grad_received: KV,
-    ) -> None:
-        """See `kernels/cpu.py`."""
-        state = grad_out, q, local, received, out, lse, schedule, scale
-        self._backward(*state, grad_q, grad_local, grad_received, add=True)
-
     def gradients(
         self,
         grad_out: Tensor,
@@ -91,16 +80,36 @@ class TritonAttention:
         lse: Tensor,
         schedule: Schedule,
         scale: float,
+        local_dtype: torch.dtype | None = None,
+        leave: Callable[[Tensor], None] | None = None,
     ) -> Gradients:
-        """See `kernels/cpu.py`. Three launches whatever the schedule; no fp32 copy of a local gradient."""
+        """See `kernels/cpu.py`. Three launches whatever the schedule, four when `leave` is to be called."""
+        log_sum, delta = _row_terms(out, grad_out, lse, scale)
+        inputs = (q, *local, *received, grad_out, log_sum, delta)
+        strides = (*_strides(q, *local, *received, grad_out), log_sum.stride(0))
+
         keys = self._prepare(Pass.BACKWARD_KV, schedule, q)
-        queries = self._prepare(Pass.BACKWARD_Q, schedule, q)
-        grad_q = _empty(q.shape, q.dtype, q.device, queries.local_rows == len(q))
-        grad_local = KV(*(_empty(x.shape, x.dtype, q.device, keys.local_rows == len(x)) for x in local))
+        dtype = local_dtype or local.k.dtype
+        grad_local = KV(*(_empty(x.shape, dtype, q.device, keys.local_rows == len(x)) for x in local))
         shape = (len(received.k), 2, *received.k.shape[1:])
         back = _empty(shape, torch.float32, q.device, keys.received_rows == shape[0])
-        gradients = grad_q, grad_local, KV(*back.unbind(1))
-        self._backward(grad_out, q, local, received, out, lse, schedule, scale, *gradients, add=False)
+        outputs = (*grad_local, *back.unbind(1))
+
+        def scatter(part: _Prepared) -> None:
+            arguments = (*inputs, *outputs, *part.tables, scale * _LOG2E, *strides, *_strides(*outputs))
+            _launch(backward_kv_kernel, part, q, local, local.k.shape[1], arguments, ADD=False)
+
+        if leave is None:
+            scatter(keys)
+        else:
+            scatter(keys.tiles(0, keys.first_local))
+            leave(back)
+            scatter(keys.tiles(keys.first_local, len(keys.tables[0])))
+
+        queries = self._prepare(Pass.BACKWARD_Q, schedule, q)
+        grad_q = _empty(q.shape, q.dtype, q.device, queries.local_rows == len(q))
+        arguments = (*inputs, grad_q, *queries.tables, scale * _LOG2E, *strides, *_strides(grad_q))
+        _launch(backward_q_kernel, queries, q, local, q.shape[1], arguments, ADD=False)
         return Gradients(grad_q, grad_local, back)
 
     def _forward(
@@ -118,35 +127,6 @@ class TritonAttention:
         strides = (*_strides(q, *local, *received, out), lse.stride(0))
         _launch(forward_kernel, prepared, q, local, q.shape[1], (*tensors, scale * _LOG2E, *strides), MERGE=merge)
 
-    def _backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        local: KV,
-        received: KV,
-        out: Tensor,
-        lse: Tensor,
-        schedule: Schedule,
-        scale: float,
-        grad_q: Tensor,
-        grad_local: KV,
-        grad_received: KV,
-        add: bool,
-    ) -> None:
-        log_sum, delta = _row_terms(out, grad_out, lse, scale)
-        inputs = (q, *local, *received, grad_out, log_sum, delta)
-        strides = (*_strides(q, *local, *received, grad_out), log_sum.stride(0))
-
-        # Received rows' gradients have a way to go: dK and dV first, and their tiles first among them.
-        prepared = self._prepare(Pass.BACKWARD_KV, schedule, q)
-        outputs = (*grad_local, *grad_received)
-        arguments = (*inputs, *outputs, *prepared.tables, scale * _LOG2E, *strides, *_strides(*outputs))
-        _launch(backward_kv_kernel, prepared, q, local, local.k.shape[1], arguments, ADD=add)
-
-        prepared = self._prepare(Pass.BACKWARD_Q, schedule, q)
-        arguments = (*inputs, grad_q, *prepared.tables, scale * _LOG2E, *strides, *_strides(grad_q))
-        _launch(backward_q_kernel, prepared, q, local, q.shape[1], arguments, ADD=add)
-
     def _prepare(self, which: Pass, schedule: Schedule, q: Tensor) -> _Prepared:
         kept = self._prepared.setdefault(schedule, {})
         key = (which, len(q), q.shape[2], q.dtype, q.device)
@@ -155,7 +135,7 @@ class TritonAttention:
             make = key_tiles if which is Pass.BACKWARD_KV else query_tiles
             tiles = make(schedule, len(q), blocks.tile_rows(which))
             table, ranges, reach = (_to_device(x, q.device) for x in (tiles.table, tiles.ranges, tiles.reach))
-            kept[key] = _Prepared(blocks, (table, ranges, reach), *tiles.rows)
+            kept[key] = _Prepared(blocks, (table, ranges, reach), *tiles.rows, int(tiles.table[:, 0].sum()))
         return kept[key]
 
 

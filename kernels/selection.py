@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Protocol, cast
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashcp.kernels import cpu
+from flashcp.kernels.arrivals import Arrivals
 from flashcp.kernels.cpu import KV, Gradients
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.tuning import Tuning
@@ -21,8 +23,7 @@ ATTENTION = ("cpu", "triton")
 class AttentionKernel(Protocol):
     """An implementation; what these do is documented in `kernels/cpu.py`.
 
-    forward and backward go on from earlier parts, in fp32; attend and gradients take all ranges at once and keep
-    nothing else in memory.
+    forward goes on from earlier parts, in fp32; attend and gradients take all ranges at once.
     """
 
     def forward(
@@ -30,24 +31,16 @@ class AttentionKernel(Protocol):
     ) -> None:
         """Merge what the schedule's ranges contribute into out and lse."""
 
-    def backward(
+    def attend(
         self,
-        grad_out: Tensor,
         q: Tensor,
         local: KV,
         received: KV,
-        out: Tensor,
-        lse: Tensor,
         schedule: Schedule,
         scale: float,
-        grad_q: Tensor,
-        grad_local: KV,
-        grad_received: KV,
-    ) -> None:
-        """Add the gradients of the schedule's ranges."""
-
-    def attend(self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float) -> tuple[Tensor, Tensor]:
-        """Output in q's dtype and log-sum-exp."""
+        arrivals: Arrivals | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Output in q's dtype and log-sum-exp. arrivals: received rows are waited for source by source."""
 
     def gradients(
         self,
@@ -59,8 +52,10 @@ class AttentionKernel(Protocol):
         lse: Tensor,
         schedule: Schedule,
         scale: float,
+        local_dtype: torch.dtype | None = None,
+        leave: Callable[[Tensor], None] | None = None,
     ) -> Gradients:
-        """Gradients of `attend`."""
+        """Gradients of `attend`; those of received rows first."""
 
 
 def attention_name(name: str, device: torch.device) -> str:

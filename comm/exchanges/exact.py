@@ -1,16 +1,19 @@
-"""`exact`: an all-to-all in which each rank sends to each other only the rows that one reads."""
+"""`exact`: each rank sends to each other only the rows that one reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 from torch import Tensor
 
-from flashcp.comm.exchanges.base import Flight, Layout, ReceivingExchange, ReturnedRows, pack_rows
-from flashcp.comm.transport import Arrival
-from flashcp.kernels.schedule import Schedule
-from flashcp.sharding.plan import Segments, ShardingPlan
+from flashcp.comm.exchanges.flight import Flight, OneArrival
+from flashcp.comm.exchanges.homecoming import ReturnedRows
+from flashcp.comm.exchanges.receiving import ReceivingExchange
+from flashcp.comm.rows import ChosenRows, WholeRows
+from flashcp.comm.transport import Transport
+from flashcp.sharding.exchanges.exact import traffic
+from flashcp.sharding.plan import ShardingPlan
 
 __all__ = ["Exact"]
 
@@ -20,41 +23,26 @@ class Exact(ReceivingExchange):
 
     name = "exact"
 
+    def __init__(self, transport: Transport) -> None:
+        super().__init__(transport)
+        self._traffic = lru_cache(maxsize=4)(traffic)
+
     def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> Flight:
         """See Exchange."""
-        layout = self.layout(plan)
-        sent, received = self._counts(layout)
-        buffer = k.new_empty((sum(received), 2, *k.shape[1:]))
-        rows = pack_rows(k, v, layout.sent_index)
-        return OneArrival(self.transport.all_to_all(rows, sent, buffer, received), buffer, layout)
+        layout, rows, own = self.layout(plan), self._traffic(plan), self.transport.rank
+        sent, received = rows[own].tolist(), rows[:, own].tolist()
+        inbox = self.transport.inbox(sum(received), int(rows.sum(0).max()), (2, *k.shape[1:]), k)
+        leaving = ChosenRows((k, v), layout.sent_index)
+        before = rows[:own].sum(0).tolist()
+        return OneArrival(self.transport.all_to_all(leaving, sent, inbox, received, before), inbox, layout)
 
     def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> ReturnedRows:
-        """See ReceivingExchange: the way back is the same all-to-all with senders and readers exchanged."""
-        layout = self.layout(plan)
-        sent, received = self._counts(layout)
-        slots = gradients.new_empty((sum(sent), *gradients.shape[1:]))
-        arrival = self.transport.all_to_all(gradients, received, slots, sent)
-        return ReturnedRows(arrival, slots.split(sent), layout.sent_index.split(sent))
-
-    def _counts(self, layout: Layout) -> tuple[list[int], list[int]]:
-        return rows_by_rank(layout.sent, layout.plan), rows_by_rank(layout.received, layout.plan)
-
-
-class OneArrival(Flight):
-    """All rows arrive in one operation."""
-
-    def __init__(self, arrival: Arrival, buffer: Tensor, layout: Layout) -> None:
-        self.buffer = buffer
-        self._arrival, self._layout = arrival, layout
-
-    def arrivals(self) -> Iterator[Schedule]:
-        """See Flight."""
-        self._arrival.wait()
-        yield self._layout.received_schedule
-
-
-def rows_by_rank(segments: Segments, plan: ShardingPlan) -> list[int]:
-    """Rows of some segments per other end."""
-    total = np.zeros(plan.world_size, dtype=np.int64)
-    np.add.at(total, segments.rank, segments.stop - segments.start)
-    return total.tolist()
+        """See ReceivingExchange: the way back is the same exchange with senders and readers exchanged."""
+        layout, rows, own = self.layout(plan), self._traffic(plan), self.transport.rank
+        sent, received = rows[own].tolist(), rows[:, own].tolist()
+        inbox = self.transport.inbox(sum(sent), int(rows.sum(1).max()), gradients.shape[1:], gradients)
+        before = rows[:, :own].sum(1).tolist()
+        arrival = self.transport.all_to_all(WholeRows(gradients), received, inbox, sent, before)
+        starts = np.cumsum([0, *sent[:-1]]).tolist()
+        slots = list(zip(starts, layout.sent_index.split(sent), strict=True))
+        return ReturnedRows(arrival, inbox, slots, self.transport)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashcp.comm.exchanges.base import Flight, ReceivingExchange, ReturnedRows, pack_rows
-from flashcp.comm.exchanges.exact import OneArrival
+from flashcp.comm.exchanges.flight import Flight, OneArrival
+from flashcp.comm.exchanges.homecoming import ReturnedRows
+from flashcp.comm.exchanges.receiving import ReceivingExchange
+from flashcp.comm.rows import ChosenRows, WholeRows
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.plan import ShardingPlan
 
@@ -21,20 +23,23 @@ class _Gathered(ReceivingExchange):
     def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> Flight:
         """See Exchange."""
         layout, rows = self.layout(plan), self._block_rows(plan)
+        index, total = layout.sent_index, rows * plan.world_size
         block = k.new_zeros((rows, 2, *k.shape[1:]))
-        block[: len(layout.sent_index)] = pack_rows(k, v, layout.sent_index)
-        buffer = k.new_empty((rows * plan.world_size, *block.shape[1:]))
-        return OneArrival(self.transport.all_gather(block, buffer), buffer, layout)
+        ChosenRows((k, v), index).write(block[: len(index)], 0, len(index))
+        inbox = self.transport.inbox(total, total, block.shape[1:], k)
+        return OneArrival(self.transport.all_gather(WholeRows(block), inbox), inbox, layout)
 
     def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> ReturnedRows:
         """See ReceivingExchange. A rank's own block stays at home: it read those rows from its local tensor."""
         index, rows, own = self.layout(plan).sent_index, self._block_rows(plan), self.transport.rank
+        others = [rank for rank in range(plan.world_size) if rank != own]
         counts = [rows * (rank != own) for rank in range(plan.world_size)]
         leaving = torch.cat((gradients[: rows * own], gradients[rows * (own + 1) :]))
-        blocks = torch.empty_like(leaving)
-        arrival = self.transport.all_to_all(leaving, counts, blocks, counts)
-        slots = [block[: len(index)] for block in blocks.split([rows] * (plan.world_size - 1))]
-        return ReturnedRows(arrival, slots, [index] * len(slots))
+        total = rows * len(others)
+        inbox = self.transport.inbox(total, total, gradients.shape[1:], gradients)
+        offsets = [rows * (own - (own > rank)) for rank in range(plan.world_size)]
+        arrival = self.transport.all_to_all(WholeRows(leaving), counts, inbox, counts, offsets)
+        return ReturnedRows(arrival, inbox, [(rows * i, index) for i in range(len(others))], self.transport)
 
     def _block_rows(self, plan: ShardingPlan) -> int:
         return EXCHANGES[self.name].block_rows(plan)

@@ -14,7 +14,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flashcp.comm.exchanges.base import Exchange, Flight, Job, Kept
+from flashcp.comm.exchanges.base import Exchange, Job, Kept
+from flashcp.comm.exchanges.flight import Flight
+from flashcp.comm.rows import Inbox, WholeRows
 from flashcp.comm.transport import Arrival
 from flashcp.kernels.cpu import KV
 from flashcp.kernels.schedule import Schedule
@@ -31,90 +33,102 @@ class Ulysses(Exchange):
     gradient_dtype = None
     splits_heads = True
 
-    def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> Flight:
+    def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> _Whole:
         """See Exchange."""
-        arrival, buffer = self._by_heads(plan, torch.stack((k, v), dim=1))
-        return _HeadsFlight(arrival, buffer, self.layout(plan).gathered_schedule)
+        return self._by_heads(plan, torch.stack((k, v), dim=1))
 
     def forward(
         self, plan: ShardingPlan, q: Tensor, k: Tensor, v: Tensor, flight: Flight, job: Job, scale: float
     ) -> tuple[Tensor, Kept]:
         """See Exchange."""
+        with job.clock.measure("wait_ms"):
+            job.agree()
         with job.clock.measure("exchange_ms"):
-            arrival, q_all = self._by_heads(plan, q[:, None])
-            (schedule,) = flight.arrivals()
-            arrival.wait()
-        queries, keys, values = q_all[:, 0], flight.buffer[:, 0], flight.buffer[:, 1]
-        out = torch.zeros_like(queries, dtype=torch.float32)
-        lse = out.new_full(out.shape[:2], -torch.inf)
+            asked = self._by_heads(plan, q[:, None])
+            flight.wait()
+            asked.wait()
+        queries, keys, values = asked.inbox.rows[:, 0], *flight.inbox.rows.unbind(1)
         with job.clock.measure("attention_ms"):
             nothing = KV(keys[:0], values[:0])
-            job.kernel.forward(queries, KV(keys, values), nothing, schedule, scale, out, lse)
-        out = out.to(q.dtype)
+            out, lse = job.kernel.attend(queries, KV(keys, values), nothing, self.layout(plan).gathered_schedule, scale)
         with job.clock.measure("exchange_ms"):
             local = self._by_tokens(plan, out[:, None])[:, 0]
+            flight.leave()
+            asked.leave()
+        tickets = torch.tensor([asked.inbox.ticket, flight.inbox.ticket])
+        kept = Kept(q, k, v, out, lse, flight.inbox.rows, tickets, asked.inbox.rows)
         if job.refetch:
-            return local, Kept(q, k, v, out, lse, None)
-        return local, Kept(queries, keys, values, out, lse, flight.buffer)
+            self.release(kept)
+            kept = kept._replace(received=None, tickets=None, queries=None)
+        return local, kept
 
     def backward(
         self, plan: ShardingPlan, grad_out: Tensor, kept: Kept, job: Job, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See Exchange."""
-        queries, keys, values = kept.q, kept.k, kept.v
+        with job.clock.measure("wait_ms"):
+            job.agree()
         with job.clock.measure("exchange_ms"):
-            if kept.received is None:
-                flight = self.start(plan, keys, values)
-                arrival, q_all = self._by_heads(plan, queries[:, None])
-                list(flight.arrivals())
-                arrival.wait()
-                queries, keys, values = q_all[:, 0], flight.buffer[:, 0], flight.buffer[:, 1]
-            arrival, grad_all = self._by_heads(plan, grad_out[:, None])
-            arrival.wait()
-        gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (queries, keys, values)]
+            pulled = self._by_heads(plan, grad_out[:, None])
+            if not self.is_open(kept):
+                flight, asked = self.start(plan, kept.k, kept.v), self._by_heads(plan, kept.q[:, None])
+                for each in (flight, asked):
+                    each.wait()
+                    each.leave()
+                tickets = torch.tensor([asked.inbox.ticket, flight.inbox.ticket])
+                kept = kept._replace(received=flight.inbox.rows, tickets=tickets, queries=asked.inbox.rows)
+            pulled.wait()
+            pulled.leave()
+        assert kept.received is not None
+        assert kept.queries is not None
+        keys, values = kept.received.unbind(1)
+        nothing, schedule = KV(keys[:0], values[:0]), self.layout(plan).gathered_schedule
         with job.clock.measure("attention_ms"):
-            nothing = KV(keys[:0], values[:0])
-            job.kernel.backward(
-                grad_all[:, 0],
-                queries,
-                KV(keys, values),
-                nothing,
-                kept.out,
-                kept.lse,
-                self.layout(plan).gathered_schedule,
-                scale,
-                gradients[0],
-                KV(*gradients[1:]),
-                nothing,
-            )
+            grad_all, queries = pulled.inbox.rows[:, 0], kept.queries[:, 0]
+            tensors = grad_all, queries, KV(keys, values), nothing, kept.out, kept.lse
+            gradients = job.kernel.gradients(*tensors, schedule, scale)
+        self.transport.free(pulled.inbox.ticket)
+        self.release(kept)
         with job.clock.measure("exchange_ms"):
-            wire = grad_out.dtype
-            grad_q = self._by_tokens(plan, gradients[0][:, None].to(wire))[:, 0]
-            grad_k, grad_v = self._by_tokens(plan, torch.stack(gradients[1:], dim=1).to(wire)).unbind(1)
-        return grad_q.float(), grad_k.float(), grad_v.float()
+            grad_q = self._by_tokens(plan, gradients.q[:, None])[:, 0]
+            grad_k, grad_v = self._by_tokens(plan, torch.stack(gradients.local, dim=1)).unbind(1)
+        return grad_q, grad_k, grad_v
 
-    def _by_heads(self, plan: ShardingPlan, rows: Tensor) -> tuple[Arrival, Tensor]:
+    def _by_heads(self, plan: ShardingPlan, rows: Tensor) -> _Whole:
         """[T, tensors, heads, D] of all heads -> [C, tensors, heads / N, D] of this rank's, on its way."""
         ranks, own = plan.world_size, self.transport.rank
         leaving = rearrange(rows, "t i (n h) d -> (n t) i h d", n=ranks).contiguous()
-        into = leaving.new_empty((int(plan.offsets[-1]), *leaving.shape[1:]))
-        sent = [int(plan.tokens[own])] * ranks
-        return self.transport.all_to_all(leaving, sent, into, plan.tokens.tolist()), into
+        tokens = plan.tokens.tolist()
+        inbox = self.transport.inbox(sum(tokens), sum(tokens), leaving.shape[1:], leaving)
+        offsets = [sum(tokens[:own])] * ranks
+        arrival = self.transport.all_to_all(WholeRows(leaving), [tokens[own]] * ranks, inbox, tokens, offsets)
+        return _Whole(arrival, inbox, self.layout(plan).gathered_schedule)
 
     def _by_tokens(self, plan: ShardingPlan, rows: Tensor) -> Tensor:
         """[C, tensors, heads / N, D] of this rank's heads -> [T, tensors, heads, D] of its rows."""
-        ranks, own = plan.world_size, int(plan.tokens[self.transport.rank])
-        into = rows.new_empty((own * ranks, *rows.shape[1:]))
-        self.transport.all_to_all(rows.contiguous(), plan.tokens.tolist(), into, [own] * ranks).wait()
-        return rearrange(into, "(n t) i h d -> t i (n h) d", n=ranks)
+        ranks, own, tokens = plan.world_size, self.transport.rank, plan.tokens.tolist()
+        inbox = self.transport.inbox(tokens[own] * ranks, max(tokens) * ranks, rows.shape[1:], rows)
+        offsets = [count * own for count in tokens]
+        arrival = self.transport.all_to_all(WholeRows(rows.contiguous()), tokens, inbox, [tokens[own]] * ranks, offsets)
+        arrival.wait()
+        arrival.leave()
+        whole = rearrange(inbox.rows, "(n t) i h d -> t i (n h) d", n=ranks).clone()
+        self.transport.free(inbox.ticket)
+        return whole
 
 
-class _HeadsFlight(Flight):
-    def __init__(self, arrival: Arrival, buffer: Tensor, schedule: Schedule) -> None:
-        self.buffer = buffer
+class _Whole(Flight):
+    """Every row of the pack for this rank's heads."""
+
+    def __init__(self, arrival: Arrival, inbox: Inbox, schedule: Schedule) -> None:
+        self.inbox = inbox
         self._arrival, self._schedule = arrival, schedule
 
-    def arrivals(self) -> Iterator[Schedule]:
+    def arrivals(self, stages: int) -> Iterator[Schedule]:
         """See Flight: the whole pack at once."""
         self._arrival.wait()
         yield self._schedule
+
+    def leave(self) -> None:
+        """See Flight."""
+        self._arrival.leave()

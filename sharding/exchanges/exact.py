@@ -16,7 +16,7 @@ from flashcp.sharding.documents import expand_ranges
 if TYPE_CHECKING:
     from flashcp.sharding.plan import Segments, ShardingPlan
 
-__all__ = ["received", "rows", "sent"]
+__all__ = ["received", "rows", "sent", "traffic"]
 
 
 class Ends(NamedTuple):
@@ -98,3 +98,18 @@ def sent(plan: ShardingPlan, rank: int) -> Segments:
     order = np.lexsort((shard, readers.rank[reader]))
     reader, shard = reader[order], shard[order]
     return local.take(shard)._replace(rank=readers.rank[reader])
+
+
+def traffic(plan: ShardingPlan) -> np.ndarray:
+    """Rows that go from each rank (first axis) to each other (second axis), int64 [world_size, world_size]."""
+    cut = cut_documents(plan)[plan.table.document]
+    document, start, stop, rank = (column[cut] for column in plan.table)
+    readers = ends(plan)
+    first = np.searchsorted(readers.document, document)
+    count = np.searchsorted(readers.document, document, side="right") - first
+    reader, shard = expand_ranges(first, count), np.repeat(np.arange(len(document)), count)
+    reads = (readers.rank[reader] != rank[shard]) & (readers.stop[reader] > start[shard])
+    reader, shard = reader[reads], shard[reads]
+    pair = rank[shard] * plan.world_size + readers.rank[reader]
+    rows_of_pair = np.bincount(pair, (stop - start)[shard], plan.world_size**2)
+    return rows_of_pair.astype(np.int64).reshape(plan.world_size, plan.world_size)

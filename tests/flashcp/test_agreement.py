@@ -248,7 +248,7 @@ def test_bad_calls_say_what_is_wrong() -> None:
     ("field", "value"),
     [
         ("exchange", "nope"),
-        ("overlap", "fused"),
+        ("overlap", "nope"),
         ("attention", "nope"),
         ("transport", "nccl"),
         ("backward", "nope"),

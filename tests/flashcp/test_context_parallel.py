@@ -25,9 +25,12 @@ def errors_on_rank(
     overlap: str = "auto",
     backward: str = "keep",
     seed: int = 0,
+    transport: str = "auto",
 ) -> dict[str, float]:
     """Relative errors of out and of all gradients of the whole pack, brought together from the ranks."""
-    cp = flashcp.ContextParallel(exchange=exchange, overlap=overlap, backward=backward, timeout_s=20)
+    cp = flashcp.ContextParallel(
+        exchange=exchange, overlap=overlap, backward=backward, transport=transport, timeout_s=20
+    )
     plan = flashcp.plan(lengths, cp.world_size, strategy)
     q, k, v, grad = random_qkv(sum(lengths), *HEADS[heads], 16, dtype, seed)
     local = [cp.shard(x, plan).requires_grad_() for x in (q, k, v)]
@@ -60,8 +63,10 @@ def test_every_strategy_and_exchange_matches_the_reference(world_size: int, dtyp
 @pytest.mark.parametrize("exchange", list(EXCHANGE_CLASSES))
 def test_overlap_and_refetch_change_nothing_but_when(exchange: str) -> None:
     cases = [
-        (random_lengths(7), "per_document", exchange, "gqa", torch.float32, overlap, backward)
-        for overlap in ("none", "staged")
+        (random_lengths(7), "per_document", exchange, "gqa", torch.float32, overlap, backward, 0, transport)
+        for transport in ("gloo", "shm")
+        for overlap in ("none", "staged", "fused")
         for backward in ("keep", "refetch")
+        if overlap != "fused" or (transport == "shm" and exchange not in ("ring", "ulysses"))
     ]
     check(3, cases, 1e-5)

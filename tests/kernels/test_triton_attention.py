@@ -74,12 +74,12 @@ class Rank:
         lse = torch.full(self.q.shape[:2], -torch.inf)
         for part in self.parts:
             kernel.forward(self.q, self.local, self.from_others, part, scale, out, lse)
-        grad_q, back = torch.zeros(self.q.shape), torch.zeros(self.buffer.shape)
-        grad_local = KV(*(torch.zeros(x.shape) for x in self.local))
-        state = self.grad, self.q, self.local, self.from_others, out, lse
-        for part in reversed(self.parts):
-            kernel.backward(*state, part, scale, grad_q, grad_local, KV(back[:, 0], back[:, 1]))
-        return out, grad_q, grad_local, back
+        left: list[Tensor] = []
+        state = self.grad, self.q, self.local, self.from_others, out, lse, self.whole, scale
+        grads = kernel.gradients(*state, torch.float32, lambda rows: left.append(rows.clone()))
+        assert torch.equal(left[0], grads.received), "received rows' gradients left before they were complete"
+        assert grads.local.k.dtype == torch.float32
+        return out, *grads
 
 
 def errors(lengths: tuple[int, ...], ranks: int, strategy: str, exchange: str, staged: bool, heads: tuple[int, int],

@@ -1,0 +1,277 @@
+"""Shared memory between the processes of one host: a thread of each rank puts rows while the rank computes.
+
+Flags rely on stores being seen in order: x86 keeps it, elsewhere the locks that Python takes between two calls of
+torch do.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, HeapError
+from flashcp.comm.fabrics.base import Owner, Put, Region, Ticking
+from flashcp.kernels.arrivals import Arrivals
+
+__all__ = ["ShmFabric"]
+
+FOLDER = Path("/dev/shm")
+_PAGE = 4096
+_CHUNK_BYTES = 1 << 18  # a throttled put pauses in between
+_SPIN_S = 5e-5  # between two looks at a flag: ranks share cores
+
+
+@dataclass(frozen=True, eq=False)
+class ShmRegion(Region):
+    """memories: of every rank, as this process sees them."""
+
+    memories: list[np.ndarray]
+
+    @cached_property
+    def flags(self) -> list[np.ndarray]:
+        """Of every rank, int32 [2, N]: arrived, freed."""
+        ranks = len(self.memories)
+        return [memory[: 8 * ranks].view(np.int32).reshape(2, ranks) for memory in self.memories]
+
+    @cached_property
+    def data(self) -> list[np.ndarray]:
+        """Of every rank, bytes."""
+        head = _head_bytes(len(self.memories))
+        return [memory[head : head + self.data_bytes] for memory in self.memories]
+
+
+class ShmFabric:
+    """share: gives every rank's bytes to every rank. throttle_gbps: GB/s at which rows leave; 0: at once."""
+
+    name = "shm"
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        share: Callable[[bytes], list[bytes]],
+        timeout_s: float,
+        throttle_gbps: float = 0.0,
+    ) -> None:
+        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
+        self._share = share
+        self._courier = _Courier(rank, timeout_s, throttle_gbps)
+        self._stuck = torch.zeros(1, dtype=torch.int32)
+
+    @property
+    def sent_bytes(self) -> int:
+        """What was put into other ranks' memory so far."""
+        return self._courier.sent_bytes
+
+    def allocate(self, index: int, data_bytes: int) -> Region:
+        """See Fabric. The file has no name any more once every rank has opened it."""
+        size = _head_bytes(self.world_size) + data_bytes
+        path = FOLDER / f"flashcp-{uuid.uuid4().hex}"
+        try:
+            own, problem = _tried(lambda: _map(path, size, make=True))
+            names = self._agree(path.name, problem)
+            memories, problem = _tried(
+                lambda: [own if rank == self.rank else _map(FOLDER / name, size) for rank, name in enumerate(names)]
+            )
+            self._agree("", problem)
+        finally:
+            path.unlink(missing_ok=True)
+        return ShmRegion(index, data_bytes, memories)
+
+    def _agree(self, word: str, problem: str) -> list[str]:
+        """Every rank's word. Raises HeapError on all ranks when one of them has a problem."""
+        text = f"-rank {self.rank}: no shared memory in {FOLDER} ({problem})" if problem else f"+{word}"
+        said = [words.decode(errors="replace") for words in self._share(text.encode())]
+        for words in said:
+            if not words.startswith("+"):
+                raise HeapError(words[1:])
+        return [words[1:] for words in said]
+
+    def tensor(self, region: Region, rows: int, row: Sequence[int], like: Tensor, owner: Owner) -> Tensor:
+        """See Fabric."""
+        assert isinstance(region, ShmRegion)
+        return _view(region.data[self.rank], 0, rows, tuple(row), like.dtype, owner)
+
+    def put(self, puts: Sequence[Put]) -> Ticking:
+        """See Fabric."""
+        return self._courier.start(puts)
+
+    def wait(self, region: Region, source: int, epoch: int) -> None:
+        """See Fabric."""
+        assert isinstance(region, ShmRegion)
+        flag = region.flags[self.rank][0]
+        deadline = time.monotonic() + self.timeout_s
+        while flag[source] < epoch:
+            if time.monotonic() > deadline:
+                raise _late(self.rank, self.timeout_s, source, epoch)
+            self._courier.check()
+            time.sleep(_SPIN_S)
+
+    def free(self, region: Region, epoch: int) -> None:
+        """See Fabric."""
+        assert isinstance(region, ShmRegion)
+        for flags in region.flags:
+            flags[1, self.rank] = epoch
+
+    def flags(self, region: Region, epoch: int) -> Arrivals | None:
+        """See Fabric."""
+        assert isinstance(region, ShmRegion)
+        self._stuck.zero_()
+        return Arrivals(torch.from_numpy(region.flags[self.rank][0]), epoch, self._stuck, self.timeout_s)
+
+    def check(self, flags: Arrivals) -> None:
+        """See Fabric."""
+        if source := int(flags.stuck):
+            raise _late(self.rank, self.timeout_s, source - 1, flags.epoch)
+
+
+@dataclass
+class _Errand:
+    """Some puts that were asked for together."""
+
+    puts: list[Put]
+    done: threading.Event = field(default_factory=threading.Event)
+    courier: _Courier | None = None
+
+    def leave(self) -> None:
+        assert self.courier is not None
+        while not self.done.wait(0.1):
+            self.courier.check()
+        self.courier.check()
+
+
+class _Courier:
+    """The thread that puts rows, those first whose place is free."""
+
+    def __init__(self, rank: int, timeout_s: float, throttle_gbps: float) -> None:
+        self.rank, self.timeout_s, self.throttle_gbps = rank, timeout_s, throttle_gbps
+        self.sent_bytes = 0
+        self._due = 0.0  # when the throttled link is free again
+        self._error: ExchangeError | None = None
+        self._errands: list[_Errand] = []
+        self._news = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def start(self, puts: Sequence[Put]) -> Ticking:
+        errand = _Errand(list(puts), courier=self)
+        with self._news:
+            self._errands.append(errand)
+            self._news.notify()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="flashcp-courier", daemon=True)
+            self._thread.start()
+        return errand
+
+    def check(self) -> None:
+        """Raise what went wrong on the way."""
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        with torch.no_grad():
+            while True:
+                with self._news:
+                    while not self._errands:
+                        self._news.wait()
+                try:
+                    self._serve()
+                except Exception as error:  # told to the rank at its next wait: a thread has nobody to raise to
+                    failed = ExchangeError(f"rank {self.rank} could not put its rows: {error}")
+                    self._error = error if isinstance(error, ExchangeError) else failed
+                    return
+
+    def _serve(self) -> None:
+        """One put, or a moment's sleep where no place is free."""
+        since = time.monotonic()
+        while True:
+            for errand in list(self._errands):
+                ready = next((put for put in errand.puts if self._is_free(put)), None)
+                if ready is not None:
+                    self._carry(ready)
+                    errand.puts.remove(ready)
+                if not errand.puts:
+                    errand.done.set()
+                    with self._news:
+                        self._errands.remove(errand)
+                if ready is not None or not errand.puts:
+                    return
+            if time.monotonic() - since > self.timeout_s:
+                put = self._errands[0].puts[0]
+                raise ExchangeTimeoutError(
+                    f"rank {self.rank} waited {self.timeout_s:g} s for rank {put.to} to free its receive buffer "
+                    f"(epoch {put.after})"
+                )
+            time.sleep(_SPIN_S)
+
+    def _is_free(self, put: Put) -> bool:
+        assert isinstance(put.region, ShmRegion)
+        return bool(put.region.flags[self.rank][1, put.to] >= put.after)
+
+    def _carry(self, put: Put) -> None:
+        region = put.region
+        assert isinstance(region, ShmRegion)
+        rows = put.stop - put.start
+        if rows:
+            into = _view(region.data[put.to], put.offset, rows, put.row, put.dtype)
+            self._copy(put, into)
+        region.flags[put.to][0, self.rank] = put.epoch
+
+    def _copy(self, put: Put, into: Tensor) -> None:
+        rows, leaves = len(into), put.to != self.rank
+        slow = leaves and self.throttle_gbps > 0
+        step = max(1, rows * _CHUNK_BYTES // max(1, into.nbytes)) if slow else rows
+        for start in range(0, rows, step):
+            part = into[start : start + step]
+            put.leaving.write(part, put.start + start, put.start + start + len(part))
+            self.sent_bytes += part.nbytes * leaves
+            if slow:
+                self._due = max(self._due, time.perf_counter()) + part.nbytes / self.throttle_gbps / 1e9
+                time.sleep(max(0.0, self._due - time.perf_counter()))
+
+
+def _map(path: Path, size: int, make: bool = False) -> np.ndarray:
+    """A file of shared memory as an array of bytes, in memory as long as somebody uses it."""
+    descriptor = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if make else 0), 0o600)
+    try:
+        if make:
+            os.posix_fallocate(descriptor, 0, size)  # a full file system is an error here, and a crash later
+        return np.frombuffer(mmap.mmap(descriptor, size), dtype=np.uint8)
+    finally:
+        os.close(descriptor)
+
+
+def _tried(make: Callable[[], Any]) -> tuple[Any, str]:
+    """What it makes, or why it cannot."""
+    try:
+        return make(), ""
+    except OSError as error:
+        return None, str(error.strerror)
+
+
+def _view(
+    memory: np.ndarray, offset: int, rows: int, row: tuple[int, ...], dtype: torch.dtype, owner: Owner | None = None
+) -> Tensor:
+    """[rows, *row] of a dtype, from a byte offset on."""
+    size = rows * int(np.prod(row, dtype=np.int64)) * dtype.itemsize
+    part = memory[offset : offset + size]
+    return torch.from_numpy(owner(part) if owner else part).view(dtype).view(rows, *row)
+
+
+def _head_bytes(ranks: int) -> int:
+    return -(-8 * ranks // _PAGE) * _PAGE
+
+
+def _late(rank: int, timeout_s: float, source: int, epoch: int) -> ExchangeTimeoutError:
+    return ExchangeTimeoutError(f"rank {rank} waited {timeout_s:g} s for the rows of rank {source} (epoch {epoch})")

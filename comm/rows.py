@@ -1,0 +1,73 @@
+"""Rows that leave a rank, and memory in which others' rows arrive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+__all__ = ["ChosenRows", "Inbox", "Leaving", "WholeRows"]
+
+
+class Leaving(Protocol):
+    """Rows on their way out. Nobody may write to their tensors before they have left."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def packed(self) -> Tensor:
+        """All of them, contiguous [rows, ...]: for a transport that sends one message."""
+
+    def write(self, into: Tensor, start: int, stop: int) -> None:
+        """Rows start..stop into memory [stop - start, ...] that may be another rank's."""
+
+
+@dataclass(frozen=True)
+class WholeRows:
+    """The rows of one tensor [rows, ...] as they lie."""
+
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def packed(self) -> Tensor:
+        """See Leaving."""
+        return self.rows.contiguous()
+
+    def write(self, into: Tensor, start: int, stop: int) -> None:
+        """See Leaving."""
+        into.copy_(self.rows[start:stop], non_blocking=True)
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """Rows `index` of several tensors [T, ...] side by side, [rows, parts, ...]: K first, V behind."""
+
+    parts: tuple[Tensor, ...]
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def packed(self) -> Tensor:
+        """See Leaving."""
+        first = self.parts[0]
+        packed = first.new_empty((len(self), len(self.parts), *first.shape[1:]))
+        self.write(packed, 0, len(self))
+        return packed
+
+    def write(self, into: Tensor, start: int, stop: int) -> None:
+        """See Leaving."""
+        chosen = self.index[start:stop]
+        for i, part in enumerate(self.parts):
+            into[:, i].copy_(part.index_select(0, chosen), non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Inbox:
+    """Memory for others' rows, [rows, ...]. ticket: what the transport knows it by; 0 for memory of its own."""
+
+    rows: Tensor
+    ticket: int = 0
