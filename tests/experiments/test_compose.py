@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from flashcp.experiments.bench import BENCHES, keys
 from flashcp.experiments.compose import compose, expand
 from flashcp.experiments.settings import read_run, register_run
 from flashcp.experiments.usage import config_keys, group_values
@@ -86,4 +87,6 @@ def command_line() -> str:
     for config in ("plan", "config"):
         lines += [f"{config}: {name}={'|'.join(values)}" for name, values in group_values(config).items()]
         lines += [f"{config}: {key}={default}" for key, default in config_keys(config)]
+    for name in BENCHES:
+        lines += [f"bench {name}: {key}={default}" for key, default in config_keys(keys([name]))]
     return "\n".join(lines) + "\n"
