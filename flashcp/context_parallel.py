@@ -67,7 +67,7 @@ class ContextParallel:
             raise ValueError("group: expected a torch.distributed group that this rank is a member of, or None")
         self.exchange = exchange
         self.overlap = "staged" if overlap == "auto" else overlap
-        self.attention_name, self._tuning = attention, tuning
+        self.attention_name, self.tuning = attention, tuning
         self.backward = backward
         self.stats = Clock()
         self._handshake: Handshake | None = None
@@ -166,7 +166,7 @@ class ContextParallel:
 
         with self.stats.measure("wait_ms"):
             agreed = self._agree(header)
-        kernel = select_attention(self.attention_name, k.device, self._tuning)
+        kernel = select_attention(self.attention_name, k.device, self.tuning)
         with torch.no_grad(), self.stats.measure("exchange_ms"):
             flight = self._exchange.start(plan, k, v)
         job = Job(kernel, self.overlap, self.backward == "refetch", self.stats)

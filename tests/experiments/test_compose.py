@@ -11,6 +11,7 @@ from flashcp.experiments.bench import BENCHES, keys
 from flashcp.experiments.compose import compose, expand
 from flashcp.experiments.settings import read_run, register_run
 from flashcp.experiments.usage import config_keys, group_values
+from flashcp.kernels.tuning import Blocks, Tuning
 from flashcp.sharding.methods import METHODS
 from flashcp.train.run import prepare
 from tests.checkout import ROOT
@@ -62,6 +63,13 @@ def test_options_of_a_strategy_are_keys_of_its_group() -> None:
     assert run.config.parallel.sharding_options == {"target_imbalance": 1.2}
     assert run.provider == "flashcp_paper"
     assert read_run(compose("config", ["sharding=contiguous", "exchange=exact"])).provider == "contiguous+exact"
+
+
+def test_block_shapes_reach_the_operator() -> None:
+    shapes = ["parallel.tuning.forward=128x64x8x3", "parallel.tuning.backward_q=32x16x4x1xtf32x3"]
+    wanted = Tuning(forward=Blocks(128, 64, 8, 3), backward_q=Blocks(32, 16, 4, 1, "tf32x3"))
+    assert read_run(compose("config", shapes)).config.parallel.operator().tuning == wanted
+    assert read_run(compose("config", [])).config.parallel.operator().tuning == Tuning()
 
 
 def test_a_run_s_digest_is_of_what_decides_its_numbers() -> None:
