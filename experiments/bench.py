@@ -16,45 +16,73 @@ from flashcp.train.schema import read_dataclass
 __all__ = ["BENCHES", "Bench", "keys", "main"]
 
 
+Run = Callable[[Any, str], tuple[list[Any], Path]]
+
+
 class Bench(NamedTuple):
-    """A dataclass of what to measure; from it rows (named tuples); from them a table, and a file of CSV."""
+    """A dataclass of what to measure; from it and `out` rows (named tuples or dataclasses) and the place they were
+    written to; from rows a table. out: the default, empty where `run` finds one.
+    """
 
     settings: type[Any]
-    measure: Callable[[Any], Iterable[Any]]
+    run: Run
     table: Callable[[list[Any]], str]
-    write: Callable[[Path, list[Any]], None]
+    out: str
 
 
 def _planner() -> Bench:
     from flashcp.experiments.bench_planner import PlannerBench, bench_planner, planner_table, write_planner_rows
 
-    return Bench(PlannerBench, bench_planner, planner_table, write_planner_rows)
+    run = _into_file(bench_planner, write_planner_rows)
+    return Bench(PlannerBench, run, planner_table, "outputs/bench/planner.csv")
 
 
 def _awkward() -> Bench:
     from flashcp.experiments.bench_awkward import AwkwardBench, awkward_table, bench_awkward
     from flashcp.experiments.bench_planner import write_planner_rows
 
-    return Bench(AwkwardBench, bench_awkward, awkward_table, write_planner_rows)
+    run = _into_file(bench_awkward, write_planner_rows)
+    return Bench(AwkwardBench, run, awkward_table, "outputs/bench/awkward.csv")
 
 
-BENCHES: dict[str, Callable[[], Bench]] = {"planner": _planner, "awkward": _awkward}
+def _attention() -> Bench:
+    from flashcp.experiments.bench_attention import AttentionBench, attention_table, bench_attention
+
+    return Bench(AttentionBench, bench_attention, attention_table, "")
+
+
+BENCHES: dict[str, Callable[[], Bench]] = {"planner": _planner, "awkward": _awkward, "attention": _attention}
 
 
 def main(arguments: Sequence[str], as_json: bool = False) -> int:
-    """Measure, write out=FILE (by default below outputs/), print the table or one JSON document."""
+    """Measure, write to out= (by default below outputs/), print the table or one JSON document."""
     name, overrides = _name(arguments)
     bench = BENCHES[name]()
     settings = compose(_config(name, bench), overrides)
-    out = Path(settings.pop("out"))
-    if out.suffix != ".csv":
-        raise ValueError(f"out={str(out)!r}: expected a file *.csv")
-    check_out(out.parent)
-    rows = list(bench.measure(read_dataclass(bench.settings, settings)))
-    bench.write(out, rows)
-    print(json.dumps({"rows": [row._asdict() for row in rows]}, indent=1) if as_json else bench.table(rows))
-    print(f"wrote {out}", file=sys.stderr)
+    out = settings.pop("out")
+    rows, written = bench.run(read_dataclass(bench.settings, settings), out)
+    print(json.dumps({"rows": [_fields(row) for row in rows]}, indent=1) if as_json else bench.table(rows))
+    print(f"wrote {written}", file=sys.stderr)
     return 0
+
+
+def _into_file(measure: Callable[[Any], Iterable[Any]], write: Callable[[Path, list[Any]], None]) -> Run:
+    """Rows written to a file of CSV when all are there."""
+
+    def run(settings: Any, out: str) -> tuple[list[Any], Path]:
+        path = Path(out)
+        if path.suffix != ".csv":
+            raise ValueError(f"out={out!r}: expected a file *.csv")
+        check_out(path.parent)
+        rows = list(measure(settings))
+        write(path, rows)
+        return rows, path
+
+    return run
+
+
+def _fields(row: Any) -> dict[str, Any]:
+    return dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row._asdict()  # type: ignore[arg-type]
 
 
 def keys(arguments: Sequence[str]) -> str:
@@ -71,6 +99,6 @@ def _name(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 def _config(name: str, bench: Bench) -> str:
     """The benchmark's settings and `out`, as a configuration in the ConfigStore. Returns its name."""
-    out = ("out", str, dataclasses.field(default=f"outputs/bench/{name}.csv"))
+    out = ("out", str, dataclasses.field(default=bench.out))
     register_config(f"bench_{name}", dataclasses.make_dataclass("Settings", [out], bases=(bench.settings,)))
     return f"bench_{name}"

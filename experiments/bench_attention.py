@@ -1,4 +1,6 @@
-"""Attention of one device beside every peer that is installed: `python -m flashcp.experiments.bench_attention`.
+"""Attention of one device beside every peer that is installed: `flashcp bench attention`.
+
+Where hydra is not installed: `python -m flashcp.experiments.bench_attention --minutes 8 --cases pile --out DIR`.
 
 One unattended run of under eight minutes on an H200: for each case every provider is first checked (ours against
 float64, the peers against ours), then all are timed in turns, the L2 cache flushed before each measurement. Rows and
@@ -12,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -24,10 +27,11 @@ from torch import Tensor
 from flashcp import __version__
 from flashcp.experiments.attention_cases import Case, Tensors, all_cases, exact_share, make_tensors
 from flashcp.experiments.attention_peers import OURS, PEERS, Forward
+from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.rows import Row, write_rows
 
-__all__ = ["main"]
+__all__ = ["AttentionBench", "attention_table", "bench_attention", "main"]
 
 LARGEST_ERROR = 1e-2  # bf16 against float64; peers may differ from ours by twice that
 BACKWARD_FLOPS = 2.5
@@ -47,33 +51,63 @@ class Number(NamedTuple):
     p80: float | None
 
 
+@dataclass
+class AttentionBench:
+    """minutes: cases that begin later than this are left out. cases: only those whose name holds this text."""
+
+    minutes: float = 8.0
+    cases: str = ""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign. Returns 0, or 2 with one line on standard error where there is no GPU."""
+    """Run the campaign. Returns 0, or 2 with one line on standard error, for instance where there is no GPU."""
     parser = argparse.ArgumentParser(prog="bench_attention", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8.0, help="cases that begin later than this are left out")
-    parser.add_argument("--cases", default="", help="only cases whose name holds this text")
-    parser.add_argument("--out", type=Path, default=None, help="directory of the rows and figures")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("bench_attention: needs a GPU, and torch sees none here", file=sys.stderr)
+    parser.add_argument("--out", default="", help="directory of the rows and figures")
+    for key in fields(AttentionBench):
+        parser.add_argument(f"--{key.name}", type=type(key.default), default=key.default)
+    options = vars(parser.parse_args(arguments))
+    out = options.pop("out")
+    try:
+        rows, folder = bench_attention(AttentionBench(**options), out)
+    except ValueError as error:
+        print(f"bench_attention: {error}", file=sys.stderr)
         return 2
+    print(attention_table(rows))
+    print(f"wrote {folder}", file=sys.stderr)
+    return 0
+
+
+def bench_attention(bench: AttentionBench, out: str) -> tuple[list[Row], Path]:
+    """Measure every case; its rows are written, and a line of progress said, as soon as they are there.
+
+    out: directory; empty: `results_folder`. Returns the rows and that directory. Raises ValueError, before anything
+    is written, where there is no GPU, and for settings that leave nothing to measure.
+    """
+    if not bench.minutes > 0:
+        raise ValueError(f"minutes={bench.minutes}: expected a number > 0")
+    if not torch.cuda.is_available():
+        raise ValueError("attention is measured on a GPU, and torch sees none here")
+    cases = {f"{case.name}_{case.query_heads}x{case.kv_heads}": case for case in all_cases()}
+    chosen = {name: case for name, case in cases.items() if bench.cases in name}
+    if not chosen:
+        raise ValueError(f"cases={bench.cases!r}: expected a part of one of {', '.join(cases)}")
     device = torch.device("cuda")
-    folder = options.out or results_folder(torch.cuda.get_device_name(device))
+    device_name = torch.cuda.get_device_name(device)
+    folder = Path(out) if out else results_folder(device_name)
+    check_out(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * options.minutes - 2 * SHARE_S
+    deadline = time.monotonic() + 60 * bench.minutes - 2 * SHARE_S
     rows: list[Row] = []
-    for case in all_cases():
-        name = f"{case.name}_{case.query_heads}x{case.kv_heads}"
-        if options.cases not in name:
-            continue
+    for name, case in chosen.items():
         if time.monotonic() > deadline:
             print(f"{name}: left out, the time is over", file=sys.stderr)
             continue
-        rows += [to_row(name, number, device) for number in measure(case, device)]
+        new = [to_row(name, number, device_name) for number in measure(case, device)]
+        rows += new
         write_rows(folder, rows)
-        print_case(name, rows)
+        print(attention_table(new), file=sys.stderr, flush=True)
     draw(folder, rows)
-    return 0
+    return rows, folder
 
 
 def measure(case: Case, device: torch.device) -> Iterator[Number]:
@@ -174,23 +208,26 @@ def in_turns(work: dict[str, Work], device: torch.device) -> dict[str, tuple[flo
     return {label: tuple(torch.quantile(t, spread).tolist()) for label, t in times.items()}
 
 
-def to_row(case: str, number: Number, device: torch.device) -> Row:
-    """A number with all that it must carry."""
+def to_row(case: str, number: Number, device: str) -> Row:
+    """A number with all that it must carry. device: its name."""
     versions = f"flashcp {__version__}, torch {torch.__version__}, triton {triton.__version__}"
     return Row(case, number.provider, number.metric, number.unit, None, number.p20, number.median, number.p80,
-               torch.cuda.get_device_name(device), versions, commit(), datetime.now(UTC).date().isoformat(), "measured",
+               device, versions, commit(), datetime.now(UTC).date().isoformat(), "measured",
                "", "")  # fmt: skip
 
 
-def print_case(name: str, rows: Sequence[Row]) -> None:
+def attention_table(rows: Sequence[Row]) -> str:
     """One line a case: TFLOP/s forward / backward of each provider."""
-    cells = {(row.provider, row.metric): row.median for row in rows if row.case == name}
-    shown = [
-        f"{peer} {cells[peer, 'forward_tflops']:.0f}/{cells[peer, 'backward_tflops']:.0f}"
-        for peer in PEERS
-        if (peer, "backward_tflops") in cells
-    ]
-    print(f"{name:<42} error {cells[OURS, 'relative_error']:.1e}  {'  '.join(shown)}", flush=True)
+    cells = {(row.case, row.provider, row.metric): row.median for row in rows}
+    lines = []
+    for case in dict.fromkeys(row.case for row in rows):
+        shown = [
+            f"{peer} {cells[case, peer, 'forward_tflops']:.0f}/{cells[case, peer, 'backward_tflops']:.0f}"
+            for peer in PEERS
+            if (case, peer, "backward_tflops") in cells
+        ]
+        lines.append(f"{case:<42} error {cells[case, OURS, 'relative_error']:.1e}  {'  '.join(shown)}")
+    return "\n".join(lines)
 
 
 def draw(folder: Path, rows: Sequence[Row]) -> None:

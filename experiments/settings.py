@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 
@@ -33,7 +33,11 @@ GROUP_FIELDS = ("sharding", "sharding_options", "exchange")  # of ParallelConfig
 ParallelSettings: Any = dataclasses.make_dataclass(
     "ParallelSettings",
     [
-        (item.name, item.type, field(default=item.default))
+        (
+            item.name,
+            get_type_hints(ParallelConfig)[item.name],
+            field(default=item.default, default_factory=item.default_factory),
+        )
         for item in dataclasses.fields(ParallelConfig)
         if item.name not in GROUP_FIELDS
     ],

@@ -23,6 +23,7 @@ EXPLAINED = {
     "out": "directory to write to; empty: below outputs/",
     "data.path": "file, directory or glob; data=lengths: one length a line",
     "data.overflow": "truncate or carry: a document's tail that does not fit a window",
+    "parallel.tuning.forward": "Triton block shape, such as 128x64x8x3; empty: the table's",
     "sweep.name": "of the directory below outputs/ and of the wandb group",
     "sweep.baseline": "method that speedups are over",
     "sweep.reference": "also train on one process, and compare the losses",

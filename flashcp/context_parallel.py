@@ -81,7 +81,7 @@ class ContextParallel:
         if group is not None and (not launched or dist.get_rank(group) < 0):
             raise ValueError("group: expected a torch.distributed group that this rank is a member of, or None")
         self.exchange = exchange
-        self.attention_name, self._tuning = attention, tuning
+        self.attention_name, self.tuning = attention, tuning
         self.backward = backward
         self.stats = Clock()
         self._handshake: Handshake | None = None
@@ -174,7 +174,7 @@ class ContextParallel:
         """Let rows leave. check: of the tensors, given this rank's rows; returns query heads and scale."""
 
         def select() -> AttentionKernel:
-            return select_attention(self.attention_name, k.device, self._tuning)
+            return select_attention(self.attention_name, k.device, self.tuning)
 
         def header() -> Header:
             self._check_plan(plan)

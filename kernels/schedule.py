@@ -45,8 +45,24 @@ class Schedule:
     def pairs(self) -> int:
         """Causal query-key pairs that this schedule computes."""
         rows = self.row_stop - self.row_start
-        queries = np.repeat(self.query_stop - self.query_start, np.diff(self.range_first))
+        queries = (self.query_stop - self.query_start)[self.query]
         return int(np.where(self.masked, rows * (rows + 1) // 2, rows * queries).sum())
+
+    @cached_property
+    def query(self) -> np.ndarray:
+        """The query shard that each range belongs to, int32 [R]."""
+        return np.repeat(np.arange(len(self.query_start), dtype=np.int32), np.diff(self.range_first))
+
+    @cached_property
+    def arrival(self) -> np.ndarray:
+        """0 for local ranges, else 1, 2, ... for sources in the order they lie in the receive buffer, int32 [R]."""
+        arrival = np.zeros(len(self.source), dtype=np.int32)
+        received = np.flatnonzero(self.received)
+        source = self.source[received]
+        lowest = np.full(int(source.max(initial=0)) + 1, np.iinfo(np.int64).max)
+        np.minimum.at(lowest, source, self.row_start[received])
+        arrival[received] = 1 + np.argsort(np.argsort(lowest))[source]
+        return arrival
 
     def range_totals(self, amount: np.ndarray) -> np.ndarray:
         """Sum over the ranges of each query shard of an amount per range, int64 [G]."""
@@ -94,7 +110,8 @@ def build_schedule(queries: Segments, local: Segments | None = None, received: S
 
     Shards are disjoint: a segment that begins below a query shard's end is that shard or lies wholly before it.
 
-    queries, local: shards of this rank with `row` in the local tensor. received: segments of the receive buffer.
+    queries, local: shards of this rank with `row` in the local tensor. received: segments of the receive buffer. All in
+    the order of their rows, as plans and routes list them.
     Leaving `local` or `received` out gives the schedule of the other part alone: outputs of several parts are
     merged by their log-sum-exp. Query shards that read nothing from the parts given are left out.
     """

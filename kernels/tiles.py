@@ -61,22 +61,18 @@ def query_tiles(schedule: Schedule, rows: int, tile_rows: int) -> Tiles:
     Tiles that read local rows alone come first, then by the arrival of the last source they read (sources arrive in
     the order in which they lie in the receive buffer), those with much to read before those with little.
     """
-    blocks = len(schedule.query_start)
-    block = _query(schedule)
-    arrival = np.zeros(blocks, dtype=np.int64)
-    np.maximum.at(arrival, block, _arrival(schedule))
-    sort = _sort(block, schedule.received, schedule.row_start)
-    block, received, masked = block[sort], schedule.received[sort], schedule.masked[sort]
-    start, stop = schedule.row_start[sort], schedule.row_stop[sort]
+    query, received, masked = schedule.query, schedule.received, schedule.masked
+    start, stop = _small(schedule.row_start), _small(schedule.row_stop)
 
-    # Ranges that touch are one; nothing joins on behind the block's own rows.
-    touches = (block[1:] == block[:-1]) & (received[1:] == received[:-1]) & (start[1:] == stop[:-1])
-    opens, closes = _runs(touches & ~masked[:-1], len(block))
-    place = np.where(masked[closes], OWN, received[opens])
-    ranges = np.stack((place, start[opens], stop[closes]), axis=1)
-    bounds = _bounds(block[opens], blocks)
-    columns = (np.zeros(blocks, dtype=np.int64), schedule.query_start, schedule.query_stop)
-    return _cut(_Blocks(*columns, *bounds, arrival), ranges, rows, tile_rows, keys=False)
+    # Ranges that touch are one; nothing joins on behind the shard's own rows.
+    apart = _changes(query) | _changes(received)
+    apart[1:] |= (start[1:] != stop[:-1]) | masked[:-1]
+    ranges, opens = _join(apart, np.where(masked, OWN, received), start, stop)
+    bounds = _small(np.searchsorted(opens, schedule.range_first))
+    arrival = np.zeros(len(bounds) - 1, dtype=np.int32)
+    np.maximum.at(arrival, query, schedule.arrival)
+    shards = np.zeros_like(arrival), _small(schedule.query_start), _small(schedule.query_stop)
+    return _cut(_Blocks(*shards, bounds[:-1], bounds[1:], arrival), ranges, rows, tile_rows, keys=False)
 
 
 def key_tiles(schedule: Schedule, rows: int, tile_rows: int) -> Tiles:
@@ -84,95 +80,96 @@ def key_tiles(schedule: Schedule, rows: int, tile_rows: int) -> Tiles:
 
     Received rows come first, source by source as they lie in the buffer, for their gradients have a way to go.
     """
-    query = _query(schedule)
-    sort = _sort(schedule.received, schedule.row_start, schedule.query_start[query])
-    query, received, masked = query[sort], schedule.received[sort], schedule.masked[sort]
-    row_start, row_stop = schedule.row_start[sort], schedule.row_stop[sort]
+    behind = ~schedule.received * int(schedule.row_stop.max(initial=0))
+    sort = _order(schedule.row_start + behind)  # stable: the readers of a row stay in the order of their rows
+    query, received, masked = schedule.query[sort], schedule.received[sort], schedule.masked[sort]
+    row_start, row_stop = _small(schedule.row_start)[sort], _small(schedule.row_stop)[sort]
 
     # A query shard reads all of a key shard or nothing: ranges over the same rows are one block with many readers.
-    same = (row_start[1:] == row_start[:-1]) & (received[1:] == received[:-1])
-    heads, _ = _runs(same, len(query))
-    block = np.cumsum(heads) - 1
-    assert np.array_equal(row_stop[heads][block], row_stop), "ranges of a schedule overlap in part"
+    head = _changes(row_start) | _changes(received)
+    assert head[_changes(row_stop)].all(), "ranges of a schedule overlap in part"
 
     # Readers that touch are one; nothing joins on before the block's own rows.
-    start, stop = schedule.query_start[query], schedule.query_stop[query]
-    opens, closes = _runs(same & (start[1:] == stop[:-1]) & ~masked[1:], len(query))
-    readers = np.stack((np.where(masked[opens], OWN, LOCAL), start[opens], stop[closes]), axis=1)
-    bounds = _bounds(block[opens], int(heads.sum()))
-    arrival = _arrival(schedule)[sort][heads]
-    order = np.where(received[heads], arrival, arrival.max(initial=0) + 1)
-    columns = (received[heads].astype(np.int64), row_start[heads], row_stop[heads])
-    return _cut(_Blocks(*columns, *bounds, order), readers, rows, tile_rows, keys=True)
+    start, stop = _small(schedule.query_start)[query], _small(schedule.query_stop)[query]
+    apart = head | masked
+    apart[1:] |= start[1:] != stop[:-1]
+    readers, opens = _join(apart, np.where(masked, OWN, LOCAL), start, stop)
+    bounds = _small(np.append(np.flatnonzero(head[opens]), len(opens)))
+    first = np.flatnonzero(head)
+    block_received = received[first]
+    arrival = schedule.arrival[sort[first]]
+    order = np.where(block_received, arrival, arrival.max(initial=0) + 1)
+    columns = block_received.astype(np.int32), row_start[first], row_stop[first]
+    return _cut(_Blocks(*columns, bounds[:-1], bounds[1:], order), readers, rows, tile_rows, keys=True)
 
 
-def _sort(first: np.ndarray, second: np.ndarray, third: np.ndarray) -> np.ndarray:
-    """The order by three columns of non-negative numbers that together take 63 bits: one sort instead of three."""
-    bits = [int(column.max(initial=0)).bit_length() for column in (second, third)]
-    return np.argsort((((first.astype(np.int64) << bits[0]) | second) << bits[1]) | third)
+def _small(column: np.ndarray) -> np.ndarray:
+    """As the tables hold it: a pack has fewer than 2^31 rows. A copy."""
+    return column.astype(np.int32)
 
 
-def _query(schedule: Schedule) -> np.ndarray:
-    """The query shard that each range belongs to."""
-    return np.repeat(np.arange(len(schedule.query_start)), np.diff(schedule.range_first))
+def _order(numbers: np.ndarray) -> np.ndarray:
+    """The stable order of non-negative numbers, 16 bits at a time: numpy sorts those without comparing."""
+    order = np.argsort(numbers.astype(np.uint16), kind="stable")
+    for shift in range(16, int(numbers.max(initial=0)).bit_length(), 16):
+        digit = (numbers >> shift).astype(np.uint16)
+        order = order[np.argsort(digit[order], kind="stable")]
+    return order
 
 
-def _arrival(schedule: Schedule) -> np.ndarray:
-    """Per range: 0 for local rows, else 1, 2, ... for sources in the order they lie in the receive buffer."""
-    arrival = np.zeros(len(schedule.source), dtype=np.int64)
-    source, row = schedule.source[schedule.received], schedule.row_start[schedule.received]
-    if source.size:
-        lowest = np.full(int(source.max()) + 1, np.iinfo(np.int64).max)
-        np.minimum.at(lowest, source, row)
-        arrival[schedule.received] = 1 + np.argsort(np.argsort(lowest))[source]
-    return arrival
+def _changes(column: np.ndarray) -> np.ndarray:
+    """Mask of the entries that differ from the one before; the first one does."""
+    return np.concatenate(([True], column[1:] != column[:-1]))[: len(column)]
 
 
-def _runs(joined: np.ndarray, entries: int) -> tuple[np.ndarray, np.ndarray]:
-    """Masks of the entries that open and that close a run; joined[i] joins entry i + 1 to entry i."""
-    return np.concatenate(([True], ~joined))[:entries], np.concatenate((~joined, [True]))[:entries]
+def _join(apart: np.ndarray, place: np.ndarray, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Entries as ranges, each joined to the one before unless `apart`, and the entry that opens each range.
 
-
-def _bounds(owner: np.ndarray, owners: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the entries of each owner begin and end in a sorted list of owners."""
-    stops = np.cumsum(np.bincount(owner, minlength=owners))
-    return np.concatenate(([0], stops))[:owners], stops
+    A range with own rows in it is OWN, the highest of places.
+    """
+    opens = np.flatnonzero(apart)
+    stops = stop[np.append(opens[1:], len(apart))[: len(opens)] - 1]
+    places = np.maximum.reduceat(place, opens) if len(opens) else opens
+    return np.stack((_small(places), start[opens], stops), axis=1), opens
 
 
 def _cut(blocks: _Blocks, ranges: np.ndarray, rows: int, tile_rows: int, keys: bool) -> Tiles:
     """Cut blocks into tiles and sort them. keys: own runs follow a tile, else they lead up to it."""
-    own = np.full(len(blocks.start), -1)
+    own = np.full(len(blocks.start), -1, dtype=np.int32)
     entry = np.flatnonzero(ranges[:, 0] == OWN)
     owner = np.searchsorted(blocks.range_stop, entry, side="right")
     own[owner] = ranges[entry, 2 if keys else 1]
     steps = np.zeros(rows + 1, dtype=np.int32)
-    steps[blocks.start[owner]] += own[owner].astype(np.int32)
-    steps[blocks.stop[owner]] -= own[owner].astype(np.int32)
+    steps[blocks.start[owner]] += own[owner]
+    steps[blocks.stop[owner]] -= own[owner]
     reach = np.cumsum(steps[:-1], dtype=np.int32)
 
-    alone = (own == (blocks.stop if keys else blocks.start)) & (blocks.range_stop - blocks.range_first == 1)
-    blocks, ranges = _share_tiles(blocks, ranges, alone, tile_rows)
-    count = -(-(blocks.stop - blocks.start) // tile_rows)
-    block = np.repeat(np.arange(len(count)), count)
-    row = blocks.start[block] + tile_rows * expand_ranges(np.zeros_like(count), count)
-    stop = np.minimum(row + tile_rows, blocks.stop[block])
-    to_read = np.concatenate(([0], np.cumsum(ranges[:, 2] - ranges[:, 1])))
-    work = (to_read[blocks.range_stop] - to_read[blocks.range_first])[block]
-    # An own run is read from the tile on, or up to it: tiles inside a block read less and less, or more and more.
-    work -= (row - blocks.start[block]) if keys else (blocks.stop[block] - stop)
-    sort = np.argsort((blocks.order[block] << 40) - work)
-    columns = (blocks.received[block], row, stop, blocks.range_first[block], blocks.range_stop[block])
     covered = np.bincount(blocks.received, blocks.stop - blocks.start, 2).astype(int)
-    table = np.stack(columns, axis=1)[sort].astype(np.int32)
-    return Tiles(table, ranges.astype(np.int32), reach, (int(covered[0]), int(covered[1])))
+    alone = (own == (blocks.stop if keys else blocks.start)) & (blocks.range_stop - blocks.range_first == 1)
+    _share_tiles(blocks, ranges, alone, tile_rows)
+    count = -(-(blocks.stop - blocks.start) // tile_rows)
+    block = np.repeat(np.arange(len(count), dtype=np.int32), count)
+    received, start, block_stop, first, last, order = (column[block] for column in blocks)
+    row = _small(expand_ranges(np.zeros_like(count), count)) * tile_rows + start
+    stop = np.minimum(row + tile_rows, block_stop)
+    to_read = np.concatenate(([0], np.cumsum(ranges[:, 2] - ranges[:, 1], dtype=np.int64)))
+    work = to_read[last] - to_read[first]
+    # An own run is read from the tile on, or up to it: tiles inside a block read less and less, or more and more.
+    work -= (own[block] >= 0) * (row - start if keys else block_stop - stop)
+    most = int(work.max(initial=0))
+    sort = _order((order.astype(np.int64) << most.bit_length()) + (most - work))
+    table = np.stack((received, row, stop, first, last), axis=1).take(sort, axis=0)
+    return Tiles(table, ranges, reach, (int(covered[0]), int(covered[1])))
 
 
-def _share_tiles(blocks: _Blocks, ranges: np.ndarray, alone: np.ndarray, tile_rows: int) -> tuple[_Blocks, np.ndarray]:
-    """Join short blocks that only their own rows read and that touch, as long as they fit in one tile together."""
-    alone = alone & (blocks.stop - blocks.start <= tile_rows // 2)
-    short = np.flatnonzero(alone)
+def _share_tiles(blocks: _Blocks, ranges: np.ndarray, alone: np.ndarray, tile_rows: int) -> None:
+    """Join short blocks that only their own rows read and that touch, as long as they fit in one tile together.
+
+    The first of those that share a tile becomes all of them, in place, and the others become empty.
+    """
+    short = np.flatnonzero(alone & (blocks.stop - blocks.start <= tile_rows // 2))
     if len(short) < 2:
-        return blocks, ranges
+        return
     short = short[np.argsort(blocks.start[short])]
     start, stop = blocks.start[short], blocks.stop[short]
     gaps = np.append(np.flatnonzero(start[1:] != stop[:-1]) + 1, len(short))
@@ -181,9 +178,6 @@ def _share_tiles(blocks: _Blocks, ranges: np.ndarray, alone: np.ndarray, tile_ro
     group = [0]
     while following[group[-1]] < len(short):
         group.append(following[group[-1]])
-    start, stop = start[group], stop[np.array([*group[1:], len(short)]) - 1]
-    entry = len(ranges) + np.arange(len(group))
-    ranges = np.concatenate((ranges, np.stack((np.full(len(group), OWN), start, stop), axis=1)))
-    shared = _Blocks(np.zeros_like(start), start, stop, entry, entry + 1, blocks.order[short[group]])
-    kept = _Blocks(*(column[~alone] for column in blocks))
-    return _Blocks(*(np.concatenate(pair) for pair in zip(kept, shared, strict=True))), ranges
+    leader, last = short[group], np.array([*group[1:], len(short)]) - 1
+    blocks.stop[short] = start
+    blocks.stop[leader] = ranges[blocks.range_first[leader], 2] = stop[last]

@@ -8,7 +8,7 @@ chip's): `experiments/tune_attention.py` compiles the candidates anywhere and ti
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -36,7 +36,7 @@ SHORT_SPEED = 0.8
 """Speed assumed of the tiles for short documents, next to the large ones on a long document (not measured)."""
 
 
-_TEXT = re.compile(r"(forward|backward_kv|backward_q)=(\d+)x(\d+)x(\d+)x(\d+)x(\w+)")
+_TEXT = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)(?:x(\w+))?")
 
 
 class Pass(Enum):
@@ -72,6 +72,19 @@ class Blocks:
         """Rows of a tile of that pass: keys for dK and dV, queries otherwise."""
         return self.block_n if which is Pass.BACKWARD_KV else self.block_m
 
+    def to_text(self) -> str:
+        """`128x64x8x3xieee`."""
+        return f"{self.block_m}x{self.block_n}x{self.warps}x{self.stages}x{self.precision}"
+
+    @classmethod
+    def from_text(cls, text: str) -> Blocks:
+        """The blocks `to_text` wrote; the precision may be left out. Raises ValueError for anything else."""
+        match = _TEXT.fullmatch(text)
+        if match is None:
+            raise ValueError(f"{text!r}: expected QUERY_ROWSxKEY_ROWSxWARPSxSTAGES[xPRECISION], such as 128x64x8x3")
+        block_m, block_n, warps, stages = map(int, match.groups()[:4])
+        return cls(block_m, block_n, warps, stages, match[5] or "ieee")
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -87,21 +100,18 @@ class Tuning:
 
     def to_text(self) -> str:
         """`forward=128x64x8x3xieee,...`: what operators carry."""
-        chosen = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return ",".join(
-            f"{name}={b.block_m}x{b.block_n}x{b.warps}x{b.stages}x{b.precision}" for name, b in chosen if b is not None
-        )
+        chosen = ((which.value, self.of(which)) for which in Pass)
+        return ",".join(f"{name}={blocks.to_text()}" for name, blocks in chosen if blocks is not None)
 
     @classmethod
     def from_text(cls, text: str) -> Tuning:
         """The tuning `to_text` wrote. Raises ValueError for anything else."""
         chosen = {}
         for part in filter(None, text.split(",")):
-            match = _TEXT.fullmatch(part)
-            if match is None:
-                raise ValueError(f"tuning={text!r}: expected PASS=MxNxWARPSxSTAGESxPRECISION, ...")
-            name, block_m, block_n, warps, stages, precision = match.groups()
-            chosen[name] = Blocks(int(block_m), int(block_n), int(warps), int(stages), precision)
+            name, _, blocks = part.partition("=")
+            if name not in {which.value for which in Pass}:
+                raise ValueError(f"tuning {part!r}: expected one of {', '.join(f'{w.value}=' for w in Pass)}")
+            chosen[name] = Blocks.from_text(blocks)
         return cls(**chosen)
 
 

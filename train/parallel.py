@@ -9,11 +9,34 @@ from typing import Any
 import numpy as np
 
 import flashcp
+from flashcp.kernels.tuning import Blocks, Pass, Tuning
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.train.ranks import LONGEST_WAIT_S
 
-__all__ = ["ParallelConfig"]
+__all__ = ["ParallelConfig", "TuningConfig"]
+
+
+@dataclass
+class TuningConfig:
+    """Block shapes that replace the Triton kernels' own, pass by pass: query rows x key rows x warps x stages, such as
+    `128x64x8x3`, for fp32 also `x` and the precision of products, `ieee` or `tf32x3`. Empty: those of
+    `kernels/tuning.py`."""
+
+    forward: str = ""
+    backward_kv: str = ""
+    backward_q: str = ""
+
+    def read(self) -> Tuning:
+        """As the kernels take it. Raises ValueError for text that is no block shape and numbers that none can have."""
+        chosen = {}
+        for which in Pass:
+            text = getattr(self, which.value)
+            try:
+                chosen[which.value] = Blocks.from_text(text) if text else None
+            except ValueError as error:
+                raise ValueError(f"parallel.tuning.{which.value}: {error}") from error
+        return Tuning(**chosen)
 
 
 @dataclass
@@ -28,6 +51,7 @@ class ParallelConfig:
     transport: str = "auto"
     backward: str = "keep"
     timeout_s: float = 60.0
+    tuning: TuningConfig = field(default_factory=TuningConfig)
 
     def check(self, world_size: int, heads: int, kv_heads: int) -> None:
         """Raise ValueError for names that do not exist and heads that the exchange cannot divide."""
@@ -42,6 +66,7 @@ class ParallelConfig:
             )
         if not 0 < self.timeout_s <= LONGEST_WAIT_S:
             raise ValueError(f"parallel.timeout_s={self.timeout_s}: expected seconds > 0 and <= {LONGEST_WAIT_S:.0e}")
+        self.tuning.read()
         self.planner(world_size)(np.array([world_size]))  # the strategy's options are checked by using them
 
     def planner(self, world_size: int) -> Callable[[np.ndarray], ShardingPlan]:
@@ -53,7 +78,11 @@ class ParallelConfig:
         return make_plan
 
     def operator(self) -> flashcp.ContextParallel:
-        """The attention operator over the default process group, or for one rank alone. Raises ValueError for names."""
+        """The attention operator over the default process group, or for one rank alone.
+
+        Raises ValueError for names and block shapes.
+        """
+        tuning = self.tuning.read()
         try:
             return flashcp.ContextParallel(
                 exchange=self.exchange,
@@ -62,6 +91,7 @@ class ParallelConfig:
                 transport=self.transport,
                 backward=self.backward,
                 timeout_s=self.timeout_s,
+                tuning=tuning,
             )
         except ValueError as error:
             raise ValueError(f"parallel.{error}") from error

@@ -36,11 +36,11 @@ def ends(plan: ShardingPlan) -> Ends:
     """The ends of every cut document of a plan."""
     cut = cut_documents(plan)[plan.table.document]
     document, _, stop, rank = (column[cut] for column in plan.table)
-    last = np.full(len(document), True)
-    order = np.lexsort((stop, rank, document))
-    last[:-1] = (np.diff(document[order]) != 0) | (np.diff(rank[order]) != 0)
-    chosen = order[last]
-    chosen = chosen[np.lexsort((stop[chosen], document[chosen]))]
+    # Shards lie by document and start: the last one of a document and rank is where that rank's pieces end.
+    holder = document * plan.world_size + rank
+    order = np.argsort(holder, kind="stable")
+    last = np.append(holder[order[1:]] != holder[order[:-1]], True)[: len(order)]
+    chosen = np.sort(order[last])
     return Ends(document[chosen], rank[chosen], stop[chosen])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,18 @@ import torch
 
 from flashcp.experiments.attention_cases import Case, all_cases, exact_share, make_tensors
 from flashcp.experiments.attention_peers import OURS, PEERS
-from flashcp.experiments.bench_attention import LARGEST_ERROR, Number, draw, in_turns, main, own_error, to_row
+from flashcp.experiments.bench import keys as bench_keys
+from flashcp.experiments.bench_attention import (
+    LARGEST_ERROR,
+    Number,
+    attention_table,
+    draw,
+    in_turns,
+    main,
+    own_error,
+    to_row,
+)
+from flashcp.experiments.usage import config_keys
 from flashcp.kernels.reference import reference_attention
 from flashcp.kernels.schedule import build_schedule, whole_pack_schedule
 from flashcp.sharding.strategies import plan
@@ -34,19 +46,55 @@ def share() -> Case:
     return Case("share", schedule, int(split.tokens[1]), int((received.stop - received.start).sum()), None, 4, 2, 16)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    assert capsys.readouterr().err == "bench_attention: needs a GPU, and torch sees none here\n"
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+NONE_HERE = "attention is measured on a GPU, and torch sees none here"
 
 
-def test_it_needs_neither_hydra_nor_wandb() -> None:
+@no_gpu
+def test_without_a_gpu_it_says_so_in_one_line(
+    refused: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused("bench", "attention", "out=here", "cases=pile", "minutes=1") == NONE_HERE
+    assert main(["--out", str(tmp_path / "here")]) == 2
+    assert capsys.readouterr().err == f"bench_attention: {NONE_HERE}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_refuses_what_leaves_nothing_to_measure(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert refused("bench", "attention", "minutes=0") == "minutes=0.0: expected a number > 0"
+    assert refused("bench", "attention", "minutes=nan") == "minutes=nan: expected a number > 0"
+    assert refused("bench", "attention", "zz=1") == "zz: no such override; expected one of minutes, cases, out"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert refused("bench", "attention", "cases=nope").startswith(
+        "cases='nope': expected a part of one of one_4k_32x32"
+    )
+
+
+def test_both_ways_to_start_it_take_the_same_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = dict(config_keys(bench_keys(["attention"])))
+    assert keys == {"minutes": "8.0", "cases": "", "out": ""}
+    assert main([f"--{key}={value}" for key, value in (keys | {"minutes": "0"}).items()]) == 2
+    assert capsys.readouterr().err == "bench_attention: minutes=0.0: expected a number > 0\n"
+
+
+def test_it_runs_where_hydra_omegaconf_and_wandb_are_not() -> None:
     script = (
-        "import sys, flashcp.experiments.bench_attention as b; "
-        "print([m for m in ('hydra', 'omegaconf', 'wandb') if m in sys.modules])"
+        "import sys; sys.modules.update(dict.fromkeys(('hydra', 'omegaconf', 'wandb'))); "
+        "from flashcp.experiments.bench_attention import main; main(['--minutes', '0'])"
     )
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert run.stderr == "bench_attention: minutes=0.0: expected a number > 0\n"
+
+
+def test_the_table_has_a_line_a_case() -> None:
+    numbers = [Number(OURS, "relative_error", "1", None, 0.001, None)]
+    numbers += [Number(OURS, f"{which}_tflops", "TFLOP/s", 1, n, 3) for which, n in (("forward", 2), ("backward", 4))]
+    rows = [to_row(case, number, "a device") for case in ("first", "second") for number in numbers]
+    assert [line.split() for line in attention_table(rows).splitlines()] == [
+        [case, "error", "1.0e-03", OURS, "2/4"] for case in ("first", "second")
+    ]
 
 
 def test_the_gate_agrees_with_the_reference() -> None:
@@ -109,5 +157,5 @@ def test_timing_and_figures(tmp_path: Path) -> None:
     times = in_turns({"small": lambda: x @ x, "large": lambda: [x @ x for _ in range(20)]}, device)
     assert 0 < times["small"][0] <= times["small"][1] <= times["small"][2] < times["large"][1]
     numbers = [Number(OURS, f"{which}_tflops", "TFLOP/s", 1, 2, 3) for which in ("forward", "backward")]
-    draw(tmp_path, [to_row("case", number, device) for number in numbers])
+    draw(tmp_path, [to_row("case", number, torch.cuda.get_device_name()) for number in numbers])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["backward.png", "forward.png"]

@@ -81,6 +81,12 @@ TRAIN_REFUSED = [
     ("out=/proc/foo", "out='/proc/foo': cannot be written (No such file or directory)"),
     ("method=flashcp_paper sharding.target_imbalance=0", "sharding.target_imbalance=0.0: expected a number >= 1"),
     ("parallel.overlap=nope", "parallel.overlap='nope': expected one of auto, none, staged"),
+    ("parallel.tuning.forward=128x64", "parallel.tuning.forward: '128x64': expected QUERY_ROWSxKEY_ROWSxWARPS"),
+    ("parallel.tuning.forward=48x64x4x2", "parallel.tuning.forward: block_m=48: expected one of 16, 32"),
+    ("parallel.tuning.backward_kv=64x64x3x1", "parallel.tuning.backward_kv: warps=3: expected one of 1, 2"),
+    ("parallel.tuning.backward_q=64x64x4x2xtf32", "parallel.tuning.backward_q: precision='tf32'"),
+    ("parallel.tuning.backward=64x64x4x2", "parallel.tuning.backward: no such override; expected one of forward"),
+    ("parallel.tuning=64x64x4x2", "parallel.tuning=64x64x4x2: "),
     ("checkpoint.resume=nowhere", "checkpoint.resume='nowhere': no checkpoint there"),
     ("tracker.wandb=nope", "tracker.wandb='nope': expected one of offline, online, disabled"),
     ("data.tokenizer=no.json", "data.tokenizer='no.json': cannot be read"),
@@ -101,8 +107,8 @@ REPORT_REFUSED = [
     (". x=1", "x: no such override; expected baseline"),
 ]
 BENCH_REFUSED = [
-    ("", "bench '': expected one of planner"),
-    ("nope", "bench 'nope': expected one of planner"),
+    ("", "bench '': expected one of planner, awkward, attention"),
+    ("nope", "bench 'nope': expected one of planner, awkward, attention"),
     ("planner windows=x", "windows=x: expected a whole number"),
     ("planner nope=1", "nope: no such override; expected one of data_sets"),
     ("planner out=here", "out='here': expected a file *.csv"),
@@ -177,6 +183,8 @@ def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     if verb in ("plan", "train", "sweep"):
         assert "llama3, per_document, ring" in shown
         assert "\n  world_size=" in shown
+    if verb == "bench":
+        assert "planner, awkward or attention" in shown
 
 
 def test_help_is_quick_and_plan_leaves_torch_alone() -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from flashcp.experiments.bench import BENCHES, keys
 from flashcp.experiments.compose import compose, expand
 from flashcp.experiments.settings import read_run, register_run
 from flashcp.experiments.usage import config_keys, group_values
+from flashcp.kernels.tuning import Blocks, Tuning
 from flashcp.sharding.methods import METHODS
 from flashcp.train.run import prepare
 from tests.checkout import ROOT
@@ -63,6 +65,13 @@ def test_options_of_a_strategy_are_keys_of_its_group() -> None:
     assert read_run(compose("config", ["sharding=contiguous", "exchange=exact"])).provider == "contiguous+exact"
 
 
+def test_block_shapes_reach_the_operator() -> None:
+    shapes = ["parallel.tuning.forward=128x64x8x3", "parallel.tuning.backward_q=32x16x4x1xtf32x3"]
+    wanted = Tuning(forward=Blocks(128, 64, 8, 3), backward_q=Blocks(32, 16, 4, 1, "tf32x3"))
+    assert read_run(compose("config", shapes)).config.parallel.operator().tuning == wanted
+    assert read_run(compose("config", [])).config.parallel.operator().tuning == Tuning()
+
+
 def test_a_run_s_digest_is_of_what_decides_its_numbers() -> None:
     run, same, other = (
         read_run(compose("config", overrides))
@@ -86,4 +95,6 @@ def command_line() -> str:
     for config in ("plan", "config"):
         lines += [f"{config}: {name}={'|'.join(values)}" for name, values in group_values(config).items()]
         lines += [f"{config}: {key}={default}" for key, default in config_keys(config)]
+    for name in BENCHES:
+        lines += [f"bench {name}: {key}={default}" for key, default in config_keys(keys([name]))]
     return "\n".join(lines) + "\n"

@@ -17,10 +17,22 @@ def test_text_comes_back_as_the_tuning() -> None:
     assert Tuning.from_text("") == Tuning()
 
 
-@pytest.mark.parametrize("text", ["forward", "forward=1x2", "sideways=16x16x4x1xieee", "forward=axbxcxdxieee"])
-def test_text_that_is_no_tuning_is_named(text: str) -> None:
-    with pytest.raises(ValueError, match="expected PASS=MxNxWARPSxSTAGESxPRECISION"):
-        Tuning.from_text(text)
+def test_precision_may_be_left_out() -> None:
+    assert Blocks.from_text("128x64x8x3") == Blocks.from_text("128x64x8x3xieee") == Blocks(128, 64, 8, 3)
+    assert Tuning.from_text("backward_kv=64x32x4x2") == Tuning(backward_kv=Blocks(64, 32, 4, 2))
+
+
+@pytest.mark.parametrize("text", ["", "1x2", "axbxcxd", "128x64x8x3x", "128x64x8x3;", " 128x64x8x3"])
+def test_text_that_is_no_block_shape_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match=f"^{text!r}: expected QUERY_ROWSxKEY_ROWSxWARPSxSTAGES"):
+        Blocks.from_text(text)
+    with pytest.raises(ValueError, match="expected QUERY_ROWSxKEY_ROWSxWARPSxSTAGES"):
+        Tuning.from_text(f"forward={text}")
+
+
+def test_passes_that_do_not_exist_are_named() -> None:
+    with pytest.raises(ValueError, match="'sideways=16x16x4x1': expected one of forward=, backward_kv=, backward_q="):
+        Tuning.from_text("forward=64x64x4x2,sideways=16x16x4x1")
 
 
 def test_blocks_that_cannot_be_built_are_named() -> None:

@@ -53,6 +53,8 @@ def test_omegaconf_composes_it() -> None:
             3,
             r"model\.heads=8, model\.kv_heads=4: expected multiples of world_size=3",
         ),
+        ({"parallel": {"tuning": {"forward": "fast"}}}, 1, r"parallel\.tuning\.forward: 'fast': expected QUERY_ROWSx"),
+        ({"parallel": {"tuning": {"sideways": ""}}}, 1, r"parallel\.tuning\.sideways: no such field; expected one of"),
         ({"loop": {"steps": 0}}, 1, r"loop\.steps=0: expected a whole number >= 1"),
         ({"loop": {"precision": "fp8"}}, 1, r"loop\.precision='fp8': expected one of fp32, bf16"),
         ({"loop": {"device": "tpu"}}, 1, r"loop\.device='tpu': expected one of auto, cpu, cuda"),
