@@ -14,18 +14,18 @@ __all__ = ["Clock"]
 class Clock:
     """Milliseconds since the last reset, this rank's.
 
-    attention_ms: attention kernels, forward and backward. exchange_ms: packing, sending and waiting for rows, that
+    attention_ms: attention kernels, forward and backward. exposed_exchange_ms: packing, sending and waiting for rows, that
     is, the part of the exchange that no attention hides. wait_ms: waiting for slower ranks to come to the exchange.
     """
 
     attention_ms: float = 0.0
-    exchange_ms: float = 0.0
+    exposed_exchange_ms: float = 0.0
     wait_ms: float = 0.0
     _inner_ms: float = field(default=0.0, repr=False, compare=False)
 
     def reset(self) -> None:
         """Set all to zero."""
-        self.attention_ms = self.exchange_ms = self.wait_ms = 0.0
+        self.attention_ms = self.exposed_exchange_ms = self.wait_ms = 0.0
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:

@@ -35,6 +35,11 @@ class OneSided:
         return self.fabric.sent_bytes
 
     @property
+    def receive_bytes(self) -> int:
+        """See Transport."""
+        return self.heap.total_bytes
+
+    @property
     def oldest(self) -> int:
         """See Transport."""
         return self.heap.oldest_alive

@@ -51,6 +51,10 @@ class Transport(Protocol):
         """See the class."""
 
     @property
+    def receive_bytes(self) -> int:
+        """Memory of inboxes that stays allocated on this rank."""
+
+    @property
     def oldest(self) -> int:
         """See the class."""
 
@@ -91,6 +95,7 @@ class Alone:
     one_sided = False
     oldest = 0
     sent_bytes = 0
+    receive_bytes = 0
 
     def inbox(self, rows: int, most: int, row: Sequence[int], like: Tensor, steps: int = 1) -> Inbox:
         """See Transport."""

@@ -27,6 +27,7 @@ class TwoSided:
 
     one_sided = False
     oldest = 0
+    receive_bytes = 0
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
         self.group = group

@@ -28,7 +28,7 @@ class Line:
     imbalance: float | None
     saving: float | None
     attention_ms: float | None
-    exchange_ms: float | None
+    exposed_exchange_ms: float | None
     wait_ms: float | None
     step_ms: float | None
     speedup: float | None
@@ -111,7 +111,7 @@ def _line(rows: Sequence[Row], baseline_ms: float | None, runs: dict[str, list[R
         imbalance=_number(rows, "imbalance"),
         saving=_number(rows, "saving"),
         attention_ms=_number(rows, "attention_ms"),
-        exchange_ms=_number(rows, "exchange_ms"),
+        exposed_exchange_ms=_number(rows, "exposed_exchange_ms"),
         wait_ms=_number(rows, "wait_ms"),
         step_ms=step_ms,
         speedup=baseline_ms / step_ms if baseline_ms and step_ms else None,

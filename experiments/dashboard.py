@@ -135,7 +135,7 @@ def _row(line: Line, longest: float, spread: tuple[float | None, float | None] |
         number(line.imbalance, ".3f", not single),
         number(line.saving, ".3f", not single),
         number(line.attention_ms, ".0f"),
-        number(line.exchange_ms, ".1f"),
+        number(line.exposed_exchange_ms, ".1f"),
         f"<td>{line.step_ms:.0f}{between}</td>" if line.step_ms is not None else "<td></td>",
         f'<td class="bar">{parts}</td>',
         number(line.speedup, ".3f"),

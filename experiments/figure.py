@@ -55,7 +55,7 @@ def step_parts(line: Line) -> dict[str, float]:
     """
     step = line.step_ms or 0.0
     attention = min(line.attention_ms or 0.0, step)
-    exchange = min(line.exchange_ms or 0.0, step - attention)
+    exchange = min(line.exposed_exchange_ms or 0.0, step - attention)
     return {"attention": attention, "exchange": exchange, "rest": step - attention - exchange}
 
 

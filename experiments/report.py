@@ -99,7 +99,7 @@ def _cells(line: Line) -> list[str]:
         number(None if line.provider == REFERENCE else line.imbalance, ".3f"),
         number(None if line.provider == REFERENCE else line.saving, ".3f"),
         number(line.attention_ms, ".0f"),
-        number(line.exchange_ms, ".1f"),
+        number(line.exposed_exchange_ms, ".1f"),
         number(line.step_ms, ".0f"),
         number(line.speedup, ".3f"),
         number(line.final_loss, ".5f"),

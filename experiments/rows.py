@@ -21,7 +21,7 @@ REFERENCE = "single_process"
 UNITS = {
     "step_ms": "ms",
     "attention_ms": "ms",
-    "exchange_ms": "ms",
+    "exposed_exchange_ms": "ms",
     "wait_ms": "ms",
     "loader_ms": "ms",
     "tokens_per_s": "tokens/s",

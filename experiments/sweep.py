@@ -52,7 +52,7 @@ def track(comparison: Comparison, tracker: TrackerConfig, out: Path) -> None:
         "imbalance",
         "saving",
         "attention_ms",
-        "exchange_ms",
+        "exposed_exchange_ms",
         "step_ms",
         "speedup",
         "final_loss",

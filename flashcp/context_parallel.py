@@ -104,6 +104,11 @@ class ContextParallel:
         """What has left this rank for other ranks so far, all tensors of both passes, headers not counted."""
         return self._transport.sent_bytes
 
+    @property
+    def receive_bytes(self) -> int:
+        """Memory of this rank's receive buffers and gradient slots that stays allocated (one-sided transports)."""
+        return self._transport.receive_bytes
+
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, plan: ShardingPlan, softmax_scale: float | None = None
     ) -> Tensor:
@@ -198,7 +203,7 @@ class ContextParallel:
         refetch, agree = self.backward == "refetch", posted.check if posted else _nothing
         job = Job(select(), self.overlap, self.stages, refetch, self.stats, agree)
         call = Call(plan, self._exchange, job, agreed, self._handshake)
-        with torch.no_grad(), self.stats.measure("exchange_ms"), call.watched():
+        with torch.no_grad(), self.stats.measure("exposed_exchange_ms"), call.watched():
             flight = self._exchange.start(plan, k, v)
         return Handle(call, flight, k, v)
 

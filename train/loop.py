@@ -124,15 +124,15 @@ class Trainer:
     ) -> dict[str, Any]:
         """Times are the slowest rank's; imbalance, critical rows and saving are means over the packs.
 
-        attention_ms, exchange_ms, wait_ms: the operator's clock, all layers, forward and backward.
+        attention_ms, exposed_exchange_ms, wait_ms: the operator's clock, all layers, forward and backward.
         loader_ms: waiting for batches that should have been ready.
         """
         (loss,) = self.ranks.sum(share.item())  # .item() waits for the device
         stats = self.cp.stats
-        step_ms, attention_ms, exchange_ms, wait_ms, loader_ms = self.ranks.max(
+        step_ms, attention_ms, exposed_exchange_ms, wait_ms, loader_ms = self.ranks.max(
             1e3 * (time.perf_counter() - started),
             stats.attention_ms,
-            stats.exchange_ms,
+            stats.exposed_exchange_ms,
             stats.wait_ms,
             loader_ms,
         )
@@ -152,7 +152,7 @@ class Trainer:
             "epoch": self.progress.position.epoch,
             "step_ms": step_ms,
             "attention_ms": attention_ms,
-            "exchange_ms": exchange_ms,
+            "exposed_exchange_ms": exposed_exchange_ms,
             "wait_ms": wait_ms,
             "loader_ms": loader_ms,
             "tokens_per_s": 1e3 * tokens / step_ms,

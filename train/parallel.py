@@ -41,7 +41,11 @@ class TuningConfig:
 
 @dataclass
 class ParallelConfig:
-    """Strategy and its options, and how KV travels (see `flashcp.plan` and `flashcp.ContextParallel`)."""
+    """Strategy and its options, and how KV travels (see `flashcp.plan` and `flashcp.ContextParallel`).
+
+    stages: parts in which received rows are computed when staged. heap_mib: most memory for receive buffers on a rank,
+    0 for no limit. region_mib: the least that one of them holds. throttle_gbps: GB/s at which rows leave over `shm`.
+    """
 
     sharding: str = "flashcp"
     sharding_options: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +55,10 @@ class ParallelConfig:
     transport: str = "auto"
     backward: str = "keep"
     timeout_s: float = 60.0
+    stages: int = 2
+    heap_mib: float = 0.0
+    region_mib: float = 0.0
+    throttle_gbps: float = 0.0
     tuning: TuningConfig = field(default_factory=TuningConfig)
 
     def check(self, world_size: int, heads: int, kv_heads: int) -> None:
@@ -92,6 +100,10 @@ class ParallelConfig:
                 backward=self.backward,
                 timeout_s=self.timeout_s,
                 tuning=tuning,
+                stages=self.stages,
+                heap_mib=self.heap_mib,
+                region_mib=self.region_mib,
+                throttle_gbps=self.throttle_gbps,
             )
         except ValueError as error:
             raise ValueError(f"parallel.{error}") from error

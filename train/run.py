@@ -134,6 +134,7 @@ def _train(trainer: Trainer, config: TrainConfig, identity: dict[str, Any], rank
                 "world_size": ranks.world_size,
                 "transport": trainer.cp.transport,
                 "overlap": trainer.cp.overlap,
+                "receive_mib": trainer.cp.receive_bytes / 2**20,
                 "versions": versions(ranks.device),
                 "config": written,
             }

@@ -35,7 +35,7 @@ class ReceivingExchange(Exchange):
         and merges part by part in fp32, `fused` waits inside its one launch."""
         tensors = (q, KV(k, v), as_kv(flight.inbox.rows))
         out, lse = (self._staged if job.overlap == "staged" else self._at_once)(plan, *tensors, flight, job, scale)
-        with job.clock.measure("exchange_ms"):
+        with job.clock.measure("exposed_exchange_ms"):
             flight.leave()
         kept = Kept(q, k, v, out, lse, flight.inbox.rows, torch.tensor([flight.inbox.ticket]))
         if job.refetch:
@@ -51,7 +51,7 @@ class ReceivingExchange(Exchange):
         arrival = flight.arrival if job.overlap == "fused" else None
         flags = arrival.flags() if arrival else None
         if flags is None:
-            with job.clock.measure("exchange_ms"):
+            with job.clock.measure("exposed_exchange_ms"):
                 flight.wait()
         with job.clock.measure("attention_ms"):
             out, lse = job.kernel.attend(q, local, received, self.layout(plan).schedule, scale, flags)
@@ -74,7 +74,7 @@ class ReceivingExchange(Exchange):
             job.agree()
         arrivals = flight.arrivals(job.stages if self.transport.one_sided else 1)
         while True:
-            with job.clock.measure("exchange_ms"):
+            with job.clock.measure("exposed_exchange_ms"):
                 schedule = next(arrivals, None)
             if schedule is None:
                 return
@@ -85,11 +85,11 @@ class ReceivingExchange(Exchange):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See Exchange. Gradients of received rows first: they travel while the local ones are computed."""
         if not self.is_open(kept):
-            with job.clock.measure("exchange_ms"):
+            with job.clock.measure("exposed_exchange_ms"):
                 flight = self.start(plan, kept.k, kept.v)
             with job.clock.measure("wait_ms"):
                 job.agree()
-            with job.clock.measure("exchange_ms"):
+            with job.clock.measure("exposed_exchange_ms"):
                 flight.wait()
                 flight.leave()
             kept = kept._replace(received=flight.inbox.rows, tickets=torch.tensor([flight.inbox.ticket]))
@@ -98,7 +98,7 @@ class ReceivingExchange(Exchange):
 
         def leave(gradients: Tensor) -> None:
             nonlocal homecoming
-            with job.clock.measure("exchange_ms"):
+            with job.clock.measure("exposed_exchange_ms"):
                 homecoming = self.return_gradients(plan, gradients)
                 if job.overlap == "none":
                     job.agree()
@@ -111,7 +111,7 @@ class ReceivingExchange(Exchange):
         assert homecoming is not None
         with job.clock.measure("wait_ms"):
             job.agree()
-        with job.clock.measure("exchange_ms"):
+        with job.clock.measure("exposed_exchange_ms"):
             homecoming.add_to(gradients.local)
         return gradients.q, *gradients.local
 

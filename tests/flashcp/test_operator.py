@@ -99,7 +99,7 @@ def handle_and_helpers() -> None:
     assert cp.transport == "shm"
     assert cp.overlap == "staged"
     assert cp.stats.attention_ms > 0
-    assert cp.stats.exchange_ms > 0
+    assert cp.stats.exposed_exchange_ms > 0
     positions = torch.cat([torch.arange(n) for n in LENGTHS])
     assert torch.equal(cp.position_ids(plan), cp.shard(positions, plan))
     full = torch.randn(3, sum(LENGTHS), generator=torch.Generator().manual_seed(1))
