@@ -14,8 +14,8 @@ __all__ = ["Clock"]
 class Clock:
     """Milliseconds since the last reset, this rank's.
 
-    attention_ms: attention kernels, forward and backward. exposed_exchange_ms: packing, sending and waiting for rows, that
-    is, the part of the exchange that no attention hides. wait_ms: waiting for slower ranks to come to the exchange.
+    attention_ms: attention kernels, forward and backward. exposed_exchange_ms: packing, sending and waiting for rows,
+    that is, the part of the exchange that no attention hides. wait_ms: waiting for slower ranks to come to it.
     """
 
     attention_ms: float = 0.0
