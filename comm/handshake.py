@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashcp.comm.errors import ExchangeTimeoutError, PeerFailedError, PlanMismatchError
+from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, PeerFailedError, PlanMismatchError
 from flashcp.comm.two_sided import bounded
 
 __all__ = ["Handshake", "Header", "Step"]
@@ -98,7 +98,7 @@ class Handshake:
         """Tell the others, who come to it at their next call, that this rank has failed; waits for nobody."""
         with suppress(RuntimeError):
             words = torch.tensor(Header(failed=1, call=call))
-            self._last_words = [self._send(words, rank, _TAG) for rank in self._others]
+            self._last_words += [self._send(words, rank, _TAG) for rank in self._others]
 
     def share(self, words: bytes, size: int = 256) -> list[bytes]:
         """A few bytes of every rank, in rank order, as `compare` moves headers."""
@@ -153,16 +153,22 @@ class Posted:
         for rank, arrival in self._arrivals.items():
             try:
                 handshake._wait(arrival, deadline, f"rank {rank}")
-            except ExchangeTimeoutError:
-                missing.append(rank)
+            except ExchangeError:
+                if time.monotonic() < deadline:
+                    raise
+                missing.append(rank)  # after one time-out gloo closes what else it waits for
         if missing:
             raise ExchangeTimeoutError(
                 f"rank {handshake.rank} waited {self._timeout_s:g} s: {_named(missing)} did not come to the exchange "
                 f"(call {header.call})"
             )
+        try:
+            _judge(self._headers, header)
+        except ExchangeError:
+            handshake._last_words += self._departures  # who has failed does not fetch them
+            raise
         for departure in self._departures:
             handshake._wait(departure, deadline, "headers to leave")
-        _judge(self._headers, header)
         handshake.oldest = int(self._headers[:, -1].min())
 
 

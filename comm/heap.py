@@ -69,15 +69,15 @@ class SymmetricHeap:
         return min(list(self._alive), default=self._epoch + 1)
 
     def take(self, data_bytes: int, steps: int = 1) -> Lease:
-        """A region of at least so many bytes, the smallest that is free. Raises HeapError past the limit."""
+        """A region of at least so many bytes, the smallest that is free, and of equal ones that which is free longest.
+
+        The region of the lease before is left alone: slower ranks may still read there while rows come here.
+        Raises HeapError past the limit.
+        """
         self._reclaim()
-        region = min(
-            (region for region in self._free() if region.data_bytes >= data_bytes),
-            key=lambda region: (region.data_bytes, region.index),
-            default=None,
-        ) or self._grow(data_bytes)
-        last = self._last.get(region.index)
-        lease = Lease(region, self._epoch + 1, self._epoch + steps, 0 if last is None else last.last)
+        fitting = [r for r in self._free() if r.data_bytes >= data_bytes and self._last_epoch(r) < max(self._epoch, 1)]
+        region = min(fitting, key=lambda r: (r.data_bytes, self._last_epoch(r)), default=None) or self._grow(data_bytes)
+        lease = Lease(region, self._epoch + 1, self._epoch + steps, self._last_epoch(region))
         self._epoch += steps
         self._last[region.index] = self._leases[lease.first] = lease
         self._alive.add(lease.first)
@@ -114,10 +114,14 @@ class SymmetricHeap:
     def _free(self) -> list[Region]:
         return [r for r in self.regions.values() if r.index not in self._last or self._last[r.index].freed]
 
+    def _last_epoch(self, region: Region) -> int:
+        return self._last[region.index].last if region.index in self._last else 0
+
     def _grow(self, data_bytes: int) -> Region:
         self._settle()  # a rank with another plan might not come here: let headers say so first
         size = _rounded(max(data_bytes, self.start_bytes, 1))
-        outgrown = max(self._free(), key=lambda region: (region.data_bytes, region.index), default=None)
+        small = [region for region in self._free() if region.data_bytes < data_bytes]
+        outgrown = max(small, key=lambda region: (region.data_bytes, region.index), default=None)
         total = self.total_bytes + size - (outgrown.data_bytes if outgrown else 0)
         if self.limit_bytes and total > self.limit_bytes:
             raise HeapError(

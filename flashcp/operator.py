@@ -49,15 +49,16 @@ class Call:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Ranks that do not wait for this one hear of its failure when they next compare headers."""
+        """Errors name the call; ranks that do not wait for this one hear of its failure at their next call."""
         try:
             yield
-        except (PlanMismatchError, PeerFailedError):
-            raise  # which they all know
-        except ExchangeError:
-            if self.handshake is not None:
+        except ExchangeError as error:
+            known = isinstance(error, PlanMismatchError | PeerFailedError)  # to all ranks
+            if self.handshake is not None and not known:
                 self.handshake.abandon(self.header.call)
-            raise
+            if f"call {self.header.call}" in str(error):
+                raise
+            raise type(error)(f"{error} (call {self.header.call})") from error
 
 
 class Handle:

@@ -147,8 +147,12 @@ class _Errand:
 
     def leave(self) -> None:
         assert self.courier is not None
-        while not self.done.wait(0.1):
+        deadline = time.monotonic() + self.courier.timeout_s
+        while not self.done.wait(0.05):
             self.courier.check()
+            if time.monotonic() > deadline:
+                rank, timeout_s = self.courier.rank, self.courier.timeout_s
+                raise ExchangeTimeoutError(f"rank {rank} waited {timeout_s:g} s for its own rows to leave")
         self.courier.check()
 
 
