@@ -63,23 +63,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * options.minutes - 2 * SHARE_S
     rows: list[Row] = []
     for case in all_cases():
-        name = f"{case.name}_{case.query_heads}x{case.kv_heads}"
-        if options.cases not in name:
+        if options.cases not in case.label:
             continue
         if time.monotonic() > deadline:
-            print(f"{name}: left out, the time is over", file=sys.stderr)
+            print(f"{case.label}: left out, the time is over", file=sys.stderr)
             continue
-        rows += [to_row(name, number, device) for number in measure(case, device)]
+        rows += [to_row(case.label, number, device) for number in measure(case, device)]
         write_rows(folder, rows)
-        print_case(name, rows)
+        print_case(case.label, rows)
     draw(folder, rows)
     return 0
 
 
 def measure(case: Case, device: torch.device) -> Iterator[Number]:
-    """Check, then time every provider of a case."""
+    """Check, then time every provider of a case; one whose output asks for no gradient, forward only."""
     x = make_tensors(case, torch.bfloat16, device)
-    providers = {name: made for name, make in PEERS.items() if (made := make(case, x)) is not None}
+    providers = make_providers(case, x)
     error = own_error(case, x, providers[OURS])
     yield Number(OURS, "relative_error", "1", None, error, None)
     if error > LARGEST_ERROR:
@@ -89,26 +88,53 @@ def measure(case: Case, device: torch.device) -> Iterator[Number]:
     outputs: dict[str, Tensor] = {}
     for name, forward in list(providers.items()):
         try:
-            outputs[name] = forward()
-            torch.autograd.grad(outputs[name], x.leaves, x.grad, retain_graph=True)
-            difference = relative(outputs[name].detach(), expected)
+            outputs[name] = checked_output(forward, x, expected)
         except Exception as failure:
-            print(f"{case.name}: {name} left out: {str(failure).splitlines()[0]}", file=sys.stderr)
-            difference = float("inf")
-        if difference > 2 * LARGEST_ERROR:
-            print(f"{case.name}: {name} left out: differs by {difference:.1e}", file=sys.stderr)
+            print(f"{case.label}: {name} left out: {reason(failure)}", file=sys.stderr)
             del providers[name]
-            outputs.pop(name, None)
     del expected
     work: dict[str, Work] = {f"{name}/forward": forward for name, forward in providers.items()}
     for name, out in outputs.items():
-        work[f"{name}/backward"] = partial(torch.autograd.grad, out, x.leaves, x.grad, retain_graph=True)
+        if out.requires_grad:
+            work[f"{name}/backward"] = partial(torch.autograd.grad, out, x.leaves, x.grad, retain_graph=True)
     work[f"{OURS}/forward_no_grad"] = torch.no_grad()(providers[OURS])
     for label, times in in_turns(work, device).items():
         name, which = label.split("/")
         flops = case.forward_flops * (BACKWARD_FLOPS if which == "backward" else 1.0)
         yield Number(name, f"{which}_ms", "ms", *times)
         yield Number(name, f"{which}_tflops", "TFLOP/s", *(flops / ms / 1e9 for ms in reversed(times)))
+
+
+def make_providers(case: Case, x: Tensors) -> dict[str, Forward]:
+    """Ours and every peer that does the case; a peer that fails at it is left out with a line."""
+    providers: dict[str, Forward] = {}
+    for name, make in PEERS.items():
+        try:
+            made = make(case, x)
+        except Exception as failure:
+            if name == OURS:
+                raise
+            print(f"{case.label}: {name} left out: {reason(failure)}", file=sys.stderr)
+            continue
+        if made is not None:
+            providers[name] = made
+    return providers
+
+
+def checked_output(forward: Forward, x: Tensors, expected: Tensor) -> Tensor:
+    """The output of a peer that also comes through its backward. Raises RuntimeError where it differs from ours."""
+    out = forward()
+    if out.requires_grad:
+        torch.autograd.grad(out, x.leaves, x.grad, retain_graph=True)
+    difference = relative(out.detach(), expected)
+    if difference > 2 * LARGEST_ERROR:
+        raise RuntimeError(f"differs by {difference:.1e}")
+    return out
+
+
+def reason(failure: Exception) -> str:
+    """The first line of what an exception says, or its name."""
+    return (str(failure).splitlines() or [type(failure).__name__])[0]
 
 
 def own_error(case: Case, x: Tensors, forward: Forward) -> float:
@@ -183,12 +209,13 @@ def to_row(case: str, number: Number, device: torch.device) -> Row:
 
 
 def print_case(name: str, rows: Sequence[Row]) -> None:
-    """One line a case: TFLOP/s forward / backward of each provider."""
+    """One line a case: TFLOP/s forward / backward of each provider, - where it has none."""
     cells = {(row.provider, row.metric): row.median for row in rows if row.case == name}
+    keys = ("forward_tflops", "backward_tflops")
     shown = [
-        f"{peer} {cells[peer, 'forward_tflops']:.0f}/{cells[peer, 'backward_tflops']:.0f}"
+        f"{peer} " + "/".join(f"{cells[peer, key]:.0f}" if (peer, key) in cells else "-" for key in keys)
         for peer in PEERS
-        if (peer, "backward_tflops") in cells
+        if (peer, keys[0]) in cells
     ]
     print(f"{name:<42} error {cells[OURS, 'relative_error']:.1e}  {'  '.join(shown)}", flush=True)
 
