@@ -36,6 +36,11 @@ class Case:
     head_dim: int = HEAD_DIM
 
     @property
+    def label(self) -> str:
+        """The name of a case among those of other head counts."""
+        return f"{self.name}_{self.query_heads}x{self.kv_heads}"
+
+    @property
     def forward_flops(self) -> int:
         """Useful ones: causal pairs x 4 x heads x head_dim; the backward counts 2.5 times as many."""
         return self.schedule.pairs * 4 * self.query_heads * self.head_dim

@@ -17,6 +17,7 @@ from torch import Tensor
 from flashcp.attention import varlen_attention
 from flashcp.experiments.attention_cases import Case, Tensors
 from flashcp.kernels.library import attention, schedule_tensor
+from flashcp.kernels.tuning import architecture
 
 __all__ = ["OURS", "PEERS", "Forward"]
 
@@ -31,6 +32,15 @@ def ours(case: Case, x: Tensors) -> Forward:
         return lambda: varlen_attention(x.q, x.k, x.v, lengths)
     schedule = schedule_tensor(case.schedule)
     return lambda: attention(x.q, x.k, x.v, x.received, schedule, case.head_dim**-0.5)[0]
+
+
+def gluon(case: Case, x: Tensors) -> Forward | None:
+    """The candidate of `hopper_forward.py`, forward only: on Hopper, for cases that `hopper_check.py` came through."""
+    if architecture(x.q.device) != "sm_90":
+        return None
+    from flashcp.experiments.hopper_check import candidate, passed
+
+    return candidate(case, x) if case.label in passed() else None
 
 
 def torch_fa2(case: Case, x: Tensors) -> Forward | None:
@@ -102,6 +112,7 @@ def fa4(case: Case, x: Tensors) -> Forward | None:
 
 PEERS: dict[str, Callable[[Case, Tensors], Forward | None]] = {
     OURS: ours,
+    "gluon": gluon,
     "torch_fa2": torch_fa2,
     "flex": flex,
     "cudnn": cudnn,

@@ -87,10 +87,10 @@ def bench_attention(bench: AttentionBench, out: str) -> tuple[list[Row], Path]:
         raise ValueError(f"minutes={bench.minutes}: expected a number > 0")
     if not torch.cuda.is_available():
         raise ValueError("attention is measured on a GPU, and torch sees none here")
-    cases = {f"{case.name}_{case.query_heads}x{case.kv_heads}": case for case in all_cases()}
-    chosen = {name: case for name, case in cases.items() if bench.cases in name}
+    cases = list(all_cases())
+    chosen = [case for case in cases if bench.cases in case.label]
     if not chosen:
-        raise ValueError(f"cases={bench.cases!r}: expected a part of one of {', '.join(cases)}")
+        raise ValueError(f"cases={bench.cases!r}: expected a part of one of {', '.join(case.label for case in cases)}")
     device = torch.device("cuda")
     device_name = torch.cuda.get_device_name(device)
     folder = Path(out) if out else results_folder(device_name)
@@ -98,11 +98,11 @@ def bench_attention(bench: AttentionBench, out: str) -> tuple[list[Row], Path]:
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * bench.minutes - 2 * SHARE_S
     rows: list[Row] = []
-    for name, case in chosen.items():
+    for case in chosen:
         if time.monotonic() > deadline:
-            print(f"{name}: left out, the time is over", file=sys.stderr)
+            print(f"{case.label}: left out, the time is over", file=sys.stderr)
             continue
-        new = [to_row(name, number, device_name) for number in measure(case, device)]
+        new = [to_row(case.label, number, device_name) for number in measure(case, device)]
         rows += new
         write_rows(folder, rows)
         print(attention_table(new), file=sys.stderr, flush=True)
@@ -111,9 +111,9 @@ def bench_attention(bench: AttentionBench, out: str) -> tuple[list[Row], Path]:
 
 
 def measure(case: Case, device: torch.device) -> Iterator[Number]:
-    """Check, then time every provider of a case."""
+    """Check, then time every provider of a case; one whose output asks for no gradient, forward only."""
     x = make_tensors(case, torch.bfloat16, device)
-    providers = {name: made for name, make in PEERS.items() if (made := make(case, x)) is not None}
+    providers = make_providers(case, x)
     error = own_error(case, x, providers[OURS])
     yield Number(OURS, "relative_error", "1", None, error, None)
     if error > LARGEST_ERROR:
@@ -123,26 +123,53 @@ def measure(case: Case, device: torch.device) -> Iterator[Number]:
     outputs: dict[str, Tensor] = {}
     for name, forward in list(providers.items()):
         try:
-            outputs[name] = forward()
-            torch.autograd.grad(outputs[name], x.leaves, x.grad, retain_graph=True)
-            difference = relative(outputs[name].detach(), expected)
+            outputs[name] = checked_output(forward, x, expected)
         except Exception as failure:
-            print(f"{case.name}: {name} left out: {str(failure).splitlines()[0]}", file=sys.stderr)
-            difference = float("inf")
-        if difference > 2 * LARGEST_ERROR:
-            print(f"{case.name}: {name} left out: differs by {difference:.1e}", file=sys.stderr)
+            print(f"{case.label}: {name} left out: {reason(failure)}", file=sys.stderr)
             del providers[name]
-            outputs.pop(name, None)
     del expected
     work: dict[str, Work] = {f"{name}/forward": forward for name, forward in providers.items()}
     for name, out in outputs.items():
-        work[f"{name}/backward"] = partial(torch.autograd.grad, out, x.leaves, x.grad, retain_graph=True)
+        if out.requires_grad:
+            work[f"{name}/backward"] = partial(torch.autograd.grad, out, x.leaves, x.grad, retain_graph=True)
     work[f"{OURS}/forward_no_grad"] = torch.no_grad()(providers[OURS])
     for label, times in in_turns(work, device).items():
         name, which = label.split("/")
         flops = case.forward_flops * (BACKWARD_FLOPS if which == "backward" else 1.0)
         yield Number(name, f"{which}_ms", "ms", *times)
         yield Number(name, f"{which}_tflops", "TFLOP/s", *(flops / ms / 1e9 for ms in reversed(times)))
+
+
+def make_providers(case: Case, x: Tensors) -> dict[str, Forward]:
+    """Ours and every peer that does the case; a peer that fails at it is left out with a line."""
+    providers: dict[str, Forward] = {}
+    for name, make in PEERS.items():
+        try:
+            made = make(case, x)
+        except Exception as failure:
+            if name == OURS:
+                raise
+            print(f"{case.label}: {name} left out: {reason(failure)}", file=sys.stderr)
+            continue
+        if made is not None:
+            providers[name] = made
+    return providers
+
+
+def checked_output(forward: Forward, x: Tensors, expected: Tensor) -> Tensor:
+    """The output of a peer that also comes through its backward. Raises RuntimeError where it differs from ours."""
+    out = forward()
+    if out.requires_grad:
+        torch.autograd.grad(out, x.leaves, x.grad, retain_graph=True)
+    difference = relative(out.detach(), expected)
+    if difference > 2 * LARGEST_ERROR:
+        raise RuntimeError(f"differs by {difference:.1e}")
+    return out
+
+
+def reason(failure: Exception) -> str:
+    """The first line of what an exception says, or its name."""
+    return (str(failure).splitlines() or [type(failure).__name__])[0]
 
 
 def own_error(case: Case, x: Tensors, forward: Forward) -> float:
@@ -217,14 +244,16 @@ def to_row(case: str, number: Number, device: str) -> Row:
 
 
 def attention_table(rows: Sequence[Row]) -> str:
-    """One line a case: TFLOP/s forward / backward of each provider."""
+    """One line a case: TFLOP/s forward / backward of each provider, - where it has none."""
     cells = {(row.case, row.provider, row.metric): row.median for row in rows}
+    keys = ("forward_tflops", "backward_tflops")
     lines = []
     for case in dict.fromkeys(row.case for row in rows):
         shown = [
-            f"{peer} {cells[case, peer, 'forward_tflops']:.0f}/{cells[case, peer, 'backward_tflops']:.0f}"
+            f"{peer} "
+            + "/".join(f"{cells[case, peer, key]:.0f}" if (case, peer, key) in cells else "-" for key in keys)
             for peer in PEERS
-            if (case, peer, "backward_tflops") in cells
+            if (case, peer, keys[0]) in cells
         ]
         lines.append(f"{case:<42} error {cells[case, OURS, 'relative_error']:.1e}  {'  '.join(shown)}")
     return "\n".join(lines)

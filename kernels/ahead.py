@@ -20,7 +20,7 @@ from flashcp.kernels.backward_q import backward_q_kernel
 from flashcp.kernels.forward import forward_kernel
 from flashcp.kernels.tuning import Blocks, Pass, padded
 
-__all__ = ["TARGETS", "Build", "build"]
+__all__ = ["TARGETS", "Build", "build", "read"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -85,10 +85,11 @@ def build(
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-    return _read(triton.compile(source, target=TARGETS[target], options=options), target)
+    return read(triton.compile(source, target=TARGETS[target], options=options), target)
 
 
-def _read(compiled: triton.compiler.CompiledKernel, target: str) -> Build:
+def read(compiled: triton.compiler.CompiledKernel, target: str) -> Build:
+    """What a kernel compiled for `target` takes."""
     shared = compiled.metadata.shared
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
