@@ -1,19 +1,23 @@
-"""Run functions under Triton's interpreter, in one worker process that stays alive between calls.
+"""Run functions under Triton's interpreter, in worker processes that stay alive between calls.
 
-The interpreter is chosen when triton is imported, by an environment variable: a process of its own keeps it away from
-every other test. `interpreted(fn, *args)` takes a top-level function. Fresh tensors there hold NaN until written.
+The interpreter is chosen when triton is imported, by an environment variable: processes of their own keep it away from
+every other test. `interpreted(fn, *args)` takes a top-level function; `interpreted_cases` runs it on the ranks of a
+gloo group, as `tests/ranks.py` does. Fresh tensors hold NaN there until written.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
+
+from tests.ranks import Pool
 
 Result = TypeVar("Result")
 
@@ -23,19 +27,42 @@ def interpreted(fn: Callable[..., Result], *args: Any) -> Result:
     return _worker().submit(fn, *args).result()
 
 
+def interpreted_cases(
+    fn: Callable[..., Result], world_size: int, cases: Iterable[Sequence[Any]], timeout_s: float = 60.0
+) -> list[list[Result]]:
+    """`fn(*case)` for each case on every rank of one group, as `run_cases` does."""
+    with _variable():
+        return _ranks().run(partial(_poisoned, fn), world_size, list(cases), timeout_s)
+
+
 @cache
 def _worker() -> ProcessPoolExecutor:
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_prepare)
+    with _variable():
+        pool.submit(int).result()  # starts the process, which inherits the variable
+    return pool
+
+
+_ranks = cache(Pool)
+
+
+@contextmanager
+def _variable() -> Iterator[None]:
+    """What turns the interpreter on, for processes that start meanwhile."""
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        pool.submit(int).result()  # starts the process, which inherits the variable
+        yield
     finally:
         if before is None:
             del os.environ["TRITON_INTERPRET"]
         else:
             os.environ["TRITON_INTERPRET"] = before
-    return pool
+
+
+def _poisoned(fn: Callable[..., Result], *args: Any) -> Result:
+    _prepare()
+    return fn(*args)
 
 
 def _prepare() -> None:

@@ -72,8 +72,8 @@ class _Worker:
         self.pipe.close()
 
 
-class _Pool:
-    """Workers by rank; a call on N ranks uses the first N."""
+class Pool:
+    """Workers by rank; a call on N ranks uses the first N. They start in the environment of that call."""
 
     def __init__(self) -> None:
         self.workers: list[_Worker] = []
@@ -195,4 +195,4 @@ def _serve(pipe: Connection) -> None:
         pipe.send_bytes(pickle.dumps(("done", None)))
 
 
-_POOL = _Pool()
+_POOL = Pool()
