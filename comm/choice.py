@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
+from flashcp.comm.fabrics.base import Fabric
 from flashcp.comm.fabrics.shm import FOLDER, ShmFabric
 from flashcp.comm.handshake import Handshake
 from flashcp.comm.heap import MIB, SymmetricHeap
+from flashcp.comm.nvshmem import Nvshmem
 from flashcp.comm.one_sided import OneSided
 from flashcp.comm.transport import Transport
 from flashcp.comm.two_sided import TwoSided
@@ -20,7 +22,6 @@ from flashcp.comm.two_sided import TwoSided
 __all__ = ["TRANSPORTS", "TransportOptions", "choose_transport"]
 
 TRANSPORTS = ("shm", "gloo", "nccl", "cuda_symmetric", "nvshmem")
-_log = logging.getLogger("flashcp")
 
 
 class TransportOptions(NamedTuple):
@@ -35,43 +36,52 @@ class TransportOptions(NamedTuple):
 
 def choose_transport(
     name: str, group: dist.ProcessGroup | None, handshake: Handshake, options: TransportOptions
-) -> Transport:
-    """The transport of that name, or for `auto` the best that all ranks of the group can use; all ranks call this.
+) -> tuple[Transport, str]:
+    """The transport of that name, or for `auto` the best that all ranks of the group can use, and in words why.
 
-    Raises ValueError for names that do not fit the group.
+    All ranks call this together. Raises ValueError for names that do not fit the group.
     """
     backend = str(dist.get_backend(group))
-    hosts = {words.decode(errors="replace") for words in handshake.share(_host().encode())}
-    chosen, why = _best(backend, len(hosts)) if name == "auto" else (name, "as asked")
-    legal = _legal(backend, len(hosts))
+    hosts = len({words.decode(errors="replace") for words in handshake.share(_host().encode())})
+    legal = _legal(backend, hosts)
+    chosen, why = _best(backend, hosts) if name == "auto" else (name, "as asked")
     if chosen not in legal:
-        raise ValueError(
-            f"transport={name!r} over {backend} on {len(hosts)} hosts: expected one of auto, {', '.join(legal)}"
-        )
-    if handshake.rank == 0:
-        _log.info("transport %s: %s", chosen, why)
+        where = "one host" if hosts == 1 else f"{hosts} hosts"
+        raise ValueError(f"transport={name!r} over {backend} on {where}: expected one of auto, {', '.join(legal)}")
     if chosen == backend:
-        return TwoSided(group, options.timeout_s)
-    fabric = _fabric(chosen, handshake, options)
+        return TwoSided(group, options.timeout_s), why
+    if chosen == "nvshmem":
+        return Nvshmem(group, options.timeout_s, torch.device("cuda", torch.cuda.current_device())), why
+    fabric = _fabric(chosen, group, handshake, options)
     start_bytes, limit_bytes = int(options.region_mib * MIB), int(options.heap_mib * MIB)
     heap = SymmetricHeap(fabric, lambda: handshake.oldest, handshake.settle, start_bytes, limit_bytes)
-    return OneSided(fabric, heap)
+    return OneSided(fabric, heap), why
 
 
-def _fabric(name: str, handshake: Handshake, options: TransportOptions) -> ShmFabric:
-    assert name == "shm"
-    return ShmFabric(handshake.rank, handshake.world_size, handshake.share, options.timeout_s, options.throttle_gbps)
+def _fabric(name: str, group: dist.ProcessGroup | None, handshake: Handshake, options: TransportOptions) -> Fabric:
+    rank, ranks = handshake.rank, handshake.world_size
+    if name == "shm":
+        return ShmFabric(rank, ranks, handshake.share, options.timeout_s, options.throttle_gbps)
+    from flashcp.comm.fabrics.cuda import CudaFabric, symmetric_memories
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    ranks_of = group if group is not None else dist.distributed_c10d._get_default_group()
+    memories = symmetric_memories(ranks_of, device, handshake.share)
+    return CudaFabric(name, rank, ranks, device, memories, options.timeout_s)
 
 
 def _legal(backend: str, hosts: int) -> tuple[str, ...]:
+    """Names that a group can run, whether they were ever run or not."""
+    symmetric = ("cuda_symmetric",) if hosts == 1 and torch.cuda.is_available() else ()
     if backend != "gloo":
-        return (backend,)
-    return ("shm", "gloo") if hosts == 1 and FOLDER.is_dir() else ("gloo",)
+        return (backend, *symmetric, "nvshmem")
+    return ("shm", "gloo", *symmetric) if hosts == 1 and FOLDER.is_dir() else ("gloo", *symmetric)
 
 
 def _best(backend: str, hosts: int) -> tuple[str, str]:
+    """The name, and in words why not a better one."""
     if backend != "gloo":
-        return backend, "the group's own"
+        return backend, "cuda_symmetric and nvshmem are written and were never run; ask for them by name"
     if hosts > 1:
         return "gloo", f"the ranks are on {hosts} hosts, and shm needs one"
     if not FOLDER.is_dir():

@@ -12,18 +12,16 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from flashcp.comm.errors import HeapError
 from flashcp.comm.fabrics.base import Fabric, Region
 
-__all__ = ["Lease", "SymmetricHeap"]
+__all__ = ["Lease", "SymmetricHeap", "Token"]
 
 MIB = 1 << 20
 
 
-class _Owned(np.ndarray):
-    """An array whose end is noticed: as long as a tensor shares its memory, the lease is in use."""
+class Token:
+    """Lives as long as the memory of a lease: its end is noticed."""
 
 
 @dataclass(eq=False)
@@ -83,15 +81,11 @@ class SymmetricHeap:
         self._alive.add(lease.first)
         return lease
 
-    def owner(self, lease: Lease, array: np.ndarray) -> np.ndarray:
-        """The array as one whose end ends the lease on this rank."""
-        owned = array.view(_Owned)
-        weakref.finalize(owned, self._alive.discard, lease.first)
-        return owned
-
-    def drop(self, lease: Lease) -> None:
-        """This rank has nothing to read here."""
-        self._alive.discard(lease.first)
+    def token(self, lease: Lease) -> Token:
+        """For the memory of a lease to hold: with it the lease ends on this rank."""
+        token = Token()
+        weakref.finalize(token, self._alive.discard, lease.first)
+        return token
 
     def find(self, ticket: int) -> Lease | None:
         """The lease whose first epoch this is, unless it was freed."""

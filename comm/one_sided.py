@@ -47,10 +47,8 @@ class OneSided:
     def inbox(self, rows: int, most: int, row: Sequence[int], like: Tensor, steps: int = 1) -> Inbox:
         """See Transport. Raises HeapError past the heap's limit."""
         lease = self.heap.take(most * math.prod(row) * like.element_size(), steps)
-        if not rows:
-            self.heap.drop(lease)
-        owner = (lambda array: self.heap.owner(lease, array)) if rows else (lambda array: array)
-        return Inbox(self.fabric.tensor(lease.region, rows, row, like, owner), lease.first)
+        token = self.heap.token(lease)  # without rows nothing holds it
+        return Inbox(self.fabric.tensor(lease.region, rows, row, like.dtype, token), lease.first)
 
     def is_open(self, ticket: int) -> bool:
         """See Transport."""

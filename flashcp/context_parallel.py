@@ -44,7 +44,8 @@ class ContextParallel:
     region_mib: the least that one of them holds, so that plans can grow without a stop. throttle_gbps: GB/s at which
     rows leave over `shm`, to study overlap on one machine (0: at once).
 
-    cp.transport and cp.overlap tell what `auto` chose; cp.stats is a `Clock` of this rank's milliseconds.
+    cp.transport and cp.overlap tell what `auto` chose, cp.transport_reason why; cp.stats is a `Clock` of this rank's
+    milliseconds.
     Raises ValueError for names it does not know and groups this rank is no member of. Calls on all ranks must come
     in the same order. Ranks compare call numbers, plans, exchanges, shapes, dtypes and scales before rows move: what
     differs, and whoever fails or stays away, is named in an ExchangeError on every rank within the time-out.
@@ -86,10 +87,11 @@ class ContextParallel:
         self.stats = Clock()
         self._handshake: Handshake | None = None
         self._transport: Transport = Alone()
+        self.transport_reason = "one rank alone"
         if launched and dist.get_world_size(group) > 1:
             self._handshake = Handshake(group, timeout_s)
             options = TransportOptions(timeout_s, heap_mib, region_mib, throttle_gbps)
-            self._transport = choose_transport(transport, group, self._handshake, options)
+            self._transport, self.transport_reason = choose_transport(transport, group, self._handshake, options)
         else:
             _check_name("transport", transport, ("auto", "none"))
         self.transport = self._transport.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,10 +119,14 @@ def _train(trainer: Trainer, config: TrainConfig, identity: dict[str, Any], rank
     tracker = Tracker(config.tracker, out, written, progress.step + 1) if ranks.rank == 0 else None
     if tracker:
         (out / "summary.json").unlink(missing_ok=True)  # an earlier run's
+        print(f"transport {trainer.cp.transport}: {trainer.cp.transport_reason}", file=sys.stderr)
     summary = None
     try:
         for row in steps:
             steps.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+            if tracker and not tracker.rows and trainer.cp.receive_bytes:
+                mib = trainer.cp.receive_bytes / 2**20
+                steps.write(f"receive buffers: {mib:.1f} MiB a rank, backward={trainer.cp.backward}", file=sys.stderr)
             if tracker:
                 tracker.log(row)
             if config.checkpoint.every and progress.step % config.checkpoint.every == 0:

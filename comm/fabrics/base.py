@@ -7,9 +7,9 @@ hold epochs that only grow, and are compared with >=: it does not matter who com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +17,7 @@ from torch import Tensor
 from flashcp.comm.rows import Leaving
 from flashcp.kernels.arrivals import Arrivals
 
-__all__ = ["Fabric", "Owner", "Put", "Region", "Ticking"]
-
-Owner = Callable[[Any], Any]
-"""Takes an array and gives the same memory as an array whose end is noticed."""
+__all__ = ["Fabric", "Put", "Region", "Ticking"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +68,8 @@ class Fabric(Protocol):
     def allocate(self, index: int, data_bytes: int) -> Region:
         """A region on every rank; all ranks call this together. Raises HeapError on all where one has no room."""
 
-    def tensor(self, region: Region, rows: int, row: Sequence[int], like: Tensor, owner: Owner) -> Tensor:
-        """The first rows of this rank's region in the dtype of `like`, their memory passed through `owner`."""
+    def tensor(self, region: Region, rows: int, row: Sequence[int], dtype: torch.dtype, token: object) -> Tensor:
+        """The first rows of this rank's region; the token lives as long as a tensor shares their memory."""
 
     def put(self, puts: Sequence[Put]) -> Ticking:
         """Start some puts; they land in any order, each followed by its flag."""

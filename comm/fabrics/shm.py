@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, HeapError
-from flashcp.comm.fabrics.base import Owner, Put, Region, Ticking
+from flashcp.comm.fabrics.base import Put, Region, Ticking
 from flashcp.kernels.arrivals import Arrivals
 
 __all__ = ["ShmFabric"]
@@ -99,10 +99,12 @@ class ShmFabric:
                 raise HeapError(words[1:])
         return [words[1:] for words in said]
 
-    def tensor(self, region: Region, rows: int, row: Sequence[int], like: Tensor, owner: Owner) -> Tensor:
+    def tensor(self, region: Region, rows: int, row: Sequence[int], dtype: torch.dtype, token: object) -> Tensor:
         """See Fabric."""
         assert isinstance(region, ShmRegion)
-        return _view(region.data[self.rank], 0, rows, tuple(row), like.dtype, owner)
+        memory = region.data[self.rank].view(_Held)
+        memory.token = token
+        return _view(memory, 0, rows, tuple(row), dtype)
 
     def put(self, puts: Sequence[Put]) -> Ticking:
         """See Fabric."""
@@ -264,13 +266,19 @@ def _tried(make: Callable[[], Any]) -> tuple[Any, str]:
         return None, str(error.strerror)
 
 
-def _view(
-    memory: np.ndarray, offset: int, rows: int, row: tuple[int, ...], dtype: torch.dtype, owner: Owner | None = None
-) -> Tensor:
+class _Held(np.ndarray):
+    """An array that holds a token, and hands it on to its parts."""
+
+    token: object = None
+
+    def __array_finalize__(self, whole: Any) -> None:
+        self.token = getattr(whole, "token", None)
+
+
+def _view(memory: np.ndarray, offset: int, rows: int, row: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """[rows, *row] of a dtype, from a byte offset on."""
     size = rows * int(np.prod(row, dtype=np.int64)) * dtype.itemsize
-    part = memory[offset : offset + size]
-    return torch.from_numpy(owner(part) if owner else part).view(dtype).view(rows, *row)
+    return torch.from_numpy(memory[offset : offset + size]).view(dtype).view(rows, *row)
 
 
 def _head_bytes(ranks: int) -> int:
