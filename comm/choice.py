@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from flashcp.comm.fabrics.base import Fabric
-from flashcp.comm.fabrics.shm import FOLDER, ShmFabric
+from flashcp.comm.fabrics.memory import FOLDER, shared_memories
+from flashcp.comm.fabrics.shm import ShmFabric
 from flashcp.comm.handshake import Handshake
 from flashcp.comm.heap import MIB, SymmetricHeap
 from flashcp.comm.nvshmem import Nvshmem
@@ -61,13 +62,14 @@ def choose_transport(
 def _fabric(name: str, group: dist.ProcessGroup | None, handshake: Handshake, options: TransportOptions) -> Fabric:
     rank, ranks = handshake.rank, handshake.world_size
     if name == "shm":
-        return ShmFabric(rank, ranks, handshake.share, options.timeout_s, options.throttle_gbps)
+        memories = shared_memories(rank, handshake.share)
+        return ShmFabric(rank, ranks, memories, options.timeout_s, options.throttle_gbps)
     from flashcp.comm.fabrics.cuda import CudaFabric, symmetric_memories
 
     device = torch.device("cuda", torch.cuda.current_device())
     ranks_of = group if group is not None else dist.distributed_c10d._get_default_group()
-    memories = symmetric_memories(ranks_of, device, handshake.share)
-    return CudaFabric(name, rank, ranks, device, memories, options.timeout_s)
+    on_gpus = symmetric_memories(ranks_of, device, handshake.share)
+    return CudaFabric(name, rank, ranks, device, on_gpus, options.timeout_s, options.throttle_gbps)
 
 
 def _legal(backend: str, hosts: int) -> tuple[str, ...]:

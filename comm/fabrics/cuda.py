@@ -21,9 +21,10 @@ from flashcp.comm.errors import ExchangeTimeoutError, HeapError
 from flashcp.comm.fabrics.base import Put, Region, Ticking
 from flashcp.kernels.arrivals import Arrivals
 
-__all__ = ["CudaFabric", "symmetric_memories", "virtual_memories"]
+__all__ = ["CudaFabric", "symmetric_memories"]
 
 _HEAD_BYTES = 4096  # two rows of flags, for up to 512 ranks
+_CYCLES = 20_000_000
 Memories = Callable[[int, int], list[Tensor]]
 
 
@@ -41,19 +42,30 @@ class CudaRegion(Region):
 
 
 class CudaFabric:
-    """memories(index, size): that many zeroed bytes on every rank's GPU, as this rank addresses them."""
+    """memories(index, size): that many zero bytes on every rank's GPU, as this rank addresses them.
+
+    throttle_gbps: GB/s at which rows leave, kept by a kernel that does nothing; 0: at once.
+    """
 
     def __init__(
-        self, name: str, rank: int, world_size: int, device: torch.device, memories: Memories, timeout_s: float
+        self,
+        name: str,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        memories: Memories,
+        timeout_s: float,
+        throttle_gbps: float = 0.0,
     ) -> None:
         if 8 * world_size > _HEAD_BYTES:
             raise ValueError(f"world_size={world_size}: expected at most {_HEAD_BYTES // 8} ranks over {name}")
         self.name, self.rank, self.world_size = name, rank, world_size
-        self.sent_bytes, self.timeout_s = 0, timeout_s
+        self.sent_bytes, self.timeout_s, self.throttle_gbps = 0, timeout_s, throttle_gbps
         self._device, self._memories = device, memories
         self._stream = torch.cuda.Stream(device)
         self._stuck = torch.zeros(1, dtype=torch.int32, device=device)
         self._seen = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self._cycles_per_s = _cycles_per_s() if throttle_gbps else 0.0
         self._ranks = torch.arange(world_size, dtype=torch.int32, device=device)
 
     def allocate(self, index: int, data_bytes: int) -> Region:
@@ -89,6 +101,8 @@ class CudaFabric:
                 transfers.wait(to, Arrivals(region.flags(self.rank)[1], put.after, self._stuck, self.timeout_s))
                 start = _HEAD_BYTES + put.offset
                 region.memories[put.to][start : start + rows.nbytes].copy_(rows.reshape(-1).view(torch.uint8))
+                if self.throttle_gbps and put.to != self.rank:
+                    torch.cuda._sleep(int(rows.nbytes / self.throttle_gbps / 1e9 * self._cycles_per_s))
                 transfers.signal(to, region.bases, self.rank, 0, put.epoch)
                 self.sent_bytes += rows.nbytes * (put.to != self.rank)
             if packed is not None:
@@ -148,6 +162,16 @@ class _Held:
         return self._memory.__cuda_array_interface__
 
 
+def _cycles_per_s() -> float:
+    """Of the kernel that does nothing, measured once."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    torch.cuda._sleep(_CYCLES)
+    stop.record()
+    stop.synchronize()
+    return 1e3 * _CYCLES / start.elapsed_time(stop)
+
+
 def _of(region: Region) -> CudaRegion:
     assert isinstance(region, CudaRegion)
     return region
@@ -170,17 +194,5 @@ def symmetric_memories(
         share(b"+")  # nobody raises a flag before it was zeroed
         ranks = range(dist.get_world_size(group))
         return [handle.get_buffer(rank, (size,), torch.uint8) for rank in ranks]
-
-    return memories
-
-
-def virtual_memories(ranks: int, device: torch.device) -> Memories:
-    """For ranks that are streams of one process: each calls this with the same index and gets the same memory."""
-    made: dict[int, list[Tensor]] = {}
-
-    def memories(index: int, size: int) -> list[Tensor]:
-        if index not in made:
-            made[index] = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(ranks)]
-        return made[index]
 
     return memories

@@ -6,28 +6,24 @@ torch do.
 
 from __future__ import annotations
 
-import mmap
-import os
 import threading
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, HeapError
+from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError
 from flashcp.comm.fabrics.base import Put, Region, Ticking
 from flashcp.kernels.arrivals import Arrivals
 
 __all__ = ["ShmFabric"]
 
-FOLDER = Path("/dev/shm")
+Memories = Callable[[int, int], list[np.ndarray]]
 _PAGE = 4096
 _CHUNK_BYTES = 1 << 18  # a throttled put pauses in between
 _SPIN_S = 5e-5  # between two looks at a flag: ranks share cores
@@ -53,20 +49,18 @@ class ShmRegion(Region):
 
 
 class ShmFabric:
-    """share: gives every rank's bytes to every rank. throttle_gbps: GB/s at which rows leave; 0: at once."""
+    """memories(index, size): that many zero bytes of every rank, as this process sees them (`shared_memories`).
+
+    throttle_gbps: GB/s at which rows leave; 0: at once.
+    """
 
     name = "shm"
 
     def __init__(
-        self,
-        rank: int,
-        world_size: int,
-        share: Callable[[bytes], list[bytes]],
-        timeout_s: float,
-        throttle_gbps: float = 0.0,
+        self, rank: int, world_size: int, memories: Memories, timeout_s: float, throttle_gbps: float = 0.0
     ) -> None:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
-        self._share = share
+        self._memories = memories
         self._courier = _Courier(rank, timeout_s, throttle_gbps)
         self._stuck = torch.zeros(1, dtype=torch.int32)
 
@@ -76,28 +70,8 @@ class ShmFabric:
         return self._courier.sent_bytes
 
     def allocate(self, index: int, data_bytes: int) -> Region:
-        """See Fabric. The file has no name any more once every rank has opened it."""
-        size = _head_bytes(self.world_size) + data_bytes
-        path = FOLDER / f"flashcp-{uuid.uuid4().hex}"
-        try:
-            own, problem = _tried(lambda: _map(path, size, make=True))
-            names = self._agree(path.name, problem)
-            memories, problem = _tried(
-                lambda: [own if rank == self.rank else _map(FOLDER / name, size) for rank, name in enumerate(names)]
-            )
-            self._agree("", problem)
-        finally:
-            path.unlink(missing_ok=True)
-        return ShmRegion(index, data_bytes, memories)
-
-    def _agree(self, word: str, problem: str) -> list[str]:
-        """Every rank's word. Raises HeapError on all ranks when one of them has a problem."""
-        text = f"-rank {self.rank}: no shared memory in {FOLDER} ({problem})" if problem else f"+{word}"
-        said = [words.decode(errors="replace") for words in self._share(text.encode())]
-        for words in said:
-            if not words.startswith("+"):
-                raise HeapError(words[1:])
-        return [words[1:] for words in said]
+        """See Fabric."""
+        return ShmRegion(index, data_bytes, self._memories(index, _head_bytes(self.world_size) + data_bytes))
 
     def tensor(self, region: Region, rows: int, row: Sequence[int], dtype: torch.dtype, token: object) -> Tensor:
         """See Fabric."""
@@ -245,25 +219,6 @@ class _Courier:
             if slow:
                 self._due = max(self._due, time.perf_counter()) + part.nbytes / self.throttle_gbps / 1e9
                 time.sleep(max(0.0, self._due - time.perf_counter()))
-
-
-def _map(path: Path, size: int, make: bool = False) -> np.ndarray:
-    """A file of shared memory as an array of bytes, in memory as long as somebody uses it."""
-    descriptor = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if make else 0), 0o600)
-    try:
-        if make:
-            os.posix_fallocate(descriptor, 0, size)  # a full file system is an error here, and a crash later
-        return np.frombuffer(mmap.mmap(descriptor, size), dtype=np.uint8)
-    finally:
-        os.close(descriptor)
-
-
-def _tried(make: Callable[[], Any]) -> tuple[Any, str]:
-    """What it makes, or why it cannot."""
-    try:
-        return make(), ""
-    except OSError as error:
-        return None, str(error.strerror)
 
 
 class _Held(np.ndarray):

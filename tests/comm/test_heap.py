@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from flashcp.comm.errors import HeapError
-from flashcp.comm.fabrics.shm import FOLDER, ShmFabric
+from flashcp.comm.fabrics.memory import FOLDER, shared_memories
+from flashcp.comm.fabrics.shm import ShmFabric
 from flashcp.comm.heap import MIB, SymmetricHeap
 from flashcp.comm.one_sided import OneSided
 
@@ -23,7 +24,7 @@ class Ranks:
 
     def __init__(self, **limits: int) -> None:
         self.oldest, self.settled = 0, 0
-        fabric = ShmFabric(0, 1, lambda words: [words], timeout_s=5)
+        fabric = ShmFabric(0, 1, shared_memories(0, lambda words: [words]), timeout_s=5)
         self.heap = SymmetricHeap(fabric, lambda: self.oldest, self.settle, **limits)
         self.transport = OneSided(fabric, self.heap)
 
