@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from flashcp.kernels.arrivals import Arrivals
 from flashcp.kernels.schedule import Schedule
 
 __all__ = ["KV", "Gradients", "attend", "backward", "forward", "gradients"]
@@ -39,14 +41,24 @@ class Gradients(NamedTuple):
     received: Tensor
 
 
-def attend(q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, arrivals: Arrivals | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over all of a schedule's ranges at once: out [T, H, D] in q's dtype, log-sum-exp fp32 [T, H].
 
-    Rows that read nothing get zeros and -inf.
+    Rows that read nothing get zeros and -inf. arrivals: received rows are still on their way; local ranges are
+    computed first, and a received one when its source's flag is up.
     """
     out = q.new_zeros(q.shape, dtype=torch.float32)
     lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-    forward(q, local, received, schedule, scale, out, lse)
+    if arrivals is None:
+        forward(q, local, received, schedule, scale, out, lse)
+    else:
+        forward(q, local, received, schedule.part(~schedule.received), scale, out, lse)
+        for source in np.unique(schedule.source[schedule.received]).tolist():
+            arrivals.wait(source)
+            part = schedule.part(schedule.received & (schedule.source == source))
+            forward(q, local, received, part, scale, out, lse)
     return out.to(q.dtype), lse
 
 

@@ -53,6 +53,12 @@ class Schedule:
         totals = np.concatenate(([0], np.cumsum(amount, dtype=np.int64)))
         return totals[self.range_first[1:]] - totals[self.range_first[:-1]]
 
+    def part(self, keep: np.ndarray) -> Schedule:
+        """The same query shards with those of their ranges that `keep`, bool [R], marks."""
+        first = np.concatenate(([0], np.cumsum(keep)))[self.range_first]
+        shards = self.query_start, self.query_stop, self.query_position, first
+        return Schedule(*shards, *(getattr(self, field.name)[keep] for field in fields(self)[4:]))
+
     @cached_property
     def array(self) -> np.ndarray:
         """All of it in one int64 array, headed by a fingerprint of the rest: what operators take."""

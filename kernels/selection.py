@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashcp.kernels import cpu
+from flashcp.kernels.arrivals import Arrivals
 from flashcp.kernels.cpu import KV, Gradients
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.tuning import Tuning
@@ -46,8 +47,10 @@ class AttentionKernel(Protocol):
     ) -> None:
         """Add the gradients of the schedule's ranges."""
 
-    def attend(self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float) -> tuple[Tensor, Tensor]:
-        """Output in q's dtype and log-sum-exp."""
+    def attend(
+        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, arrivals: Arrivals | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Output in q's dtype and log-sum-exp; with `arrivals`, received rows are read as they arrive."""
 
     def gradients(
         self,

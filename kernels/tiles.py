@@ -31,9 +31,10 @@ class Tiles:
 
     table [tiles, 5], COLUMNS. row, stop: the tile's rows, in the receive buffer if `received`, else in the local
     tensor. range_first, range_stop: its entries of `ranges`.
-    ranges [ranges, 3]: (place, start, stop). LOCAL and RECEIVED: rows there that every row of the tile reads (query
-    tiles) or is read by (key tiles, whose readers are always local). OWN: the own run of the tile's rows, from `start`
-    to the tile (query tiles) or from the tile to `stop` (key tiles).
+    ranges [ranges, 4]: (place, start, stop, source). LOCAL and RECEIVED: rows there that every row of the tile reads
+    (query tiles) or is read by (key tiles, whose readers are always local). OWN: the own run of the tile's rows, from
+    `start` to the tile (query tiles) or from the tile to `stop` (key tiles). source: the rank whose arrival the range
+    waits for, -1 for none: for local rows, for key tiles, and unless query tiles are made `by_source`.
     reach [local rows]: where each row's own run begins (query tiles) or ends (key tiles): the other bound of the mask.
     rows: how many rows of the local tensor and of the receive buffer lie in a tile.
     """
@@ -42,6 +43,12 @@ class Tiles:
     ranges: np.ndarray
     reach: np.ndarray
     rows: tuple[int, int]
+
+    @property
+    def ready(self) -> int:
+        """How many tiles, the first ones, wait for nobody."""
+        waits = np.concatenate(([0], np.cumsum(self.ranges[:, 3] >= 0)))
+        return int((waits[self.table[:, 3]] == waits[self.table[:, 4]]).sum())
 
 
 class _Blocks(NamedTuple):
@@ -55,11 +62,12 @@ class _Blocks(NamedTuple):
     order: np.ndarray
 
 
-def query_tiles(schedule: Schedule, rows: int, tile_rows: int) -> Tiles:
+def query_tiles(schedule: Schedule, rows: int, tile_rows: int, by_source: bool = False) -> Tiles:
     """Tiles of at most `tile_rows` query rows, over a local tensor of `rows` rows, for forward and dQ.
 
     Tiles that read local rows alone come first, then by the arrival of the last source they read (sources arrive in
     the order in which they lie in the receive buffer), those with much to read before those with little.
+    by_source: rows of different sources stay different ranges and name theirs, for a kernel that waits for each.
     """
     blocks = len(schedule.query_start)
     block = _query(schedule)
@@ -68,12 +76,14 @@ def query_tiles(schedule: Schedule, rows: int, tile_rows: int) -> Tiles:
     sort = _sort(block, schedule.received, schedule.row_start)
     block, received, masked = block[sort], schedule.received[sort], schedule.masked[sort]
     start, stop = schedule.row_start[sort], schedule.row_stop[sort]
+    source = np.where(received & by_source, schedule.source[sort], -1)
 
     # Ranges that touch are one; nothing joins on behind the block's own rows.
     touches = (block[1:] == block[:-1]) & (received[1:] == received[:-1]) & (start[1:] == stop[:-1])
+    touches &= source[1:] == source[:-1]
     opens, closes = _runs(touches & ~masked[:-1], len(block))
     place = np.where(masked[closes], OWN, received[opens])
-    ranges = np.stack((place, start[opens], stop[closes]), axis=1)
+    ranges = np.stack((place, start[opens], stop[closes], source[opens]), axis=1)
     bounds = _bounds(block[opens], blocks)
     columns = (np.zeros(blocks, dtype=np.int64), schedule.query_start, schedule.query_stop)
     return _cut(_Blocks(*columns, *bounds, arrival), ranges, rows, tile_rows, keys=False)
@@ -98,7 +108,8 @@ def key_tiles(schedule: Schedule, rows: int, tile_rows: int) -> Tiles:
     # Readers that touch are one; nothing joins on before the block's own rows.
     start, stop = schedule.query_start[query], schedule.query_stop[query]
     opens, closes = _runs(same & (start[1:] == stop[:-1]) & ~masked[1:], len(query))
-    readers = np.stack((np.where(masked[opens], OWN, LOCAL), start[opens], stop[closes]), axis=1)
+    place = np.where(masked[opens], OWN, LOCAL)
+    readers = np.stack((place, start[opens], stop[closes], np.full_like(place, -1)), axis=1)
     bounds = _bounds(block[opens], int(heads.sum()))
     arrival = _arrival(schedule)[sort][heads]
     order = np.where(received[heads], arrival, arrival.max(initial=0) + 1)
@@ -183,7 +194,8 @@ def _share_tiles(blocks: _Blocks, ranges: np.ndarray, alone: np.ndarray, tile_ro
         group.append(following[group[-1]])
     start, stop = start[group], stop[np.array([*group[1:], len(short)]) - 1]
     entry = len(ranges) + np.arange(len(group))
-    ranges = np.concatenate((ranges, np.stack((np.full(len(group), OWN), start, stop), axis=1)))
+    joined = np.stack((np.full(len(group), OWN), start, stop, np.full(len(group), -1)), axis=1)
+    ranges = np.concatenate((ranges, joined))
     shared = _Blocks(np.zeros_like(start), start, stop, entry, entry + 1, blocks.order[short[group]])
     kept = _Blocks(*(column[~alone] for column in blocks))
     return _Blocks(*(np.concatenate(pair) for pair in zip(kept, shared, strict=True))), ranges
