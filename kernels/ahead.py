@@ -1,4 +1,4 @@
-"""Compile the attention kernels for a chip that is not here, and read what the compiler made of them.
+"""Compile the kernels for a chip that is not here, and read what the compiler made of them.
 
 Works on any machine: triton carries its own ptxas and cuobjdump. What cannot be known this way is time.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -18,9 +20,11 @@ from triton.compiler import ASTSource
 from flashcp.kernels.backward_kv import backward_kv_kernel
 from flashcp.kernels.backward_q import backward_q_kernel
 from flashcp.kernels.forward import forward_kernel
+from flashcp.kernels.one_sided import get_rows_kernel, put_rows_kernel, signal_kernel, wait_kernel
+from flashcp.kernels.transfers import BLOCK_ROWS, WARPS
 from flashcp.kernels.tuning import Blocks, Pass, padded
 
-__all__ = ["TARGETS", "Build", "build", "read"]
+__all__ = ["TARGETS", "TRANSFERS", "Build", "build", "build_transfer", "read"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -29,16 +33,26 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 KERNELS = {Pass.FORWARD: forward_kernel, Pass.BACKWARD_KV: backward_kv_kernel, Pass.BACKWARD_Q: backward_q_kernel}
+TRANSFERS = {"put": put_rows_kernel, "get": get_rows_kernel, "signal": signal_kernel, "wait": wait_kernel}
 _TRITON_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-_FP32 = {"lse", "log_sum", "delta", "grad_k_received", "grad_v_received"}
-_INT32 = {"table", "ranges", "reach"}
+_NAMES = {
+    "fp32": ("scale",),
+    "*fp32": ("lse", "log_sum", "delta", "grad_k_received", "grad_v_received"),
+    "*i32": ("table", "ranges", "reach", "flags", "stuck", "index", "blocks", "expected", "done", "clear", "ready",
+             "ranks", "sources"),
+    "*i64": ("bases",),
+    "i64": ("region", "signals", "arrived"),
+}  # fmt: skip
+_WORD = re.compile(r"(.*_)?(row|head|rows)")  # int32, divisible by 16
+_NUMBER = re.compile(r"(.*_)?(epoch|spins|count|rank|heads)")  # int32
+_TOTALS = {"out", "grad_q", "grad_k", "grad_v"}
 
 
 @dataclass(frozen=True)
 class Build:
     """What a compiled kernel takes: registers a thread, spilled bytes a thread, shared memory of a block in bytes, and
     how many tensor-core (wgmma, tcgen05, mma), asynchronous-copy and plain instructions it holds. On AMD the
-    assembler tells registers and spills; the rest is 0."""
+    assembler tells registers and spills; the rest is 0. listing: the program, as PTX or AMD's assembler."""
 
     registers: int
     spilled_bytes: int
@@ -47,6 +61,7 @@ class Build:
     tcgen05: int
     mma: int
     async_copies: int
+    listing: str = field(repr=False)
 
 
 def build(
@@ -57,34 +72,48 @@ def build(
     blocks: Blocks,
     group: int = 1,
     accumulate: bool = False,
+    fused: bool = False,
 ) -> Build:
     """Compile one kernel. target: a key of TARGETS. dtype: a name of `kernels/tuning.py`'s DTYPES.
 
-    group: query heads a KV head. accumulate: the variant that goes on from earlier ranges.
+    group: query heads a KV head. accumulate: the variant that goes on from earlier ranges. fused: the forward that
+    waits for rows.
     """
-    kernel = KERNELS[which]
-    element = _TRITON_NAMES[dtype]
     chosen = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_M": blocks.block_m,
               "BLOCK_N": blocks.block_n, "PRECISION": blocks.precision, "MERGE": accumulate,
-              "ADD": accumulate}  # fmt: skip
+              "ADD": accumulate, "FUSED": fused}  # fmt: skip
+    if not fused:
+        chosen |= {"flags": None, "stuck": None}
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return _compile(KERNELS[which], target, dtype, chosen, options, _TOTALS if accumulate else set())
+
+
+def build_transfer(name: str, target: str, head_dim: int, dtype: str) -> Build:
+    """Compile one of the one-sided kernels, a key of TRANSFERS, for rows of heads of `head_dim`."""
+    chosen = {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_ROWS": BLOCK_ROWS}
+    return _compile(TRANSFERS[name], target, dtype, chosen, {"num_warps": WARPS})
+
+
+def _compile(
+    kernel: Any,
+    target: str,
+    dtype: str,
+    chosen: dict[str, Any],
+    options: dict[str, int],
+    totals: Set[str] = frozenset(),
+) -> Build:
+    """Names of arguments tell their types; `totals` are tensors that are fp32 whatever the dtype."""
     signature, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in chosen:
             signature[name], constexprs[(index,)] = "constexpr", chosen[name]
-        elif name == "scale":
-            signature[name] = "fp32"
-        else:
-            if name in _INT32:
-                signature[name] = "*i32"
-            elif name.endswith(("_row", "_head", "_rows")):
-                signature[name] = "i32"
-            elif name in _FP32 or (accumulate and name in ("out", "grad_q", "grad_k", "grad_v")):
-                signature[name] = "*fp32"
-            else:
-                signature[name] = f"*{element}"
+            continue
+        known = "*fp32" if name in totals else next((of for of, names in _NAMES.items() if name in names), None)
+        number = "i32" if _WORD.fullmatch(name) or _NUMBER.fullmatch(name) else None
+        signature[name] = known or number or f"*{_TRITON_NAMES[dtype]}"
+        if name != "scale" and not _NUMBER.fullmatch(name):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     return read(triton.compile(source, target=TARGETS[target], options=options), target)
 
 
@@ -94,7 +123,7 @@ def read(compiled: triton.compiler.CompiledKernel, target: str) -> Build:
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         return Build(_number(r"\.vgpr_count:\s+(\d+)", text), 4 * _number(r"\.vgpr_spill_count:\s+(\d+)", text), shared,
-                     0, 0, text.count("v_mfma"), 0)  # fmt: skip
+                     0, 0, text.count("v_mfma"), 0, text)  # fmt: skip
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -110,6 +139,7 @@ def read(compiled: triton.compiler.CompiledKernel, target: str) -> Build:
         tcgen05=ptx.count("tcgen05.mma"),
         mma=ptx.count("mma.sync"),
         async_copies=ptx.count("cp.async.cg") + ptx.count("cp.async.ca"),
+        listing=ptx,
     )
 
 

@@ -42,7 +42,7 @@ def backward_kv_kernel(
 
     for j in range(GROUP * (range_stop - range_first)):
         head = kv_head * GROUP + j % GROUP
-        entry = ranges + 3 * (range_first + j // GROUP)
+        entry = ranges + 4 * (range_first + j // GROUP)
         is_own = tl.load(entry) == OWN
         start = tl.where(is_own, row, tl.load(entry + 1))
         end = tl.load(entry + 2)

@@ -37,9 +37,9 @@ def backward_q_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     for i in range(range_first, range_stop):
-        kind = tl.load(ranges + 3 * i)
-        start = tl.load(ranges + 3 * i + 1)
-        seen_by_all = tl.where(kind == OWN, row, tl.load(ranges + 3 * i + 2))
+        kind = tl.load(ranges + 4 * i)
+        start = tl.load(ranges + 4 * i + 1)
+        seen_by_all = tl.where(kind == OWN, row, tl.load(ranges + 4 * i + 2))
         end = tl.where(kind == OWN, stop, seen_by_all)
         full = start + (seen_by_all - start) // BLOCK_N * BLOCK_N
         received = kind == RECEIVED

@@ -4,6 +4,16 @@ One program walks the ranges of its tile (outer loop, a handful of entries) and 
 loops, which the compiler pipelines). Blocks that every row of the tile sees run without a mask. Scores are kept times
 log2(e), so that softmax is `exp2`.
 
+FUSED: rows still arrive while this runs. Before a range that another rank sends, the program waits until that rank has
+raised its flag: between ranges only, never in the loops over key blocks, which stay pipelined. Ranges of local rows
+come first in a tile, and tiles that read nothing else come first in the order, so that they fill the time.
+
+Who waits must not keep out who is waited for. Rows that copy engines or another device bring need no SM of this one:
+nothing to do. Where kernels of this device send rows (`put_rows_kernel`), programs that wait can hold every SM while
+those kernels stand in line. A put that was started first has its place: enqueue it on a stream of higher priority,
+before this kernel, with a grid that fits beside it. Where that cannot be had, `Arrivals.programs` caps how many waiting
+programs there are at a time, and the rest of the device stays free. Were all this broken, the waits would still end.
+
 Shapes: M query rows (BLOCK_M), N key rows (BLOCK_N), D head_dim widened to a power of two (BLOCK_D).
 """
 
@@ -13,20 +23,25 @@ import triton
 import triton.language as tl
 
 from flashcp.kernels.blocks import LN2, LOG2E, OWN, RECEIVED, load_rows, load_tile, place, store_rows
+from flashcp.kernels.one_sided import wait_until
 
 __all__ = ["forward_kernel"]
 
 LOWEST = tl.constexpr(-3.0e38)  # a maximum before the first score: finite, so that differences are never NaN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["epoch", "spins"])
 def forward_kernel(
     q, k, v, k_received, v_received, out, lse, table, ranges, reach, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row, out_head, lse_row,
+    flags, epoch, stuck, spins,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MERGE: tl.constexpr, PRECISION: tl.constexpr,
+    MERGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, query head). MERGE: go on from the fp32 `out` and `lse` of earlier ranges, not from nothing."""
+    """Program (tile, query head). MERGE: go on from the fp32 `out` and `lse` of earlier ranges, not from nothing.
+
+    FUSED: wait until flags[source] >= epoch before a range that names its source; spins, stuck: see `wait_until`.
+    """
     head = tl.program_id(1)
     _, row, stop, range_first, range_stop = load_tile(table, tl.program_id(0))
     rows = row + tl.arange(0, BLOCK_M)
@@ -46,9 +61,13 @@ def forward_kernel(
         maximum = tl.full([BLOCK_M], LOWEST, tl.float32)
 
     for i in range(range_first, range_stop):
-        kind = tl.load(ranges + 3 * i)
-        start = tl.load(ranges + 3 * i + 1)
-        seen_by_all = tl.where(kind == OWN, row, tl.load(ranges + 3 * i + 2))
+        if FUSED:
+            source = tl.load(ranges + 4 * i + 3)
+            if source >= 0:
+                wait_until(flags + source, epoch, spins, stuck, source)
+        kind = tl.load(ranges + 4 * i)
+        start = tl.load(ranges + 4 * i + 1)
+        seen_by_all = tl.where(kind == OWN, row, tl.load(ranges + 4 * i + 2))
         end = tl.where(kind == OWN, stop, seen_by_all)
         full = start + (seen_by_all - start) // BLOCK_N * BLOCK_N
         received = kind == RECEIVED

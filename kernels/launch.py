@@ -5,7 +5,9 @@ Shapes: T local rows, R received rows, H query heads, K KV heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -14,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from flashcp.kernels.arrivals import Arrivals
 from flashcp.kernels.backward_kv import backward_kv_kernel
 from flashcp.kernels.backward_q import backward_q_kernel
 from flashcp.kernels.backward_rows import backward_rows_kernel
@@ -21,6 +24,7 @@ from flashcp.kernels.cpu import KV, Gradients
 from flashcp.kernels.forward import forward_kernel
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.tiles import key_tiles, query_tiles
+from flashcp.kernels.transfers import spins
 from flashcp.kernels.tuning import Blocks, Pass, Tuning, architecture, choose, padded
 
 __all__ = ["TritonAttention"]
@@ -31,13 +35,14 @@ _ROWS = 64  # of a block of backward_rows_kernel
 
 class _Prepared(NamedTuple):
     """What a launch needs beside the tensors: block shapes, the tile tables on the device, rows that tiles cover, and
-    which tile is the first of local rows (key tiles: received ones come before)."""
+    which tile is the first one after those of the first kind: tiles that wait for nobody (query tiles), of received
+    rows (key tiles)."""
 
     blocks: Blocks
     tables: tuple[Tensor, Tensor, Tensor]
     local_rows: int
     received_rows: int
-    first_local: int
+    second_kind: int
 
     def tiles(self, start: int, stop: int) -> _Prepared:
         """Some of the tiles alone."""
@@ -62,12 +67,15 @@ class TritonAttention:
         prepared = self._prepare(Pass.FORWARD, schedule, q)
         self._forward(prepared, q, local, received, scale, out, lse, merge=True)
 
-    def attend(self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float) -> tuple[Tensor, Tensor]:
-        """See `kernels/cpu.py`. One launch, nothing in memory but the results."""
-        prepared = self._prepare(Pass.FORWARD, schedule, q)
+    def attend(
+        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, arrivals: Arrivals | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `kernels/cpu.py`. One launch (more if `arrivals` caps it), nothing in memory but the results."""
+        prepared = self._prepare(Pass.FORWARD, schedule, q, by_source=arrivals is not None)
         out = _empty(q.shape, q.dtype, q.device, prepared.local_rows == len(q))
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-        self._forward(prepared, q, local, received, scale, out, lse, merge=False)
+        for launch in _launches(prepared, q.shape[1], arrivals):
+            self._forward(launch, q, local, received, scale, out, lse, merge=False, arrivals=arrivals)
         return out, lse
 
     def gradients(
@@ -102,9 +110,9 @@ class TritonAttention:
         if leave is None:
             scatter(keys)
         else:
-            scatter(keys.tiles(0, keys.first_local))
+            scatter(keys.tiles(0, keys.second_kind))
             leave(back)
-            scatter(keys.tiles(keys.first_local, len(keys.tables[0])))
+            scatter(keys.tiles(keys.second_kind, len(keys.tables[0])))
 
         queries = self._prepare(Pass.BACKWARD_Q, schedule, q)
         grad_q = _empty(q.shape, q.dtype, q.device, queries.local_rows == len(q))
@@ -122,21 +130,36 @@ class TritonAttention:
         out: Tensor,
         lse: Tensor,
         merge: bool,
+        arrivals: Arrivals | None = None,
     ) -> None:
         tensors = (q, *local, *received, out, lse, *prepared.tables)
         strides = (*_strides(q, *local, *received, out), lse.stride(0))
-        _launch(forward_kernel, prepared, q, local, q.shape[1], (*tensors, scale * _LOG2E, *strides), MERGE=merge)
+        waits = (None, 0, None, 0) if arrivals is None else (*arrivals[:3], spins(q.device, arrivals.timeout_s))
+        arguments = (*tensors, scale * _LOG2E, *strides, *waits)
+        _launch(forward_kernel, prepared, q, local, q.shape[1], arguments, MERGE=merge, FUSED=arrivals is not None)
 
-    def _prepare(self, which: Pass, schedule: Schedule, q: Tensor) -> _Prepared:
+    def _prepare(self, which: Pass, schedule: Schedule, q: Tensor, by_source: bool = False) -> _Prepared:
         kept = self._prepared.setdefault(schedule, {})
-        key = (which, len(q), q.shape[2], q.dtype, q.device)
+        key = (which, by_source, len(q), q.shape[2], q.dtype, q.device)
         if key not in kept:
             blocks = self.tuning.of(which) or choose(which, architecture(q.device), q.shape[2], q.dtype, schedule)
-            make = key_tiles if which is Pass.BACKWARD_KV else query_tiles
+            make = key_tiles if which is Pass.BACKWARD_KV else partial(query_tiles, by_source=by_source)
             tiles = make(schedule, len(q), blocks.tile_rows(which))
             table, ranges, reach = (_to_device(x, q.device) for x in (tiles.table, tiles.ranges, tiles.reach))
-            kept[key] = _Prepared(blocks, (table, ranges, reach), *tiles.rows, int(tiles.table[:, 0].sum()))
+            second_kind = int(tiles.table[:, 0].sum()) if which is Pass.BACKWARD_KV else tiles.ready
+            kept[key] = _Prepared(blocks, (table, ranges, reach), *tiles.rows, second_kind)
         return kept[key]
+
+
+def _launches(prepared: _Prepared, heads: int, arrivals: Arrivals | None) -> Iterator[_Prepared]:
+    """All tiles at once, or those that wait for nobody first and behind them as many of the others as may wait."""
+    if arrivals is None or arrivals.programs is None:
+        yield prepared
+        return
+    table, ranges, reach = prepared.tables
+    bounds = [0, *range(prepared.ready, len(table), max(1, arrivals.programs // heads)), len(table)]
+    for start, stop in pairwise(bounds):
+        yield prepared._replace(tables=(table[start:stop], ranges, reach))
 
 
 def _row_terms(out: Tensor, grad_out: Tensor, lse: Tensor, scale: float) -> Tensor:

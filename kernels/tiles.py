@@ -31,9 +31,10 @@ class Tiles:
 
     table [tiles, 5], COLUMNS. row, stop: the tile's rows, in the receive buffer if `received`, else in the local
     tensor. range_first, range_stop: its entries of `ranges`.
-    ranges [ranges, 3]: (place, start, stop). LOCAL and RECEIVED: rows there that every row of the tile reads (query
-    tiles) or is read by (key tiles, whose readers are always local). OWN: the own run of the tile's rows, from `start`
-    to the tile (query tiles) or from the tile to `stop` (key tiles).
+    ranges [ranges, 4]: (place, start, stop, source). LOCAL and RECEIVED: rows there that every row of the tile reads
+    (query tiles) or is read by (key tiles, whose readers are always local). OWN: the own run of the tile's rows, from
+    `start` to the tile (query tiles) or from the tile to `stop` (key tiles). source: the rank whose arrival the range
+    waits for, -1 for none: for local rows, for key tiles, and unless query tiles are made `by_source`.
     reach [local rows]: where each row's own run begins (query tiles) or ends (key tiles): the other bound of the mask.
     rows: how many rows of the local tensor and of the receive buffer lie in a tile.
     """
@@ -42,6 +43,12 @@ class Tiles:
     ranges: np.ndarray
     reach: np.ndarray
     rows: tuple[int, int]
+
+    @property
+    def ready(self) -> int:
+        """How many tiles, the first ones, wait for nobody."""
+        waits = np.concatenate(([0], np.cumsum(self.ranges[:, 3] >= 0)))
+        return int((waits[self.table[:, 3]] == waits[self.table[:, 4]]).sum())
 
 
 class _Blocks(NamedTuple):
@@ -55,11 +62,12 @@ class _Blocks(NamedTuple):
     order: np.ndarray
 
 
-def query_tiles(schedule: Schedule, rows: int, tile_rows: int) -> Tiles:
+def query_tiles(schedule: Schedule, rows: int, tile_rows: int, by_source: bool = False) -> Tiles:
     """Tiles of at most `tile_rows` query rows, over a local tensor of `rows` rows, for forward and dQ.
 
     Tiles that read local rows alone come first, then by the arrival of the last source they read (sources arrive in
     the order in which they lie in the receive buffer), those with much to read before those with little.
+    by_source: rows of different sources stay different ranges and name theirs, for a kernel that waits for each.
     """
     query, received, masked = schedule.query, schedule.received, schedule.masked
     start, stop = _small(schedule.row_start), _small(schedule.row_stop)
@@ -67,7 +75,8 @@ def query_tiles(schedule: Schedule, rows: int, tile_rows: int) -> Tiles:
     # Ranges that touch are one; nothing joins on behind the shard's own rows.
     apart = _changes(query) | _changes(received)
     apart[1:] |= (start[1:] != stop[:-1]) | masked[:-1]
-    ranges, opens = _join(apart, np.where(masked, OWN, received), start, stop)
+    source = np.where(received & by_source, schedule.source, -1)
+    ranges, opens = _join(apart | _changes(source), np.where(masked, OWN, received), start, stop, source)
     bounds = _small(np.searchsorted(opens, schedule.range_first))
     arrival = np.zeros(len(bounds) - 1, dtype=np.int32)
     np.maximum.at(arrival, query, schedule.arrival)
@@ -93,7 +102,7 @@ def key_tiles(schedule: Schedule, rows: int, tile_rows: int) -> Tiles:
     start, stop = _small(schedule.query_start)[query], _small(schedule.query_stop)[query]
     apart = head | masked
     apart[1:] |= start[1:] != stop[:-1]
-    readers, opens = _join(apart, np.where(masked, OWN, LOCAL), start, stop)
+    readers, opens = _join(apart, np.where(masked, OWN, LOCAL), start, stop, np.full_like(start, -1))
     bounds = _small(np.append(np.flatnonzero(head[opens]), len(opens)))
     first = np.flatnonzero(head)
     block_received = received[first]
@@ -122,7 +131,9 @@ def _changes(column: np.ndarray) -> np.ndarray:
     return np.concatenate(([True], column[1:] != column[:-1]))[: len(column)]
 
 
-def _join(apart: np.ndarray, place: np.ndarray, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _join(
+    apart: np.ndarray, place: np.ndarray, start: np.ndarray, stop: np.ndarray, source: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Entries as ranges, each joined to the one before unless `apart`, and the entry that opens each range.
 
     A range with own rows in it is OWN, the highest of places.
@@ -130,7 +141,7 @@ def _join(apart: np.ndarray, place: np.ndarray, start: np.ndarray, stop: np.ndar
     opens = np.flatnonzero(apart)
     stops = stop[np.append(opens[1:], len(apart))[: len(opens)] - 1]
     places = np.maximum.reduceat(place, opens) if len(opens) else opens
-    return np.stack((_small(places), start[opens], stops), axis=1), opens
+    return np.stack((_small(places), start[opens], stops, _small(source)[opens]), axis=1), opens
 
 
 def _cut(blocks: _Blocks, ranges: np.ndarray, rows: int, tile_rows: int, keys: bool) -> Tiles:

@@ -1,8 +1,9 @@
 """Run functions under Triton's interpreter, in worker processes that stay alive between calls.
 
 The interpreter is chosen when triton is imported, by an environment variable: processes of their own keep it away from
-every other test. `interpreted(fn, *args)` takes a top-level function; `interpreted_cases` runs it on the ranks of a
-gloo group, as `tests/ranks.py` does. Fresh tensors hold NaN there until written.
+every other test. `interpreted(fn, *args)` takes a top-level function; `interpreted_together(fn, n, *args)` runs it in n
+processes at once, as `fn(rank, *args)`; `interpreted_cases` runs it on the ranks of a gloo group, as `tests/ranks.py`
+does. Fresh tensors hold NaN there until written.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -24,7 +25,18 @@ Result = TypeVar("Result")
 
 def interpreted(fn: Callable[..., Result], *args: Any) -> Result:
     """`fn(*args)` in the worker; its exceptions are raised here."""
-    return _worker().submit(fn, *args).result()
+    return _worker(0).submit(fn, *args).result()
+
+
+def interpreted_together(fn: Callable[..., Result], count: int, *args: Any) -> list[Result]:
+    """`fn(rank, *args)` for each rank below `count`, each in its own worker at the same time -> results in rank order.
+
+    The first exception in rank order is raised here, when all have ended: fn must not wait for ever for the others.
+    """
+    workers = [_worker(rank) for rank in range(count)]
+    running = [worker.submit(fn, rank, *args) for rank, worker in enumerate(workers)]
+    wait(running)
+    return [future.result() for future in running]
 
 
 def interpreted_cases(
@@ -36,7 +48,7 @@ def interpreted_cases(
 
 
 @cache
-def _worker() -> ProcessPoolExecutor:
+def _worker(number: int) -> ProcessPoolExecutor:
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_prepare)
     with _variable():
         pool.submit(int).result()  # starts the process, which inherits the variable

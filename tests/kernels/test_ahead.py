@@ -5,12 +5,13 @@ A sample of the table; `make kernels` builds all of it.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from itertools import product
 
 import pytest
 
-from flashcp.kernels.ahead import TARGETS, Build, build
+from flashcp.kernels.ahead import TARGETS, TRANSFERS, Build, build, build_transfer
 from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, padded
 
 pytest.importorskip("triton")
@@ -88,6 +89,58 @@ def test_on_hopper_nothing_spills_and_all_runs_on_wgmma(case: tuple[Pass, str, i
 def test_grouped_heads_spill_nothing_either() -> None:
     for which in Pass:
         assert build(which, "sm_90", 128, "bfloat16", TABLE["sm_90", 128, 2, which][0], group=4).spilled_bytes == 0
+
+
+FUSED = [
+    *(
+        (arch, dim, "bfloat16", blocks)
+        for arch, dim in (("sm_90", 128), ("sm_90", 64))
+        for blocks in TABLE[arch, dim, 2, F]
+    ),
+    *((arch, 128, "bfloat16", TABLE[arch, 128, 2, F][0]) for arch in ("sm_80", "gfx942")),
+]
+
+
+@pytest.mark.parametrize("case", FUSED, ids=lambda case: name((F, *case)))
+def test_waiting_costs_the_forward_nothing(case: tuple[str, int, str, Blocks]) -> None:
+    plain, fused = built(F, *case), build(F, *case, fused=True)
+    assert fused.spilled_bytes == 0
+    assert fused.registers <= plain.registers + 8
+    for field in ("wgmma", "mma", "async_copies", "shared_bytes"):
+        assert getattr(fused, field) == getattr(plain, field)
+    looks = {"sm_90": "ld.global.sys.acquire", "sm_80": "ld.global.sys.acquire", "gfx942": "buffer_inv sc0 sc1"}[
+        case[0]
+    ]
+    assert looks in fused.listing
+    assert looks not in plain.listing
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80", "gfx942"])
+def test_one_sided_kernels_compile(arch: str) -> None:
+    for which in TRANSFERS:
+        found = build_transfer(which, arch, 128, "bfloat16")
+        assert found.spilled_bytes == 0
+        assert found.registers <= 64
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+def test_rows_move_16_bytes_at_a_time_and_are_released_by_one_thread_for_all(arch: str) -> None:
+    put, get = (build_transfer(which, arch, 128, "bfloat16").listing for which in ("put", "get"))
+    for listing in (put, get):
+        assert "ld.global.v4.b32" in listing
+        assert "st.global.v4.b32" in listing
+    # Between a program's last row and any release that speaks for it all its threads meet.
+    for listing, releases in ((put, 2), (get, 3)):
+        parts = re.split(r"atom\.global\.sys\.(?:acq_rel\.add|release\.max)", listing)
+        assert len(parts) == 1 + releases
+        for before in parts[:-1]:
+            assert "st.global" not in before[before.rindex("bar.sync") :]
+    # Looking compiles to a load, by one thread; the others wait for what it saw.
+    wait = build_transfer("wait", arch, 128, "bfloat16").listing
+    for look in re.finditer(r"(@%p\d+ )?ld\.global\.sys\.acquire.*\n.*st\.shared.*\n.*bar\.sync", wait):
+        assert look[1]
+    assert len(re.findall(r"ld\.global\.sys\.acquire", wait)) == 3
+    assert "volatile" not in wait
 
 
 def test_table_of_what_was_built(capsys: pytest.CaptureFixture[str]) -> None:

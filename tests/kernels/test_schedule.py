@@ -58,6 +58,19 @@ def test_sources_are_the_owners_and_local_ranges_come_first() -> None:
         assert (np.diff(schedule.received[first:stop].astype(int)) >= 0).all()
 
 
+def test_parts_hold_the_ranges_asked_for() -> None:
+    plan = flashcp.plan([64, 30, 34], 4, "per_document")
+    local, received = plan.local(2), plan.route("exact").received(2)
+    whole = build_schedule(local, local=local, received=received)
+    part = whole.part(whole.received & (whole.source == 1))
+    alone = build_schedule(local, received=received.take(received.rank == 1))
+    reads = np.diff(part.range_first) > 0
+    assert np.array_equal(part.query_start[reads], alone.query_start)
+    assert part.row_start.tolist() == alone.row_start.tolist()
+    assert part.row_stop.tolist() == alone.row_stop.tolist()
+    assert (whole.part(~whole.received).pairs + whole.part(whole.received).pairs) == whole.pairs
+
+
 def test_a_whole_pack_is_one_masked_range_a_document() -> None:
     schedule = whole_pack_schedule(np.array([3, 1, 4]))
     assert schedule.query_start.tolist() == schedule.row_start.tolist() == [0, 3, 4]

@@ -35,7 +35,7 @@ def query_pairs(tiles: Tiles) -> Counter:
     """What the forward and dQ kernels read, by the rules they follow."""
     count: Counter = Counter()
     for _, row, stop, first, last in tiles.table.tolist():
-        for place, a, b in tiles.ranges[first:last].tolist():
+        for place, a, b, _ in tiles.ranges[first:last].tolist():
             for query in range(row, stop):
                 if place == OWN:
                     seen = [y for y in range(a, stop) if y < row or tiles.reach[query] <= y <= query]
@@ -49,7 +49,7 @@ def key_pairs(tiles: Tiles, block: int) -> Counter:
     """What the dK and dV kernel reads: blocks of queries beside the tile masked, those behind it not."""
     count: Counter = Counter()
     for received, row, stop, first, last in tiles.table.tolist():
-        for place, a, b in tiles.ranges[first:last].tolist():
+        for place, a, b, _ in tiles.ranges[first:last].tolist():
             behind = row + -(-(stop - row) // block) * block if place == OWN else a
             for key in range(row, stop):
                 if place == OWN:
@@ -134,6 +134,32 @@ def test_local_tiles_come_first_then_by_arrival_then_long_ones() -> None:
     keys = key_tiles(build_schedule(local, local=local, received=received), 100, 16).table
     assert keys[:, 0].tolist() == [1] * 6 + [0] * 7
     assert keys[:6, 1].tolist() == [0, 16, 30, 46, 60, 76]  # rank 0's rows, all read as often, then rank 2's
+
+
+@pytest.mark.parametrize("exchange", ["exact", "compacted", "all_gather", "ring"])
+def test_ranges_that_wait_name_their_source(exchange: str) -> None:
+    joined = 0
+    for lengths in ((257,), (1, 1, 200, 1, 1), *map(random_lengths, range(3))):
+        plan = flashcp.plan(lengths, 4, "contiguous")
+        for rank in range(4):
+            received = plan.route(exchange).received(rank)
+            source_of = dict(
+                zip(received.buffer_rows(), np.repeat(received.rank, received.stop - received.start), strict=True)
+            )
+            schedule = rank_schedules(plan, exchange, rank)[0]
+            together, apart = (query_tiles(schedule, int(plan.tokens[rank]), 16, by_source=x) for x in (False, True))
+            assert query_pairs(apart) == query_pairs(together)
+            assert np.array_equal(apart.table[:, :3], together.table[:, :3])
+            for place, start, stop, source in apart.ranges.tolist():
+                sources = {source_of[row] for row in range(start, stop)} if place == RECEIVED else {-1}
+                assert sources == {source}
+            waits = [bool((apart.ranges[first:last, 3] >= 0).any()) for *_, first, last in apart.table.tolist()]
+            assert waits == sorted(waits)
+            assert apart.ready == waits.count(False)
+            assert (together.ranges[:, 3] == -1).all()
+            assert together.ready == len(together.table)
+            joined += len(apart.ranges) - len(together.ranges)
+    assert joined > 0 or exchange == "ring"  # whose blocks do not lie in the order of the document
 
 
 def test_size_grows_with_shards_and_rows() -> None:
