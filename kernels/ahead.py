@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -17,10 +19,11 @@ from triton.compiler import ASTSource
 
 from flashcp.kernels.backward_kv import backward_kv_kernel
 from flashcp.kernels.backward_q import backward_q_kernel
+from flashcp.kernels.backward_rows import ROWS, backward_rows_kernel
 from flashcp.kernels.forward import forward_kernel
 from flashcp.kernels.tuning import Blocks, Pass, padded
 
-__all__ = ["TARGETS", "Build", "build"]
+__all__ = ["TARGETS", "Build", "build", "build_rows"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -62,29 +65,41 @@ def build(
 
     group: query heads a KV head. accumulate: the variant that goes on from earlier ranges.
     """
-    kernel = KERNELS[which]
-    element = _TRITON_NAMES[dtype]
     chosen = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_M": blocks.block_m,
               "BLOCK_N": blocks.block_n, "PRECISION": blocks.precision, "MERGE": accumulate,
               "ADD": accumulate}  # fmt: skip
+    fp32 = {*_FP32, *(("out", "grad_q", "grad_k", "grad_v") if accumulate else ())}
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return _compile(KERNELS[which], target, dtype, chosen, fp32, options)
+
+
+def build_rows(target: str, head_dim: int, dtype: str) -> Build:
+    """Compile what runs before the gradients (`kernels/backward_rows.py`). Arguments as for `build`."""
+    chosen = {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_M": ROWS}
+    return _compile(backward_rows_kernel, target, dtype, chosen, _FP32, {})
+
+
+def _compile(
+    kernel: Any, target: str, dtype: str, chosen: Mapping[str, object], fp32: Set[str], options: dict[str, int]
+) -> Build:
+    """chosen: values of the kernel's constants. fp32: its tensors that are, whatever the dtype of the others."""
     signature, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in chosen:
             signature[name], constexprs[(index,)] = "constexpr", chosen[name]
-        elif name == "scale":
+        elif name in ("scale", "softmax_scale"):
             signature[name] = "fp32"
+        elif name == "rows":  # any number
+            signature[name] = "i32"
         else:
             if name in _INT32:
                 signature[name] = "*i32"
             elif name.endswith(("_row", "_head", "_rows")):
                 signature[name] = "i32"
-            elif name in _FP32 or (accumulate and name in ("out", "grad_q", "grad_k", "grad_v")):
-                signature[name] = "*fp32"
             else:
-                signature[name] = f"*{element}"
+                signature[name] = f"*{'fp32' if name in fp32 else _TRITON_NAMES[dtype]}"
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     return _read(triton.compile(source, target=TARGETS[target], options=options), target)
 
 
