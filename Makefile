@@ -12,10 +12,10 @@ STAMP := .venv/.installed
 ROOMS := comm conf experiments kernels sharding train
 ARGS ?=
 
-.PHONY: help demo test lint kernels pins clean
+.PHONY: help demo test lint kernels kernels-versions pins clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  ARGS="..." goes on to the command, e.g. make test ARGS="tests/sharding -k prefix"'
 
 demo: $(STAMP) ## train the same model under every method on 2 CPU ranks; print the table, write the page
@@ -36,6 +36,16 @@ lint: $(STAMP) ## ruff and mypy
 
 kernels: $(STAMP) ## compile every shipped Triton kernel for sm_80, sm_90, sm_100 and gfx942; print what they take
 	$(BIN)/python -m flashcp.experiments.tune_attention --table $(ARGS)
+
+# torch imports triton only when something asks for it: another one, first on the path, needs no other torch.
+kernels-versions: $(STAMP) ## the same with triton 3.6.0 and the newest release, each in a folder of its own
+	@status=0; for version in 3.6.0 newest; do \
+		folder=$(CURDIR)/.venv/triton-$$version; wanted=triton==$$version; \
+		[ $$version != newest ] || { rm -rf $$folder; wanted=triton; }; \
+		[ -d $$folder ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+			--target $$folder $$wanted; \
+		PYTHONPATH=$$folder $(BIN)/python -m flashcp.experiments.tune_attention --table $(ARGS) || status=1; \
+	done; exit $$status
 
 pins: $(STAMP) ## print what .venv holds, in the form of constraints.txt
 	@$(BIN)/python -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//' | sort -f

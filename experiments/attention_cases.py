@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from flashcp.kernels.schedule import Schedule, build_schedule, whole_pack_schedule
+from flashcp.kernels.tiles import OWN, key_tiles, query_tiles
+from flashcp.kernels.tuning import Blocks, Pass
+from flashcp.sharding.documents import expand_ranges
 from flashcp.sharding.lengths import LENGTH_DATA, windows
 from flashcp.sharding.strategies import plan
 
-__all__ = ["Case", "Tensors", "all_cases", "exact_share", "make_tensors"]
+__all__ = ["Case", "Tensors", "all_cases", "exact_share", "make_tensors", "useful_share"]
 
 CONTEXT = 131_072
 HEADS = ((32, 32), (32, 8))
@@ -92,6 +95,20 @@ def _share(strategy: str, lengths: list[int], heads: tuple[int, int]) -> Case:
     schedule = build_schedule(local, local=local, received=received)
     rows = int((received.stop - received.start).sum())
     return Case(f"rank_of_8_{strategy}", schedule, int(split.tokens[rank]), rows, None, *heads)
+
+
+def useful_share(schedule: Schedule, rows: int, which: Pass, blocks: Blocks) -> float:
+    """Causal pairs over the pairs in all blocks that the kernel of a pass computes: counted, not timed."""
+    of_keys = which is Pass.BACKWARD_KV
+    tile_rows, step = blocks.tile_rows(which), blocks.block_m if of_keys else blocks.block_n
+    tiles = (key_tiles if of_keys else query_tiles)(schedule, rows, tile_rows)
+    row, tile_stop, first, last = tiles.table[:, 1:].T
+    tile = np.repeat(np.arange(len(row)), last - first)
+    place, start, stop = tiles.ranges[expand_ranges(first, last - first)].T
+    own = place == OWN  # read up to the tile's end, or from its first row on
+    start = np.where(own & of_keys, row[tile], start)
+    stop = np.where(own & (not of_keys), tile_stop[tile], stop)
+    return schedule.pairs / int((-(-(stop - start) // step)).sum() * step * tile_rows)
 
 
 def make_tensors(case: Case, dtype: torch.dtype, device: torch.device) -> Tensors:

@@ -25,11 +25,12 @@ import triton
 from torch import Tensor
 
 from flashcp import __version__
-from flashcp.experiments.attention_cases import Case, Tensors, all_cases, exact_share, make_tensors
+from flashcp.experiments.attention_cases import Case, Tensors, all_cases, exact_share, make_tensors, useful_share
 from flashcp.experiments.attention_peers import OURS, PEERS, Forward
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.rows import Row, write_rows
+from flashcp.kernels.tuning import Pass, architecture, choose
 
 __all__ = ["AttentionBench", "attention_table", "bench_attention", "main"]
 
@@ -119,6 +120,10 @@ def measure(case: Case, device: torch.device) -> Iterator[Number]:
     if error > LARGEST_ERROR:
         raise RuntimeError(f"{case.name}: relative error {error:.2e}: a wrong kernel is not timed")
     yield Number(OURS, "extra_memory_share", "of q", None, extra_memory(x, providers[OURS]), None)
+    for kernel in Pass:
+        blocks = choose(kernel, architecture(device), case.head_dim, x.q.dtype, case.schedule)
+        share = useful_share(case.schedule, case.rows, kernel, blocks)
+        yield Number(OURS, f"{kernel.value}_useful_share", "of computed pairs", None, share, None)
     expected = providers[OURS]().detach()
     outputs: dict[str, Tensor] = {}
     for name, forward in list(providers.items()):

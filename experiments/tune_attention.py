@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
+from typing import NamedTuple
 
 import torch
 import triton
 
 from flashcp.attention import varlen_attention
 from flashcp.experiments.attention_cases import Case, make_tensors
-from flashcp.kernels.ahead import TARGETS, Build, build
+from flashcp.kernels.ahead import TARGETS, Build, build, build_rows
+from flashcp.kernels.backward_rows import ROWS
 from flashcp.kernels.schedule import whole_pack_schedule
 from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, Tuning, architecture, padded
 
@@ -41,13 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="compile what the table ships for every architecture")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
-    print(HEAD)
+    print(f"triton {triton.__version__}\n{HEAD}")
     if options.table:
-        return 0 if all(compiled(list(shipped()), options.processes)) else 1
+        fits = compiled(list(shipped()), options.processes)
+        print(f"triton {triton.__version__}: {len(fits)} kernels, {fits.count(False)} unfit")
+        return 0 if all(fits) else 1
     which = Pass(options.which)
-    candidates = [(which, options.arch, options.head_dim, options.dtype, blocks) for blocks in grid(options.dtype)]
-    fits = compiled(candidates, options.processes)
-    fitting = [case[4] for case, fit in zip(candidates, fits, strict=True) if fit]
+    candidates = list(grid(options.dtype))
+    kernels = [tuned(which, options.arch, options.head_dim, options.dtype, blocks) for blocks in candidates]
+    fits = compiled(kernels, options.processes)
+    fitting = [blocks for blocks, fit in zip(candidates, fits, strict=True) if fit]
     if torch.cuda.is_available() and architecture(torch.device("cuda")) == options.arch:
         rank_by_time(which, fitting, options.head_dim, getattr(torch, options.dtype))
     else:
@@ -55,14 +60,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-Kernel = tuple[Pass, str, int, str, Blocks]
+class Kernel(NamedTuple):
+    """One kernel for one chip. tight, cores: unfit if it spills, if it uses no tensor cores."""
+
+    name: str
+    arch: str
+    tight: bool
+    cores: bool
+    build: Callable[[], Build]
+
+
+def tuned(which: Pass, arch: str, head_dim: int, dtype: str, b: Blocks, group: int = 1) -> Kernel:
+    """A pass with its blocks. group: query heads a KV head."""
+    name = f"{arch} {head_dim} {dtype} {which.value} {b.block_m}x{b.block_n} w{b.warps} s{b.stages} {b.precision}"
+    half = dtype != "float32"
+    work = partial(build, which, arch, head_dim, dtype, b, group)
+    return Kernel(name + (f" group {group}" if group > 1 else ""), arch, half, half, work)
 
 
 def shipped() -> Iterator[Kernel]:
-    """Every kernel of the table, for every head_dim and dtype that it serves."""
-    for arch, head_dim, dtype, which in product(TARGETS, HEAD_DIMS, DTYPES, Pass):
-        for blocks in dict.fromkeys(TABLE[arch, padded(head_dim), getattr(torch, dtype).itemsize, which]):
-            yield which, arch, head_dim, dtype, blocks
+    """Every kernel of the table, and the one that has no entry there, for every head_dim and dtype."""
+    for arch, head_dim, dtype in product(TARGETS, HEAD_DIMS, DTYPES):
+        for which in Pass:
+            for blocks in dict.fromkeys(TABLE[arch, padded(head_dim), getattr(torch, dtype).itemsize, which]):
+                yield tuned(which, arch, head_dim, dtype, blocks)
+                if which is Pass.BACKWARD_KV:  # the only one that loops over the heads of a group
+                    yield tuned(which, arch, head_dim, dtype, blocks, group=4)
+        rows = partial(build_rows, arch, head_dim, dtype)
+        yield Kernel(f"{arch} {head_dim} {dtype} backward_rows {ROWS}", arch, True, False, rows)
 
 
 def grid(dtype: str) -> Iterator[Blocks]:
@@ -75,32 +100,28 @@ def grid(dtype: str) -> Iterator[Blocks]:
 def compiled(kernels: Sequence[Kernel], processes: int) -> list[bool]:
     """Compile, print a line each, tell which are fit."""
     with ProcessPoolExecutor(processes) as pool:
-        found = []
+        fits = []
         for kernel, result in zip(kernels, pool.map(_try, kernels), strict=True):
-            which, arch, head_dim, dtype, b = kernel
-            shape = f"{b.block_m}x{b.block_n} w{b.warps} s{b.stages} {b.precision}"
-            name = f"{arch} {head_dim} {dtype} {which.value} {shape}"
-            found.append(isinstance(result, Build) and fit(result, arch, dtype))
+            fits.append(isinstance(result, Build) and fit(result, kernel))
             if isinstance(result, Build):
                 cores = result.wgmma + result.tcgen05 + result.mma
                 numbers = f"{result.registers:>9} {result.spilled_bytes:>9} {result.shared_bytes:>9} {cores:>11}"
-                unfit = "" if found[-1] else "  unfit"
-                print(f"{name:<58} {numbers} {result.async_copies:>6}{unfit}", flush=True)
+                unfit = "" if fits[-1] else "  unfit"
+                print(f"{kernel.name:<58} {numbers} {result.async_copies:>6}{unfit}", flush=True)
             else:
-                print(f"{name:<58} {result}", flush=True)
-    return found
+                print(f"{kernel.name:<58} {result}", flush=True)
+    return fits
 
 
-def fit(found: Build, arch: str, dtype: str) -> bool:
-    """Within the chip's shared memory and, for 16-bit inputs, nothing spilled and all on tensor cores."""
-    if found.shared_bytes > SHARED_BYTES[arch]:
-        return False
-    return dtype == "float32" or (found.spilled_bytes == 0 and found.wgmma + found.tcgen05 + found.mma > 0)
+def fit(found: Build, kernel: Kernel) -> bool:
+    """Within the chip's shared memory, and as tight and fast as is asked for."""
+    too_much = found.shared_bytes > SHARED_BYTES[kernel.arch] or (kernel.tight and found.spilled_bytes > 0)
+    return not too_much and (not kernel.cores or found.wgmma + found.tcgen05 + found.mma > 0)
 
 
 def _try(kernel: Kernel) -> Build | str:
     try:
-        return build(*kernel)
+        return kernel.build()
     except Exception as error:  # compilers fail in many ways; a candidate less
         return f"does not compile: {str(error).splitlines()[0][:80]}"
 

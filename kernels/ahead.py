@@ -19,12 +19,13 @@ from triton.compiler import ASTSource
 
 from flashcp.kernels.backward_kv import backward_kv_kernel
 from flashcp.kernels.backward_q import backward_q_kernel
+from flashcp.kernels.backward_rows import ROWS, backward_rows_kernel
 from flashcp.kernels.forward import forward_kernel
 from flashcp.kernels.one_sided import get_rows_kernel, put_rows_kernel, signal_kernel, wait_kernel
 from flashcp.kernels.transfers import BLOCK_ROWS, WARPS
 from flashcp.kernels.tuning import Blocks, Pass, padded
 
-__all__ = ["TARGETS", "TRANSFERS", "Build", "build", "build_transfer", "read"]
+__all__ = ["TARGETS", "TRANSFERS", "Build", "build", "build_rows", "build_transfer", "read"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,7 +37,7 @@ KERNELS = {Pass.FORWARD: forward_kernel, Pass.BACKWARD_KV: backward_kv_kernel, P
 TRANSFERS = {"put": put_rows_kernel, "get": get_rows_kernel, "signal": signal_kernel, "wait": wait_kernel}
 _TRITON_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _NAMES = {
-    "fp32": ("scale",),
+    "fp32": ("scale", "softmax_scale"),
     "*fp32": ("lse", "log_sum", "delta", "grad_k_received", "grad_v_received"),
     "*i32": ("table", "ranges", "reach", "flags", "stuck", "index", "blocks", "expected", "done", "clear", "ready",
              "ranks", "sources"),
@@ -45,6 +46,7 @@ _NAMES = {
 }  # fmt: skip
 _WORD = re.compile(r"(.*_)?(row|head|rows)")  # int32, divisible by 16
 _NUMBER = re.compile(r"(.*_)?(epoch|spins|count|rank|heads)")  # int32
+_ANY = {"scale", "softmax_scale", "rows"}  # nothing is known of their values
 _TOTALS = {"out", "grad_q", "grad_k", "grad_v"}
 
 
@@ -88,6 +90,12 @@ def build(
     return _compile(KERNELS[which], target, dtype, chosen, options, _TOTALS if accumulate else set())
 
 
+def build_rows(target: str, head_dim: int, dtype: str) -> Build:
+    """Compile what runs before the gradients (`kernels/backward_rows.py`). Arguments as for `build`."""
+    chosen = {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_M": ROWS}
+    return _compile(backward_rows_kernel, target, dtype, chosen, {})
+
+
 def build_transfer(name: str, target: str, head_dim: int, dtype: str) -> Build:
     """Compile one of the one-sided kernels, a key of TRANSFERS, for rows of heads of `head_dim`."""
     chosen = {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_ROWS": BLOCK_ROWS}
@@ -111,7 +119,7 @@ def _compile(
         known = "*fp32" if name in totals else next((of for of, names in _NAMES.items() if name in names), None)
         number = "i32" if _WORD.fullmatch(name) or _NUMBER.fullmatch(name) else None
         signature[name] = known or number or f"*{_TRITON_NAMES[dtype]}"
-        if name != "scale" and not _NUMBER.fullmatch(name):
+        if name not in _ANY and not _NUMBER.fullmatch(name):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
     return read(triton.compile(source, target=TARGETS[target], options=options), target)

@@ -10,7 +10,10 @@ import triton.language as tl
 
 from flashcp.kernels.blocks import load_rows, place
 
-__all__ = ["backward_rows_kernel"]
+__all__ = ["ROWS", "backward_rows_kernel"]
+
+ROWS = 32
+"""Rows of a block: the kernel only reads and adds up, so one size serves all."""
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -19,7 +19,7 @@ from torch import Tensor
 from flashcp.kernels.arrivals import Arrivals
 from flashcp.kernels.backward_kv import backward_kv_kernel
 from flashcp.kernels.backward_q import backward_q_kernel
-from flashcp.kernels.backward_rows import backward_rows_kernel
+from flashcp.kernels.backward_rows import ROWS, backward_rows_kernel
 from flashcp.kernels.cpu import KV, Gradients
 from flashcp.kernels.forward import forward_kernel
 from flashcp.kernels.schedule import Schedule
@@ -30,7 +30,6 @@ from flashcp.kernels.tuning import Blocks, Pass, Tuning, architecture, choose, p
 __all__ = ["TritonAttention"]
 
 _LOG2E = 1.4426950408889634
-_ROWS = 64  # of a block of backward_rows_kernel
 
 
 class _Prepared(NamedTuple):
@@ -165,13 +164,13 @@ def _launches(prepared: _Prepared, heads: int, arrivals: Arrivals | None) -> Ite
 def _row_terms(out: Tensor, grad_out: Tensor, lse: Tensor, scale: float) -> Tensor:
     """log_sum and delta of `backward_rows_kernel`, [2, H, T padded]; padded, for new lengths to compile nothing new."""
     rows, heads, head_dim = out.shape
-    blocks = triton.cdiv(rows, _ROWS)
-    terms = torch.empty((2, heads, blocks * _ROWS), dtype=torch.float32, device=out.device)
+    blocks = triton.cdiv(rows, ROWS)
+    terms = torch.empty((2, heads, blocks * ROWS), dtype=torch.float32, device=out.device)
     with torch.cuda.device_of(out):
         if blocks:
             backward_rows_kernel[(blocks, heads)](
-                out, grad_out, lse, *terms, scale, rows, *_strides(out, grad_out), lse.stride(0), blocks * _ROWS,
-                HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=_ROWS,
+                out, grad_out, lse, *terms, scale, rows, *_strides(out, grad_out), lse.stride(0), blocks * ROWS,
+                HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=ROWS,
             )  # fmt: skip
     return terms
 

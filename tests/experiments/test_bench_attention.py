@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashcp.experiments.attention_cases import Case, all_cases, exact_share, make_tensors
+from flashcp.experiments.attention_cases import Case, all_cases, exact_share, make_tensors, useful_share
 from flashcp.experiments.attention_peers import OURS, PEERS
 from flashcp.experiments.bench import keys as bench_keys
 from flashcp.experiments.bench_attention import (
@@ -27,6 +27,8 @@ from flashcp.experiments.bench_attention import (
 from flashcp.experiments.usage import config_keys
 from flashcp.kernels.reference import reference_attention
 from flashcp.kernels.schedule import build_schedule, whole_pack_schedule
+from flashcp.kernels.tuning import Blocks, Pass
+from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan
 from tests.checkout import ROOT
 from tests.packs import relative_error
@@ -141,6 +143,19 @@ def test_cases_cover_the_lengths_and_the_shares() -> None:
     for name in names:
         if name.startswith("as_one_document_"):
             assert pairs[name] == pytest.approx(pairs[name.removeprefix("as_one_document_")], rel=1e-3)
+
+
+def test_useful_share_counts_the_blocks_of_the_kernels() -> None:
+    # two documents, 64 x 64: three blocks for the first, the second's row shares no tile with it
+    assert useful_share(small((128, 1)).schedule, 129, Pass.FORWARD, Blocks(64, 64, 4, 1)) == (8256 + 1) / (4 * 64**2)
+    # the keys of a document of 100 in two tiles of 64: read by 4 and 2 blocks of 32 queries, the last ones cut short
+    assert useful_share(small((100,)).schedule, 100, Pass.BACKWARD_KV, Blocks(32, 64, 4, 1)) == 5050 / (6 * 32 * 64)
+    # queries 30..60 behind a prefix of 30 that was received: one tile, two blocks of 16 + two of its own rows
+    split = ShardingPlan.from_shards([60], 2, [(0, 0, 30, 0), (0, 30, 60, 1)])
+    local, received = split.local(1), split.route("exact").received(1)
+    schedule = build_schedule(local, local=local, received=received)
+    for which, blocks in ((Pass.FORWARD, Blocks(64, 16, 4, 1)), (Pass.BACKWARD_Q, Blocks(64, 16, 4, 1))):
+        assert useful_share(schedule, 30, which, blocks) == (30 * 30 + 465) / (4 * 16 * 64)
 
 
 def test_peers_leave_what_they_do_not_do() -> None:

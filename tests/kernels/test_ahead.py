@@ -11,7 +11,7 @@ from itertools import product
 
 import pytest
 
-from flashcp.kernels.ahead import TARGETS, TRANSFERS, Build, build, build_transfer
+from flashcp.kernels.ahead import TARGETS, TRANSFERS, Build, build, build_rows, build_transfer
 from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, padded
 
 pytest.importorskip("triton")
@@ -33,7 +33,7 @@ def long_only(arch: str, head_dim: int, dtype: str) -> list[tuple[Pass, str, int
     return [(which, arch, head_dim, dtype, TABLE[arch, padded(head_dim), size, which][0]) for which in Pass]
 
 
-HOPPER = [*entries("sm_90", 128, "bfloat16"), *entries("sm_90", 64, "bfloat16"), *long_only("sm_90", 128, "float16")]
+HOPPER = [*entries("sm_90", 128, "bfloat16"), *entries("sm_90", 64, "bfloat16"), *entries("sm_90", 128, "float16")]
 OTHERS = [
     *long_only("sm_90", 128, "float32"),
     *long_only("sm_80", 128, "bfloat16"),
@@ -87,8 +87,18 @@ def test_on_hopper_nothing_spills_and_all_runs_on_wgmma(case: tuple[Pass, str, i
 
 
 def test_grouped_heads_spill_nothing_either() -> None:
-    for which in Pass:
-        assert build(which, "sm_90", 128, "bfloat16", TABLE["sm_90", 128, 2, which][0], group=4).spilled_bytes == 0
+    for case in entries("sm_90", 128, "bfloat16"):
+        assert build(*case, group=4).spilled_bytes == 0
+
+
+@pytest.mark.parametrize("head_dim", [16, 80, 256])
+@pytest.mark.parametrize("arch", TARGETS)
+def test_the_kernel_before_the_gradients_spills_nothing(arch: str, head_dim: int) -> None:
+    for dtype in ("bfloat16", "float32"):
+        found = build_rows(arch, head_dim, dtype)
+        assert found.registers > 0
+        assert found.spilled_bytes == 0
+        assert found.shared_bytes <= SHARED_BYTES[arch]
 
 
 FUSED = [
@@ -108,9 +118,7 @@ def test_waiting_costs_the_forward_nothing(case: tuple[str, int, str, Blocks]) -
     assert fused.registers <= plain.registers + 8
     for field in ("wgmma", "mma", "async_copies", "shared_bytes"):
         assert getattr(fused, field) == getattr(plain, field)
-    looks = {"sm_90": "ld.global.sys.acquire", "sm_80": "ld.global.sys.acquire", "gfx942": "buffer_inv sc0 sc1"}[
-        case[0]
-    ]
+    looks = "buffer_inv sc0 sc1" if case[0] == "gfx942" else "ld.global.sys.acquire"
     assert looks in fused.listing
     assert looks not in plain.listing
 
