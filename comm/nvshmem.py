@@ -89,6 +89,7 @@ class _Repeated:
 
     def __init__(self, rows: Leaving, times: int) -> None:
         self._rows, self._times = rows, times
+        self.what = rows.what
 
     def __len__(self) -> int:
         return self._times * len(self._rows)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from flashcp.comm.clock import span
 from flashcp.comm.fabrics.base import Fabric, Put, Ticking
 from flashcp.comm.heap import Lease, SymmetricHeap
 from flashcp.comm.rows import Inbox, Leaving
@@ -108,21 +109,25 @@ class OneSided:
             )
             for start, stop, to, offset in parts
         ]
-        return _Arrival(self.fabric, lease, lease.first + step, sources, self.fabric.put(puts))
+        return _Arrival(self.fabric, lease, lease.first + step, sources, self.fabric.put(puts), leaving.what)
 
 
 class _Arrival:
-    def __init__(self, fabric: Fabric, lease: Lease, epoch: int, sources: Sequence[int], leaving: Ticking) -> None:
+    def __init__(
+        self, fabric: Fabric, lease: Lease, epoch: int, sources: Sequence[int], leaving: Ticking, what: str
+    ) -> None:
         self._fabric, self._region, self._epoch = fabric, lease.region, epoch
-        self._sources, self._leaving = sources, leaving
+        self._sources, self._leaving, self._what = sources, leaving, what
 
     def wait(self, source: int | None = None) -> None:
         for each in self._sources if source is None else [source]:
             if each in self._sources:
-                self._fabric.wait(self._region, each, self._epoch)
+                with span(f"wait for {self._what} of rank {each}"):
+                    self._fabric.wait(self._region, each, self._epoch)
 
     def leave(self) -> None:
-        self._leaving.leave()
+        with span(f"wait until {self._what} have left"):
+            self._leaving.leave()
 
     def flags(self) -> Arrivals | None:
         return self._fabric.flags(self._region, self._epoch)

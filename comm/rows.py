@@ -11,7 +11,11 @@ __all__ = ["ChosenRows", "Inbox", "Leaving", "WholeRows"]
 
 
 class Leaving(Protocol):
-    """Rows on their way out. Nobody may write to their tensors before they have left."""
+    """Rows on their way out. Nobody may write to their tensors before they have left. what: their name in a trace."""
+
+    @property
+    def what(self) -> str:
+        """See the class."""
 
     def __len__(self) -> int:
         """How many there are."""
@@ -28,6 +32,7 @@ class WholeRows:
     """The rows of one tensor [rows, ...] as they lie."""
 
     rows: Tensor
+    what: str = "rows"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -47,6 +52,7 @@ class ChosenRows:
 
     parts: tuple[Tensor, ...]
     index: Tensor
+    what: str = "rows"
 
     def __len__(self) -> int:
         return len(self.index)

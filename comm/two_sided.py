@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError
 from flashcp.comm.rows import Inbox, Leaving
 from flashcp.comm.transport import Arrival, plain_inbox
@@ -57,17 +58,17 @@ class TwoSided:
             _bytes(inbox.rows), _bytes(rows), list(received), list(sent), group=self.group, async_op=True
         )
         self.sent_bytes += (sum(sent) - sent[self.rank]) * _row_bytes(rows)
-        return self._arrival([work], rows)
+        return self._arrival([work], rows, leaving.what)
 
     def all_gather(self, block: Leaving, inbox: Inbox) -> Arrival:
         """See Transport."""
         rows = block.packed()
         if not rows.numel():  # on no rank: blocks are equally large
-            return self._arrival([], rows)
+            return self._arrival([], rows, block.what)
         blocks = list(_bytes(inbox.rows).chunk(self.world_size))
         work = dist.all_gather(blocks, _bytes(rows), group=self.group, async_op=True)
         self.sent_bytes += (self.world_size - 1) * rows.nbytes
-        return self._arrival([work], rows)
+        return self._arrival([work], rows, block.what)
 
     def shift(self, leaving: Leaving, inbox: Inbox, step: int, into: slice, offset: int) -> Arrival:
         """See Transport. An empty tensor on either side is not sent: both neighbours know its size."""
@@ -78,22 +79,23 @@ class TwoSided:
             self.sent_bytes += rows.nbytes
         if arriving.numel():
             works.append(dist.irecv(_bytes(arriving), group=self.group, group_src=(self.rank - 1) % self.world_size))
-        return self._arrival(works, rows)
+        return self._arrival(works, rows, leaving.what)
 
-    def _arrival(self, works: list[dist.Work | None], rows: Tensor) -> Arrival:
-        return _Arrival([work for work in works if work is not None], rows, self)
+    def _arrival(self, works: list[dist.Work | None], rows: Tensor, what: str) -> Arrival:
+        return _Arrival([work for work in works if work is not None], rows, self, what)
 
 
 class _Arrival:
-    def __init__(self, works: list[dist.Work], rows: Tensor, transport: TwoSided) -> None:
-        self._works = works
+    def __init__(self, works: list[dist.Work], rows: Tensor, transport: TwoSided, what: str) -> None:
+        self._works, self._what = works, what
         self._rows = rows  # kept alive until they have left
         self._transport = transport
 
     def wait(self, source: int | None = None) -> None:
         transport = self._transport
         works, self._works = self._works, []
-        with bounded(transport.timeout_s, transport.rank, "rows of another rank") as limit:
+        limited = bounded(transport.timeout_s, transport.rank, "rows of another rank")
+        with span(f"wait for {self._what}"), limited as limit:
             for work in works:
                 work.wait(limit)
 

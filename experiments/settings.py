@@ -66,6 +66,7 @@ class RunSettings:
     threads: int = 1
     context: int = 4096
     seed: int = 0
+    profile: bool = False
     out: str = ""
     method: str = ""
     data: Any = None

@@ -30,7 +30,12 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     if outcome.code:
         print(f"flashcp: error: {outcome.error}", file=sys.stderr)
         return outcome.code
-    summary = json.loads((Path(run.config.out) / "summary.json").read_text())
+    out = Path(run.config.out)
+    summary = json.loads((out / "summary.json").read_text())
+    if run.config.profile:
+        from flashcp.experiments.timeline import draw_timeline
+
+        print(f"timeline: {draw_timeline(out) or 'no whole attention call was profiled'}", file=sys.stderr)
     if as_json:
         print(json.dumps(summary, indent=1))
     else:

@@ -20,6 +20,7 @@ EXPLAINED = {
     "seed": "of sampled lengths (plan), of the weights (train, sweep)",
     "figure": "FILE to draw the first window's plan to; needs one method",
     "threads": "of each rank",
+    "profile": "leave a trace of a few steps in out/trace (train: and a picture of it)",
     "out": "directory to write to; empty: below outputs/",
     "data.path": "file, directory or glob; data=lengths: one length a line",
     "data.overflow": "truncate or carry: a document's tail that does not fit a window",

@@ -200,12 +200,13 @@ class ContextParallel:
                 refetch=self.backward == "refetch",
             )
 
-        with self.stats.measure("wait_ms"):
+        with self.stats.measure("wait_ms", "headers"):
             agreed, posted = self._agree(header)
         refetch, agree = self.backward == "refetch", posted.check if posted else _nothing
         job = Job(select(), self.overlap, self.stages, refetch, self.stats, agree)
         call = Call(plan, self._exchange, job, agreed, self._handshake)
-        with torch.no_grad(), self.stats.measure("exposed_exchange_ms"), call.watched():
+        leaving = self.stats.measure("exposed_exchange_ms", f"attention {agreed.call}, send rows")
+        with torch.no_grad(), leaving, call.watched():
             flight = self._exchange.start(plan, k, v)
         return Handle(call, flight, k, v)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError, PeerFailedError, PlanMismatchError
 from flashcp.comm.exchanges.base import Exchange, Job, Kept
 from flashcp.comm.exchanges.flight import Flight
@@ -43,7 +44,7 @@ class Call:
         oldest = self.exchange.transport.oldest
         posted = self.handshake.post(self.header._replace(step=step, oldest=oldest))
         if not self.exchange.transport.one_sided:
-            with self.job.clock.measure("wait_ms"):
+            with self.job.clock.measure("wait_ms", "headers"):
                 posted.check()
         return replace(self, job=replace(self.job, agree=posted.check))
 
@@ -92,7 +93,8 @@ class Handle:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, flight: Flight, scale: float) -> Tensor:
-        out, kept = call.exchange.forward(call.plan, _rows(q), _rows(k), _rows(v), flight, call.job, scale)
+        with span(f"attention {call.header.call}, forward"):
+            out, kept = call.exchange.forward(call.plan, _rows(q), _rows(k), _rows(v), flight, call.job, scale)
         if not call.header.gradients:
             call.exchange.release(kept)
         elif any(ctx.needs_input_grad):
@@ -105,7 +107,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         kept = Kept(*ctx.saved_tensors)
-        with call.watched():
+        with call.watched(), span(f"attention {call.header.call}, backward"):
             call = call.say(Step.BACKWARD)
             gradients = call.exchange.backward(call.plan, _rows(grad_out), kept, call.job, ctx.scale)
         grad_q, grad_k, grad_v = (gradient.to(grad_out.dtype) for gradient in gradients)

@@ -49,6 +49,11 @@ class Schedule:
         return int(np.where(self.masked, rows * (rows + 1) // 2, rows * queries).sum())
 
     @cached_property
+    def sources(self) -> tuple[int, ...]:
+        """Ranks whose rows it reads from the receive buffer."""
+        return tuple(np.unique(self.source[self.received]).tolist())
+
+    @cached_property
     def query(self) -> np.ndarray:
         """The query shard that each range belongs to, int32 [R]."""
         return np.repeat(np.arange(len(self.query_start), dtype=np.int32), np.diff(self.range_first))

@@ -23,11 +23,15 @@ __all__ = ["TrainConfig"]
 
 @dataclass
 class TrainConfig:
-    """One run. out: its directory. context: tokens of a window over all ranks. seed: of the weights."""
+    """One run. out: its directory. context: tokens of a window over all ranks. seed: of the weights.
+
+    profile: leave a trace of a few steps in out/trace (`train/trace.py`).
+    """
 
     out: str = "runs/train"
     context: int = 4096
     seed: int = 0
+    profile: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -62,6 +66,8 @@ class TrainConfig:
             raise ValueError(f"context={self.context}: expected a whole number from 2 to {LONGEST_CONTEXT}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: expected a whole number >= 0 and < 2**63")
+        if self.profile and self.loop.steps < 2:
+            raise ValueError(f"profile=true with loop.steps={self.loop.steps}: expected at least 2, for one warms up")
         self.data.check()
         self.model.check()
         self.parallel.check(world_size, self.model.heads, self.model.kv_heads)

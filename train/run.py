@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from flashcp.train.model import Decoder, ModelConfig
 from flashcp.train.optimizer import build_optimizer
 from flashcp.train.ranks import Ranks, launched_rank, world
 from flashcp.train.summary import summarise, versions, write_json
+from flashcp.train.trace import TRACE, traced
 from flashcp.train.tracker import Tracker
 
 __all__ = ["Prepared", "prepare", "run"]
@@ -120,9 +122,10 @@ def _train(trainer: Trainer, config: TrainConfig, identity: dict[str, Any], rank
     if tracker:
         (out / "summary.json").unlink(missing_ok=True)  # an earlier run's
         print(f"transport {trainer.cp.transport}: {trainer.cp.transport_reason}", file=sys.stderr)
+        shutil.rmtree(out / TRACE, ignore_errors=True)
     summary = None
     try:
-        for row in steps:
+        for row in traced(steps, out / TRACE, ranks.rank) if config.profile else steps:
             steps.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
             if tracker and not tracker.rows and trainer.cp.receive_bytes:
                 mib = trainer.cp.receive_bytes / 2**20
@@ -144,6 +147,8 @@ def _train(trainer: Trainer, config: TrainConfig, identity: dict[str, Any], rank
                 "config": written,
             }
             write_json(out / "summary.json", summary)
+            if config.profile:
+                print(f"traces of the ranks: {out / TRACE} (open one in ui.perfetto.dev)", file=sys.stderr)
     finally:
         steps.close()
         if tracker:

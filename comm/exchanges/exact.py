@@ -42,7 +42,7 @@ class Exact(ReceivingExchange):
         sent, received = rows[own].tolist(), rows[:, own].tolist()
         inbox = self.transport.inbox(sum(sent), int(rows.sum(1).max()), gradients.shape[1:], gradients)
         before = rows[:, :own].sum(1).tolist()
-        arrival = self.transport.all_to_all(WholeRows(gradients), received, inbox, sent, before)
+        arrival = self.transport.all_to_all(WholeRows(gradients, "gradients"), received, inbox, sent, before)
         starts = np.cumsum([0, *sent[:-1]]).tolist()
         slots = list(zip(starts, layout.sent_index.split(sent), strict=True))
         return ReturnedRows(arrival, inbox, slots, self.transport)

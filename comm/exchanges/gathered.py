@@ -38,7 +38,7 @@ class _Gathered(ReceivingExchange):
         total = rows * len(others)
         inbox = self.transport.inbox(total, total, gradients.shape[1:], gradients)
         offsets = [rows * (own - (own > rank)) for rank in range(plan.world_size)]
-        arrival = self.transport.all_to_all(WholeRows(leaving), counts, inbox, counts, offsets)
+        arrival = self.transport.all_to_all(WholeRows(leaving, "gradients"), counts, inbox, counts, offsets)
         return ReturnedRows(arrival, inbox, [(rows * i, index) for i in range(len(others))], self.transport)
 
     def _block_rows(self, plan: ShardingPlan) -> int:

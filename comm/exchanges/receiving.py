@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
+from flashcp.comm.clock import span
 from flashcp.comm.exchanges.base import Exchange, Job, Kept
 from flashcp.comm.exchanges.flight import Flight
 from flashcp.comm.exchanges.homecoming import Homecoming
@@ -46,14 +48,14 @@ class ReceivingExchange(Exchange):
     def _at_once(
         self, plan: ShardingPlan, q: Tensor, local: KV, received: KV, flight: Flight, job: Job, scale: float
     ) -> tuple[Tensor, Tensor]:
-        with job.clock.measure("wait_ms"):
+        with job.clock.measure("wait_ms", "headers"):
             job.agree()
         arrival = flight.arrival if job.overlap == "fused" else None
         flags = arrival.flags() if arrival else None
         if flags is None:
             with job.clock.measure("exposed_exchange_ms"):
                 flight.wait()
-        with job.clock.measure("attention_ms"):
+        with job.clock.measure("attention_ms", "all tiles, waits inside" if flags else "all tiles"):
             out, lse = job.kernel.attend(q, local, received, self.layout(plan).schedule, scale, flags)
         if arrival and flags:
             arrival.check(flags)
@@ -64,13 +66,15 @@ class ReceivingExchange(Exchange):
     ) -> tuple[Tensor, Tensor]:
         out = q.new_zeros(q.shape, dtype=torch.float32)
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-        for schedule in _chain(self.layout(plan).local_schedule, self._arrivals(flight, job)):
-            with job.clock.measure("attention_ms"):
+        first = self.layout(plan).local_schedule
+        for schedule in _chain(first, self._arrivals(flight, job)):
+            tiles = "local tiles" if schedule is first else f"remote tiles (from {_sources(schedule)})"
+            with job.clock.measure("attention_ms", tiles):
                 job.kernel.forward(q, local, received, schedule, scale, out, lse)
         return out.to(q.dtype), lse
 
     def _arrivals(self, flight: Flight, job: Job) -> Iterator[Schedule]:
-        with job.clock.measure("wait_ms"):
+        with job.clock.measure("wait_ms", "headers"):
             job.agree()
         arrivals = flight.arrivals(job.stages if self.transport.one_sided else 1)
         while True:
@@ -85,9 +89,9 @@ class ReceivingExchange(Exchange):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See Exchange. Gradients of received rows first: they travel while the local ones are computed."""
         if not self.is_open(kept):
-            with job.clock.measure("exposed_exchange_ms"):
+            with job.clock.measure("exposed_exchange_ms", "send rows"):
                 flight = self.start(plan, kept.k, kept.v)
-            with job.clock.measure("wait_ms"):
+            with job.clock.measure("wait_ms", "headers"):
                 job.agree()
             with job.clock.measure("exposed_exchange_ms"):
                 flight.wait()
@@ -98,20 +102,23 @@ class ReceivingExchange(Exchange):
 
         def leave(gradients: Tensor) -> None:
             nonlocal homecoming
-            with job.clock.measure("exposed_exchange_ms"):
+            tiles.close()
+            with job.clock.measure("exposed_exchange_ms", "send gradients"):
                 homecoming = self.return_gradients(plan, gradients)
                 if job.overlap == "none":
                     job.agree()
                     homecoming.wait()
+            tiles.enter_context(span("gradients of local tiles"))
 
-        with job.clock.measure("attention_ms"):
+        with job.clock.measure("attention_ms"), ExitStack() as tiles:
+            tiles.enter_context(span("gradients of remote tiles"))
             tensors = grad_out, kept.q, KV(kept.k, kept.v), as_kv(kept.received), kept.out, kept.lse
             gradients = job.kernel.gradients(*tensors, self.layout(plan).schedule, scale, torch.float32, leave)
         self.release(kept)
         assert homecoming is not None
-        with job.clock.measure("wait_ms"):
+        with job.clock.measure("wait_ms", "headers"):
             job.agree()
-        with job.clock.measure("exposed_exchange_ms"):
+        with job.clock.measure("exposed_exchange_ms", "gradients home"):
             homecoming.add_to(gradients.local)
         return gradients.q, *gradients.local
 
@@ -119,6 +126,10 @@ class ReceivingExchange(Exchange):
 def as_kv(buffer: Tensor) -> KV:
     """The two halves of a buffer [R, 2, K, D], as views."""
     return KV(buffer[:, 0], buffer[:, 1])
+
+
+def _sources(schedule: Schedule) -> str:
+    return ", ".join(map(str, schedule.sources)) or "nobody"
 
 
 def _chain(first: Schedule, rest: Iterator[Schedule]) -> Iterator[Schedule]:

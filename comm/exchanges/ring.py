@@ -111,14 +111,15 @@ class _RingHomecoming(Homecoming):
         sizes = [_sums(layout, rank) for rank in range(transport.world_size)]
         self._steps = _Steps(transport, sizes, gradients.shape[1:], gradients)
         self._transport, self._own = transport, gradients[:0]
-        self._steps.shift(WholeRows(self._shares[0]))
+        self._steps.shift(WholeRows(self._shares[0], "gradients"))
 
     def wait(self) -> None:
         """See Homecoming. Each hop adds this rank's share to the sum that arrived and hands it on."""
         while self._steps.arrived < len(self._shares):
             total = self._steps.wait()
             if self._steps.arrived < len(self._shares):
-                self._steps.shift(WholeRows(total.add_(self._shares[self._steps.arrived])))
+                total.add_(self._shares[self._steps.arrived])
+                self._steps.shift(WholeRows(total, "gradients"))
             else:
                 self._own = total
         self._steps.leave()

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeTimeoutError, HeapError
 from flashcp.comm.fabrics.base import Put, Region, Ticking
 from flashcp.kernels.arrivals import Arrivals
@@ -87,28 +88,30 @@ class CudaFabric:
 
     def put(self, puts: Sequence[Put]) -> Ticking:
         """See Fabric. Rows are packed once, then each rank's leave in one piece by a copy engine."""
-        from flashcp.kernels import transfers
-
         self._raise_late()
         current = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
             self._stream.wait_stream(current)
-            packed = puts[0].leaving.packed() if puts else None
-            for put in puts:
-                assert packed is not None
-                region, rows = _of(put.region), packed[put.start : put.stop]
-                to = self._ranks[put.to : put.to + 1]
-                transfers.wait(to, Arrivals(region.flags(self.rank)[1], put.after, self._stuck, self.timeout_s))
-                start = _HEAD_BYTES + put.offset
-                region.memories[put.to][start : start + rows.nbytes].copy_(rows.reshape(-1).view(torch.uint8))
-                if self.throttle_gbps and put.to != self.rank:
-                    torch.cuda._sleep(int(rows.nbytes / self.throttle_gbps / 1e9 * self._cycles_per_s))
-                transfers.signal(to, region.bases, self.rank, 0, put.epoch)
-                self.sent_bytes += rows.nbytes * (put.to != self.rank)
-            if packed is not None:
+            if puts:
+                packed = puts[0].leaving.packed()
                 packed.record_stream(self._stream)
-            self._note()
+                for put in puts:
+                    with span(f"send {put.leaving.what} to rank {put.to}"):
+                        self._carry(put, packed[put.start : put.stop])
+                self._note()
             return _Sent(self._stream.record_event())
+
+    def _carry(self, put: Put, rows: Tensor) -> None:
+        from flashcp.kernels import transfers
+
+        region, to = _of(put.region), self._ranks[put.to : put.to + 1]
+        transfers.wait(to, Arrivals(region.flags(self.rank)[1], put.after, self._stuck, self.timeout_s))
+        start = _HEAD_BYTES + put.offset
+        region.memories[put.to][start : start + rows.nbytes].copy_(rows.reshape(-1).view(torch.uint8))
+        if self.throttle_gbps and put.to != self.rank:
+            torch.cuda._sleep(int(rows.nbytes / self.throttle_gbps / 1e9 * self._cycles_per_s))
+        transfers.signal(to, region.bases, self.rank, 0, put.epoch)
+        self.sent_bytes += rows.nbytes * (put.to != self.rank)
 
     def wait(self, region: Region, source: int, epoch: int) -> None:
         """See Fabric."""

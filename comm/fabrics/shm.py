@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError
 from flashcp.comm.fabrics.base import Put, Region, Ticking
 from flashcp.kernels.arrivals import Arrivals
@@ -205,7 +206,8 @@ class _Courier:
         rows = put.stop - put.start
         if rows:
             into = _view(region.data[put.to], put.offset, rows, put.row, put.dtype)
-            self._copy(put, into)
+            with span(f"send {put.leaving.what} to rank {put.to}"):
+                self._copy(put, into)
         region.flags[put.to][0, self.rank] = put.epoch
 
     def _copy(self, put: Put, into: Tensor) -> None:

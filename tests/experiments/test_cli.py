@@ -68,6 +68,8 @@ TRAIN_REFUSED = [
     ),
     ("model.heads=3", "model.dim=256: expected an even multiple of model.heads=3"),
     ("loop.steps=0", "loop.steps=0: expected a whole number >= 1"),
+    ("profile=true loop.steps=1", "profile=true with loop.steps=1: expected at least 2"),
+    ("profile=maybe", "profile=maybe: expected true or false"),
     ("loop.precision=fp8", "loop.precision='fp8': expected one of fp32, bf16"),
     ("loop.stepz=1", "loop.stepz: no such override; expected one of steps, accumulation"),
     ("context=1 world_size=1", "context=1: expected a whole number from 2 to 2147483647"),

@@ -39,7 +39,7 @@ def test_omegaconf_composes_it() -> None:
 @pytest.mark.parametrize(
     ("values", "world_size", "message"),
     [
-        ({"modle": {}}, 1, r"modle: no such field; expected one of out, context, seed, data, model"),
+        ({"modle": {}}, 1, r"modle: no such field; expected one of out, context, seed, profile, data, model"),
         ({"context": 3}, 4, r"context=3: expected at least one token a rank, world_size=4"),
         ({"out": ""}, 1, r"out is empty"),
         ({"data": {"overflow": "split"}}, 1, r"data\.overflow='split': expected one of truncate, carry"),
