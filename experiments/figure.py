@@ -32,9 +32,9 @@ def comparison_figure(comparison: Comparison) -> Figure:
     grid = figure.subplots(len(cases), 3, squeeze=False, width_ratios=(1.25, 1, 1))
     colours = method_colours(comparison)
     for row, case in zip(grid, cases, strict=True):
-        lines = [line for line in comparison.lines if line.case == case and line.provider != REFERENCE]
-        reference = next((line for line in comparison.lines if line.case == case and line.provider == REFERENCE), None)
-        _draw_steps(row[0], lines, case, comparison.baseline)
+        lines = [line for line in comparison.lines if line.case == case and not line.is_single]
+        reference = next((line for line in comparison.lines if line.case == case and line.is_single), None)
+        _draw_steps(row[0], lines, case, comparison.over)
         _draw_losses(row[1], lines, reference, colours)
         _draw_differences(row[2], lines, reference, colours)
         for axes in row:
@@ -44,18 +44,21 @@ def comparison_figure(comparison: Comparison) -> Figure:
 
 def method_colours(comparison: Comparison) -> dict[str, str]:
     """One colour a method, the same in every panel."""
-    providers = dict.fromkeys(line.provider for line in comparison.lines if line.provider != REFERENCE)
+    providers = dict.fromkeys(line.provider for line in comparison.lines if not line.is_single)
     return {provider: PALETTE[number % len(PALETTE)] for number, provider in enumerate(providers)}
 
 
 def step_parts(line: Line) -> dict[str, float]:
     """A step's median split in attention and exchange (the slowest rank's) and the rest, ms.
 
-    Two ranks may be slowest in turn: what the two say together beyond the step is taken from the exchange.
+    Two ranks may be slowest in turn: what the two say together beyond the step is taken from the exchange. Between
+    levels of overlap attention is that of `none`, the exchange what is exposed beside it.
     """
-    step = line.step_ms or 0.0
-    attention = min(line.attention_ms or 0.0, step)
-    exchange = min(line.exposed_exchange_ms or 0.0, step - attention)
+    step, attention, exchange = (x or 0.0 for x in (line.step_ms, line.attention_ms, line.exposed_exchange_ms))
+    if line.exposed_ms is not None:
+        attention, exchange = attention + exchange - line.exposed_ms, max(0.0, line.exposed_ms)
+    attention = min(attention, step)
+    exchange = min(exchange, step - attention)
     return {"attention": attention, "exchange": exchange, "rest": step - attention - exchange}
 
 
