@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from flashcp.experiments.comparison import LOSS_TOLERANCE, Comparison, Line, relative_difference
 from flashcp.experiments.rows import REFERENCE
 
-__all__ = ["PARTS", "comparison_figure", "draw_comparison", "method_colours", "step_parts"]
+__all__ = ["PALETTE", "PARTS", "comparison_figure", "draw_comparison", "method_colours", "step_parts", "tidy"]
 
 PARTS = {"attention": "#2f6690", "exchange": "#e07a5f", "rest": "#c8d0d8"}
 """Parts of a step and their colours."""
@@ -38,7 +38,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
         _draw_losses(row[1], lines, reference, colours)
         _draw_differences(row[2], lines, reference, colours)
         for axes in row:
-            _tidy(axes)
+            tidy(axes)
     return figure
 
 
@@ -112,7 +112,8 @@ def _steps(line: Line) -> range:
     return range(1, len(line.losses) + 1)
 
 
-def _tidy(axes: Any) -> None:
+def tidy(axes: Any) -> None:
+    """The look of every panel."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -20,7 +20,7 @@ from flashcp.train.summary import write_json
 if TYPE_CHECKING:  # it reads Hydra's configuration, which not every machine that measures has
     from flashcp.experiments.settings import Run
 
-__all__ = ["Outcome", "diagnose", "launch", "start_ranks"]
+__all__ = ["BAD_INPUT", "Outcome", "RanksFailedError", "diagnose", "launch", "leave_no_trace", "start_ranks"]
 
 BAD_INPUT = 2
 COMPLAINT = re.compile(rb"(?:^|[\r\]])error: (.*)$", re.MULTILINE)  # a bar may stand before it on the line
@@ -31,6 +31,10 @@ GLOO_NOISE = re.compile(
     r"\[[^\]\s]*\.(?:cc|h):\d+\] |[.,]? *(?:This may indicate .*|Please check logs .*|\.\.\.GLHF!.*)$"
 )
 METRICS = "metrics.jsonl"  # the ranks' first file
+
+
+class RanksFailedError(RuntimeError):
+    """Ranks that were started did not come to their end; the message names the one to blame."""
 
 
 class Outcome(NamedTuple):
@@ -58,13 +62,18 @@ def launch(run: Run, watch: Callable[[], None] | None = None) -> Outcome:
         raise ValueError(f"out={str(out)!r}: cannot be written ({error.strerror}: {error.filename})") from error
     arguments = ["-m", "flashcp.train", str(config)]
     outcome = start_ranks(arguments, run.world_size, run.threads, log, rank_environment(run.config), watch)
-    if outcome.code == BAD_INPUT and not (out / METRICS).exists():  # found before the first step: leave no trace
-        for file in (config, log):
-            file.unlink()
-        for folder in made:
-            if not any(folder.iterdir()):
-                folder.rmdir()
+    if outcome.code == BAD_INPUT and not (out / METRICS).exists():  # found before the first step
+        leave_no_trace([config, log], made)
     return outcome
+
+
+def leave_no_trace(files: Iterable[Path], made: Iterable[Path]) -> None:
+    """Remove the files, and of the folders that were made for them, innermost first, those that are empty then."""
+    for file in files:
+        file.unlink()
+    for folder in made:
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def rank_environment(config: TrainConfig) -> dict[str, str]:

@@ -113,8 +113,11 @@ def _parse(line: dict[str, str]) -> Row:
 
 
 def _number(line: dict[str, str], name: str) -> float:
-    """A finite number; only a saving may be below 0: an exchange can move more rows than the all-gather."""
+    """A finite number; below 0 only where one can be.
+
+    An exchange can move more rows than the all-gather, and a time can differ from another by less than both vary.
+    """
     value = float(line[name])
-    if not math.isfinite(value) or (value < 0 and line["metric"] != "saving"):
+    if not math.isfinite(value) or (value < 0 and not line["metric"].startswith(("saving", "hidden_", "exposed_"))):
         raise ValueError(f"{name}={line[name]}: expected a finite number >= 0")
     return value
