@@ -54,7 +54,8 @@ def write_dashboard(
 
 def _lead(comparison: Comparison, rows: Sequence[Row]) -> str:
     providers = dict.fromkeys(line.provider for line in comparison.lines if not line.is_single)
-    steps = max((len(line.losses) for line in comparison.lines), default=0)
+    counts = sorted({len(line.losses) for line in comparison.lines})
+    steps = f"{counts[0]} to {counts[-1]}" if counts[1:] else "".join(map(str, counts))
     kinds, devices = (_several(getattr(row, name) for row in rows) for name in ("kind", "device"))
     what = "levels of overlap" if comparison.of_overlap else "methods"
     return f"{len(providers)} {what}, {steps} training steps each, {kinds} on {devices}"
@@ -81,10 +82,11 @@ def _tiles(comparison: Comparison) -> str:
 
 
 def _hidden(comparison: Comparison) -> list[tuple[str, str]]:
-    """The most that was hidden, a tile a case."""
+    """The most that was hidden, a tile a case; what is beyond 1 was not measured well enough."""
     tiles = []
     for case in comparison.cases:
-        told = [(line.hidden, line.provider) for line in comparison.lines if line.case == case and line.hidden]
+        lines = [line for line in comparison.lines if line.case == case and line.hidden]
+        told = [(line.hidden, line.provider) for line in lines if 0 < (line.hidden or 0.0) <= 1]
         if told:
             hidden, provider = max(told)
             tiles.append((f"{100 * hidden:.0f}%", f"of the exchange hidden by {provider}: {case}"))

@@ -75,7 +75,7 @@ def _draw_steps(axes: Any, lines: list[Line], case: str, baseline: str) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.14 * max(left))
     axes.set_xlabel("ms a step (median)")
-    axes.set_title(f"step time, speedup over {baseline}: {case}", loc="left")
+    axes.set_title(f"{case}\nstep time, speedup over {baseline}", loc="left")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9)
 
 

@@ -164,7 +164,9 @@ def read_run(settings: Mapping[str, Any], label: str = "") -> Run:
     short = f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
     case, provider = f"{config.data.source}-c{short}-n{world_size}", _provider(method, config.parallel)
     if of_overlap:
-        case, provider = f"{case}-{provider}", config.parallel.overlap
+        throttle = config.parallel.throttle_gbps
+        case = f"{case}-{provider}" + (f"-{throttle:g}gbps" if throttle else "")
+        provider = config.parallel.overlap
     return Run(case + label, provider, world_size, threads, config)
 
 

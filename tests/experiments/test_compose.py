@@ -54,6 +54,7 @@ def test_overlap_is_compared_within_one_attention() -> None:
     assert [run.provider for run in runs] == [one.overlap for one in parallel]
     assert {one.transport for one in parallel} == {"shm"}
     assert all(one.throttle_gbps > 0 for one in parallel)
+    assert all(run.case.endswith(f"+exact-{run.config.parallel.throttle_gbps:g}gbps") for run in runs)
     assert len({(run.case, run.config.parallel.attention) for run in runs}) == len({run.case for run in runs}) == 2
 
 
