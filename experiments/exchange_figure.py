@@ -40,9 +40,9 @@ def draw_exchanges(rows: Sequence[Row], path: Path) -> None:
 
 
 def _about_hiding(rows: Sequence[Row]) -> str:
-    throttled = {row.median for row in rows if row.metric == "throttle_gbps"}
-    slow = f", slowed to {min(throttled):.2g} GB/s" if throttled else ""
-    return f"ms exposed{slow}"
+    throttled = {row.provider.split("/")[0]: row.median for row in rows if row.metric == "throttle_gbps"}
+    slowed = "".join(f"; {transport} slowed to {gbps:.2g} GB/s" for transport, gbps in throttled.items())
+    return f"ms exposed{slowed}"
 
 
 def _bars(axes: Any, series: dict[str, list[Row]], factor: float) -> None:
