@@ -71,8 +71,7 @@ OVERLAPS = (
     ),
     Column(
         "hidden",
-        "1 - exposed ms / that of overlap none; not within 0 and 1 where attention varied between the runs by more "
-        "than the exchange takes",
+        "1 - exposed ms / that of overlap none; not within 0 and 1 where attention varied too much between the runs",
         lambda x: x.hidden,
         ".2f",
         single=False,

@@ -45,6 +45,11 @@ class Line:
     hidden: float | None = None
 
     @property
+    def is_hidden_told(self) -> bool:
+        """Whether `hidden` is a share, give or take a tenth: attention varies between runs."""
+        return self.hidden is not None and -0.1 <= self.hidden <= 1.1
+
+    @property
     def is_single(self) -> bool:
         """Whether it is the single-process run."""
         return self.provider == REFERENCE

@@ -82,14 +82,13 @@ def _tiles(comparison: Comparison) -> str:
 
 
 def _hidden(comparison: Comparison) -> list[tuple[str, str]]:
-    """The most that was hidden, a tile a case; what is beyond 1 was not measured well enough."""
+    """The most that was hidden, a tile a case, where it was measured well enough."""
     tiles = []
     for case in comparison.cases:
-        lines = [line for line in comparison.lines if line.case == case and line.hidden]
-        told = [(line.hidden, line.provider) for line in lines if 0 < (line.hidden or 0.0) <= 1]
-        if told:
-            hidden, provider = max(told)
-            tiles.append((f"{100 * hidden:.0f}%", f"of the exchange hidden by {provider}: {case}"))
+        lines = [line for line in comparison.lines if line.case == case and line.hidden and line.is_hidden_told]
+        if best := max(lines, key=lambda line: line.hidden or 0.0, default=None):
+            share = f"{100 * min(1.0, best.hidden or 0.0):.0f}%"
+            tiles.append((share, f"of the exchange hidden by {best.provider}: {case}"))
     return tiles
 
 

@@ -126,7 +126,7 @@ def _as_slow_as_local_tiles(bench: ExchangeBench, full: Problem, plain: Mapping[
     """GB/s at which the rows of `exact` take as long as the local tiles, on the busiest ranks; 0 without such rows."""
     cp = next(iter(plain.values()))
     local = attend(full, cp._exchange.layout(full.plan).local_schedule, full.local[1][:0], full.local[2][:0])
-    times = in_turns({"local": local}, full.ranks, min(1.0, bench.seconds))["local"]
+    times = in_turns({"local": local}, full.ranks, bench.seconds / 4)["local"]
     ms = spread(ranks_max(full.ranks, times))[1]
     size = full.local[1].element_size()
     moved = full.plan.route("exact").bytes(bench.query_heads, bench.kv_heads, bench.head_dim, size).max()

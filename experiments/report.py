@@ -94,8 +94,8 @@ def render(comparison: Comparison, failures: dict[tuple[str, str], str]) -> str:
     if (means := comparison.mean_speedups()) and len(comparison.cases) > 2:
         shown = ", ".join(f"{provider} {value:.3f}" for provider, value in means.items())
         notes.append(f"speedup over {comparison.baseline}, geometric mean over cases: {shown}")
-    if any(line.hidden is not None and not 0 <= line.hidden <= 1 for line in comparison.lines):
-        notes.append("hidden is not within 0 and 1: attention varied between runs more than the exchange takes")
+    if any(line.hidden is not None and not line.is_hidden_told for line in comparison.lines):
+        notes.append("hidden is not within 0 and 1: attention varied too much between the runs")
     if worst := comparison.worst_difference:
         verdict = "within" if (worst.loss_difference or 0) <= LOSS_TOLERANCE else "beyond"
         notes.append(
