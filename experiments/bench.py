@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from flashcp.experiments.compose import compose, register_config
 from flashcp.experiments.folders import check_out
+from flashcp.experiments.launch import RanksFailedError
 from flashcp.train.schema import read_dataclass
 
 __all__ = ["BENCHES", "Bench", "keys", "main"]
@@ -51,7 +52,18 @@ def _attention() -> Bench:
     return Bench(AttentionBench, bench_attention, attention_table, "")
 
 
-BENCHES: dict[str, Callable[[], Bench]] = {"planner": _planner, "awkward": _awkward, "attention": _attention}
+def _exchange() -> Bench:
+    from flashcp.experiments.bench_exchange import OUT, ExchangeBench, bench_exchange, exchange_table
+
+    return Bench(ExchangeBench, bench_exchange, exchange_table, OUT)
+
+
+BENCHES: dict[str, Callable[[], Bench]] = {
+    "planner": _planner,
+    "awkward": _awkward,
+    "attention": _attention,
+    "exchange": _exchange,
+}
 
 
 def main(arguments: Sequence[str], as_json: bool = False) -> int:
@@ -60,7 +72,11 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
     bench = BENCHES[name]()
     settings = compose(_config(name, bench), overrides)
     out = settings.pop("out")
-    rows, written = bench.run(read_dataclass(bench.settings, settings), out)
+    try:
+        rows, written = bench.run(read_dataclass(bench.settings, settings), out)
+    except RanksFailedError as error:
+        print(f"flashcp: error: {error}", file=sys.stderr)
+        return 1
     print(json.dumps({"rows": [_fields(row) for row in rows]}, indent=1) if as_json else bench.table(rows))
     print(f"wrote {written}", file=sys.stderr)
     return 0

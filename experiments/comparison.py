@@ -1,26 +1,31 @@
-"""A sweep's rows as one line a method: speedups over the baseline, losses against the single-process run."""
+"""A sweep's rows as one line a method, or a line a level of overlap: speedups over the baseline, losses against the
+single-process run."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from flashcp.experiments.rows import REFERENCE, Row
 
-__all__ = ["LOSS_TOLERANCE", "Comparison", "Line", "compare", "relative_difference"]
+__all__ = ["LOSS_TOLERANCE", "NO_OVERLAP", "Comparison", "Line", "compare", "relative_difference"]
 
 LOSS_TOLERANCE = 1e-4
 """Relative difference at one step up to which losses agree (fp32)."""
+NO_OVERLAP = "none"
+"""The baseline of a sweep whose lines are levels of overlap."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One method on one case. None: there is no such number. Times are medians over steps, ms.
+    """One method, or level of overlap, on one case. None: there is no such number. Times are medians over steps, ms.
 
     speedup: the baseline's step over this one's. loss_difference: largest over the steps, relative, against the
-    single-process run. losses: of every step.
+    single-process run. losses: of every step. exposed_ms: attention_ms + exposed_exchange_ms beyond the attention_ms
+    of overlap `none` on the same case, that is, what the exchange adds wherever a level waits for it (`fused` waits
+    inside attention); hidden: the share of that of `none` which is gone.
     """
 
     case: str
@@ -36,6 +41,18 @@ class Line:
     loss_difference: float | None
     losses: tuple[float, ...]
     kind: str
+    exposed_ms: float | None = None
+    hidden: float | None = None
+
+    @property
+    def is_hidden_told(self) -> bool:
+        """Whether `hidden` is a share, give or take a tenth: attention varies between runs."""
+        return self.hidden is not None and -0.1 <= self.hidden <= 1.1
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is the single-process run."""
+        return self.provider == REFERENCE
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,16 @@ class Comparison:
 
     baseline: str
     lines: tuple[Line, ...]
+
+    @property
+    def of_overlap(self) -> bool:
+        """Whether levels of overlap are compared, of one method and one implementation of attention a case."""
+        return self.baseline == NO_OVERLAP
+
+    @property
+    def over(self) -> str:
+        """The baseline as headings name it."""
+        return f"overlap {self.baseline}" if self.of_overlap else self.baseline
 
     @property
     def cases(self) -> list[str]:
@@ -91,7 +118,8 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
         references = dict.fromkeys(found[0].reference for found in found_runs)
         alone = [by_config[digest] for digest in references if digest in by_config]
         lines += [dataclasses.replace(_line(found, None, {}), case=found_runs[0][0].case) for found in alone]
-    return Comparison(baseline, tuple(lines))
+    comparison = Comparison(baseline, tuple(lines))
+    return Comparison(baseline, tuple(_exposed(lines))) if comparison.of_overlap else comparison
 
 
 def relative_difference(loss: float, reference: float) -> float:
@@ -120,6 +148,18 @@ def _line(rows: Sequence[Row], baseline_ms: float | None, runs: dict[str, list[R
         losses=own,
         kind=first.kind,
     )
+
+
+def _exposed(lines: Sequence[Line]) -> Iterator[Line]:
+    """The lines with what the exchange adds, where overlap `none` was measured on the same case."""
+    plain = {line.case: line for line in lines if line.provider == NO_OVERLAP}
+    for line in lines:
+        first = plain.get(line.case)
+        if line.is_single or first is None or first.attention_ms is None or not first.exposed_exchange_ms:
+            yield line
+        else:
+            exposed = (line.attention_ms or 0.0) + (line.exposed_exchange_ms or 0.0) - first.attention_ms
+            yield dataclasses.replace(line, exposed_ms=exposed, hidden=1 - exposed / first.exposed_exchange_ms)
 
 
 def _number(rows: Sequence[Row], metric: str) -> float | None:

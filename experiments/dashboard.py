@@ -9,25 +9,13 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from flashcp.experiments.columns import STEP, Column, columns
 from flashcp.experiments.comparison import LOSS_TOLERANCE, Comparison, Line
 from flashcp.experiments.figure import PARTS, comparison_figure, step_parts
-from flashcp.experiments.rows import REFERENCE, RESULTS, Row
+from flashcp.experiments.rows import RESULTS, Row
 from flashcp.experiments.style import PAGE_STYLE
 
 __all__ = ["write_dashboard"]
-
-COLUMNS = {
-    "method": "sharding strategy and exchange, by the name they were published under",
-    "imbalance": "work of the busiest rank / mean work, mean over windows; 1 is balanced",
-    "saving": "1 - KV rows on the critical rank / the all-gather's",
-    "attention ms": "attention kernels of one step, forward and backward, slowest rank",
-    "exchange ms": "packing, sending and waiting for rows that no attention hides, slowest rank",
-    "step ms": "whole optimizer step: median over steps after warm-up, with p20 - p80 below",
-    "speedup": "step of the baseline / this step",
-    "final loss": "nats a token at the last step",
-    "loss difference": f"largest relative difference at any step from one process on the same packs; "
-    f"{LOSS_TOLERANCE:.0e} is the limit in fp32",
-}
 
 
 def write_dashboard(
@@ -39,7 +27,7 @@ def write_dashboard(
         _failures(failures),
         *(_case(comparison, case, rows) for case in comparison.cases),
         f'<section class="card"><img alt="step times and losses" src="{_figure(comparison)}"></section>',
-        _columns(),
+        _columns(comparison),
         _provenance(rows),
     ]
     page = f"""<!doctype html>
@@ -65,25 +53,24 @@ def write_dashboard(
 
 
 def _lead(comparison: Comparison, rows: Sequence[Row]) -> str:
-    providers = dict.fromkeys(line.provider for line in comparison.lines if line.provider != REFERENCE)
-    steps = max((len(line.losses) for line in comparison.lines), default=0)
+    providers = dict.fromkeys(line.provider for line in comparison.lines if not line.is_single)
+    counts = sorted({len(line.losses) for line in comparison.lines})
+    steps = f"{counts[0]} to {counts[-1]}" if counts[1:] else "".join(map(str, counts))
     kinds, devices = (_several(getattr(row, name) for row in rows) for name in ("kind", "device"))
-    return f"{len(providers)} methods, {steps} training steps each, {kinds} on {devices}"
+    what = "levels of overlap" if comparison.of_overlap else "methods"
+    return f"{len(providers)} {what}, {steps} training steps each, {kinds} on {devices}"
 
 
 def _tiles(comparison: Comparison) -> str:
     tiles = []
-    if means := comparison.mean_speedups():
+    means = comparison.mean_speedups()
+    if means and not comparison.of_overlap:  # whose cases are of several implementations of attention
         best = max(means, key=lambda provider: means[provider])
         what = f"{best}, fastest step over {comparison.baseline}"
         if best == comparison.baseline:
             what = f"no step faster than {comparison.baseline}'s"
         tiles.append((f"{means[best]:.2f}x", what))
-    lines = [line for line in comparison.lines if line.provider != REFERENCE]
-    if balanced := [line for line in lines if line.imbalance is not None and line.provider == comparison.baseline]:
-        tiles.append((f"{balanced[0].imbalance:.2f}", f"imbalance of {comparison.baseline}; 1 is balanced"))
-    if saving := max(lines, key=lambda line: line.saving or 0.0, default=None):
-        tiles.append((f"{100 * (saving.saving or 0):.0f}%", f"fewer KV rows than an all-gather: {saving.provider}"))
+    tiles += _hidden(comparison) if comparison.of_overlap else _rows_and_balance(comparison)
     if worst := comparison.worst_difference:
         agree = (worst.loss_difference or 0.0) <= LOSS_TOLERANCE
         tiles.append(
@@ -92,6 +79,28 @@ def _tiles(comparison: Comparison) -> str:
     return '<div class="tiles">{}</div>'.format(
         "".join(f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in tiles)
     )
+
+
+def _hidden(comparison: Comparison) -> list[tuple[str, str]]:
+    """The most that was hidden, a tile a case, where it was measured well enough."""
+    tiles = []
+    for case in comparison.cases:
+        lines = [line for line in comparison.lines if line.case == case and line.hidden and line.is_hidden_told]
+        if best := max(lines, key=lambda line: line.hidden or 0.0, default=None):
+            share = f"{100 * min(1.0, best.hidden or 0.0):.0f}%"
+            tiles.append((share, f"of the exchange hidden by {best.provider}: {case}"))
+    return tiles
+
+
+def _rows_and_balance(comparison: Comparison) -> list[tuple[str, str]]:
+    """Balance of the baseline, and the most rows saved."""
+    tiles = []
+    lines = [line for line in comparison.lines if not line.is_single]
+    if balanced := [line for line in lines if line.imbalance is not None and line.provider == comparison.baseline]:
+        tiles.append((f"{balanced[0].imbalance:.2f}", f"imbalance of {comparison.baseline}; 1 is balanced"))
+    if saving := max(lines, key=lambda line: line.saving or 0.0, default=None):
+        tiles.append((f"{100 * (saving.saving or 0):.0f}%", f"fewer KV rows than an all-gather: {saving.provider}"))
+    return tiles
 
 
 def _failures(failures: dict[tuple[str, str], str]) -> str:
@@ -103,10 +112,13 @@ def _failures(failures: dict[tuple[str, str], str]) -> str:
 
 def _case(comparison: Comparison, case: str, rows: Sequence[Row]) -> str:
     lines = [line for line in comparison.lines if line.case == case]
-    longest = max((line.step_ms or 0.0 for line in lines if line.provider != REFERENCE), default=0.0) or 1.0
+    longest = max((line.step_ms or 0.0 for line in lines if not line.is_single), default=0.0) or 1.0
     spread = {(row.case, row.provider): (row.p20, row.p80) for row in rows if row.metric == "step_ms"}
-    heads = [*list(COLUMNS)[:6], "", f"speedup over {comparison.baseline}", *list(COLUMNS)[7:]]
-    body = "".join(_row(line, longest, spread.get((line.case, line.provider))) for line in lines)
+    chosen = columns(comparison)
+    heads = ["overlap" if comparison.of_overlap else "method"]
+    for column in chosen:
+        heads += [column.title, ""] if column == STEP else [column.title]
+    body = "".join(_row(line, chosen, longest, spread.get((line.case, line.provider))) for line in lines)
     legend = "".join(f'<i style="background:{colour}"></i>{part} ' for part, colour in PARTS.items())
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     return (
@@ -115,34 +127,23 @@ def _case(comparison: Comparison, case: str, rows: Sequence[Row]) -> str:
     )
 
 
-def _row(line: Line, longest: float, spread: tuple[float | None, float | None] | None) -> str:
-    single = line.provider == REFERENCE
-
-    def number(value: float | None, form: str, shown: bool = True) -> str:
-        return f"<td>{format(value, form) if value is not None and shown else ''}</td>"
-
+def _row(line: Line, chosen: Sequence[Column], longest: float, spread: tuple[float | None, float | None] | None) -> str:
     between = f"<small>{spread[0]:.0f} - {spread[1]:.0f}</small>" if spread and None not in spread else ""
     parts = (
         ""
-        if single
+        if line.is_single
         else "".join(
             f'<i style="width:{100 * ms / longest:.2f}%;background:{PARTS[part]}" title="{part} {ms:.1f} ms"></i>'
             for part, ms in step_parts(line).items()
         )
     )
-    cells = [
-        f"<th>{escape(line.provider)}</th>",
-        number(line.imbalance, ".3f", not single),
-        number(line.saving, ".3f", not single),
-        number(line.attention_ms, ".0f"),
-        number(line.exposed_exchange_ms, ".1f"),
-        f"<td>{line.step_ms:.0f}{between}</td>" if line.step_ms is not None else "<td></td>",
-        f'<td class="bar">{parts}</td>',
-        number(line.speedup, ".3f"),
-        number(line.final_loss, ".4f"),
-        number(line.loss_difference, ".0e"),
-    ]
-    return f"<tr{' class=single' if single else ''}>{''.join(cells)}</tr>"
+    cells = [f"<th>{escape(line.provider)}</th>"]
+    for column in chosen:
+        if column == STEP:
+            cells += [f"<td>{column.cell(line)}{between}</td>", f'<td class="bar">{parts}</td>']
+        else:
+            cells.append(f"<td>{column.cell(line)}</td>")
+    return f"<tr{' class=single' if line.is_single else ''}>{''.join(cells)}</tr>"
 
 
 def _figure(comparison: Comparison) -> str:
@@ -151,8 +152,9 @@ def _figure(comparison: Comparison) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(image.getvalue()).decode()}"
 
 
-def _columns() -> str:
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(what)}</dd>" for name, what in COLUMNS.items())
+def _columns(comparison: Comparison) -> str:
+    told = columns(comparison)
+    items = "".join(f"<dt>{escape(column.title)}</dt><dd>{escape(column.says)}</dd>" for column in told)
     return f'<section class="card"><h2>What the columns say</h2><dl>{items}</dl></section>'
 
 

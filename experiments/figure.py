@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from flashcp.experiments.comparison import LOSS_TOLERANCE, Comparison, Line, relative_difference
 from flashcp.experiments.rows import REFERENCE
 
-__all__ = ["PARTS", "comparison_figure", "draw_comparison", "method_colours", "step_parts"]
+__all__ = ["PALETTE", "PARTS", "comparison_figure", "draw_comparison", "method_colours", "step_parts", "tidy"]
 
 PARTS = {"attention": "#2f6690", "exchange": "#e07a5f", "rest": "#c8d0d8"}
 """Parts of a step and their colours."""
@@ -32,30 +32,33 @@ def comparison_figure(comparison: Comparison) -> Figure:
     grid = figure.subplots(len(cases), 3, squeeze=False, width_ratios=(1.25, 1, 1))
     colours = method_colours(comparison)
     for row, case in zip(grid, cases, strict=True):
-        lines = [line for line in comparison.lines if line.case == case and line.provider != REFERENCE]
-        reference = next((line for line in comparison.lines if line.case == case and line.provider == REFERENCE), None)
-        _draw_steps(row[0], lines, case, comparison.baseline)
+        lines = [line for line in comparison.lines if line.case == case and not line.is_single]
+        reference = next((line for line in comparison.lines if line.case == case and line.is_single), None)
+        _draw_steps(row[0], lines, case, comparison.over)
         _draw_losses(row[1], lines, reference, colours)
         _draw_differences(row[2], lines, reference, colours)
         for axes in row:
-            _tidy(axes)
+            tidy(axes)
     return figure
 
 
 def method_colours(comparison: Comparison) -> dict[str, str]:
     """One colour a method, the same in every panel."""
-    providers = dict.fromkeys(line.provider for line in comparison.lines if line.provider != REFERENCE)
+    providers = dict.fromkeys(line.provider for line in comparison.lines if not line.is_single)
     return {provider: PALETTE[number % len(PALETTE)] for number, provider in enumerate(providers)}
 
 
 def step_parts(line: Line) -> dict[str, float]:
     """A step's median split in attention and exchange (the slowest rank's) and the rest, ms.
 
-    Two ranks may be slowest in turn: what the two say together beyond the step is taken from the exchange.
+    Two ranks may be slowest in turn: what the two say together beyond the step is taken from the exchange. Between
+    levels of overlap attention is that of `none`, the exchange what is exposed beside it.
     """
-    step = line.step_ms or 0.0
-    attention = min(line.attention_ms or 0.0, step)
-    exchange = min(line.exposed_exchange_ms or 0.0, step - attention)
+    step, attention, exchange = (x or 0.0 for x in (line.step_ms, line.attention_ms, line.exposed_exchange_ms))
+    if line.exposed_ms is not None:
+        attention, exchange = attention + exchange - line.exposed_ms, max(0.0, line.exposed_ms)
+    attention = min(attention, step)
+    exchange = min(exchange, step - attention)
     return {"attention": attention, "exchange": exchange, "rest": step - attention - exchange}
 
 
@@ -72,7 +75,7 @@ def _draw_steps(axes: Any, lines: list[Line], case: str, baseline: str) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.14 * max(left))
     axes.set_xlabel("ms a step (median)")
-    axes.set_title(f"step time, speedup over {baseline}: {case}", loc="left")
+    axes.set_title(f"{case}\nstep time, speedup over {baseline}", loc="left")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=9)
 
 
@@ -109,7 +112,8 @@ def _steps(line: Line) -> range:
     return range(1, len(line.losses) + 1)
 
 
-def _tidy(axes: Any) -> None:
+def tidy(axes: Any) -> None:
+    """The look of every panel."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):

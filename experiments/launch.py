@@ -1,4 +1,4 @@
-"""Starting the ranks of a run, and telling in one line why it failed."""
+"""Starting ranks, and telling in one line why they failed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from flashcp.experiments.settings import Run
+import torch
+
+from flashcp.train.config import TrainConfig
 from flashcp.train.summary import write_json
 
-__all__ = ["Outcome", "diagnose", "launch"]
+if TYPE_CHECKING:  # it reads Hydra's configuration, which not every machine that measures has
+    from flashcp.experiments.settings import Run
+
+__all__ = ["BAD_INPUT", "Outcome", "RanksFailedError", "diagnose", "launch", "leave_no_trace", "start_ranks"]
 
 BAD_INPUT = 2
 COMPLAINT = re.compile(rb"(?:^|[\r\]])error: (.*)$", re.MULTILINE)  # a bar may stand before it on the line
@@ -26,6 +31,10 @@ GLOO_NOISE = re.compile(
     r"\[[^\]\s]*\.(?:cc|h):\d+\] |[.,]? *(?:This may indicate .*|Please check logs .*|\.\.\.GLHF!.*)$"
 )
 METRICS = "metrics.jsonl"  # the ranks' first file
+
+
+class RanksFailedError(RuntimeError):
+    """Ranks that were started did not come to their end; the message names the one to blame."""
 
 
 class Outcome(NamedTuple):
@@ -39,7 +48,8 @@ def launch(run: Run, watch: Callable[[], None] | None = None) -> Outcome:
     """Run every rank to its end. What they say goes to out/ranks.log; without `watch` also to standard error.
 
     watch: called a few times a second while the ranks work, and once after. Bad input that the ranks find before
-    the first step leaves nothing in `out`. Raises ValueError when `out` cannot be written.
+    the first step leaves nothing in `out`. parallel.attention=triton on a CPU runs in Triton's interpreter, which
+    `rank_environment` turns on. Raises ValueError when `out` cannot be written.
     """
     out = Path(run.config.out)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
@@ -50,12 +60,51 @@ def launch(run: Run, watch: Callable[[], None] | None = None) -> Outcome:
         log.write_bytes(b"")
     except OSError as error:
         raise ValueError(f"out={str(out)!r}: cannot be written ({error.strerror}: {error.filename})") from error
-    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.world_size}"]
-    command = [sys.executable, *(ranks if run.world_size > 1 else []), "-m", "flashcp.train", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(run.threads)}
+    arguments = ["-m", "flashcp.train", str(config)]
+    outcome = start_ranks(arguments, run.world_size, run.threads, log, rank_environment(run.config), watch)
+    if outcome.code == BAD_INPUT and not (out / METRICS).exists():  # found before the first step
+        leave_no_trace([config, log], made)
+    return outcome
+
+
+def leave_no_trace(files: Iterable[Path], made: Iterable[Path]) -> None:
+    """Remove the files, and of the folders that were made for them, innermost first, those that are empty then."""
+    for file in files:
+        file.unlink()
+    for folder in made:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def rank_environment(config: TrainConfig) -> dict[str, str]:
+    """What the ranks of a run need in their environment before Python starts.
+
+    Triton's kernels run on a CPU only in its interpreter, and Triton looks for TRITON_INTERPRET when it is imported:
+    set exactly where the configuration says parallel.attention=triton and the run is on a CPU.
+    """
+    device = config.loop.device
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    return {"TRITON_INTERPRET": "1"} if config.parallel.attention == "triton" and on_cpu else {}
+
+
+def start_ranks(
+    arguments: Sequence[str],
+    world_size: int,
+    threads: int,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    watch: Callable[[], None] | None = None,
+) -> Outcome:
+    """Run `python ARGUMENTS` as every rank of a run on this machine, to its end; what they say goes to `log`.
+
+    threads: of each rank. environment: beside this process's. watch: as for `launch`.
+    """
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    command = [sys.executable, *(ranks if world_size > 1 else []), *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": str(threads), **(environment or {})}
     with log.open("wb") as written, log.open("rb") as said:
         look = watch or Echo(said)
-        process = subprocess.Popen(command, env=environment, stdout=written, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=variables, stdout=written, stderr=subprocess.STDOUT)
         try:
             while not _ended(process):
                 look()
@@ -63,16 +112,7 @@ def launch(run: Run, watch: Callable[[], None] | None = None) -> Outcome:
             process.terminate()  # interrupted or stopped: the launcher stops its ranks; ended: does nothing
             process.wait()
         look()
-    if process.returncode == 0:
-        return Outcome(0, "")
-    outcome = diagnose(log, process.returncode)
-    if outcome.code == BAD_INPUT and not (out / METRICS).exists():  # found before the first step: leave no trace
-        for file in (config, log):
-            file.unlink()
-        for folder in made:
-            if not any(folder.iterdir()):
-                folder.rmdir()
-    return outcome
+    return Outcome(0, "") if process.returncode == 0 else diagnose(log, process.returncode)
 
 
 class Echo:

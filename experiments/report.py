@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashcp.experiments.comparison import LOSS_TOLERANCE, Comparison, Line, compare
+from flashcp.experiments.columns import columns
+from flashcp.experiments.comparison import LOSS_TOLERANCE, NO_OVERLAP, Comparison, compare
 from flashcp.experiments.dashboard import write_dashboard
 from flashcp.experiments.figure import draw_comparison
-from flashcp.experiments.rows import REFERENCE, RESULTS, read_rows
+from flashcp.experiments.rows import RESULTS, Row, read_rows
 from flashcp.experiments.text import table
 from flashcp.sharding.methods import METHODS
 
@@ -34,14 +35,25 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
         raise ValueError(f"{folder}: no {RESULTS} in it; expected the directory of a sweep")
     if not read_rows(folder) and not read_failures(folder):
         raise ValueError(f"{folder / RESULTS}: no rows in it, and no failed run beside it")
-    publish(folder, read_baseline(options.get("baseline", BASELINE), "baseline"), as_json)
+    publish(folder, read_baseline(options.get("baseline", _baseline(read_rows(folder))), "baseline"), as_json)
     return 0
 
 
+def _baseline(rows: Sequence[Row]) -> str:
+    """What a sweep's rows are compared with when nobody says."""
+    return NO_OVERLAP if any(row.provider == NO_OVERLAP for row in rows) else BASELINE
+
+
 def read_baseline(name: str, field: str) -> str:
-    """The provider that speedups are over: a method, or a pair that is none. Raises ValueError for other names."""
-    if name not in METHODS and "+" not in name:
-        raise ValueError(f"{field}={name!r}: expected one of {', '.join(METHODS)}, or a pair SHARDING+EXCHANGE")
+    """The provider that speedups are over: a method, or a pair that is no method, or overlap `none`.
+
+    Raises ValueError for other names.
+    """
+    if name not in METHODS and "+" not in name and name != NO_OVERLAP:
+        raise ValueError(
+            f"{field}={name!r}: expected one of {', '.join(METHODS)}, a pair SHARDING+EXCHANGE, or {NO_OVERLAP} to "
+            "compare levels of overlap"
+        )
     return name
 
 
@@ -70,17 +82,20 @@ def read_failures(folder: Path) -> dict[tuple[str, str], str]:
 
 def render(comparison: Comparison, failures: dict[tuple[str, str], str]) -> str:
     """The table of every case, and under it what the numbers do not say."""
-    head = ["method", "imbalance", "saving", "attention ms", "exchange ms", "step ms"]
-    head += [f"speedup over {comparison.baseline}", "final loss", "loss difference"]
+    chosen = columns(comparison)
+    head = ["overlap" if comparison.of_overlap else "method", *(column.title for column in chosen)]
     parts = []
     for case in dict.fromkeys([*comparison.cases, *(case for case, _ in failures)]):
-        body = [_cells(line) for line in comparison.lines if line.case == case]
+        lines = [line for line in comparison.lines if line.case == case]
+        body = [[line.provider, *(column.cell(line) for column in chosen)] for line in lines]
         body += [[provider, *[""] * (len(head) - 1)] for failed, provider in failures if failed == case]
         parts.append(f"{case}\n{table(head, body)}")
     notes = [f"failed: {case} {provider}: {error}" for (case, provider), error in failures.items()]
     if (means := comparison.mean_speedups()) and len(comparison.cases) > 2:
         shown = ", ".join(f"{provider} {value:.3f}" for provider, value in means.items())
         notes.append(f"speedup over {comparison.baseline}, geometric mean over cases: {shown}")
+    if any(line.hidden is not None and not line.is_hidden_told for line in comparison.lines):
+        notes.append("hidden is not within 0 and 1: attention varied too much between the runs")
     if worst := comparison.worst_difference:
         verdict = "within" if (worst.loss_difference or 0) <= LOSS_TOLERANCE else "beyond"
         notes.append(
@@ -88,23 +103,6 @@ def render(comparison: Comparison, failures: dict[tuple[str, str], str]) -> str:
             f"({worst.provider}), {verdict} {LOSS_TOLERANCE:.0e}"
         )
     return "\n\n".join([*parts, "\n".join(notes)]).rstrip()
-
-
-def _cells(line: Line) -> list[str]:
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    return [
-        line.provider,
-        number(None if line.provider == REFERENCE else line.imbalance, ".3f"),
-        number(None if line.provider == REFERENCE else line.saving, ".3f"),
-        number(line.attention_ms, ".0f"),
-        number(line.exposed_exchange_ms, ".1f"),
-        number(line.step_ms, ".0f"),
-        number(line.speedup, ".3f"),
-        number(line.final_loss, ".5f"),
-        number(line.loss_difference, ".1e"),
-    ]
 
 
 def _document(comparison: Comparison, failures: dict[tuple[str, str], str]) -> dict[str, object]:

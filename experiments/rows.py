@@ -32,6 +32,10 @@ UNITS = {
     "final_loss": "nats",
     "tokens": "tokens",
 }
+LEVELS = ("none", "staged", "fused")
+SIGNED = {"saving", *(f"exposed_{level}_ms" for level in LEVELS), *(f"hidden_{level}" for level in LEVELS)}
+"""Metrics that may be below 0: an exchange can move more rows than the all-gather, and a time can differ from another
+by less than both vary."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,8 @@ def _parse(line: dict[str, str]) -> Row:
 
 
 def _number(line: dict[str, str], name: str) -> float:
-    """A finite number; only a saving may be below 0: an exchange can move more rows than the all-gather."""
+    """A finite number, below 0 only where one can be."""
     value = float(line[name])
-    if not math.isfinite(value) or (value < 0 and line["metric"] != "saving"):
+    if not math.isfinite(value) or (value < 0 and line["metric"] not in SIGNED):
         raise ValueError(f"{name}={line[name]}: expected a finite number >= 0")
     return value

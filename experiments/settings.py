@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 
+from flashcp.experiments.comparison import NO_OVERLAP
 from flashcp.experiments.options import naming_options
 from flashcp.experiments.rows import REFERENCE
 from flashcp.experiments.schema import register
@@ -48,7 +49,8 @@ ParallelSettings: Any = dataclasses.make_dataclass(
 class SweepSettings:
     """What only `flashcp sweep` reads. name: of the sweep, and of its directory under outputs/.
 
-    baseline: the method that speedups are over. reference: also run every job's packs on one process and compare
+    baseline: the method that speedups are over; `none`: the sweep's lines are levels of overlap (`parallel.overlap`),
+    compared with overlap `none` on each case. reference: also run every job's packs on one process and compare
     the losses. rerun: run what results.csv already holds again.
     """
 
@@ -92,7 +94,8 @@ def register_run() -> None:
 class Run:
     """One training run: what `launch` starts.
 
-    case: the work that providers are compared on, in short. provider: the method, as tables name it.
+    case: the work that providers are compared on, in short. provider: the method, as tables name it, or the overlap
+    where levels of overlap are compared on one method.
     threads: of each rank.
     """
 
@@ -146,7 +149,7 @@ def read_run(settings: Mapping[str, Any], label: str = "") -> Run:
     sections = dict(settings)
     world_size, threads, method = (sections.pop(name) for name in ("world_size", "threads", "method"))
     sharding, exchange = (dict(sections.pop(name)) for name in ("sharding", "exchange"))
-    del sections["sweep"]
+    of_overlap = sections.pop("sweep")["baseline"] == NO_OVERLAP
     for name, value in (("world_size", world_size), ("threads", threads)):
         if value < 1:
             raise ValueError(f"{name}={value}: expected a whole number >= 1")
@@ -160,8 +163,12 @@ def read_run(settings: Mapping[str, Any], label: str = "") -> Run:
     dataclasses.replace(config.parallel, transport="auto").operator()  # it knows its legal values
     tokens = config.context
     short = f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
-    case = f"{config.data.source}-c{short}-n{world_size}{label}"
-    return Run(case, _provider(method, config.parallel), world_size, threads, config)
+    case, provider = f"{config.data.source}-c{short}-n{world_size}", _provider(method, config.parallel)
+    if of_overlap:
+        throttle = config.parallel.throttle_gbps
+        case = f"{case}-{provider}" + (f"-{throttle:g}gbps" if throttle else "")
+        provider = config.parallel.overlap
+    return Run(case + label, provider, world_size, threads, config)
 
 
 def _provider(method: str, parallel: ParallelConfig) -> str:

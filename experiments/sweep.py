@@ -13,13 +13,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flashcp.experiments.comparison import LOSS_TOLERANCE, Comparison
+from flashcp.experiments.comparison import LOSS_TOLERANCE, NO_OVERLAP, Comparison
 from flashcp.experiments.compose import Job, expand, multirun
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.launch import launch
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.report import publish, read_baseline
-from flashcp.experiments.rows import REFERENCE, Row, read_rows, summary_rows, write_rows
+from flashcp.experiments.rows import Row, read_rows, summary_rows, write_rows
 from flashcp.experiments.settings import Run, read_run, register_run
 from flashcp.train.run import prepare
 from flashcp.train.tracker import TrackerConfig, track_comparison
@@ -45,18 +45,9 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
 
 def track(comparison: Comparison, tracker: TrackerConfig, out: Path) -> None:
     """The comparison as one run of wandb: a table, a bar chart, the speedups as numbers of the summary."""
-    lines = [line for line in comparison.lines if line.provider != REFERENCE]
-    columns = [
-        "case",
-        "provider",
-        "imbalance",
-        "saving",
-        "attention_ms",
-        "exposed_exchange_ms",
-        "step_ms",
-        "speedup",
-        "final_loss",
-    ]
+    lines = [line for line in comparison.lines if not line.is_single]
+    own = ["exposed_ms", "hidden", "wait_ms"] if comparison.of_overlap else ["imbalance", "saving"]
+    columns = ["case", "provider", *own, "attention_ms", "exposed_exchange_ms", "step_ms", "speedup", "final_loss"]
     name = f"speedup_vs_{comparison.baseline}"
     summary: dict[str, float] = {f"{name}/{provider}": value for provider, value in comparison.mean_speedups().items()}
     if summary:
@@ -103,7 +94,8 @@ class Sweep:
 
     def runs(self, job: Job) -> list[Run]:
         """The runs that a job asks for: its own, after the single-process run it is compared with."""
-        label = "".join(f"-{item}" for item in job.overrides if item.split("=")[0] in self.swept - SHOWN)
+        told = self.swept - SHOWN - ({"parallel.overlap"} if self.baseline == NO_OVERLAP else set())
+        label = "".join(f"-{item}" for item in job.overrides if item.split("=")[0] in told)
         own = read_run(job.settings, label)
         return [self.placed(run) for run in ([own.alone(), own] if self.with_reference else [own])]
 

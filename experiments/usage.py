@@ -26,7 +26,7 @@ EXPLAINED = {
     "data.overflow": "truncate or carry: a document's tail that does not fit a window",
     "parallel.tuning.forward": "Triton block shape, such as 128x64x8x3; empty: the table's",
     "sweep.name": "of the directory below outputs/ and of the wandb group",
-    "sweep.baseline": "method that speedups are over",
+    "sweep.baseline": "method that speedups are over; none: compare levels of overlap",
     "sweep.reference": "also train on one process, and compare the losses",
     "sweep.rerun": "run again what results.csv holds already",
     "checkpoint.resume": "never, latest or the path of a step_* folder",

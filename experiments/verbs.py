@@ -23,6 +23,6 @@ VERBS = {
     "plan": Verb("plan", "what each method makes of the same packs: balance, rows that travel, saving"),
     "train": Verb("train", "train one model under one method"),
     "sweep": Verb("sweep", "train under several methods, compare them, write table, figure and page"),
-    "bench": Verb("bench", "measure one part: planner, awkward or attention", "NAME [KEY=VALUE ...]"),
+    "bench": Verb("bench", "measure one part: planner, awkward, attention or exchange", "NAME [KEY=VALUE ...]"),
     "report": Verb("report", "rebuild a sweep's table, figure and page from its rows", "DIRECTORY [baseline=NAME]"),
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-__all__ = ["DEVICES", "LONGEST_WAIT_S", "Ranks", "launched_rank", "world"]
+__all__ = ["DEVICES", "LONGEST_WAIT_S", "Ranks", "exit_code", "launched_rank", "world"]
 
 DEVICES = ("auto", "cpu", "cuda")
 LONGEST_WAIT_S = 1e9  # 30 years: clocks that count nanoseconds in 64 bits still hold it
@@ -84,3 +86,40 @@ def _device(name: str) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Do this rank's work. Returns 0; 2 for bad input (one line, no traceback); 1 when it fails (its rank in the line).
+
+    The lines begin with `error:`: whoever started the ranks finds them in what they said.
+    """
+    try:
+        work()
+    except ValueError as error:
+        if _first_to_report():
+            _say(str(error))
+        return 2
+    except Exception as error:
+        rank, world_size = launched_rank()
+        if _first_to_report():
+            traceback.print_exc()
+        _say(f"rank {rank} of {world_size}: {type(error).__name__}: {error}")
+        return 1
+    return 0
+
+
+def _say(message: str) -> None:
+    print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def _first_to_report() -> bool:
+    """Whether no other rank has reported yet: all ranks meet the same bad input, and one line should say so.
+
+    The launcher's store counts, because the launcher stops all ranks when the first one ends: rank 0 may
+    never come to speak.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    port = int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=timedelta(seconds=5))
+    return store.add("flashcp/reports", 1) == 1

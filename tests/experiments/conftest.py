@@ -48,6 +48,8 @@ def make_rows() -> Callable[..., list[Row]]:
         case: str = "stdlib-c8k-n2",
         config: str = "",
         reference: str = "",
+        attention_ms: float | None = None,
+        exposed_ms: float = 1.0,
     ) -> list[Row]:
         where = (
             "cpu",
@@ -58,7 +60,8 @@ def make_rows() -> Callable[..., list[Row]]:
             config or provider,
             reference,
         )
-        numbers = {"step_ms": step_ms, "attention_ms": step_ms / 2, "exposed_exchange_ms": 1.0, "wait_ms": 0.5}
+        attention_ms = step_ms / 2 if attention_ms is None else attention_ms
+        numbers = {"step_ms": step_ms, "attention_ms": attention_ms, "exposed_exchange_ms": exposed_ms, "wait_ms": 0.5}
         numbers |= {"imbalance": 1.25, "saving": 0.5, "final_loss": losses[-1]}
         rows = [Row(case, provider, name, "ms", None, 0.9 * n, n, 1.1 * n, *where) for name, n in numbers.items()]
         steps = enumerate(losses, start=1)

@@ -109,8 +109,8 @@ REPORT_REFUSED = [
     (". x=1", "x: no such override; expected baseline"),
 ]
 BENCH_REFUSED = [
-    ("", "bench '': expected one of planner, awkward, attention"),
-    ("nope", "bench 'nope': expected one of planner, awkward, attention"),
+    ("", "bench '': expected one of planner, awkward, attention, exchange"),
+    ("nope", "bench 'nope': expected one of planner, awkward, attention, exchange"),
     ("planner windows=x", "windows=x: expected a whole number"),
     ("planner nope=1", "nope: no such override; expected one of data_sets"),
     ("planner out=here", "out='here': expected a file *.csv"),
@@ -186,7 +186,7 @@ def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert "llama3, per_document, ring" in shown
         assert "\n  world_size=" in shown
     if verb == "bench":
-        assert "planner, awkward or attention" in shown
+        assert "planner, awkward, attention or exchange" in shown
 
 
 def test_help_is_quick_and_plan_leaves_torch_alone() -> None:

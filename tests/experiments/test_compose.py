@@ -45,6 +45,19 @@ def test_demo_is_what_the_readme_says() -> None:
     assert all(run.config.loop.steps >= 20 for run in runs)
 
 
+def test_overlap_is_compared_within_one_attention() -> None:
+    runs = [read_run(job.settings) for job in expand("config", ["experiment=overlap"])]
+    parallel = [run.config.parallel for run in runs]
+    assert [(one.attention, one.overlap) for one in parallel] == [
+        (attention, overlap) for attention in ("cpu", "triton") for overlap in ("none", "staged", "fused")
+    ]
+    assert [run.provider for run in runs] == [one.overlap for one in parallel]
+    assert {one.transport for one in parallel} == {"shm"}
+    assert all(one.throttle_gbps > 0 for one in parallel)
+    assert all(run.case.endswith(f"+exact-{run.config.parallel.throttle_gbps:g}gbps") for run in runs)
+    assert len({(run.case, run.config.parallel.attention) for run in runs}) == len({run.case for run in runs}) == 2
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=str)
 @pytest.mark.parametrize("config", ["plan", "config"])
 def test_method_sets_sharding_and_exchange(config: str, method: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from flashcp.experiments.compose import compose
-from flashcp.experiments.launch import Echo, diagnose, launch
+from flashcp.experiments.launch import Echo, diagnose, launch, rank_environment, start_ranks
 from flashcp.experiments.settings import read_run, register_run
 
 LAUNCHER = """Traceback (most recent call last):
@@ -124,3 +125,36 @@ def alive(out: Path) -> list[str]:
             words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
             found += [process] if str(out / "config.json").encode() in words else []
     return found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["parallel.attention=triton", "loop.device=cpu"], {"TRITON_INTERPRET": "1"}),
+        (["parallel.attention=cpu", "loop.device=cpu"], {}),
+        (["loop.device=cpu"], {}),
+        (["parallel.attention=triton", "loop.device=cuda"], {}),
+    ],
+)
+def test_interpreter_is_on_where_triton_runs_on_a_cpu(overrides: list[str], wanted: dict[str, str]) -> None:
+    register_run()
+    assert rank_environment(read_run(compose("config", overrides)).config) == wanted
+
+
+def test_ranks_start_with_their_number_threads_and_environment(tmp_path: Path) -> None:
+    log = tmp_path / "ranks.log"
+    script = "import os; print(*(os.environ.get(n) for n in ('RANK', 'WORLD_SIZE', 'OMP_NUM_THREADS', 'MARK')))"
+    (tmp_path / "script.py").write_text(script)
+    assert start_ranks([str(tmp_path / "script.py")], 2, 3, log, {"MARK": "here"}).code == 0
+    assert sorted(log.read_text().splitlines()) == ["0 2 3 here", "1 2 3 here"]
+    assert start_ranks(["-c", "raise SystemExit(3)"], 1, 1, log).error.startswith("the run ended with exit code 3")
+
+
+def test_an_interpreted_run_trains(tmp_path: Path, tiny: list[str]) -> None:
+    register_run()
+    small = ["context=32", "parallel.attention=triton", "parallel.overlap=staged", "parallel.transport=shm"]
+    run = read_run(compose("config", [*tiny, *small])).placed(str(tmp_path / "out"), "", ())
+    assert launch(run, lambda: None) == (0, "")
+    losses = json.loads((tmp_path / "out/summary.json").read_text())["losses"]
+    assert launch(run.alone().placed(str(tmp_path / "alone"), "", ()), lambda: None) == (0, "")
+    assert losses == pytest.approx(json.loads((tmp_path / "alone/summary.json").read_text())["losses"], rel=1e-5)

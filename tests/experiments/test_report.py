@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from flashcp.experiments.cli import main
 from flashcp.experiments.comparison import compare
+from flashcp.experiments.figure import step_parts
 from flashcp.experiments.report import render
 from flashcp.experiments.rows import REFERENCE, RESULTS, Row, read_rows, write_rows
 
@@ -141,3 +143,45 @@ def test_runs_of_other_settings_have_no_speedup_over_the_baseline(make_rows: Mak
     rows += make_rows("flashcp", reference="two steps")
     speedups = {line.provider: line.speedup for line in compare(rows, "llama3").lines}
     assert speedups == {"llama3": 1.0, "ring": 1.0, "flashcp": None}
+
+
+def overlap_rows(make_rows: MakeRows) -> list[Row]:
+    """Two implementations of attention: what `fused` waits is in its attention."""
+    rows = []
+    for case, scale in (("attention=cpu", 1), ("attention=triton", 10)):
+        rows += make_rows("staged", 120 * scale, case=case, attention_ms=110 * scale, exposed_ms=0)
+        rows += make_rows("none", 160 * scale, case=case, attention_ms=100 * scale, exposed_ms=40 * scale)
+    return rows + make_rows("fused", 1130, case="attention=triton", attention_ms=1100, exposed_ms=10)
+
+
+def test_levels_of_overlap_are_compared_on_each_case(make_rows: MakeRows) -> None:
+    lines = compare(overlap_rows(make_rows), "none").lines
+    assert [(line.provider, line.exposed_ms, line.hidden) for line in lines] == [
+        ("none", 40.0, 0.0),
+        ("staged", 10.0, 0.75),
+        ("none", 400.0, 0.0),
+        ("staged", 100.0, 0.75),
+        ("fused", 110.0, 0.725),
+    ]
+    assert [line.speedup for line in lines[:2]] == [1.0, pytest.approx(160 / 120)]
+    assert step_parts(lines[-1]) == {"attention": 1000.0, "exchange": 110.0, "rest": 20.0}
+    assert "hidden is not within 0 and 1" not in render(compare(overlap_rows(make_rows), "none"), {})
+    noisy = [*overlap_rows(make_rows), *make_rows("auto", 130, case="attention=cpu", attention_ms=70)]
+    assert "hidden is not within 0 and 1: attention varied" in render(compare(noisy, "none"), {})
+    assert {line.exposed_ms for line in compare(overlap_rows(make_rows), "llama3").lines} == {None}
+    alone = make_rows("staged", case="attention=cpu")
+    assert [(line.exposed_ms, line.hidden) for line in compare(alone, "none").lines] == [(None, None)]
+
+
+def test_overlap_has_columns_of_its_own(
+    tmp_path: Path, make_rows: MakeRows, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(tmp_path, overlap_rows(make_rows))
+    assert main(["report", str(tmp_path)]) == 0  # rows of overlap `none`: that is the baseline
+    shown = capsys.readouterr().out.splitlines()
+    heads = ["overlap", "exposed ms", "hidden", "wait ms", "attention ms", "step ms", "speedup over overlap none"]
+    assert re.split("  +", shown[1].strip())[:7] == heads
+    assert shown[4].split() == ["staged", "10.0", "0.75", "0.5", "110", "120", "1.333", "1.00000"]
+    page = (tmp_path / "dashboard.html").read_text()
+    assert "<b>75%</b><span>of the exchange hidden by staged: attention=triton</span>" in page
+    assert "3 levels of overlap" in page
