@@ -17,12 +17,13 @@ __all__ = ["BENCHES", "Bench", "keys", "main"]
 
 
 class Bench(NamedTuple):
-    """A dataclass of what to measure; from it rows (named tuples); from them a table, and a file of CSV."""
+    """A dataclass of what to measure; from it rows (named tuples); from them a table, and a file (`suffix`)."""
 
     settings: type[Any]
     measure: Callable[[Any], Iterable[Any]]
     table: Callable[[list[Any]], str]
     write: Callable[[Path, list[Any]], None]
+    suffix: str = ".csv"
 
 
 def _planner() -> Bench:
@@ -38,7 +39,13 @@ def _awkward() -> Bench:
     return Bench(AwkwardBench, bench_awkward, awkward_table, write_planner_rows)
 
 
-BENCHES: dict[str, Callable[[], Bench]] = {"planner": _planner, "awkward": _awkward}
+def _paper_fit() -> Bench:
+    from flashcp.experiments.paper.fit import PaperFit, fit_rows, fit_table, write_fit
+
+    return Bench(PaperFit, fit_rows, fit_table, write_fit, ".yaml")
+
+
+BENCHES: dict[str, Callable[[], Bench]] = {"planner": _planner, "awkward": _awkward, "paper_fit": _paper_fit}
 
 
 def main(arguments: Sequence[str], as_json: bool = False) -> int:
@@ -47,12 +54,13 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
     bench = BENCHES[name]()
     settings = compose(_config(name, bench), overrides)
     out = Path(settings.pop("out"))
-    if out.suffix != ".csv":
-        raise ValueError(f"out={str(out)!r}: expected a file *.csv")
+    if out.suffix != bench.suffix:
+        raise ValueError(f"out={str(out)!r}: expected a file *{bench.suffix}")
     check_out(out.parent)
     rows = list(bench.measure(read_dataclass(bench.settings, settings)))
     bench.write(out, rows)
-    print(json.dumps({"rows": [row._asdict() for row in rows]}, indent=1) if as_json else bench.table(rows))
+    document = {"rows": [row._asdict() for row in rows]}
+    print(json.dumps(document, indent=1, default=dataclasses.asdict) if as_json else bench.table(rows))
     print(f"wrote {out}", file=sys.stderr)
     return 0
 
@@ -71,6 +79,6 @@ def _name(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 def _config(name: str, bench: Bench) -> str:
     """The benchmark's settings and `out`, as a configuration in the ConfigStore. Returns its name."""
-    out = ("out", str, dataclasses.field(default=f"outputs/bench/{name}.csv"))
+    out = ("out", str, dataclasses.field(default=f"outputs/bench/{name}{bench.suffix}"))
     register_config(f"bench_{name}", dataclasses.make_dataclass("Settings", [out], bases=(bench.settings,)))
     return f"bench_{name}"
