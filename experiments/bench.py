@@ -45,7 +45,23 @@ def _paper_fit() -> Bench:
     return Bench(PaperFit, fit_rows, fit_table, write_fit, ".yaml")
 
 
-BENCHES: dict[str, Callable[[], Bench]] = {"planner": _planner, "awkward": _awkward, "paper_fit": _paper_fit}
+def _calibrate() -> Bench:
+    from flashcp.experiments.bench_calibrate import (
+        CalibrateBench,
+        bench_calibrate,
+        calibration_table,
+        write_calibration,
+    )
+
+    return Bench(CalibrateBench, bench_calibrate, calibration_table, write_calibration, ".yaml")
+
+
+BENCHES: dict[str, Callable[[], Bench]] = {
+    "planner": _planner,
+    "awkward": _awkward,
+    "paper_fit": _paper_fit,
+    "calibrate": _calibrate,
+}
 
 
 def main(arguments: Sequence[str], as_json: bool = False) -> int:

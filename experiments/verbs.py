@@ -24,6 +24,8 @@ VERBS = {
     "train": Verb("train", "train one model under one method"),
     "sweep": Verb("sweep", "train under several methods, compare them, write table, figure and page"),
     "simulate": Verb("simulate", "what each method would cost on a cluster: time, traffic, memory, which to take"),
-    "bench": Verb("bench", "measure one part: planner, awkward; fit the simulator: paper_fit", "NAME [KEY=VALUE ...]"),
+    "bench": Verb(
+        "bench", "measure one part: planner, awkward; for the simulator: calibrate, paper_fit", "NAME [KEY=VALUE ...]"
+    ),
     "report": Verb("report", "rebuild a sweep's table, figure and page from its rows", "DIRECTORY [baseline=NAME]"),
 }
