@@ -47,7 +47,7 @@ GROUPS = {
     "method": tuple(METHODS),
     "sharding": tuple(STRATEGIES),
     "exchange": tuple(EXCHANGES),
-    "data": (*SOURCES, "lengths", *LENGTH_DATA),
+    "data": (*SOURCES, "lengths", *LENGTH_DATA, *committed("data")),
     "cluster": committed("cluster"),
 }
 """Groups and their legal values; a configuration has those it names (`experiment` is the sweeps' own)."""
@@ -134,6 +134,26 @@ class SimulateSettings:
     model: ModelShape = field(default_factory=ModelShape)
 
 
+@dataclass
+class SolverSettings:
+    """The exact solver beside the strategies (`flashcp.sharding.exact`). granule 0: none. limit_s: of one window."""
+
+    granule: int = 0
+    limit_s: float = 20.0
+
+
+@dataclass
+class SimulationsSettings(SimulateSettings):
+    """`flashcp sweep experiment=NAME` for the sweeps that simulate. name: of the directory below outputs/.
+
+    out: directory, empty: outputs/NAME.
+    """
+
+    name: str = "simulations"
+    out: str = ""
+    solver: SolverSettings = field(default_factory=SolverSettings)
+
+
 @cache
 def register() -> None:
     """Put the schemas into the ConfigStore, once."""
@@ -147,6 +167,7 @@ def register() -> None:
     store(group="cluster", name="cluster_schema", node=machine_schema())
     store(name="plan_schema", node=PlanSettings)
     store(name="simulate_schema", node=SimulateSettings)
+    store(name="simulations_schema", node=SimulationsSettings)
 
 
 def group_members() -> dict[str, dict[str, Any]]:

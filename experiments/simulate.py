@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from flashcp.experiments.packs import read_packs
 from flashcp.experiments.plan import chosen_methods, heading, plannable, strategy_options
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.schema import ModelShape
-from flashcp.experiments.simulator.batch import simulate_packs
+from flashcp.experiments.simulator.batch import Options, simulate_packs
 from flashcp.experiments.simulator.cluster_file import read_cluster_file
 from flashcp.experiments.simulator.machine import Machine, read_machine
 from flashcp.experiments.simulator.planned import Setting
@@ -28,15 +28,42 @@ from flashcp.sharding.cost import AttentionShape
 from flashcp.sharding.strategies import plan
 from flashcp.train.schema import read_dataclass
 
-__all__ = ["chosen_variants", "main", "read_setting"]
+__all__ = ["Simulated", "chosen_variants", "main", "read_setting", "simulate", "summary_table"]
 
 CONFIG = "simulate"
 OVERLAPS = ("auto", "none", "staged", "fused")
 
 
+class Simulated(NamedTuple):
+    """What one configuration comes to: packs, methods with their numbers, options of the strategy chosen."""
+
+    setting: Setting
+    packs: list[np.ndarray]
+    variants: list[Variant]
+    summaries: list[Summary]
+    options: Options
+
+
 def main(overrides: Sequence[str], as_json: bool = False) -> int:
     """Print the table and a recommendation, or one JSON document."""
     settings = compose(CONFIG, overrides)
+    found = simulate(settings)
+    if settings["figure"]:
+        from flashcp.experiments.simulate_figure import draw_timelines
+
+        figure, ranks = Path(settings["figure"]), settings["world_size"]
+        file = draw_timelines(found.packs[0], found.variants, ranks, found.setting, figure, found.options)
+        print(f"wrote {file}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(_document(settings, found), indent=1))
+    else:
+        print(f"{heading(settings, found.packs)}; simulated on {found.setting.machine.name}")
+        print(f"{summary_table(found.summaries)}\n\n{recommendation(found.summaries)}")
+    return 0
+
+
+def simulate(settings: Mapping[str, Any], label: str = "") -> Simulated:
+    """Run a configuration. label: of the bar. Raises ValueError naming value, field and what is legal."""
     options = strategy_options(settings)
     setting, model = read_setting(settings)
     variants = chosen_variants(settings, model)
@@ -47,28 +74,19 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     strategy = (settings["sharding"] or {}).get("name", "")
     with naming_options(options):
         plan(packs[0], settings["world_size"], strategy or "flashcp", **options)
+    of_strategy = {strategy: options}
     outcomes = simulate_packs(
         packs,
         list(dict.fromkeys([VARIANTS[BASELINE], *variants])),
         settings["world_size"],
         setting,
-        options={strategy: options},
+        options=of_strategy,
         workers=settings["workers"],
+        label=label,
     )
     rows = float(np.mean([pack.sum() for pack in packs])) / settings["world_size"]
     summaries = [summarise(variant, outcomes, setting, model, rows) for variant in variants]
-    if settings["figure"]:
-        from flashcp.experiments.simulate_figure import draw_timelines
-
-        figure = Path(settings["figure"])
-        file = draw_timelines(packs[0], variants, settings["world_size"], setting, figure, {strategy: options})
-        print(f"wrote {file}", file=sys.stderr)
-    if as_json:
-        print(json.dumps(_document(settings, setting, packs, summaries), indent=1))
-    else:
-        print(f"{heading(settings, packs)}; simulated on {setting.machine.name}\n{_table(summaries)}")
-        print(f"\n{recommendation(summaries)}")
-    return 0
+    return Simulated(setting, packs, variants, summaries, of_strategy)
 
 
 def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
@@ -110,13 +128,14 @@ def chosen_variants(settings: Mapping[str, Any], model: ModelShape) -> list[Vari
     if ranks < 1 or not split or not (model.query_heads % ranks or model.kv_heads % ranks):
         return chosen
     why = f"model.query_heads={model.query_heads}, model.kv_heads={model.kv_heads} are no multiples of {ranks} ranks"
-    if named or pair:
+    if len(split) == len(chosen):
         raise ValueError(f"{split[0].name}: {why}")
     print(f"left out: ulysses, for {why}", file=sys.stderr)
     return [variant for variant in chosen if variant.exchange != "ulysses"]
 
 
-def _table(summaries: Sequence[Summary]) -> str:
+def summary_table(summaries: Sequence[Summary]) -> str:
+    """The numbers people ask for first, one line a method."""
     head = ["method", "imbalance", "saving", "attention ms", "copies", "exposed", "module ms", "p50", "p95"]
     head += [f"speedup over {BASELINE}", "step ms", "KV GiB"]
     rows = [
@@ -139,9 +158,8 @@ def _table(summaries: Sequence[Summary]) -> str:
     return table(head, rows)
 
 
-def _document(
-    settings: Mapping[str, Any], setting: Setting, packs: Sequence[np.ndarray], summaries: Sequence[Summary]
-) -> dict[str, Any]:
+def _document(settings: Mapping[str, Any], found: Simulated) -> dict[str, Any]:
+    setting = found.setting
     return {
         "kind": "simulated",
         "commit": commit(),
@@ -150,12 +168,12 @@ def _document(
         "context": settings["context"],
         "data": settings["data"],
         "seed": settings["seed"],
-        "windows": len(packs),
-        "documents": sum(len(lengths) for lengths in packs),
+        "windows": len(found.packs),
+        "documents": sum(len(lengths) for lengths in found.packs),
         "model": settings["model"],
         "overlap": setting.overlap,
         "gradient_bytes": setting.gradient_bytes,
         "baseline": BASELINE,
-        "recommendation": recommendation(summaries),
-        "methods": [one._asdict() for one in summaries],
+        "recommendation": recommendation(found.summaries),
+        "methods": [one._asdict() for one in found.summaries],
     }

@@ -66,7 +66,9 @@ def group_values(config: str) -> dict[str, tuple[str, ...]]:
         return {}
     keys = compose(config, [])
     groups = {name: values for name, values in GROUPS.items() if name in keys}
-    return {**groups, "experiment": committed("experiment")} if config == "config" else groups
+    if config == "config":
+        groups["experiment"] = (*committed("experiment"), *committed("simulation"))
+    return groups
 
 
 def member_keys() -> list[tuple[str, list[str]]]:

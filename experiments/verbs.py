@@ -27,5 +27,7 @@ VERBS = {
     "bench": Verb(
         "bench", "measure one part: planner, awkward; for the simulator: calibrate, paper_fit", "NAME [KEY=VALUE ...]"
     ),
-    "report": Verb("report", "rebuild a sweep's table, figure and page from its rows", "DIRECTORY [baseline=NAME]"),
+    "report": Verb(
+        "report", "rebuild a sweep's table, figure and page from its rows", "DIRECTORY [baseline=NAME] [page=FILE]"
+    ),
 }

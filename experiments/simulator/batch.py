@@ -17,7 +17,7 @@ from flashcp.experiments.simulator.variants import Variant
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan
 
-__all__ = ["Outcomes", "make_plans", "simulate_packs"]
+__all__ = ["Options", "Outcomes", "make_plans", "simulate_packs"]
 
 PACKS_AT_A_TIME = 16  # handed to a worker together: a pack takes some ten milliseconds
 QUIET_S = 2.0  # a run shorter than this shows no bar

@@ -39,6 +39,7 @@ class Summary(NamedTuple):
     critical_rows: float
     saving: float
     attention_ms: float
+    attention_forward_ms: float
     exchange_ms: float
     exposed_exchange_ms: float
     copies_ms: float
@@ -75,8 +76,9 @@ def summarise(variant: Variant, outcomes: Outcomes, setting: Setting, model: Mod
         critical_rows=float(np.mean(one.critical_rows)),
         saving=float(np.mean(one.saving)),
         attention_ms=float(np.mean(one.attention_ms)),
+        attention_forward_ms=float(np.mean(one.attention_forward_ms)),
         exchange_ms=float(np.mean(one.exchange_ms)),
-        exposed_exchange_ms=float(np.mean(one.exposed_exchange_ms)),
+        exposed_exchange_ms=max(0.0, float(np.mean(one.exposed_exchange_ms))),
         copies_ms=float(np.mean(one.copies_ms)),
         module_ms=module,
         module_ms_p50=float(np.percentile(one.module_ms, 50)),

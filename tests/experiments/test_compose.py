@@ -58,7 +58,7 @@ def test_sharding_and_exchange_replace_a_part_wherever_they_stand() -> None:
 
 def test_options_of_a_strategy_are_keys_of_its_group() -> None:
     run = read_run(compose("config", ["method=flashcp_paper", "sharding.target_imbalance=1.2"]))
-    assert run.config.parallel.sharding_options == {"target_imbalance": 1.2}
+    assert run.config.parallel.sharding_options == {"target_imbalance": 1.2, "leaves": "head"}
     assert run.provider == "flashcp_paper"
     assert read_run(compose("config", ["sharding=contiguous", "exchange=exact"])).provider == "contiguous+exact"
 
