@@ -146,11 +146,12 @@ class SolverSettings:
 class SimulationsSettings(SimulateSettings):
     """`flashcp sweep experiment=NAME` for the sweeps that simulate. name: of the directory below outputs/.
 
-    out: directory, empty: outputs/NAME.
+    out: directory, empty: outputs/NAME. measured: directories of sweeps whose times stand beside the simulated ones.
     """
 
     name: str = "simulations"
     out: str = ""
+    measured: list[str] = field(default_factory=list)
     solver: SolverSettings = field(default_factory=SolverSettings)
 
 

@@ -18,6 +18,7 @@ from flashcp.experiments.compose import Job, expand
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.packs import read_packs
 from flashcp.experiments.paper.figures import FIGURES, publish_figure
+from flashcp.experiments.paper.reality import measured_rows
 from flashcp.experiments.paper.solver import solve_packs
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.rows import Row, write_rows
@@ -45,7 +46,7 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     check_out(out)
     for job in jobs:
         read_setting(job.settings)
-    rows: list[Row] = []
+    rows = measured_rows(first["measured"])
     for number, job in enumerate(jobs, start=1):
         rows += _run(job, f"{number}/{len(jobs)}")
     out.mkdir(parents=True, exist_ok=True)

@@ -10,21 +10,20 @@ from flashcp.experiments.rows import Row
 
 __all__ = ["Cell", "Numbers", "verdict"]
 
-SHARE = 0.15
-"""Distance within which a number counts as reproduced."""
-
 
 class Cell(NamedTuple):
-    """One number. judged: whether it is one that should come out (times are context, ratios between methods judged).
+    """One number, the paper's (or a measured one) and ours.
 
-    absolute: the distance that is allowed, in the number's own unit, instead of 15% of it.
+    judged: whether it is one that should come out (times are context, ratios between methods judged). allowed: the
+    distance that counts as near; a share of the number, or with `absolute` in its own unit.
     """
 
     what: str
     paper: float
     ours: float
     judged: bool = True
-    absolute: float = 0.0
+    allowed: float = 0.15
+    absolute: bool = False
 
     @property
     def distance(self) -> float:
@@ -34,11 +33,15 @@ class Cell(NamedTuple):
     @property
     def within(self) -> bool:
         """Whether ours is as near as it should be."""
-        return abs(self.distance) <= (self.absolute or SHARE)
+        return abs(self.distance) <= self.allowed
+
+    @property
+    def apart(self) -> str:
+        """The distance as text."""
+        return f"{self.distance:+.2f}" if self.absolute else f"{self.distance:+.1%}"
 
     def __str__(self) -> str:
-        apart = f"{self.distance:+.2f}" if self.absolute else f"{self.distance:+.1%}"
-        return f"{self.what}: paper {self.paper:g}, ours {self.ours:.3g} ({apart})"
+        return f"{self.what}: {self.paper:.3g}, ours {self.ours:.3g} ({self.apart})"
 
 
 class Numbers:

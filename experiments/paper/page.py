@@ -67,12 +67,17 @@ def _section(name: str, numbers: Numbers, folder: str) -> str:
     cells = FIGURES[name].cells(numbers)
     lines = [f"## {name}: {FIGURES[name].title}", "", f"![{name}]({folder}/{name}.png)", ""]
     if cells:
-        lines += ["| | paper | ours | apart |", "|---|---|---|---|", *map(_line, cells), "", verdict(cells) + ".", ""]
+        lines += [
+            f"| | {FIGURES[name].theirs} | ours | apart |",
+            "|---|---|---|---|",
+            *map(_line, cells),
+            "",
+            verdict(cells) + ".",
+            "",
+        ]
     return "\n".join([*lines, NOTES[name](numbers)])
 
 
 def _line(cell: Cell) -> str:
-    apart = f"{cell.distance:+.2f}" if cell.absolute else f"{cell.distance:+.1%}"
-    if cell.judged:
-        apart = f"{apart}" if cell.within else f"**{apart}**"
+    apart = f"**{cell.apart}**" if cell.judged and not cell.within else cell.apart
     return f"| {cell.what} | {cell.paper:.3g} | {cell.ours:.3g} | {apart}{'' if cell.judged else ' (context)'} |"
