@@ -6,7 +6,6 @@ far predictions are from measurements. Copies, the link between two ranks and ma
 
 from __future__ import annotations
 
-import csv
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -21,11 +20,12 @@ from flashcp.experiments.calibration.attention import fit_attention, random_sche
 from flashcp.experiments.calibration.figure import draw_calibration
 from flashcp.experiments.calibration.fit import fit_line
 from flashcp.experiments.calibration.links import copy_us, gemm_tflops, link_us, own_clock
+from flashcp.experiments.calibration.times import DIRECTIONS, SPLITS, TimeRow, errors, write_times
 from flashcp.experiments.simulator.cluster_file import cluster_text
 from flashcp.experiments.simulator.machine import Machine, PublishedCopies
 from flashcp.sharding.cost import AttentionShape, CopyCost, Link, Links
 
-__all__ = ["CalibrateBench", "Calibration", "TimeRow", "bench_calibrate", "calibration_table", "write_calibration"]
+__all__ = ["CalibrateBench", "Calibration", "bench_calibrate", "calibration_table", "write_calibration"]
 
 PUBLISHED = PublishedCopies(gathered_passes=8.0, shuffled_passes=11.0, compacted_passes=10.0, shard_us=8.0)
 
@@ -47,23 +47,6 @@ class CalibrateBench:
     dtype: str = "fp32"
     threads: int = 1
     seed: int = 0
-
-
-class TimeRow(NamedTuple):
-    """One schedule in one direction: what was measured and what the parameters say. split: `fit` or `check`."""
-
-    schedule: int
-    split: str
-    direction: str
-    query_rows: int
-    pairs: int
-    ranges: int
-    measured_us: float
-    predicted_us: float
-    device: str
-    versions: str
-    commit: str
-    date: str
 
 
 class Calibration(NamedTuple):
@@ -149,21 +132,15 @@ def calibration_table(found: list[Calibration]) -> str:
     """Errors and parameters."""
     (calibration,) = found
     lines = []
-    for direction in ("forward", "backward"):
-        for split in ("fit", "check"):
-            median, p95, count = _errors(calibration.times, direction, split)
+    for direction in DIRECTIONS:
+        for split in SPLITS:
+            median, p95, count = errors(calibration.times, direction, split)
             lines.append(f"{direction:<9} {split:<6} {count:>4} schedules  error median {median:.1%}  p95 {p95:.1%}")
     machine = calibration.machine
-    for direction, kernel in (("forward", machine.attention.forward), ("backward", machine.attention.backward)):
+    for direction, kernel in zip(DIRECTIONS, (machine.attention.forward, machine.attention.backward), strict=True):
         lines.append(f"{direction:<9} {kernel}")
     lines.append(f"tiles {machine.attention.tiles}, copies {machine.copies}, link {machine.links.node}")
     return "\n".join([*lines, f"matrix products {machine.gemm_tflops:.3g} TFLOP/s"])
-
-
-def _errors(times: list[TimeRow], direction: str, split: str) -> tuple[float, float, int]:
-    chosen = [row for row in times if (row.direction, row.split) == (direction, split)]
-    errors = [abs(row.predicted_us / row.measured_us - 1) for row in chosen]
-    return float(np.median(errors)), float(np.percentile(errors, 95)), len(errors)
 
 
 def write_calibration(path: Path, found: list[Calibration]) -> None:
@@ -173,17 +150,5 @@ def write_calibration(path: Path, found: list[Calibration]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     about = f"flashcp simulate cluster={path.stem}; made by flashcp bench calibrate"
     path.write_text(cluster_text(machine, about), encoding="utf-8")
-    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as lines:
-        table = csv.writer(lines, lineterminator="\n")
-        table.writerow(TimeRow._fields)
-        table.writerows(calibration.times)
-    points = {
-        f"{direction}: {_errors(calibration.times, direction, 'check')[0]:.1%} median, "
-        f"{_errors(calibration.times, direction, 'check')[1]:.1%} p95": [
-            (row.measured_us, row.predicted_us)
-            for row in calibration.times
-            if (row.direction, row.split) == (direction, "check")
-        ]
-        for direction in ("forward", "backward")
-    }
-    draw_calibration(points, path.with_suffix(".png"))
+    write_times(path.with_suffix(".csv"), calibration.times)
+    draw_calibration(calibration.times, path.with_suffix(".png"))

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from flashcp.experiments.calibration.times import DIRECTIONS, TimeRow, errors
 from flashcp.experiments.figure import INK, PALETTE
 
 __all__ = ["draw_calibration"]
 
 
-def draw_calibration(points: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
-    """One scatter: us measured across, us predicted up, logarithmic. points: by label."""
+def draw_calibration(times: Sequence[TimeRow], path: Path) -> None:
+    """One scatter of the schedules that fitted nothing: measured across, predicted up, logarithmic."""
+    points = {}
+    for direction in DIRECTIONS:
+        found = errors(times, direction, "check")
+        chosen = [row for row in times if (row.direction, row.split) == (direction, "check")]
+        label = f"{direction}: error median {found.median:.1%}, p95 {found.p95:.1%}"
+        points[label] = [(row.measured_us, row.predicted_us) for row in chosen]
     figure = Figure(figsize=(6.4, 5.6), layout="constrained", facecolor="white")
     axes = figure.subplots()
     every = [value / 1e3 for pairs in points.values() for pair in pairs for value in pair]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from flashcp.experiments.calibration.figure import draw_calibration
+from flashcp.experiments.calibration.times import DIRECTIONS, errors, read_times
 from flashcp.experiments.paper.cells import Cell, Numbers, verdict
 from flashcp.experiments.paper.figures import FIGURES, publish_figure
 from flashcp.experiments.paper.notes import NOTES, prose
@@ -35,6 +37,7 @@ def write_paper_page(folder: Path, page: Path) -> Path:
     for name, place in places.items():
         publish_figure(name, rows[name], place)
         parts.append(_section(name, Numbers(rows[name]), os.path.relpath(place, page.parent)))
+    parts += [_calibration(file, page.parent) for file in sorted((folder / "calibration").glob("*.csv"))]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
@@ -81,3 +84,22 @@ def _section(name: str, numbers: Numbers, folder: str) -> str:
 def _line(cell: Cell) -> str:
     apart = f"**{cell.apart}**" if cell.judged and not cell.within else cell.apart
     return f"| {cell.what} | {cell.paper:.3g} | {cell.ours:.3g} | {apart}{'' if cell.judged else ' (context)'} |"
+
+
+def _calibration(file: Path, here: Path) -> str:
+    """Predicted attention beside measured one, of schedules that fitted nothing."""
+    times = read_times(file)
+    picture = file.with_suffix(".png")
+    draw_calibration(times, picture)
+    one = times[0]
+    about = prose(f"""
+        `flashcp bench calibrate` timed attention on random ranks' schedules (one of six strategies, 2 to 8 ranks, 1 to
+        24 documents): half of them fitted the parameters of `cluster={file.stem}`, the other half is shown. Measured:
+        {one.device}, {one.versions}, commit {one.commit}, {one.date}; a thread's own time.
+    """)
+    lines = [f"## calibration: {file.stem}", "", f"![{file.stem}]({os.path.relpath(picture, here)})", "", about, ""]
+    lines += ["| | schedules | median error | p95 |", "|---|---|---|---|"]
+    for direction in DIRECTIONS:
+        found = errors(times, direction, "check")
+        lines.append(f"| {direction} | {found.schedules} | {found.median:.1%} | {found.p95:.1%} |")
+    return "\n".join(lines)

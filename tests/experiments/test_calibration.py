@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -11,9 +10,11 @@ import pytest
 
 from flashcp.experiments.bench_calibrate import CalibrateBench, bench_calibrate
 from flashcp.experiments.calibration.fit import KernelSample, fit_kernel, fit_line, fit_rates, kernel_us, total_features
+from flashcp.experiments.calibration.times import TimeRow, errors, read_times, write_times
 from flashcp.experiments.cli import main
 from flashcp.experiments.simulator.cluster_file import read_cluster_file
 from flashcp.sharding.cost import AttentionCost, AttentionShape, KernelCost, read_features
+from tests.checkout import ROOT
 
 SHAPE = AttentionShape(8, 2, 64, 4)
 
@@ -66,12 +67,11 @@ def test_a_small_calibration_of_this_machine(tmp_path: Path, capsys: pytest.Capt
     assert machine.attention.forward.tflops == pytest.approx(row["machine"]["attention"]["forward"]["tflops"], rel=1e-3)
     assert machine.links.node.gbps > 0.001
     assert "measured" in machine.provenance["attention"]
-    with out.with_suffix(".csv").open() as lines:
-        times = list(csv.DictReader(lines))
-    assert [(time["split"], time["direction"]) for time in times] == [
+    times = read_times(out.with_suffix(".csv"))
+    assert [(time.split, time.direction) for time in times] == [
         (split, direction) for split in ["fit"] * 12 + ["check"] * 12 for direction in ("forward", "backward")
     ]
-    assert all(float(time["measured_us"]) > 0 and float(time["predicted_us"]) > 0 for time in times)
+    assert all(time.measured_us > 0 and time.predicted_us > 0 for time in times)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert main(["simulate", f"cluster_file={out}", "windows=1", "context=1024", "methods=[flashcp]"]) == 0
 
@@ -88,3 +88,25 @@ def test_a_small_calibration_of_this_machine(tmp_path: Path, capsys: pytest.Capt
 def test_settings_that_describe_no_measurement(setting: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         next(bench_calibrate(CalibrateBench(**setting)))  # type: ignore[arg-type]
+
+
+def test_errors_are_shares_of_what_was_measured(tmp_path: Path) -> None:
+    rows = [
+        TimeRow(i, split, "forward", 1, 1, 1, 100.0, 100.0 + off, "cpu", "v", "c", "d")
+        for i, (split, off) in enumerate([("fit", 50), ("check", 10), ("check", -20), ("check", 0)])
+    ]
+    assert errors(rows, "forward", "check") == pytest.approx((0.1, 0.19, 3))
+    write_times(tmp_path / "times.csv", rows)
+    assert read_times(tmp_path / "times.csv") == rows
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="expected the columns schedule"):
+        read_times(tmp_path / "other.csv")
+
+
+def test_committed_predictions_are_near_the_measurements() -> None:
+    times = read_times(ROOT / "experiments/results/paper/calibration/this_machine.csv")
+    for direction in ("forward", "backward"):
+        found = errors(times, direction, "check")
+        assert found.schedules == 200
+        assert found.median < 0.10
+        assert found.p95 < 0.25

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flashcp.experiments.cli import main
@@ -13,11 +16,13 @@ from flashcp.experiments.paper.cells import Cell, Numbers, verdict
 from flashcp.experiments.paper.fig6 import breakdown
 from flashcp.experiments.paper.figures import FIGURES
 from flashcp.experiments.paper.notes import NOTES
+from flashcp.experiments.paper.reality import measured_rows
 from flashcp.experiments.paper.values import BREAKDOWN
-from flashcp.experiments.rows import read_rows
+from flashcp.experiments.rows import read_rows, write_rows
 from flashcp.experiments.schema import committed
 from flashcp.experiments.simulate import chosen_variants, read_setting
 from flashcp.experiments.simulations import case_name
+from flashcp.sharding.methods import METHODS
 from tests.checkout import ROOT
 
 SMALL = {
@@ -32,6 +37,7 @@ SMALL = {
         "solver.limit_s=2",
         "data.long_document_weight=1,10",
     ],
+    "demo_predicted": ["windows=1", f"measured=[{ROOT / 'experiments/results/demo'}]"],
     "beyond_paper": [
         "windows=1",
         "world_size=8,32",
@@ -87,7 +93,7 @@ def _fig5_jobs() -> list:  # type: ignore[type-arg]
 def test_rows_carry_what_a_number_must(folder: Path) -> None:
     for name in SMALL:
         rows = read_rows(folder / name)
-        assert {row.kind for row in rows} == {"simulated"}
+        assert {row.kind for row in rows} == {"simulated", *(["measured"] if name == "demo_predicted" else [])}
         assert all(row.date and row.commit and "flashcp" in row.versions for row in rows)
         assert (folder / name / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert {row.device for row in read_rows(folder / "paper_fig5")} == {"simulated h100-nvlink"}
@@ -111,6 +117,7 @@ def test_the_breakdown_adds_up_to_the_module(folder: Path) -> None:
 
 def test_the_page_shows_every_number(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "docs" / "PAGE.md"
+    shutil.copytree(ROOT / "experiments/results/paper/calibration", folder / "calibration")
     assert main(["report", str(folder), f"page={page}"]) == 0
     assert f"wrote {page}" in capsys.readouterr().err
     text = page.read_text()
@@ -122,6 +129,8 @@ def test_the_page_shows_every_number(folder: Path, tmp_path: Path, capsys: pytes
             assert f"| {cell.what} | {cell.paper:.3g} | {cell.ours:.3g} |" in text
         (picture,) = [line for line in text.splitlines() if line.startswith(f"![{name}]")]
         assert (page.parent / picture.split("(")[1].rstrip(")")).is_file()
+    assert "## calibration: this_machine" in text
+    assert "| forward | 200 |" in text
 
 
 def test_a_sweep_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,3 +174,19 @@ def test_a_case_without_rows_is_named() -> None:
         numbers.case("pile", "n8")
     with pytest.raises(ValueError, match="no row for a, b, c"):
         numbers("a", "b", "c")
+
+
+def test_measured_times_of_several_sweeps_become_one(tmp_path: Path) -> None:
+    rows = [row for row in read_rows(ROOT / "experiments/results/demo") if row.metric == "step_ms"]
+    for number, factor in enumerate((1.0, 1.2, 2.0)):
+        place = tmp_path / str(number)
+        place.mkdir()
+        write_rows(place, [dataclasses.replace(row, median=row.median * factor) for row in rows])
+    one = measured_rows([str(tmp_path / "0")])
+    assert {row.provider for row in one} == set(METHODS)
+    merged = measured_rows([str(tmp_path / str(number)) for number in range(3)])
+    for single, row in zip(one, merged, strict=True):
+        assert row.median == pytest.approx(1.2 * single.median)
+        assert row.p80 == pytest.approx(np.percentile([1, 1.2, 2.0], 80) * single.median)
+    with pytest.raises(ValueError, match="expected the directory of a sweep"):
+        measured_rows([str(tmp_path)])
