@@ -25,7 +25,7 @@ MERGE_BYTES = 12
 def ours(planned: Planned, exchange: str) -> Module:
     """One layer under our implementation."""
     if exchange == "ulysses":
-        return ulysses(planned, published=False)
+        return ulysses(planned, packs=planned.setting.overlap != "fused")
     overlap, dtype_bytes = planned.setting.overlap, planned.shape.dtype_bytes
     bytes_there = _bytes(planned, exchange)
     wider = planned.setting.gradient_bytes / dtype_bytes

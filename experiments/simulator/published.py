@@ -26,7 +26,7 @@ RING_GRADIENT_BYTES = 4
 def published(planned: Planned, exchange: str) -> Module:
     """One layer under a method as published."""
     if exchange == "ulysses":
-        return ulysses(planned, published=True)
+        return ulysses(planned, packs=True)
     return _ring(planned) if exchange == "ring" else _gathered(planned, exchange)
 
 

@@ -1,7 +1,8 @@
 """`ulysses`, published or ours: heads are shared out, so every rank computes on the whole pack for its heads.
 
-Nothing can be hidden: attention needs all of Q, K and V, and the projection after it all of O. As published every
-all-to-all packs what it sends and unpacks what it gets; ours reads and writes rows where they lie.
+Nothing can be hidden: attention needs all of Q, K and V, and the projection after it all of O. As published, and ours
+where rows travel by two-sided messages (any overlap but `fused`), every all-to-all packs what it sends and unpacks what
+it gets; one-sided ones read and write rows where they lie.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from flashcp.sharding.cost import read_features
 __all__ = ["ulysses"]
 
 
-def ulysses(planned: Planned, published: bool) -> Module:
-    """One layer. Raises ValueError where ranks cannot share out the heads evenly."""
+def ulysses(planned: Planned, packs: bool) -> Module:
+    """One layer. packs: whether every all-to-all copies what it moves, before and after.
+
+    Raises ValueError where ranks cannot share out the heads evenly.
+    """
     ranks, shape, machine = planned.ranks, planned.shape, planned.setting.machine
     if shape.query_heads % ranks or shape.kv_heads % ranks:
         raise ValueError(
@@ -39,7 +43,7 @@ def ulysses(planned: Planned, published: bool) -> Module:
         for number, pair in enumerate((outward, inward) if backward else (inward, outward)):
             if number:
                 timeline.run("attention", np.full(ranks, attention))
-            copy = machine.copies.us(2 * pair * ranks, launches=1) if published else 0.0
+            copy = machine.copies.us(2 * pair * ranks, launches=1) if packs else 0.0
             exchange = machine.links.all_to_all_us(pair, ranks)
             timeline.run("copies", copy)
             timeline.run("exchange", exchange)
