@@ -17,7 +17,7 @@ EXPLAINED = {
     "world_size": "ranks",
     "context": "tokens of a window over all ranks",
     "windows": "packs that the numbers are means over",
-    "seed": "of sampled lengths (plan), of the weights (train, sweep)",
+    "seed": "of sampled lengths (plan, simulate), of the weights (train, sweep)",
     "figure": "FILE to draw the first window to: its plan (plan, one method), its timelines (simulate)",
     "overlap": "of our kernel and the best efforts: none, staged, fused; auto is fused",
     "gradient_bytes": "of a number of a KV gradient on their wire: 4 as ours sends it, or 2",

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flashcp.experiments.paper.values import BREAKDOWN, Breakdown
+from flashcp.experiments.provenance import commit
 from flashcp.experiments.simulator.cluster_file import cluster_text
 from flashcp.experiments.simulator.machine import Machine, PublishedCopies
 from flashcp.experiments.simulator.planned import Planned, Setting
@@ -127,7 +128,7 @@ def _with_provenance(machine: Machine, weight: float, count: int) -> Machine:
     today = datetime.date.today().isoformat()
     fitted = (
         f"fitted to the WLB-LLM column of the paper's breakdown table (H100 SXM, 8 ranks, 128K, 32 heads), "
-        f"{count} windows with long_document_weight {weight:g}, {today}"
+        f"{count} windows with long_document_weight {weight:g}, commit {commit()}, {today}"
     )
     return replace(
         machine,
