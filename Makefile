@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 ROOMS := comm conf experiments kernels sharding train
 ARGS ?=
 
-.PHONY: help demo test lint kernels kernels-versions pins clean
+.PHONY: help demo test lint paper kernels kernels-versions pins clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,11 @@ lint: $(STAMP) ## ruff and mypy
 	cd .venv/typed && ../bin/mypy --config-file $(CURDIR)/pyproject.toml \
 		--cache-dir $(CURDIR)/.mypy_cache -p flashcp \
 		| sed -E 's#^flashcp/($(subst $() ,|,$(ROOMS)))/#\1/#'
+
+paper: $(STAMP) ## the paper's figures from the simulator: rows, pictures, experiments/PAPER_RESULTS.md (about 20 min)
+	for figure in paper_fig3 paper_fig5 paper_fig6 paper_fig7 paper_table2 demo_predicted beyond_paper; do \
+		$(BIN)/flashcp sweep experiment=$$figure out=experiments/results/paper/$$figure workers=2 $(ARGS); done
+	$(BIN)/flashcp report experiments/results/paper page=experiments/PAPER_RESULTS.md
 
 kernels: $(STAMP) ## compile every shipped Triton kernel for sm_80, sm_90, sm_100 and gfx942; print what they take
 	$(BIN)/python -m flashcp.experiments.tune_attention --table $(ARGS)

@@ -58,11 +58,31 @@ def _exchange() -> Bench:
     return Bench(ExchangeBench, bench_exchange, exchange_table, OUT)
 
 
+def _paper_fit() -> Bench:
+    from flashcp.experiments.paper.fit import PaperFit, fit_rows, fit_table, write_fit
+
+    return Bench(PaperFit, _into_file(fit_rows, write_fit, ".yaml"), fit_table, "outputs/bench/paper_fit.yaml")
+
+
+def _calibrate() -> Bench:
+    from flashcp.experiments.bench_calibrate import (
+        CalibrateBench,
+        bench_calibrate,
+        calibration_table,
+        write_calibration,
+    )
+
+    run = _into_file(bench_calibrate, write_calibration, ".yaml")
+    return Bench(CalibrateBench, run, calibration_table, "outputs/bench/calibrate.yaml")
+
+
 BENCHES: dict[str, Callable[[], Bench]] = {
     "planner": _planner,
     "awkward": _awkward,
     "attention": _attention,
     "exchange": _exchange,
+    "paper_fit": _paper_fit,
+    "calibrate": _calibrate,
 }
 
 
@@ -82,13 +102,15 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
     return 0
 
 
-def _into_file(measure: Callable[[Any], Iterable[Any]], write: Callable[[Path, list[Any]], None]) -> Run:
-    """Rows written to a file of CSV when all are there."""
+def _into_file(
+    measure: Callable[[Any], Iterable[Any]], write: Callable[[Path, list[Any]], None], suffix: str = ".csv"
+) -> Run:
+    """Rows written to one file when all are there."""
 
     def run(settings: Any, out: str) -> tuple[list[Any], Path]:
         path = Path(out)
-        if path.suffix != ".csv":
-            raise ValueError(f"out={out!r}: expected a file *.csv")
+        if path.suffix != suffix:
+            raise ValueError(f"out={out!r}: expected a file *{suffix}")
         check_out(path.parent)
         rows = list(measure(settings))
         write(path, rows)

@@ -93,6 +93,7 @@ flashcp VERB --help lists the keys of a verb and their legal values.
 
   flashcp plan world_size=8 data=pile
   flashcp plan method=flashcp data=lengths 'data.lengths=[70000,40000,21072]' figure=plan.png
+  flashcp simulate cluster=h100-nvlink data=lengths data.path=lengths.txt world_size=8
   flashcp train method=llama3 world_size=2 loop.steps=50
   flashcp sweep experiment=demo"""
 

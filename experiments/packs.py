@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flashcp.experiments.schema import GROUPS, LengthsData, SampledData
+from flashcp.experiments.schema import LengthsData, SampledData
 from flashcp.sharding.lengths import LENGTH_DATA, length_stream
 from flashcp.sharding.packing import OVERFLOWS, pack_lengths
 from flashcp.train.data.documents import read_documents
@@ -19,6 +19,8 @@ from flashcp.train.data.windows import LONGEST_CONTEXT, encode_documents
 from flashcp.train.schema import read_dataclass
 
 __all__ = ["read_packs"]
+
+LEGAL = (*SOURCES, "lengths", *LENGTH_DATA)
 
 
 def read_packs(data: Mapping[str, Any], context: int, count: int, seed: int) -> list[np.ndarray]:
@@ -43,7 +45,7 @@ def read_packs(data: Mapping[str, Any], context: int, count: int, seed: int) -> 
         text.check()
         overflow, lengths = text.overflow, _tokenised(text)
     else:
-        raise ValueError(f"data.source={source!r}: expected one of {', '.join(GROUPS['data'])}")
+        raise ValueError(f"data.source={source!r}: expected one of {', '.join(LEGAL)}")
     if overflow not in OVERFLOWS:
         raise ValueError(f"data.overflow={overflow!r}: expected one of {', '.join(OVERFLOWS)}")
     packs = list(itertools.islice(pack_lengths(lengths, context, overflow), count))

@@ -21,7 +21,7 @@ from flashcp.experiments.text import table
 from flashcp.sharding.methods import METHODS, Method
 from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["main", "measure"]
+__all__ = ["chosen_methods", "heading", "main", "measure", "plannable", "strategy_options"]
 
 CONFIG = "plan"
 
@@ -43,11 +43,11 @@ class PlannedMethod:
 def main(overrides: Sequence[str], as_json: bool = False) -> int:
     """Print the table, or one JSON document."""
     settings = compose(CONFIG, overrides)
-    options = _options(settings)
-    methods = _methods(settings)
+    options = strategy_options(settings)
+    methods = chosen_methods(settings)
     packs = read_packs(settings["data"], settings["context"], settings["windows"], settings["seed"])
     world_size = settings["world_size"]
-    packs = _plannable(packs, world_size)
+    packs = plannable(packs, world_size)
     with naming_options(options):
         first = flashcp.plan(packs[0], world_size, methods[0].sharding, **options)
     if settings["figure"] and len(methods) > 1:
@@ -61,7 +61,7 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(_document(settings, packs, planned, first if len(methods) == 1 else None), indent=1))
     else:
-        print(_heading(settings, packs))
+        print(heading(settings, packs))
         print(_table(planned))
         if len(methods) == 1:
             print(f"\nfirst window\n{first}\n\n{first.certificate}")
@@ -89,7 +89,7 @@ def measure(method: Method, packs: Sequence[np.ndarray], world_size: int, option
     )
 
 
-def _methods(settings: Mapping[str, Any]) -> list[Method]:
+def chosen_methods(settings: Mapping[str, Any]) -> list[Method]:
     """The one that was named, or all; a pair that nobody published is named after its parts."""
     sharding, exchange = (_name(settings, group) for group in ("sharding", "exchange"))
     if not sharding and not exchange:
@@ -108,11 +108,12 @@ def _name(settings: Mapping[str, Any], group: str) -> str:
     return str(name)
 
 
-def _options(settings: Mapping[str, Any]) -> dict[str, Any]:
+def strategy_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword options of the strategy that was chosen."""
     return {key: value for key, value in (settings["sharding"] or {}).items() if key != "name"}
 
 
-def _plannable(packs: list[np.ndarray], world_size: int) -> list[np.ndarray]:
+def plannable(packs: list[np.ndarray], world_size: int) -> list[np.ndarray]:
     """All packs, without a short last one that has fewer tokens than ranks."""
     if len(packs) > 1 and packs[-1].sum() < min(world_size, packs[0].sum()):
         print(f"left out: a last window of {packs[-1].sum()} tokens, fewer than {world_size} ranks", file=sys.stderr)
@@ -120,7 +121,8 @@ def _plannable(packs: list[np.ndarray], world_size: int) -> list[np.ndarray]:
     return packs
 
 
-def _heading(settings: Mapping[str, Any], packs: Sequence[np.ndarray]) -> str:
+def heading(settings: Mapping[str, Any], packs: Sequence[np.ndarray]) -> str:
+    """What was planned, in one line."""
     documents = np.mean([len(lengths) for lengths in packs])
     plural = "window" if len(packs) == 1 else "windows"
     shortest = min(int(lengths.sum()) for lengths in packs)

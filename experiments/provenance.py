@@ -9,14 +9,20 @@ from pathlib import Path
 
 __all__ = ["commit", "versions_text"]
 
+RESULTS = "experiments/results"
+
 
 @cache
 def commit() -> str:
-    """Short hash of the checkout this runs from, `+changes` when files differ from it; `none` outside one."""
+    """Short hash of the checkout this runs from, `+changes` when files differ from it; `none` outside one.
+
+    Results do not count: writing them is what a run is for.
+    """
     head = _git("rev-parse", "--short=10", "HEAD")
     if not head:
         return "none"
-    return f"{head}+changes" if _git("status", "--porcelain", "--untracked-files=no") else head
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude,top){RESULTS}")
+    return f"{head}+changes" if changed else head
 
 
 def versions_text(versions: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from flashcp.experiments.columns import columns
 from flashcp.experiments.comparison import LOSS_TOLERANCE, NO_OVERLAP, Comparison, compare
 from flashcp.experiments.dashboard import write_dashboard
 from flashcp.experiments.figure import draw_comparison
+from flashcp.experiments.paper.page import PAGE as PAPER_PAGE
+from flashcp.experiments.paper.page import paper_folders, write_paper_page
 from flashcp.experiments.rows import RESULTS, Row, read_rows
 from flashcp.experiments.text import table
 from flashcp.sharding.methods import METHODS
@@ -21,16 +24,19 @@ BASELINE = "llama3"
 
 
 def main(arguments: Sequence[str], as_json: bool = False) -> int:
-    """Rebuild everything in the directory that is made from rows."""
+    """Rebuild everything in the directory that is made from rows: of one sweep, or of the paper's figures below it."""
     folders = [argument for argument in arguments if "=" not in argument]
     options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    for key in options.keys() - {"baseline"}:
-        raise ValueError(f"{key}: no such override; expected baseline")
+    for key in options.keys() - {"baseline", "page"}:
+        raise ValueError(f"{key}: no such override; expected baseline, or page for the paper's figures")
     if len(folders) != 1:
         raise ValueError(f"{len(folders)} directories given: expected one that holds {RESULTS}")
     folder = Path(folders[0])
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such directory; expected one that holds {RESULTS}")
+    if paper_folders(folder):
+        print(f"wrote {write_paper_page(folder, Path(options.get('page', folder / PAPER_PAGE)))}", file=sys.stderr)
+        return 0
     if not (folder / RESULTS).is_file():
         raise ValueError(f"{folder}: no {RESULTS} in it; expected the directory of a sweep")
     if not read_rows(folder) and not read_failures(folder):

@@ -12,25 +12,45 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import resources
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
+from flashcp.experiments.simulator.machine import machine_schema
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.lengths import LENGTH_DATA, SIGMA
 from flashcp.sharding.methods import METHODS
 from flashcp.sharding.strategies import STRATEGIES
 from flashcp.train.data.sources import SOURCES, DataConfig
 
-__all__ = ["GROUPS", "LengthsData", "PlanSettings", "SampledData", "group_members", "register"]
+__all__ = [
+    "GROUPS",
+    "LengthsData",
+    "ModelShape",
+    "PlanSettings",
+    "SampledData",
+    "SimulateSettings",
+    "committed",
+    "group_members",
+    "register",
+]
+
+
+def committed(group: str) -> tuple[str, ...]:
+    """Names of the files of a group in `conf/`."""
+    files = (resources.files("flashcp.conf") / group).iterdir()
+    return tuple(sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml")))
+
 
 GROUPS = {
     "method": tuple(METHODS),
     "sharding": tuple(STRATEGIES),
     "exchange": tuple(EXCHANGES),
-    "data": (*SOURCES, "lengths", *LENGTH_DATA),
+    "data": (*SOURCES, "lengths", *LENGTH_DATA, *committed("data")),
+    "cluster": committed("cluster"),
 }
-"""Groups and their legal values (`conf/` adds groups of its own)."""
+"""Groups and their legal values; a configuration has those it names (`experiment` is the sweeps' own)."""
 
 
 @dataclass
@@ -75,6 +95,66 @@ class PlanSettings:
     exchange: Any = None
 
 
+@dataclass
+class ModelShape:
+    """What of a model decides a layer's time. ffn_dim 0: 8/3 of the width, rounded up to a multiple of 64 (SwiGLU)."""
+
+    query_heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+    dtype_bytes: int = 2
+    layers: int = 32
+    ffn_dim: int = 0
+
+
+@dataclass
+class SimulateSettings:
+    """`flashcp simulate`. methods: names to simulate, best efforts among them; empty: all, or the pair that is chosen.
+
+    overlap: of our kernel and the best efforts. gradient_bytes: of a number of a KV gradient on their wire.
+    cluster_file: a file like those of conf/cluster, instead of one. figure: a picture of the first window's timelines.
+    workers: processes.
+    """
+
+    world_size: int = 8
+    context: int = 131_072
+    windows: int = 100
+    seed: int = 0
+    overlap: str = "auto"
+    gradient_bytes: int = 4
+    cluster_file: str = ""
+    figure: str = ""
+    workers: int = 1
+    methods: list[str] = field(default_factory=list)
+    method: str = ""
+    data: Any = None
+    sharding: Any = None
+    exchange: Any = None
+    cluster: Any = None
+    model: ModelShape = field(default_factory=ModelShape)
+
+
+@dataclass
+class SolverSettings:
+    """The exact solver beside the strategies (`flashcp.sharding.exact`). granule 0: none. limit_s: of one window."""
+
+    granule: int = 0
+    limit_s: float = 20.0
+
+
+@dataclass
+class SimulationsSettings(SimulateSettings):
+    """`flashcp sweep experiment=NAME` for the sweeps that simulate. name: of the directory below outputs/.
+
+    out: directory, empty: outputs/NAME. measured: directories of sweeps whose times stand beside the simulated ones.
+    """
+
+    name: str = "simulations"
+    out: str = ""
+    measured: list[str] = field(default_factory=list)
+    solver: SolverSettings = field(default_factory=SolverSettings)
+
+
 @cache
 def register() -> None:
     """Put the schemas into the ConfigStore, once."""
@@ -85,7 +165,10 @@ def register() -> None:
     for method in METHODS.values():
         parts = [{"override /sharding": method.sharding}, {"override /exchange": method.exchange}]
         store(group="method", name=method.name, package="_global_", node={"defaults": parts, "method": method.name})
+    store(group="cluster", name="cluster_schema", node=machine_schema())
     store(name="plan_schema", node=PlanSettings)
+    store(name="simulate_schema", node=SimulateSettings)
+    store(name="simulations_schema", node=SimulationsSettings)
 
 
 def group_members() -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from flashcp.experiments import simulations
 from flashcp.experiments.comparison import LOSS_TOLERANCE, NO_OVERLAP, Comparison
 from flashcp.experiments.compose import Job, expand, multirun
 from flashcp.experiments.folders import check_out
@@ -21,6 +22,7 @@ from flashcp.experiments.provenance import commit
 from flashcp.experiments.report import publish, read_baseline
 from flashcp.experiments.rows import Row, read_rows, summary_rows, write_rows
 from flashcp.experiments.settings import Run, read_run, register_run
+from flashcp.experiments.simulations import is_simulation
 from flashcp.train.run import prepare
 from flashcp.train.tracker import TrackerConfig, track_comparison
 
@@ -32,7 +34,12 @@ SHOWN = {"method", "data", "context", "world_size", "sharding", "exchange"}
 
 
 def main(overrides: Sequence[str], as_json: bool = False) -> int:
-    """Run every job that has no rows yet, then report on all. Exit code 1 when a job failed or losses disagree."""
+    """Run every job that has no rows yet, then report on all. Exit code 1 when a job failed or losses disagree.
+
+    A sweep of `conf/simulation/` trains nothing: `flashcp.experiments.simulations` runs it.
+    """
+    if is_simulation(overrides):
+        return simulations.main(overrides, as_json)
     register_run()
     sweep = Sweep(overrides)
     sweep.run()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module, resources
+from importlib import import_module
 from typing import Any
 
 from flashcp.experiments.compose import compose
-from flashcp.experiments.schema import GROUPS, group_members
+from flashcp.experiments.schema import GROUPS, committed, group_members
 from flashcp.experiments.verbs import VERBS
 
 __all__ = ["config_keys", "group_values", "verb_usage"]
@@ -17,8 +17,14 @@ EXPLAINED = {
     "world_size": "ranks",
     "context": "tokens of a window over all ranks",
     "windows": "packs that the numbers are means over",
-    "seed": "of sampled lengths (plan), of the weights (train, sweep)",
-    "figure": "FILE to draw the first window's plan to; needs one method",
+    "seed": "of sampled lengths (plan, simulate), of the weights (train, sweep)",
+    "figure": "FILE to draw the first window to: its plan (plan, one method), its timelines (simulate)",
+    "overlap": "of our kernel and the best efforts: none, staged, fused; auto is fused",
+    "gradient_bytes": "of a number of a KV gradient on their wire: 4 as ours sends it, or 2",
+    "cluster_file": "FILE like those of conf/cluster, instead of one of them",
+    "workers": "processes",
+    "methods": "names to simulate, such as [llama3,llama3_best_effort,flashcp]; empty: all",
+    "model.layers": "that step_ms counts",
     "threads": "of each rank",
     "profile": "leave a trace of a few steps in out/trace (train: and a picture of it)",
     "out": "directory to write to; empty: below outputs/",
@@ -60,9 +66,11 @@ def group_values(config: str) -> dict[str, tuple[str, ...]]:
     """Every group of a configuration and what it takes."""
     if config.startswith("bench_"):
         return {}
-    folder = resources.files("flashcp.conf") / "experiment"
-    sweeps = (file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-    return GROUPS if config == "plan" else {**GROUPS, "experiment": tuple(sorted(sweeps))}
+    keys = compose(config, [])
+    groups = {name: values for name, values in GROUPS.items() if name in keys}
+    if config == "config":
+        groups["experiment"] = (*committed("experiment"), *committed("simulation"))
+    return groups
 
 
 def member_keys() -> list[tuple[str, list[str]]]:
@@ -82,7 +90,8 @@ def config_keys(config: str) -> list[tuple[str, str]]:
 
         register_run()
     set_by_groups = (*GROUPS, "sharding.name", "exchange.name", "data.source")
-    return [(key, value) for key, value in _leaves(compose(config, [])) if key not in set_by_groups]
+    leaves = _leaves(compose(config, []))
+    return [(key, value) for key, value in leaves if key not in set_by_groups and ".provenance." not in key]
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -23,6 +23,13 @@ VERBS = {
     "plan": Verb("plan", "what each method makes of the same packs: balance, rows that travel, saving"),
     "train": Verb("train", "train one model under one method"),
     "sweep": Verb("sweep", "train under several methods, compare them, write table, figure and page"),
-    "bench": Verb("bench", "measure one part: planner, awkward, attention or exchange", "NAME [KEY=VALUE ...]"),
-    "report": Verb("report", "rebuild a sweep's table, figure and page from its rows", "DIRECTORY [baseline=NAME]"),
+    "simulate": Verb("simulate", "what each method would cost on a cluster: time, traffic, memory, which to take"),
+    "bench": Verb(
+        "bench",
+        "measure one part: planner, awkward, attention or exchange; for the simulator: calibrate, paper_fit",
+        "NAME [KEY=VALUE ...]",
+    ),
+    "report": Verb(
+        "report", "rebuild a sweep's table, figure and page from its rows", "DIRECTORY [baseline=NAME] [page=FILE]"
+    ),
 }

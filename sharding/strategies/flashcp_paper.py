@@ -8,8 +8,8 @@ The paper leaves these open; here is what we chose:
 - target imbalance R: 1.05.
 - ties: the lower rank, the earlier document.
 - how a popped document is cut: a head leaves (x rows, x^2/2 work, x rows of KV; a tail would drag the whole prefix
-  along), at most a quarter of the piece at a time, longest pieces first: several documents a little rather than one
-  a lot. A document of one row moves whole.
+  along, `leaves="tail"` shows how far), at most a quarter of the piece at a time, longest pieces first: several
+  documents a little rather than one a lot. A document of one row moves whole.
 - where rows go: from the rank with the largest surplus to the rank with the largest deficit, as many as both allow.
 - tokens that N does not divide: the ranks that hold most keep one row more; nothing is rounded to tiles.
 - documents left over: those in PerDoc deal their odd rows round robin, as `per_document` does.
@@ -43,16 +43,21 @@ class Attempt(NamedTuple):
 
 
 def flashcp_paper(
-    document_lengths: np.ndarray, world_size: int, target_imbalance: float = TARGET_IMBALANCE
+    document_lengths: np.ndarray, world_size: int, target_imbalance: float = TARGET_IMBALANCE, leaves: str = "head"
 ) -> ShardTable:
-    """The paper's heuristic. Raises ValueError for a target below 1."""
+    """The paper's heuristic. leaves: which end of a cut document moves, `head` or `tail`.
+
+    Raises ValueError for a target below 1 and for other ends.
+    """
     if not target_imbalance >= 1.0:
         raise ValueError(f"target_imbalance={target_imbalance}: expected a number >= 1")
+    if leaves not in ("head", "tail"):
+        raise ValueError(f"leaves={leaves!r}: expected head or tail")
     longest_first = np.argsort(-document_lengths, kind="stable")
     best: Attempt | None = None
     cut = restarts = 0
     while True:
-        attempt = try_cut(document_lengths, longest_first, cut, world_size)
+        attempt = try_cut(document_lengths, longest_first, cut, world_size, leaves)
         if best is None or attempt.imbalance < best.imbalance:
             best = attempt
         if best.imbalance <= target_imbalance or cut == len(document_lengths):
@@ -61,7 +66,7 @@ def flashcp_paper(
         cut = min(len(document_lengths), cut + (1 if restarts <= SINGLE_STEPS else max(1, cut // 8)))
 
 
-def try_cut(lengths: np.ndarray, longest_first: np.ndarray, cut: int, world_size: int) -> Attempt:
+def try_cut(lengths: np.ndarray, longest_first: np.ndarray, cut: int, world_size: int, leaves: str = "head") -> Attempt:
     """Cut the `cut` longest documents 2N ways, place the others whole, equalise tokens."""
     chosen = longest_first[:cut]
     per_document = _per_document(chosen, lengths[chosen], world_size)
@@ -86,7 +91,7 @@ def try_cut(lengths: np.ndarray, longest_first: np.ndarray, cut: int, world_size
         work[rank] = amount + length * (length + 1) // 2
         heapq.heapreplace(least, (work[rank], rank))
 
-    _equalise_tokens(pieces, tokens, work)
+    _equalise_tokens(pieces, tokens, work, leaves == "tail")
     return Attempt(pieces, per_document, max(work) * world_size / sum(work))
 
 
@@ -97,8 +102,8 @@ def _per_document(documents: np.ndarray, lengths: np.ndarray, world_size: int) -
     return table._replace(document=documents[table.document])
 
 
-def _equalise_tokens(pieces: list[list[Piece]], tokens: list[int], work: list[int]) -> None:
-    """Move heads from ranks with too many tokens to ranks with too few, in place."""
+def _equalise_tokens(pieces: list[list[Piece]], tokens: list[int], work: list[int], tails: bool) -> None:
+    """Move heads (or tails) from ranks with too many tokens to ranks with too few, in place."""
     world_size = len(tokens)
     share, longer = divmod(sum(tokens), world_size)
     surplus = [count - share for count in tokens]
@@ -117,14 +122,15 @@ def _equalise_tokens(pieces: list[list[Piece]], tokens: list[int], work: list[in
         left = rows = min(-spare, -missing)
         while left:
             negative, document, start = whole[giver][0]
-            head = min(left, max(1, -negative // 4))
-            moved[taker].append((document, start, start + head))
-            pairs = (2 * start + head + 1) * head // 2
+            part = min(left, max(1, -negative // 4))
+            first = start - negative - part if tails else start
+            moved[taker].append((document, first, first + part))
+            pairs = (2 * first + part + 1) * part // 2
             work[giver] -= pairs
             work[taker] += pairs
-            left -= head
-            if negative + head:
-                heapq.heapreplace(whole[giver], (negative + head, document, start + head))
+            left -= part
+            if negative + part:
+                heapq.heapreplace(whole[giver], (negative + part, document, start if tails else start + part))
             else:
                 heapq.heappop(whole[giver])
         tokens[giver] -= rows

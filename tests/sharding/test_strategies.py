@@ -98,3 +98,14 @@ def test_a_tighter_target_cuts_more() -> None:
     tight = flashcp.plan(lengths, 4, "flashcp_paper", target_imbalance=1.01)
     assert tight.imbalance <= 1.01 < loose.imbalance
     assert tight.route("compacted").critical_rows > loose.route("compacted").critical_rows
+
+
+def test_flashcp_paper_may_let_tails_leave() -> None:
+    plan = flashcp.plan([100, 100, 100, 102], 4, "flashcp_paper", target_imbalance=1.1, leaves="tail")
+    assert plan.tokens.tolist() == [101, 101, 100, 100]
+    assert list(plan.shards)[-2:] == [(3, 0, 101, 0), (3, 101, 102, 1)]
+    heads = flashcp.plan([100, 100, 100, 102], 4, "flashcp_paper", target_imbalance=1.1)
+    assert plan.route("compacted").critical_rows == 3 * 101
+    assert heads.route("compacted").critical_rows == 3 * 1
+    with pytest.raises(ValueError, match="leaves='middle': expected head or tail"):
+        flashcp.plan([100], 2, "flashcp_paper", leaves="middle")

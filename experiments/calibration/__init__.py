@@ -1,0 +1,1 @@
+"""A machine measured: what attention, copies and links cost on it, and the parameters that say so."""

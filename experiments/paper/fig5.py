@@ -1,0 +1,73 @@
+"""Figure 5: speedups over llama3 on three data sets, N = 4 and 8, H = 16 and 32, inference and training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from flashcp.experiments.paper.bars import COLOURS, draw_bars
+from flashcp.experiments.paper.cells import Cell, Numbers
+from flashcp.experiments.paper.values import MEAN_SPEEDUPS
+
+__all__ = ["cells", "draw", "slower_ring"]
+
+DATA = {"WLB-LLM": "wlb_llm", "Pile": "pile", "RedPajama": "redpajama"}
+PASSES = {"inference": "forward_ms", "training": "module_ms"}
+GROUPS = [(heads, ranks) for heads in (16, 32) for ranks in (4, 8)]
+FLASHCP = "flashcp_paper"
+ALLOWED = 0.15  # of an average speedup, in its own unit
+
+
+def _case(numbers: Numbers, data: str, heads: int, ranks: int) -> str:
+    return numbers.case(data, f"n{ranks}", f"h{heads}")
+
+
+def cells(numbers: Numbers) -> list[Cell]:
+    """FlashCP's mean speedup over each baseline: over all settings, inference and training."""
+    found = []
+    for method, paper in MEAN_SPEEDUPS.items():
+        speedups = [
+            numbers(case, method, metric) / numbers(case, FLASHCP, metric)
+            for case in numbers.cases
+            for metric in PASSES.values()
+        ]
+        found.append(
+            Cell(f"FlashCP over {method}, mean", paper, float(np.mean(speedups)), allowed=ALLOWED, absolute=True)
+        )
+    return found
+
+
+def slower_ring(numbers: Numbers, method: str) -> float:
+    """How many times slower than the collectives' a ring's links would have to be, and none of it hidden, for the
+    paper's mean speedup in training."""
+    shares = []
+    for case in numbers.cases:
+        ours = numbers(case, FLASHCP, "module_ms")
+        busy = numbers(case, method, "attention_ms") + numbers(case, method, "copies_ms")
+        shares.append((busy / ours, numbers(case, method, "exchange_ms") / ours))
+    busy_share, exchange_share = np.mean(shares, axis=0)
+    return float((MEAN_SPEEDUPS[method] - busy_share) / exchange_share)
+
+
+def draw(numbers: Numbers, path: Path) -> None:
+    """Six panels as in the paper, whose bars it does not print; ours beyond the paper as the last bars."""
+    figure = Figure(figsize=(15, 7.5), layout="constrained", facecolor="white")
+    grid = figure.subplots(2, 3, sharey="row")
+    for row, (name, metric) in zip(grid, PASSES.items(), strict=True):
+        for axes, (title, data) in zip(row, DATA.items(), strict=True):
+            ours = {}
+            for heads, ranks in GROUPS:
+                case = _case(numbers, data, heads, ranks)
+                base = numbers(case, "llama3", metric)
+                providers = numbers.providers(case)
+                ours[f"H={heads} N={ranks}"] = {p: base / numbers(case, p, metric) for p in providers}
+            draw_bars(axes, ours, {}, COLOURS)
+            axes.set_title(f"{title}, {name}", loc="left")
+        row[0].set_ylabel("speedup over llama3")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    means = ", ".join(f"{cell.what.removesuffix(', mean')} {cell.ours:.2f} ({cell.paper:g})" for cell in cells(numbers))
+    figure.suptitle(f"simulated; mean speedups, the paper's in brackets: {means}", fontsize=11)
+    figure.savefig(path, dpi=160)

@@ -1,0 +1,179 @@
+"""`flashcp simulate`: which method would be how fast on a cluster, before anyone rents it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flashcp.experiments.compose import compose
+from flashcp.experiments.options import naming_options
+from flashcp.experiments.packs import read_packs
+from flashcp.experiments.plan import chosen_methods, heading, plannable, strategy_options
+from flashcp.experiments.provenance import commit
+from flashcp.experiments.schema import ModelShape
+from flashcp.experiments.simulator.batch import Options, simulate_packs
+from flashcp.experiments.simulator.cluster_file import read_cluster_file
+from flashcp.experiments.simulator.machine import Machine, read_machine
+from flashcp.experiments.simulator.planned import Setting
+from flashcp.experiments.simulator.summary import BASELINE, Summary, recommendation, summarise
+from flashcp.experiments.simulator.variants import VARIANTS, Variant
+from flashcp.experiments.text import table
+from flashcp.sharding.cost import AttentionShape
+from flashcp.sharding.strategies import plan
+from flashcp.train.schema import read_dataclass
+
+__all__ = ["Simulated", "chosen_variants", "main", "read_setting", "simulate", "summary_table"]
+
+CONFIG = "simulate"
+OVERLAPS = ("auto", "none", "staged", "fused")
+
+
+class Simulated(NamedTuple):
+    """What one configuration comes to: packs, methods with their numbers, options of the strategy chosen."""
+
+    setting: Setting
+    packs: list[np.ndarray]
+    variants: list[Variant]
+    summaries: list[Summary]
+    options: Options
+
+
+def main(overrides: Sequence[str], as_json: bool = False) -> int:
+    """Print the table and a recommendation, or one JSON document."""
+    settings = compose(CONFIG, overrides)
+    found = simulate(settings)
+    if settings["figure"]:
+        from flashcp.experiments.simulate_figure import draw_timelines
+
+        figure, ranks = Path(settings["figure"]), settings["world_size"]
+        file = draw_timelines(found.packs[0], found.variants, ranks, found.setting, figure, found.options)
+        print(f"wrote {file}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(_document(settings, found), indent=1))
+    else:
+        print(f"{heading(settings, found.packs)}; simulated on {found.setting.machine.name}")
+        print(f"{summary_table(found.summaries)}\n\n{recommendation(found.summaries)}")
+    return 0
+
+
+def simulate(settings: Mapping[str, Any], label: str = "") -> Simulated:
+    """Run a configuration. label: of the bar. Raises ValueError naming value, field and what is legal."""
+    options = strategy_options(settings)
+    setting, model = read_setting(settings)
+    variants = chosen_variants(settings, model)
+    packs = plannable(
+        read_packs(settings["data"], settings["context"], settings["windows"], settings["seed"]),
+        settings["world_size"],
+    )
+    strategy = (settings["sharding"] or {}).get("name", "")
+    with naming_options(options):
+        plan(packs[0], settings["world_size"], strategy or "flashcp", **options)
+    of_strategy = {strategy: options}
+    outcomes = simulate_packs(
+        packs,
+        list(dict.fromkeys([VARIANTS[BASELINE], *variants])),
+        settings["world_size"],
+        setting,
+        options=of_strategy,
+        workers=settings["workers"],
+        label=label,
+    )
+    rows = float(np.mean([pack.sum() for pack in packs])) / settings["world_size"]
+    summaries = [summarise(variant, outcomes, setting, model, rows) for variant in variants]
+    return Simulated(setting, packs, variants, summaries, of_strategy)
+
+
+def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
+    """Machine, heads and overlap. Raises ValueError naming value, field and what is legal."""
+    for field, value in (("overlap", OVERLAPS), ("gradient_bytes", (2, 4))):
+        if settings[field] not in value:
+            raise ValueError(f"{field}={settings[field]!r}: expected one of {', '.join(map(str, value))}")
+    model = read_dataclass(ModelShape, settings["model"], "model")
+    for name, number in asdict(model).items():
+        if number < (0 if name == "ffn_dim" else 1):
+            raise ValueError(f"model.{name}={number}: expected a whole number >= {0 if name == 'ffn_dim' else 1}")
+    if model.query_heads % model.kv_heads:
+        raise ValueError(f"model.query_heads={model.query_heads}: expected a multiple of model.kv_heads")
+    shape = AttentionShape(model.query_heads, model.kv_heads, model.head_dim, model.dtype_bytes)
+    overlap = "fused" if settings["overlap"] == "auto" else settings["overlap"]
+    return Setting(_machine(settings), shape, overlap, settings["gradient_bytes"]), model
+
+
+def _machine(settings: Mapping[str, Any]) -> Machine:
+    if settings["cluster_file"]:
+        return read_cluster_file(settings["cluster_file"])
+    return read_machine(settings["cluster"] or {})
+
+
+def chosen_variants(settings: Mapping[str, Any], model: ModelShape) -> list[Variant]:
+    """The methods that were named, the pair that was chosen, or all. Left out with a word: what heads do not allow."""
+    ranks = settings["world_size"]
+    named, pair = settings["methods"], settings["method"] or settings["sharding"] or settings["exchange"]
+    for name in named:
+        if name not in VARIANTS:
+            raise ValueError(f"methods: {name!r}: expected one of {', '.join(VARIANTS)}")
+    if named and pair:
+        raise ValueError("methods and method, sharding or exchange: expected one or the other")
+    chosen = [VARIANTS[name] for name in dict.fromkeys(named)] or list(VARIANTS.values())
+    if pair:
+        (method,) = chosen_methods(settings)
+        chosen = [VARIANTS.get(method.name, Variant(*method, published=False))]
+    split = [variant for variant in chosen if variant.exchange == "ulysses"]
+    if ranks < 1 or not split or not (model.query_heads % ranks or model.kv_heads % ranks):
+        return chosen
+    why = f"model.query_heads={model.query_heads}, model.kv_heads={model.kv_heads} are no multiples of {ranks} ranks"
+    if len(split) == len(chosen):
+        raise ValueError(f"{split[0].name}: {why}")
+    print(f"left out: ulysses, for {why}", file=sys.stderr)
+    return [variant for variant in chosen if variant.exchange != "ulysses"]
+
+
+def summary_table(summaries: Sequence[Summary]) -> str:
+    """The numbers people ask for first, one line a method."""
+    head = ["method", "imbalance", "saving", "attention ms", "copies", "exposed", "module ms", "p50", "p95"]
+    head += [f"speedup over {BASELINE}", "step ms", "KV GiB"]
+    rows = [
+        [
+            one.name,
+            f"{one.imbalance:.3f}",
+            f"{one.saving:.3f}",
+            f"{one.attention_ms:.2f}",
+            f"{one.copies_ms:.2f}",
+            f"{one.exposed_exchange_ms:.2f}",
+            f"{one.module_ms:.2f}",
+            f"{one.module_ms_p50:.2f}",
+            f"{one.module_ms_p95:.2f}",
+            f"{one.speedup:.2f}",
+            f"{one.step_ms:.0f}",
+            f"{one.kv_buffer_mib / 1024:.1f}",
+        ]
+        for one in summaries
+    ]
+    return table(head, rows)
+
+
+def _document(settings: Mapping[str, Any], found: Simulated) -> dict[str, Any]:
+    setting = found.setting
+    return {
+        "kind": "simulated",
+        "commit": commit(),
+        "cluster": asdict(setting.machine),
+        "world_size": settings["world_size"],
+        "context": settings["context"],
+        "data": settings["data"],
+        "seed": settings["seed"],
+        "windows": len(found.packs),
+        "documents": sum(len(lengths) for lengths in found.packs),
+        "model": settings["model"],
+        "overlap": setting.overlap,
+        "gradient_bytes": setting.gradient_bytes,
+        "baseline": BASELINE,
+        "recommendation": recommendation(found.summaries),
+        "methods": [one._asdict() for one in found.summaries],
+    }

@@ -1,0 +1,102 @@
+"""`flashcp sweep experiment=NAME` for the sweeps of `conf/simulation/`: simulations, their rows, what they show."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import flashcp
+from flashcp.experiments.compose import Job, expand
+from flashcp.experiments.folders import check_out
+from flashcp.experiments.packs import read_packs
+from flashcp.experiments.paper.figures import FIGURES, publish_figure
+from flashcp.experiments.paper.reality import measured_rows
+from flashcp.experiments.paper.solver import solve_packs
+from flashcp.experiments.provenance import commit
+from flashcp.experiments.rows import Row, write_rows
+from flashcp.experiments.schema import committed
+from flashcp.experiments.simulate import read_setting, simulate, summary_table
+from flashcp.experiments.simulator.summary import Summary
+
+__all__ = ["case_name", "is_simulation", "main"]
+
+CONFIG = "simulations"
+UNITS = {"mib": "MiB", "ms": "ms", "rows": "rows", "saving": "share", "imbalance": "max/mean", "max": "max/mean"}
+
+
+def is_simulation(overrides: Sequence[str]) -> bool:
+    """Whether the sweep that is named simulates."""
+    return bool({f"experiment={name}" for name in committed("simulation")} & set(overrides))
+
+
+def main(overrides: Sequence[str], as_json: bool = False) -> int:
+    """Run every job, write the rows, draw what belongs to them, say how far the paper is."""
+    named = [override.replace("experiment=", "simulation=", 1) for override in overrides]
+    jobs = expand(CONFIG, named)
+    first = jobs[0].settings
+    out = Path(first["out"] or f"outputs/{first['name']}")
+    check_out(out)
+    for job in jobs:
+        read_setting(job.settings)
+    rows = measured_rows(first["measured"])
+    for number, job in enumerate(jobs, start=1):
+        rows += _run(job, f"{number}/{len(jobs)}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_rows(out, rows)
+    if first["name"] in FIGURES:
+        text = publish_figure(first["name"], rows, out)
+        print(text, file=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps({"rows": [vars(row) for row in rows]}, indent=1))
+    print(f"wrote {out}", file=sys.stderr)
+    return 0
+
+
+def _run(job: Job, number: str) -> list[Row]:
+    settings = job.settings
+    case = case_name(settings)
+    if settings["solver"]["granule"]:
+        packs = read_packs(settings["data"], settings["context"], settings["windows"], settings["seed"])
+        numbers = solve_packs(packs, settings["world_size"], **settings["solver"], label=f"{number} {case}")
+        device = platform.machine()
+    else:
+        found = simulate(settings, label=f"{number} {case}")
+        print(f"{case}\n{summary_table(found.summaries)}\n", file=sys.stderr)
+        numbers = {one.name: _numbers(one) for one in found.summaries}
+        device = f"simulated {found.setting.machine.name}"
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
+    versions = f"flashcp {flashcp.__version__}, numpy {np.__version__}, python {platform.python_version()}"
+    carried = (device, versions, commit(), datetime.date.today().isoformat(), "simulated", digest, "")
+    return [
+        Row(case, name, metric, UNITS.get(metric.rsplit("_", 1)[-1], "ratio"), None, None, value, None, *carried)
+        for name, metrics in numbers.items()
+        for metric, value in metrics.items()
+    ]
+
+
+def _numbers(one: Summary) -> dict[str, float]:
+    return {field: value for field, value in one._asdict().items() if isinstance(value, float)}
+
+
+def case_name(settings: Mapping[str, Any]) -> str:
+    """The work of a job, in short: lengths, window, ranks, heads, cluster."""
+    data, model = settings["data"], settings["model"]
+    name = data["source"]
+    if lengths := data.get("lengths"):
+        name = f"{len(lengths)}x{lengths[0]}" if len(set(lengths)) == 1 else name
+    if data.get("long_document_weight", 1) != 1:
+        name += f"-w{data['long_document_weight']:g}"
+    context = settings["context"]
+    size = f"{context // 1024}k" if context % 1024 == 0 else str(context)
+    heads = str(model["query_heads"])
+    if model["kv_heads"] != model["query_heads"]:
+        heads += f":{model['kv_heads']}"
+    return f"{name}-c{size}-n{settings['world_size']}-h{heads}-{(settings['cluster'] or {}).get('name', 'file')}"

@@ -1,0 +1,109 @@
+"""A plan with its prices: what every read of every shard costs on a machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from flashcp.experiments.simulator.machine import Machine
+from flashcp.experiments.simulator.timeline import Timeline
+from flashcp.sharding.cost import AttentionCost, AttentionShape, ReadFeatures, read_features
+from flashcp.sharding.exchanges import EXCHANGES
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.reads import plan_reads
+
+__all__ = ["Module", "Planned", "Setting"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how a plan runs. overlap: of our implementation, `none`, `staged` or `fused`. gradient_bytes: of one
+    number of a K or V gradient on our wire (our gradients come home in fp32)."""
+
+    machine: Machine
+    shape: AttentionShape = field(default_factory=AttentionShape)
+    overlap: str = "fused"
+    gradient_bytes: int = 4
+
+
+class Module(NamedTuple):
+    """One attention layer's forward and backward. exchange_us: of both, with nothing beside them.
+
+    kept_bytes: KV from other ranks that a rank keeps from forward to backward; working_bytes: buffers of KV and of its
+    gradients that live during one layer's pass only. The most of any rank.
+    """
+
+    forward: Timeline
+    backward: Timeline
+    exchange_us: float
+    kept_bytes: float
+    working_bytes: float
+
+
+class Planned:
+    """A plan under a setting; times in us, of the forward or the backward. Its arrays are not to be written to."""
+
+    def __init__(self, plan: ShardingPlan, setting: Setting) -> None:
+        self.plan, self.setting = plan, setting
+        self.ranks = plan.world_size
+        self.reads = plan_reads(plan)
+        self.cost, self.shape = setting.machine.attention, setting.shape
+        self._holds = (np.arange(self.ranks)[:, None] == self.reads.rank).astype(np.float64)
+        self.own_us, self.read_us, self.whole_us, self.source_us = map(
+            cache, (self._own_us, self._read_us, self._whole_us, self._source_us)
+        )
+
+    def by_rank(self, values: np.ndarray) -> np.ndarray:
+        """Sum over the shards of each rank, [S] -> [N], [S, M] -> [N, M]."""
+        return self._holds @ values
+
+    def query_us(self, backward: bool) -> np.ndarray:
+        """Each shard's Q in and O out, once a kernel [S]."""
+        return self.cost.query_us(self.reads.rows, self.shape, backward)
+
+    def _own_us(self, backward: bool) -> np.ndarray:
+        """Each shard's queries on its own rows, with its Q in and its O out [S]."""
+        return self.cost.read_us(self._own, self.shape, backward) + self.query_us(backward)
+
+    def _read_us(self, backward: bool) -> np.ndarray:
+        """Each shard's queries on the rows before it, by the rank that holds them [S, N]."""
+        return self.cost.read_us(self._read, self.shape, backward)
+
+    def _source_us(self, backward: bool) -> np.ndarray:
+        """Each rank's queries on the rows of each other rank and on earlier ones of its own [N, N]."""
+        return self.by_rank(self.read_us(backward))
+
+    def _whole_us(self, backward: bool) -> np.ndarray:
+        """One kernel over everything a rank reads, all of it in document order [N]."""
+        return self.priced(self.cost, backward)
+
+    def priced(self, cost: AttentionCost, backward: bool) -> np.ndarray:
+        """What that kernel would cost under other prices for the same tiles [N]."""
+        reads = (cost.read_us(features, self.shape, backward) for features in (self._prefix, self._own))
+        query = cost.query_us(self.reads.rows, self.shape, backward)
+        return self.by_rank(sum(reads) + query) + cost.launch_us(backward)
+
+    @cached_property
+    def reading_rows(self) -> np.ndarray:
+        """Rows of each rank's shards that read any row of each rank, [N, N]."""
+        return self.by_rank((self.reads.before > 0) * self.reads.rows[:, None])
+
+    def block_bytes(self, exchange: str) -> float:
+        """K and V in one rank's block of an exchange that moves blocks: padded, or for a ring the largest."""
+        rows = self.plan.tokens.max() if exchange == "ring" else EXCHANGES[exchange].block_rows(self.plan)
+        return float(rows) * self.shape.kv_bytes
+
+    @cached_property
+    def _own(self) -> ReadFeatures:
+        return read_features(self.reads.rows, self.reads.rows, self.cost.tiles, masked=True)
+
+    @cached_property
+    def _read(self) -> ReadFeatures:
+        return read_features(self.reads.rows[:, None], self.reads.before, self.cost.tiles, ranges=self.reads.ranges)
+
+    @cached_property
+    def _prefix(self) -> ReadFeatures:
+        return read_features(self.reads.rows, self.reads.start, self.cost.tiles)

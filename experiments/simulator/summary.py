@@ -1,0 +1,107 @@
+"""Many packs' outcomes as the numbers people ask for, and what they say to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from flashcp.experiments.schema import ModelShape
+from flashcp.experiments.simulator.batch import Outcomes
+from flashcp.experiments.simulator.planned import Setting
+from flashcp.experiments.simulator.step import gemm_ms
+from flashcp.experiments.simulator.variants import Variant
+
+__all__ = ["BASELINE", "Summary", "recommendation", "summarise"]
+
+BASELINE = "llama3"
+"""Speedups are over this method as published."""
+
+
+class Summary(NamedTuple):
+    """One method over all packs; means where nothing else is said.
+
+    overlap: `ring` and `none` are the published methods' own. speedup: the baseline's summed module_ms over this
+    method's; of a whole step, step_speedup. speedup_p50, _p95: of single packs. forward_*: of the forward alone.
+    layer_ms: the module with the layer's matrix products; step_ms: of all layers, without embeddings, loss and
+    optimizer. kv_buffer_mib: others' KV that all layers keep for the backward, and one layer's buffers; the most of
+    any pack.
+    """
+
+    name: str
+    sharding: str
+    exchange: str
+    implementation: str
+    overlap: str
+    imbalance: float
+    imbalance_max: float
+    critical_rows: float
+    saving: float
+    attention_ms: float
+    attention_forward_ms: float
+    exchange_ms: float
+    exposed_exchange_ms: float
+    copies_ms: float
+    module_ms: float
+    module_ms_p50: float
+    module_ms_p95: float
+    speedup: float
+    speedup_p50: float
+    speedup_p95: float
+    forward_ms: float
+    forward_speedup: float
+    layer_ms: float
+    step_ms: float
+    step_speedup: float
+    kv_buffer_mib: float
+
+
+def summarise(variant: Variant, outcomes: Outcomes, setting: Setting, model: ModelShape, rows: float) -> Summary:
+    """The numbers of one method. rows: of a rank, on average."""
+    one, base = outcomes[variant.name], outcomes[BASELINE]
+    gemm = gemm_ms(setting.machine, setting.shape, model.ffn_dim, rows)
+    module, base_module = float(np.mean(one.module_ms)), float(np.mean(base.module_ms))
+    singly = np.asarray(base.module_ms) / one.module_ms
+    own = {"ring": "ring", "ulysses": "none"}  # whoever runs them
+    overlap = own.get(variant.exchange, "none" if variant.published else setting.overlap)
+    return Summary(
+        name=variant.name,
+        sharding=variant.sharding,
+        exchange=variant.exchange,
+        implementation="published" if variant.published else "ours",
+        overlap=overlap,
+        imbalance=float(np.mean(one.imbalance)),
+        imbalance_max=float(np.max(one.imbalance)),
+        critical_rows=float(np.mean(one.critical_rows)),
+        saving=float(np.mean(one.saving)),
+        attention_ms=float(np.mean(one.attention_ms)),
+        attention_forward_ms=float(np.mean(one.attention_forward_ms)),
+        exchange_ms=float(np.mean(one.exchange_ms)),
+        exposed_exchange_ms=max(0.0, float(np.mean(one.exposed_exchange_ms))),
+        copies_ms=float(np.mean(one.copies_ms)),
+        module_ms=module,
+        module_ms_p50=float(np.percentile(one.module_ms, 50)),
+        module_ms_p95=float(np.percentile(one.module_ms, 95)),
+        speedup=base_module / module,
+        speedup_p50=float(np.percentile(singly, 50)),
+        speedup_p95=float(np.percentile(singly, 95)),
+        forward_ms=float(np.mean(one.forward_ms)),
+        forward_speedup=float(np.mean(base.forward_ms) / np.mean(one.forward_ms)),
+        layer_ms=module + gemm,
+        step_ms=model.layers * (module + gemm),
+        step_speedup=(base_module + gemm) / (module + gemm),
+        kv_buffer_mib=float(np.max(model.layers * np.asarray(one.kept_mib) + one.working_mib)),
+    )
+
+
+def recommendation(summaries: Sequence[Summary]) -> str:
+    """The fastest method that was simulated, and by how much."""
+    best, *others = sorted(summaries, key=lambda one: one.module_ms)
+    rival = next((one for one in others if (one.sharding, one.exchange) != (best.sharding, best.exchange)), None)
+    text = f"fastest: {best.name} (sharding={best.sharding} exchange={best.exchange}"
+    text += f" overlap={best.overlap})" if best.implementation == "ours" else "), as published"
+    text += f", {best.speedup:.2f}x over {BASELINE} as published"
+    if rival is not None and rival.name != BASELINE:
+        text += f", {rival.module_ms / best.module_ms:.2f}x over {rival.name}, which comes next"
+    return f"{text}; {best.step_speedup:.2f}x for a whole step"

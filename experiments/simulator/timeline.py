@@ -1,0 +1,54 @@
+"""Where the time of every rank goes: spans of work, rank by rank, with waiting as the gaps between them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = ["Span", "Timeline"]
+
+
+class Span(NamedTuple):
+    """Something each rank does: kind (`attention`, `copies`, `exchange`), start and stop, float64 us [N]."""
+
+    kind: str
+    start: np.ndarray
+    stop: np.ndarray
+
+
+class Timeline:
+    """Ranks that start together at 0. `now`: the time each has come to; all times are microseconds, [N]."""
+
+    def __init__(self, world_size: int) -> None:
+        self.now = np.zeros(world_size)
+        self.spans: list[Span] = []
+        self.busy = dict.fromkeys(("attention", "copies", "exchange"), self.now)  # time each rank has spent on a kind
+        self._previous = np.arange(world_size) - 1
+
+    def run(self, kind: str, us: np.ndarray | float) -> None:
+        """Every rank is busy for so long."""
+        start, self.now = self.now, self.now + us
+        self.busy[kind] = self.busy[kind] + us
+        self.spans.append(Span(kind, start, self.now))
+
+    def before(self, times: np.ndarray) -> np.ndarray:
+        """Each rank's predecessor's time, in a ring."""
+        return times[self._previous]
+
+    def wait(self, until: np.ndarray | float) -> None:
+        """Every rank stands still until a time, if it has not passed."""
+        self.now = np.maximum(self.now, until)
+
+    def meet(self) -> None:
+        """Every rank waits for the last one."""
+        self.now = np.full_like(self.now, self.now.max())
+
+    def beside(self, kind: str, start: np.ndarray | float, stop: np.ndarray) -> None:
+        """Note what goes on beside a rank's work; nobody waits for it here."""
+        self.spans.append(Span(kind, np.broadcast_to(start, stop.shape), stop))
+
+    @property
+    def busiest(self) -> int:
+        """The rank with most work: attention and copies."""
+        return int(np.argmax(self.busy["attention"] + self.busy["copies"]))

@@ -1,0 +1,220 @@
+"""What a plan costs on a machine: attention, copies, matrix products and exchanges, as arithmetic on plain arrays.
+
+Attention is priced read by read: a query shard reads a KV range, either all of it or, where the range is the shard
+itself, its causal half. A read costs its tiles' floating-point operations, the bytes of the KV rows it brings in (what
+makes short queries slow: few operations a byte), and a fixed time a range. The parameters are linear in time, so they
+can be fitted to measurements; `conf/cluster/` holds them with where they come from. gbps are 10^9 bytes a second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = [
+    "AttentionCost",
+    "AttentionShape",
+    "CopyCost",
+    "KernelCost",
+    "Link",
+    "Links",
+    "ReadFeatures",
+    "read_features",
+]
+
+
+class AttentionShape(NamedTuple):
+    """Heads and bytes of one attention layer."""
+
+    query_heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+    dtype_bytes: int = 2
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of one row's K and V."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype_bytes
+
+    @property
+    def query_bytes(self) -> int:
+        """Of one row's Q and O."""
+        return 2 * self.query_heads * self.head_dim * self.dtype_bytes
+
+
+class ReadFeatures(NamedTuple):
+    """What reads consist of, float64 arrays of one shape; a direction's time is linear in them.
+
+    full_pairs, masked_pairs: query-key pairs of the tiles that need no mask and of those that do, padding counted.
+    kv_rows, query_rows: rows brought in. ranges: KV ranges. All 0 where a range has no rows.
+    """
+
+    full_pairs: np.ndarray
+    masked_pairs: np.ndarray
+    kv_rows: np.ndarray
+    query_rows: np.ndarray
+    ranges: np.ndarray
+
+
+def read_features(
+    query_rows: np.ndarray,
+    key_rows: np.ndarray,
+    tiles: tuple[int, int],
+    *,
+    masked: bool = False,
+    ranges: np.ndarray | int = 1,
+) -> ReadFeatures:
+    """Features of shards of `query_rows` that read `key_rows` each; the arrays broadcast.
+
+    tiles: query rows and key rows of a tile; the second divides the first. masked: the range is the shard itself,
+    read up to the diagonal (`key_rows` is then not looked at). ranges: how many ranges the key rows come in.
+    """
+    tile_q, tile_k = tiles
+    query_rows = np.asarray(query_rows)
+    count = -(-query_rows // tile_q)
+    if masked:
+        # Query tile i reads i tile_q keys in full and up to tile_q on the diagonal, in key tiles.
+        full = count * (count - 1) // 2 * float(tile_q * tile_q)
+        diagonal = -(-query_rows // tile_k) * float(tile_k * tile_q)
+        rows = query_rows * 1.0
+        return ReadFeatures(full, diagonal, rows, rows, np.ones_like(rows))
+    key_rows = np.asarray(key_rows)
+    some = key_rows > 0
+    pairs = (count * tile_q) * (-(-key_rows // tile_k) * float(tile_k))
+    nothing = np.zeros(pairs.shape)
+    return ReadFeatures(pairs, nothing, key_rows + nothing, query_rows * some + nothing, ranges * some + nothing)
+
+
+@dataclass(frozen=True)
+class KernelCost:
+    """One direction of an attention kernel.
+
+    tflops: on full tiles. masked: time of a masked tile over a full one's. kv_gbps: a shard's KV rows are brought in
+    once per read. query_gbps: Q comes in and O goes out once per kernel. merge_gbps: once per range, where partial
+    results are merged in memory; 0 where merging costs nothing. range_us: per shard and range. launch_us: per kernel.
+    """
+
+    tflops: float
+    kv_gbps: float
+    query_gbps: float
+    masked: float = 1.0
+    merge_gbps: float = 0.0
+    range_us: float = 0.0
+    launch_us: float = 0.0
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """Attention forward and backward, cut in tiles of `tile_queries` x `tile_keys` rows.
+
+    Operations a pair and head: 4 D forward, 10 D backward; the backward moves twice the forward's bytes (gradients).
+    """
+
+    forward: KernelCost
+    backward: KernelCost
+    tile_queries: int = 128
+    tile_keys: int = 64
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Query rows and key rows of a tile."""
+        return self.tile_queries, self.tile_keys
+
+    def read_us(self, reads: ReadFeatures, shape: AttentionShape, backward: bool = False) -> np.ndarray:
+        """Time of each read, without what a kernel costs as a whole."""
+        kernel = self.backward if backward else self.forward
+        pair_us = (10 if backward else 4) * shape.head_dim * shape.query_heads / (1e6 * kernel.tflops)
+        moved = 2 if backward else 1
+        time = pair_us * (reads.full_pairs + kernel.masked * reads.masked_pairs)
+        time += reads.kv_rows * (moved * shape.kv_bytes / (1e3 * kernel.kv_gbps))
+        if kernel.merge_gbps:
+            time += reads.query_rows * (moved * shape.query_bytes / (1e3 * kernel.merge_gbps))
+        if kernel.range_us:
+            time += reads.ranges * kernel.range_us
+        return time
+
+    def query_us(self, query_rows: np.ndarray, shape: AttentionShape, backward: bool = False) -> np.ndarray:
+        """Q in and O out of each shard, once a kernel."""
+        kernel = self.backward if backward else self.forward
+        return query_rows * ((2 if backward else 1) * shape.query_bytes / (1e3 * kernel.query_gbps))
+
+    def launch_us(self, backward: bool = False) -> float:
+        """Of one kernel."""
+        return (self.backward if backward else self.forward).launch_us
+
+
+@dataclass(frozen=True)
+class CopyCost:
+    """Copies within a rank's memory. gbps: bytes read plus bytes written. launch_us: of one copy."""
+
+    gbps: float
+    launch_us: float = 0.0
+
+    def us(self, moved_bytes: np.ndarray | float, launches: float = 1) -> np.ndarray:
+        """Time to read and write so many bytes in all."""
+        return np.asarray(moved_bytes) / (1e3 * self.gbps) + self.launch_us * launches
+
+
+@dataclass(frozen=True)
+class Link:
+    """One direction of a rank's port: bytes it carries a second, and how long the first takes to arrive."""
+
+    gbps: float
+    latency_us: float
+
+    def us(self, moved_bytes: np.ndarray | float) -> np.ndarray:
+        """Time of one message."""
+        return np.asarray(moved_bytes) / (1e3 * self.gbps) + self.latency_us
+
+
+@dataclass(frozen=True)
+class Links:
+    """Every rank has a port to its node (NVLink) and one to the network (InfiniBand), each way.
+
+    ranks_per_node: ranks 0 .. ranks_per_node - 1 are one node, and so on. multicast: a node's switch copies a row to
+    several readers, so that it leaves its port once.
+    """
+
+    ranks_per_node: int
+    node: Link
+    network: Link
+    multicast: bool = False
+
+    def nodes(self, world_size: int) -> np.ndarray:
+        """The node of each rank."""
+        return np.arange(world_size) // self.ranks_per_node
+
+    def collective_us(self, block_bytes: float, world_size: int) -> float:
+        """All-gather or reduce-scatter of one block a rank, as rings: N - 1 blocks pass every port.
+
+        Across nodes every rank of a node carries a ring of its own, so its network ports share the blocks.
+        """
+        if world_size == 1:
+            return 0.0
+        link = self.node
+        if world_size > self.ranks_per_node:
+            shared = self.network.gbps * self.ranks_per_node
+            link = Link(min(self.node.gbps, shared), self.network.latency_us)
+        return (world_size - 1) * float(link.us(block_bytes))
+
+    def all_to_all_us(self, pair_bytes: float, world_size: int) -> float:
+        """Every rank sends as many bytes to each other rank; both ports work at once."""
+        if world_size == 1:
+            return 0.0
+        near = min(world_size, self.ranks_per_node) - 1
+        far = world_size - 1 - near
+        times = [
+            float(link.us(count * pair_bytes)) for link, count in ((self.node, near), (self.network, far)) if count
+        ]
+        return max(times)
+
+    def neighbour(self, world_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes a microsecond and latency from rank r - 1 to rank r, [world_size] each."""
+        nodes = self.nodes(world_size)
+        same = nodes == np.roll(nodes, 1)
+        return (
+            1e3 * np.where(same, self.node.gbps, self.network.gbps),
+            np.where(same, self.node.latency_us, self.network.latency_us),
+        )

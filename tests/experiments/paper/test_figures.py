@@ -1,0 +1,192 @@
+"""The paper's figures from small runs: rows, pictures, cells, the page; committed sweeps are as large as they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashcp.experiments.cli import main
+from flashcp.experiments.compose import expand
+from flashcp.experiments.paper.cells import Cell, Numbers, verdict
+from flashcp.experiments.paper.fig6 import breakdown
+from flashcp.experiments.paper.figures import FIGURES
+from flashcp.experiments.paper.notes import NOTES
+from flashcp.experiments.paper.reality import measured_rows
+from flashcp.experiments.paper.values import BREAKDOWN
+from flashcp.experiments.rows import read_rows, write_rows
+from flashcp.experiments.schema import committed
+from flashcp.experiments.simulate import chosen_variants, read_setting
+from flashcp.experiments.simulations import case_name
+from flashcp.sharding.methods import METHODS
+from tests.checkout import ROOT
+
+SMALL = {
+    "paper_fig3": [],
+    "paper_fig5": ["windows=1"],
+    "paper_fig6": ["windows=2"],
+    "paper_fig7": ["windows=1"],
+    "paper_table2": [
+        "windows=1",
+        "context=16384",
+        "solver.granule=1024",
+        "solver.limit_s=2",
+        "data.long_document_weight=1,10",
+    ],
+    "demo_predicted": ["windows=1", f"measured=[{ROOT / 'experiments/results/demo'}]"],
+    "beyond_paper": [
+        "windows=1",
+        "world_size=8,32",
+        "context=131072",
+        "data=wlb_llm,pile",
+        "cluster=h100-nvlink,h100-ib-400g",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every sweep run once, small."""
+    pytest.importorskip("ortools")
+    out = tmp_path_factory.mktemp("paper")
+    for name, overrides in SMALL.items():
+        assert main(["sweep", f"experiment={name}", f"out={out / name}", *overrides]) == 0, name
+    return out
+
+
+def test_every_sweep_that_simulates_has_a_figure_and_a_note() -> None:
+    assert set(committed("simulation")) == set(FIGURES) == set(NOTES) == set(SMALL)
+
+
+@pytest.mark.parametrize("name", committed("simulation"))
+def test_committed_sweeps_compose_and_could_run(name: str) -> None:
+    first, second = (ROOT / f"conf/simulation/{name}.yaml").read_text().splitlines()[:2]
+    assert (first, second) == ("# @package _global_", f"# flashcp sweep experiment={name}")
+    jobs = expand("simulations", [f"simulation={name}"])
+    assert len({case_name(job.settings) for job in jobs}) == len(jobs) >= 1
+    for job in jobs:
+        _, model = read_setting(job.settings)
+        assert chosen_variants(job.settings, model)
+        assert job.settings["name"] == name
+    assert sum(job.settings["windows"] for job in jobs) <= 2_040
+
+
+def test_paper_settings_are_the_paper_s() -> None:
+    (one, other) = (job.settings for job in expand("simulations", ["simulation=paper_fig6"]))
+    assert (one["data"]["source"], one["data"]["long_document_weight"]) == ("wlb_llm", 13)
+    assert (other["data"]["source"], other["data"]["long_document_weight"]) == ("pile", 1)
+    for settings in (one, other):
+        assert (settings["world_size"], settings["context"], settings["cluster"]["name"]) == (8, 131_072, "h100-nvlink")
+        assert (settings["model"]["query_heads"], settings["model"]["kv_heads"]) == (32, 32)
+    heads = {(job.settings["model"]["query_heads"], job.settings["model"]["kv_heads"]) for job in _fig5_jobs()}
+    assert heads == {(16, 16), (32, 32)}
+
+
+def _fig5_jobs() -> list:  # type: ignore[type-arg]
+    return expand("simulations", ["simulation=paper_fig5"])
+
+
+def test_rows_carry_what_a_number_must(folder: Path) -> None:
+    for name in SMALL:
+        rows = read_rows(folder / name)
+        assert {row.kind for row in rows} == {"simulated", *(["measured"] if name == "demo_predicted" else [])}
+        assert all(row.date and row.commit and "flashcp" in row.versions for row in rows)
+        assert (folder / name / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert {row.device for row in read_rows(folder / "paper_fig5")} == {"simulated h100-nvlink"}
+
+
+def test_one_document_is_the_same_plan_for_llama3_and_per_document(folder: Path) -> None:
+    numbers = Numbers(read_rows(folder / "paper_fig3"))
+    cells = {cell.what: cell for cell in FIGURES["paper_fig3"].cells(numbers)}
+    assert cells["one 128K document, per_document over llama3"].ours == pytest.approx(1)
+    assert all(cell.within for cell in cells.values())
+
+
+def test_the_breakdown_adds_up_to_the_module(folder: Path) -> None:
+    numbers = Numbers(read_rows(folder / "paper_fig6"))
+    for data, methods in BREAKDOWN.items():
+        case = numbers.case(data, "n8", "h32")
+        for method in methods:
+            assert breakdown(numbers, data, method).total == pytest.approx(numbers(case, method, "module_ms"))
+    assert len(FIGURES["paper_fig6"].cells(numbers)) == 2 * (3 * 6 + 9)
+
+
+def test_the_page_shows_every_number(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "docs" / "PAGE.md"
+    shutil.copytree(ROOT / "experiments/results/paper/calibration", folder / "calibration")
+    assert main(["report", str(folder), f"page={page}"]) == 0
+    assert f"wrote {page}" in capsys.readouterr().err
+    text = page.read_text()
+    for name, figure in FIGURES.items():
+        numbers = Numbers(read_rows(folder / name))
+        assert f"## {name}: {figure.title}" in text
+        assert NOTES[name](numbers) in text
+        for cell in figure.cells(numbers):
+            assert f"| {cell.what} | {cell.paper:.3g} | {cell.ours:.3g} |" in text
+        (picture,) = [line for line in text.splitlines() if line.startswith(f"![{name}]")]
+        assert (page.parent / picture.split("(")[1].rstrip(")")).is_file()
+    assert "## calibration: this_machine" in text
+    assert "| forward | 200 |" in text
+
+
+def test_a_sweep_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "experiment=paper_fig3", f"out={tmp_path / 'fig3'}", "--json"]) == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(out)["rows"]
+    assert {row["provider"] for row in rows} == {"llama3", "per_document", "ring_zigzag"}
+    assert "numbers that should come out" in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["zz=1"], "zz: no such override"),
+        (["methods=[llama]"], "methods: 'llama'"),
+        (["model.query_heads=5", "model.kv_heads=2"], "model.query_heads=5"),
+    ],
+)
+def test_a_wrong_sweep_is_refused(
+    overrides: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", "experiment=paper_fig6", f"out={tmp_path / 'x'}", *overrides]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert (out, err.count("\n")) == ("", 1)
+    assert not (tmp_path / "x").exists()
+
+
+def test_within_fifteen_percent_or_the_distance_that_is_allowed() -> None:
+    assert Cell("x", 2.0, 2.3).within
+    assert not Cell("x", 2.0, 2.31).within
+    assert Cell("x", 1.4, 1.5, allowed=0.15, absolute=True).within
+    assert not Cell("x", 1.4, 1.6, allowed=0.15, absolute=True).within
+    cells = [Cell("a", 1.0, 1.0), Cell("b", 1.0, 2.0), Cell("c", 1.0, 9.0, judged=False)]
+    assert verdict(cells) == "1 of 2 numbers that should come out do; farthest: b: 1, ours 2 (+100.0%); outside: b"
+
+
+def test_a_case_without_rows_is_named() -> None:
+    numbers = Numbers([])
+    with pytest.raises(ValueError, match="0 cases of pile, n8"):
+        numbers.case("pile", "n8")
+    with pytest.raises(ValueError, match="no row for a, b, c"):
+        numbers("a", "b", "c")
+
+
+def test_measured_times_of_several_sweeps_become_one(tmp_path: Path) -> None:
+    rows = [row for row in read_rows(ROOT / "experiments/results/demo") if row.metric == "step_ms"]
+    for number, factor in enumerate((1.0, 1.2, 2.0)):
+        place = tmp_path / str(number)
+        place.mkdir()
+        write_rows(place, [dataclasses.replace(row, median=row.median * factor) for row in rows])
+    one = measured_rows([str(tmp_path / "0")])
+    assert {row.provider for row in one} == set(METHODS)
+    merged = measured_rows([str(tmp_path / str(number)) for number in range(3)])
+    for single, row in zip(one, merged, strict=True):
+        assert row.median == pytest.approx(1.2 * single.median)
+        assert row.p80 == pytest.approx(np.percentile([1, 1.2, 2.0], 80) * single.median)
+    with pytest.raises(ValueError, match="expected the directory of a sweep"):
+        measured_rows([str(tmp_path)])

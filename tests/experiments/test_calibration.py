@@ -1,0 +1,112 @@
+"""Calibration: parameters come back from times they made, and a small real run writes what the simulator reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashcp.experiments.bench_calibrate import CalibrateBench, bench_calibrate
+from flashcp.experiments.calibration.fit import KernelSample, fit_kernel, fit_line, fit_rates, kernel_us, total_features
+from flashcp.experiments.calibration.times import TimeRow, errors, read_times, write_times
+from flashcp.experiments.cli import main
+from flashcp.experiments.simulator.cluster_file import read_cluster_file
+from flashcp.sharding.cost import AttentionCost, AttentionShape, KernelCost, read_features
+from tests.checkout import ROOT
+
+SHAPE = AttentionShape(8, 2, 64, 4)
+
+
+def samples(cost: AttentionCost, backward: bool, count: int = 60) -> list[KernelSample]:
+    """Random shards with prefixes, and the times the cost gives them."""
+    random = np.random.default_rng(5)
+    made = []
+    for _ in range(count):
+        rows = random.integers(1, 900, random.integers(1, 9))
+        before = random.integers(0, 2000, len(rows))
+        reads = total_features(
+            [read_features(rows, before, cost.tiles), read_features(rows, rows, cost.tiles, masked=True)]
+        )
+        blank = KernelSample(reads, int(rows.sum()), 0.0)
+        made.append(blank._replace(us=kernel_us(cost, blank, SHAPE, backward)))
+    return made
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_kernel_s_parameters_come_back(backward: bool) -> None:
+    made = KernelCost(0.8, 30, 20, masked=1.5, merge_gbps=9, range_us=12, launch_us=40)
+    cost = AttentionCost(made, made)
+    found, error = fit_kernel(samples(cost, backward), SHAPE, backward)
+    assert error < 1e-6
+    for name in ("tflops", "masked", "kv_gbps", "query_gbps", "merge_gbps", "range_us", "launch_us"):
+        assert getattr(found, name) == pytest.approx(getattr(made, name), rel=1e-3), name
+
+
+def test_rates_are_never_negative() -> None:
+    random = np.random.default_rng(0)
+    design = random.random((40, 4))
+    us = design @ np.array([2.0, 0.0, 1.0, 0.0]) - 0.05 * design[:, 1]
+    rates, _ = fit_rates(design, us)
+    assert (rates >= 0).all()
+    assert rates[1] == 0
+    assert fit_line([1, 2, 4], [7, 9, 13]) == pytest.approx((2, 5))
+    assert fit_line([1, 2, 4], [1, 2, 4]) == pytest.approx((1, 0))
+    with pytest.raises(ValueError, match="quieter machine"):
+        fit_line([1, 2, 4], [-1, -2, -4])
+
+
+def test_a_small_calibration_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "mine.yaml"
+    small = ["schedules=12", "contexts=[256]", "world_sizes=[2]", "repeats=1", "query_heads=2", "kv_heads=1"]
+    assert main(["bench", "calibrate", *small, f"out={out}", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    machine = read_cluster_file(str(out))
+    assert machine.name == "mine"
+    assert machine.attention.forward.tflops == pytest.approx(row["machine"]["attention"]["forward"]["tflops"], rel=1e-3)
+    assert machine.links.node.gbps > 0.001
+    assert "measured" in machine.provenance["attention"]
+    times = read_times(out.with_suffix(".csv"))
+    assert [(time.split, time.direction) for time in times] == [
+        (split, direction) for split in ["fit"] * 12 + ["check"] * 12 for direction in ("forward", "backward")
+    ]
+    assert all(time.measured_us > 0 and time.predicted_us > 0 for time in times)
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert main(["simulate", f"cluster_file={out}", "windows=1", "context=1024", "methods=[flashcp]"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"schedules": 5}, "schedules=5: expected a whole number >= 10"),
+        ({"dtype": "fp16"}, "dtype='fp16': expected fp32 or bf16"),
+        ({"contexts": []}, "contexts"),
+        ({"query_heads": 3}, "query_heads=3: expected a multiple of kv_heads=2"),
+    ],
+)
+def test_settings_that_describe_no_measurement(setting: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        next(bench_calibrate(CalibrateBench(**setting)))  # type: ignore[arg-type]
+
+
+def test_errors_are_shares_of_what_was_measured(tmp_path: Path) -> None:
+    rows = [
+        TimeRow(i, split, "forward", 1, 1, 1, 100.0, 100.0 + off, "cpu", "v", "c", "d")
+        for i, (split, off) in enumerate([("fit", 50), ("check", 10), ("check", -20), ("check", 0)])
+    ]
+    assert errors(rows, "forward", "check") == pytest.approx((0.1, 0.19, 3))
+    write_times(tmp_path / "times.csv", rows)
+    assert read_times(tmp_path / "times.csv") == rows
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="expected the columns schedule"):
+        read_times(tmp_path / "other.csv")
+
+
+def test_committed_predictions_are_near_the_measurements() -> None:
+    times = read_times(ROOT / "experiments/results/paper/calibration/this_machine.csv")
+    for direction in ("forward", "backward"):
+        found = errors(times, direction, "check")
+        assert found.schedules == 200
+        assert found.median < 0.10
+        assert found.p95 < 0.25
