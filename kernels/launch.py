@@ -155,10 +155,9 @@ def _launches(prepared: _Prepared, heads: int, arrivals: Arrivals | None) -> Ite
     if arrivals is None or arrivals.programs is None:
         yield prepared
         return
-    table, ranges, reach = prepared.tables
-    bounds = [0, *range(prepared.ready, len(table), max(1, arrivals.programs // heads)), len(table)]
-    for start, stop in pairwise(bounds):
-        yield prepared._replace(tables=(table[start:stop], ranges, reach))
+    count = len(prepared.tables[0])
+    for start, stop in pairwise([0, *range(prepared.second_kind, count, max(1, arrivals.programs // heads)), count]):
+        yield prepared.tiles(start, stop)
 
 
 def _row_terms(out: Tensor, grad_out: Tensor, lse: Tensor, scale: float) -> Tensor:
