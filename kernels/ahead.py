@@ -47,7 +47,7 @@ _NAMES = {
 _WORD = re.compile(r"(.*_)?(row|head|rows)")  # int32, divisible by 16
 _NUMBER = re.compile(r"(.*_)?(epoch|spins|count|rank|heads)")  # int32
 _ANY = {"scale", "softmax_scale", "rows"}  # nothing is known of their values
-_TOTALS = {"out", "grad_q", "grad_k", "grad_v"}
+_TOTALS = {"out", "grad_k", "grad_v"}
 
 
 @dataclass(frozen=True)
@@ -73,21 +73,21 @@ def build(
     dtype: str,
     blocks: Blocks,
     group: int = 1,
-    accumulate: bool = False,
+    parallel: bool = False,
     fused: bool = False,
 ) -> Build:
     """Compile one kernel. target: a key of TARGETS. dtype: a name of `kernels/tuning.py`'s DTYPES.
 
-    group: query heads a KV head. accumulate: the variant that goes on from earlier ranges. fused: the forward that
-    waits for rows.
+    group: query heads a KV head. parallel: the variant under context parallelism: a forward that goes on from
+    earlier ranges, dK and dV in fp32. fused: the forward that waits for rows.
     """
     chosen = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_M": blocks.block_m,
-              "BLOCK_N": blocks.block_n, "PRECISION": blocks.precision, "MERGE": accumulate,
-              "ADD": accumulate, "FUSED": fused}  # fmt: skip
+              "BLOCK_N": blocks.block_n, "PRECISION": blocks.precision, "MERGE": parallel,
+              "FUSED": fused}  # fmt: skip
     if not fused:
         chosen |= {"flags": None, "stuck": None}
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
-    return _compile(KERNELS[which], target, dtype, chosen, options, _TOTALS if accumulate else set())
+    return _compile(KERNELS[which], target, dtype, chosen, options, _TOTALS if parallel else set())
 
 
 def build_rows(target: str, head_dim: int, dtype: str) -> Build:

@@ -25,9 +25,9 @@ def backward_kv_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
     grad_row, grad_head, head_rows, gk_row, gk_head, gv_row, gv_head, gkr_row, gkr_head, gvr_row, gvr_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, KV head). ADD: add to the gradients instead of storing."""
+    """Program (tile, KV head)."""
     kv_head = tl.program_id(1)
     received, row, stop, range_first, range_stop = load_tile(table, tl.program_id(0), False)
     is_received = received != 0
@@ -69,11 +69,11 @@ def backward_kv_kernel(
     received, row, stop, _, _ = load_tile(table, tl.program_id(0), True)
     dk *= scale / LOG2E
     if received != 0:
-        store_rows(place(grad_k_received, row, gkr_row, kv_head, gkr_head), gkr_row, stop - row, dk, ADD, HEAD_DIM)
-        store_rows(place(grad_v_received, row, gvr_row, kv_head, gvr_head), gvr_row, stop - row, dv, ADD, HEAD_DIM)
+        store_rows(place(grad_k_received, row, gkr_row, kv_head, gkr_head), gkr_row, stop - row, dk, HEAD_DIM)
+        store_rows(place(grad_v_received, row, gvr_row, kv_head, gvr_head), gvr_row, stop - row, dv, HEAD_DIM)
     else:
-        store_rows(place(grad_k, row, gk_row, kv_head, gk_head), gk_row, stop - row, dk, ADD, HEAD_DIM)
-        store_rows(place(grad_v, row, gv_row, kv_head, gv_head), gv_row, stop - row, dv, ADD, HEAD_DIM)
+        store_rows(place(grad_k, row, gk_row, kv_head, gk_head), gk_row, stop - row, dk, HEAD_DIM)
+        store_rows(place(grad_v, row, gv_row, kv_head, gv_head), gv_row, stop - row, dv, HEAD_DIM)
 
 
 @triton.jit

@@ -21,9 +21,9 @@ def backward_q_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
     grad_row, grad_head, head_rows, gq_row, gq_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, query head). ADD: add to grad_q instead of storing."""
+    """Program (tile, query head)."""
     head = tl.program_id(1)
     _, row, stop, range_first, range_stop = load_tile(table, tl.program_id(0))
     rows = row + tl.arange(0, BLOCK_M)
@@ -59,7 +59,7 @@ def backward_q_kernel(
             last_key, scale, HEAD_DIM, BLOCK_D, BLOCK_N, True, PRECISION,
         )  # fmt: skip
     gradient = acc * (scale / LOG2E)
-    store_rows(place(grad_q, row, gq_row, head, gq_head), gq_row, stop - row, gradient, ADD, HEAD_DIM)
+    store_rows(place(grad_q, row, gq_row, head, gq_head), gq_row, stop - row, gradient, HEAD_DIM)
 
 
 @triton.jit

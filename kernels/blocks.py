@@ -41,14 +41,12 @@ def load_rows(pointer, stride_row, rows_left, ROWS: tl.constexpr, HEAD_DIM: tl.c
 
 
 @triton.jit
-def store_rows(pointer, stride_row, rows_left, value, ADD: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Store [ROWS, BLOCK_D] at `pointer`, or add it to what is there, leaving out rows from `rows_left` on."""
+def store_rows(pointer, stride_row, rows_left, value, HEAD_DIM: tl.constexpr):
+    """Store [ROWS, BLOCK_D] at `pointer`, leaving out rows from `rows_left` on."""
     row = tl.arange(0, value.shape[0])[:, None]
     column = tl.arange(0, value.shape[1])[None, :]
     pointers = pointer + (row * stride_row + column)
     mask = (row < rows_left) & (column < HEAD_DIM)
-    if ADD:
-        value += tl.load(pointers, mask=mask, other=0.0)
     tl.store(pointers, value.to(pointer.dtype.element_ty), mask=mask)
 
 

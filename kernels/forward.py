@@ -90,7 +90,7 @@ def forward_kernel(
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     log_sum = tl.where(empty, float("-inf"), (maximum + tl.log2(tl.where(empty, 1.0, total))) * LN2)
-    store_rows(out_at, out_row, stop - row, acc, False, HEAD_DIM)
+    store_rows(out_at, out_row, stop - row, acc, HEAD_DIM)
     tl.store(lse_at, log_sum, mask=rows < stop)
 
 

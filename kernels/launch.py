@@ -104,7 +104,7 @@ class TritonAttention:
 
         def scatter(part: _Prepared) -> None:
             arguments = (*inputs, *outputs, *part.tables, scale * _LOG2E, *strides, *_strides(*outputs))
-            _launch(backward_kv_kernel, part, q, local, local.k.shape[1], arguments, ADD=False)
+            _launch(backward_kv_kernel, part, q, local, local.k.shape[1], arguments)
 
         if leave is None:
             scatter(keys)
@@ -116,7 +116,7 @@ class TritonAttention:
         queries = self._prepare(Pass.BACKWARD_Q, schedule, q)
         grad_q = _empty(q.shape, q.dtype, q.device, queries.local_rows == len(q))
         arguments = (*inputs, grad_q, *queries.tables, scale * _LOG2E, *strides, *_strides(grad_q))
-        _launch(backward_q_kernel, queries, q, local, q.shape[1], arguments, ADD=False)
+        _launch(backward_q_kernel, queries, q, local, q.shape[1], arguments)
         return Gradients(grad_q, grad_local, back)
 
     def _forward(

@@ -32,7 +32,7 @@ class Exact(ReceivingExchange):
         layout, rows, own = self.layout(plan), self._traffic(plan), self.transport.rank
         sent, received = rows[own].tolist(), rows[:, own].tolist()
         inbox = self.transport.inbox(sum(received), int(rows.sum(0).max()), (2, *k.shape[1:]), k)
-        leaving = ChosenRows((k, v), layout.sent_index)
+        leaving = ChosenRows((k, v), layout.sent_index(k.device))
         before = rows[:own].sum(0).tolist()
         return OneArrival(self.transport.all_to_all(leaving, sent, inbox, received, before), inbox, layout)
 
@@ -44,5 +44,5 @@ class Exact(ReceivingExchange):
         before = rows[:, :own].sum(1).tolist()
         arrival = self.transport.all_to_all(WholeRows(gradients, "gradients"), received, inbox, sent, before)
         starts = np.cumsum([0, *sent[:-1]]).tolist()
-        slots = list(zip(starts, layout.sent_index.split(sent), strict=True))
+        slots = list(zip(starts, layout.sent_index(gradients.device).split(sent), strict=True))
         return ReturnedRows(arrival, inbox, slots, self.transport)

@@ -32,11 +32,11 @@ class Layout:
         self.received: Segments = EXCHANGES[exchange].received(plan, rank)
         self.sent: Segments = EXCHANGES[exchange].sent(plan, rank)
         self.schedule_of = lru_cache(maxsize=None)(self._schedule_of)
+        self.sent_index = lru_cache(maxsize=None)(self._sent_index)
 
-    @cached_property
-    def sent_index(self) -> Tensor:
+    def _sent_index(self, device: torch.device) -> Tensor:
         """Local rows in the order they leave."""
-        return torch.from_numpy(self.sent.buffer_rows())
+        return torch.from_numpy(self.sent.buffer_rows()).to(device)
 
     @cached_property
     def schedule(self) -> Schedule:

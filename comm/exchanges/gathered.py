@@ -23,7 +23,7 @@ class _Gathered(ReceivingExchange):
     def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> Flight:
         """See Exchange."""
         layout, rows = self.layout(plan), self._block_rows(plan)
-        index, total = layout.sent_index, rows * plan.world_size
+        index, total = layout.sent_index(k.device), rows * plan.world_size
         block = k.new_zeros((rows, 2, *k.shape[1:]))
         ChosenRows((k, v), index).write(block[: len(index)], 0, len(index))
         inbox = self.transport.inbox(total, total, block.shape[1:], k)
@@ -31,7 +31,7 @@ class _Gathered(ReceivingExchange):
 
     def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> ReturnedRows:
         """See ReceivingExchange. A rank's own block stays at home: it read those rows from its local tensor."""
-        index, rows, own = self.layout(plan).sent_index, self._block_rows(plan), self.transport.rank
+        index, rows, own = self.layout(plan).sent_index(gradients.device), self._block_rows(plan), self.transport.rank
         others = [rank for rank in range(plan.world_size) if rank != own]
         counts = [rows * (rank != own) for rank in range(plan.world_size)]
         leaving = torch.cat((gradients[: rows * own], gradients[rows * (own + 1) :]))

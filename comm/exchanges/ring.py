@@ -89,7 +89,7 @@ class _RingFlight(Flight):
         sizes = [_blocks(layout, rank) for rank in range(transport.world_size)]
         self._steps = _Steps(transport, sizes, (2, *k.shape[1:]), k)
         self.inbox = self._steps.inbox
-        self._steps.shift(ChosenRows((k, v), layout.sent_index))
+        self._steps.shift(ChosenRows((k, v), layout.sent_index(k.device)))
 
     def arrivals(self, stages: int) -> Iterator[Schedule]:
         """See Flight: one schedule a block; the block moves on before it is computed on."""

@@ -91,6 +91,13 @@ def test_grouped_heads_spill_nothing_either() -> None:
         assert build(*case, group=4).spilled_bytes == 0
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_context_parallel_variants_spill_nothing_either(head_dim: int) -> None:
+    """A forward that goes on from earlier ranges, and local gradients in fp32, for others' shares are added to them."""
+    for case in entries("sm_90", head_dim, "bfloat16"):
+        assert build(*case, parallel=True).spilled_bytes == 0
+
+
 @pytest.mark.parametrize("head_dim", [16, 80, 256])
 @pytest.mark.parametrize("arch", TARGETS)
 def test_the_kernel_before_the_gradients_spills_nothing(arch: str, head_dim: int) -> None:
