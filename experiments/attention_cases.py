@@ -104,7 +104,7 @@ def useful_share(schedule: Schedule, rows: int, which: Pass, blocks: Blocks) -> 
     tiles = (key_tiles if of_keys else query_tiles)(schedule, rows, tile_rows)
     row, tile_stop, first, last = tiles.table[:, 1:].T
     tile = np.repeat(np.arange(len(row)), last - first)
-    place, start, stop = tiles.ranges[expand_ranges(first, last - first)].T
+    place, start, stop = tiles.ranges[expand_ranges(first, last - first), :3].T
     own = place == OWN  # read up to the tile's end, or from its first row on
     start = np.where(own & of_keys, row[tile], start)
     stop = np.where(own & (not of_keys), tile_stop[tile], stop)

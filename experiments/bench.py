@@ -97,7 +97,7 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
     except RanksFailedError as error:
         print(f"flashcp: error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps({"rows": [_fields(row) for row in rows]}, indent=1) if as_json else bench.table(rows))
+    print(_json(rows) if as_json else bench.table(rows))
     print(f"wrote {written}", file=sys.stderr)
     return 0
 
@@ -117,6 +117,10 @@ def _into_file(
         return rows, path
 
     return run
+
+
+def _json(rows: list[Any]) -> str:
+    return json.dumps({"rows": [_fields(row) for row in rows]}, indent=1, default=dataclasses.asdict)
 
 
 def _fields(row: Any) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Build:
     tcgen05: int
     mma: int
     async_copies: int
-    listing: str = field(repr=False)
+    listing: str = field(default="", repr=False)
 
 
 def build(

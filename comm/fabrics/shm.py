@@ -27,6 +27,7 @@ __all__ = ["ShmFabric"]
 Memories = Callable[[int, int], list[np.ndarray]]
 _PAGE = 4096
 _CHUNK_BYTES = 1 << 18  # a throttled put pauses in between
+_IDLE_S = 10.0  # a thread without errands ends
 _SPIN_S = 5e-5  # between two looks at a flag: ranks share cores
 
 
@@ -150,9 +151,9 @@ class _Courier:
         with self._news:
             self._errands.append(errand)
             self._news.notify()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="flashcp-courier", daemon=True)
-            self._thread.start()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="flashcp-courier", daemon=True)
+                self._thread.start()
         return errand
 
     def check(self) -> None:
@@ -165,7 +166,9 @@ class _Courier:
             while True:
                 with self._news:
                     while not self._errands:
-                        self._news.wait()
+                        if not self._news.wait(_IDLE_S):
+                            self._thread = None  # the next errand starts another: operators come and go
+                            return
                 try:
                     self._serve()
                 except Exception as error:  # told to the rank at its next wait: a thread has nobody to raise to
