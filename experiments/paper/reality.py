@@ -35,7 +35,7 @@ def measured_rows(folders: Sequence[str]) -> list[Row]:
         if not rows:
             raise ValueError(f"measured={folder!r}: no {RESULTS} in it; expected the directory of a sweep")
         for row in rows:
-            if row.metric in METRICS and row.provider in METHODS:
+            if row.kind == "measured" and row.metric in METRICS and row.provider in METHODS:
                 every.setdefault((row.case, row.provider, row.metric), []).append(row)
     return [_over_sweeps(rows) for rows in every.values()]
 

@@ -37,7 +37,7 @@ SMALL = {
         "solver.limit_s=2",
         "data.long_document_weight=1,10",
     ],
-    "demo_predicted": ["windows=1", f"measured=[{ROOT / 'experiments/results/demo'}]"],
+    "demo_predicted": ["windows=1", f"measured=[{ROOT / 'experiments/results/demo_repeats'}]"],
     "beyond_paper": [
         "windows=1",
         "world_size=8,32",
