@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import flashcp
+from flashcp.experiments.bench_virtual import main
+from flashcp.experiments.rows import read_rows
 from flashcp.experiments.virtual_ranks import VirtualRanks
 from tests.packs import random_qkv, relative_error
 
@@ -27,3 +31,11 @@ def test_every_rank_gets_the_references_rows(device: str, overlap: str, exchange
         expected = flashcp.reference_attention(*(x.cpu() for x in (q, k, v)), LENGTHS)
         for index, result in zip(rows, results, strict=True):
             assert relative_error(result.out.cpu(), expected[index]) < (1e-5 if device == "cpu" else 1e-2)
+
+
+def test_the_bench_compares_levels_with_the_bound(tmp_path: Path) -> None:
+    assert main(["--tokens", "512", "--heads", "2", "--head_dim", "32", "--out", str(tmp_path)]) == 0
+    found = {row.metric: row.median for row in read_rows(tmp_path)}
+    assert found["transfer_ms"] == pytest.approx(found["local_tiles_ms"])
+    bound = max(found["compute_ms"], found["transfer_ms"])
+    assert found["staged_over_bound"] == pytest.approx(found["staged_ms"] / bound)
