@@ -1,8 +1,8 @@
 """What overlap hides on one GPU, between ranks that are streams of one process.
 
 `python -m flashcp.experiments.bench_virtual`. Rows leave at a rate at which they take as long as the tiles of local
-rows. With all of it hidden a forward pass takes max(compute, transfer). Needs no hydra. On a CPU the same runs, one rank
-after another: to try it, not to measure it.
+rows. With all of it hidden a forward pass takes max(compute, transfer). Needs no hydra. On a CPU the same runs, one rank after
+another: to try it, not to measure it.
 """
 
 from __future__ import annotations
