@@ -1,7 +1,7 @@
 """What overlap hides on one GPU, between ranks that are streams of one process.
 
 `python -m flashcp.experiments.bench_virtual`. Rows leave at a rate at which they take as long as the tiles of local
-rows. With all of it hidden a forward pass takes max(compute, transfer). Needs no hydra. On a CPU the same runs, one rank after
+rows: with all of it hidden a forward pass takes max(compute, transfer). Needs no hydra. A CPU runs one rank after
 another: to try it, not to measure it.
 """
 
