@@ -61,6 +61,7 @@ class Header(NamedTuple):
 class Handshake:
     """Compares headers within a group, every call within the time-out.
 
+    stopped: why ranks may have come apart, by an error that was raised here; empty while all is well.
     oldest: the least `oldest` of all ranks in the headers compared last: the same on all ranks at the same point of
     the program.
     """
@@ -70,6 +71,7 @@ class Handshake:
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.timeout_s = timeout_s
         self.oldest = 0
+        self.stopped = ""
         self._posted: deque[Posted] = deque()
         self._last_words: list[dist.Work | None] = []
 
@@ -144,7 +146,11 @@ class Posted:
         """Wait for the others' headers, earlier ones first, and compare; done once. Raises as `Handshake.compare`."""
         queue = self._handshake._posted
         while self in queue:
-            queue.popleft()._compare()
+            try:
+                queue.popleft()._compare()
+            except ExchangeError as error:
+                self._handshake.stopped = self._handshake.stopped or str(error)
+                raise
 
     def _compare(self) -> None:
         handshake, header = self._handshake, self._header
@@ -170,6 +176,8 @@ class Posted:
         for departure in self._departures:
             handshake._wait(departure, deadline, "headers to leave")
         handshake.oldest = int(self._headers[:, -1].min())
+        if header.failed and not self._headers[:, 0].all():
+            handshake.stopped = handshake.stopped or f"rank {handshake.rank} failed alone (call {header.call})"
 
 
 def _judge(headers: Tensor, mine: Header) -> None:

@@ -48,7 +48,8 @@ class ContextParallel:
     milliseconds.
     Raises ValueError for names it does not know and groups this rank is no member of. Calls on all ranks must come
     in the same order. Ranks compare call numbers, plans, exchanges, shapes, dtypes and scales before rows move: what
-    differs, and whoever fails or stays away, is named in an ExchangeError on every rank within the time-out.
+    differs, and whoever fails or stays away, is named in an ExchangeError on every rank within the time-out. After it
+    receive buffers of a one-sided transport are no longer the same on all ranks: every later call raises.
     """
 
     def __init__(
@@ -215,6 +216,9 @@ class ContextParallel:
 
         What they tell is compared now, but under a one-sided transport only before this rank reads their rows.
         """
+        if self._transport.one_sided and self._handshake is not None and self._handshake.stopped:
+            why = self._handshake.stopped
+            raise ExchangeError(f"ranks came apart at an earlier error, make a new ContextParallel: {why}")
         self._calls += 1
         try:
             header = make_header()._replace(call=self._calls, oldest=self._transport.oldest)

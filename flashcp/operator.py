@@ -55,8 +55,10 @@ class Call:
             yield
         except ExchangeError as error:
             known = isinstance(error, PlanMismatchError | PeerFailedError)  # to all ranks
-            if self.handshake is not None and not known:
-                self.handshake.abandon(self.header.call)
+            if self.handshake is not None:
+                self.handshake.stopped = self.handshake.stopped or str(error)
+                if not known:
+                    self.handshake.abandon(self.header.call)
             if f"call {self.header.call}" in str(error):
                 raise
             raise type(error)(f"{error} (call {self.header.call})") from error
@@ -83,6 +85,8 @@ class Handle:
         header = call.header._replace(query_heads=q.shape[1], scale=scale_code(scale))
         later = exchange.moves_later and header != call.header
         call = replace(call, header=header)
+        if torch.is_grad_enabled() and not header.gradients and any(x.requires_grad for x in (q, self._k, self._v)):
+            raise RuntimeError("rows were prefetched without gradients: prefetch again where gradients are on")
         flight, self._flight = self._flight, None
         with call.watched():
             if later:

@@ -38,6 +38,8 @@ class ReceivingExchange(Exchange):
         tensors = (q, KV(k, v), as_kv(flight.inbox.rows))
         out, lse = (self._staged if job.overlap == "staged" else self._at_once)(plan, *tensors, flight, job, scale)
         with job.clock.measure("exposed_exchange_ms"):
+            if flight.arrival:
+                flight.arrival.wait()  # also for rows that nobody reads here: the region is free only when all landed
             flight.leave()
         kept = Kept(q, k, v, out, lse, flight.inbox.rows, torch.tensor([flight.inbox.ticket]))
         if job.refetch:

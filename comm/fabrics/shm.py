@@ -166,7 +166,7 @@ class _Courier:
             while True:
                 with self._news:
                     while not self._errands:
-                        if not self._news.wait(_IDLE_S):
+                        if not self._news.wait(_IDLE_S) and not self._errands:
                             self._thread = None  # the next errand starts another: operators come and go
                             return
                 try:
