@@ -43,7 +43,7 @@ class OneSided:
     @property
     def oldest(self) -> int:
         """See Transport."""
-        return self.heap.oldest_alive
+        return min(self.heap.oldest_alive, self.fabric.oldest_put)
 
     def inbox(self, rows: int, most: int, row: Sequence[int], like: Tensor, steps: int = 1) -> Inbox:
         """See Transport. Raises HeapError past the heap's limit."""

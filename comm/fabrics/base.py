@@ -17,7 +17,10 @@ from torch import Tensor
 from flashcp.comm.rows import Leaving
 from flashcp.kernels.arrivals import Arrivals
 
-__all__ = ["Fabric", "Put", "Region", "Ticking"]
+__all__ = ["NO_PUT", "Fabric", "Put", "Region", "Ticking"]
+
+
+NO_PUT = 2**62
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +67,10 @@ class Fabric(Protocol):
     @property
     def sent_bytes(self) -> int:
         """What has left this rank for others so far."""
+
+    @property
+    def oldest_put(self) -> int:
+        """The least epoch of this rank's puts that have not landed yet; `NO_PUT` without any."""
 
     def allocate(self, index: int, data_bytes: int) -> Region:
         """A region on every rank; all ranks call this together. Raises HeapError on all where one has no room."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeTimeoutError, HeapError
-from flashcp.comm.fabrics.base import Put, Region, Ticking
+from flashcp.comm.fabrics.base import NO_PUT, Put, Region, Ticking
 from flashcp.kernels.arrivals import Arrivals
 
 __all__ = ["CudaFabric", "symmetric_memories"]
@@ -64,10 +64,17 @@ class CudaFabric:
         self.sent_bytes, self.timeout_s, self.throttle_gbps = 0, timeout_s, throttle_gbps
         self._device, self._memories = device, memories
         self._stream = torch.cuda.Stream(device)
+        self._under_way: list[tuple[torch.cuda.Event, int]] = []
         self._stuck = torch.zeros(1, dtype=torch.int32, device=device)
         self._seen = torch.zeros(1, dtype=torch.int32).pin_memory()
         self._cycles_per_s = _cycles_per_s() if throttle_gbps else 0.0
         self._ranks = torch.arange(world_size, dtype=torch.int32, device=device)
+
+    @property
+    def oldest_put(self) -> int:
+        """See Fabric."""
+        self._under_way = [(event, epoch) for event, epoch in self._under_way if not event.query()]
+        return min((epoch for _, epoch in self._under_way), default=NO_PUT)
 
     def allocate(self, index: int, data_bytes: int) -> Region:
         """See Fabric."""
@@ -99,7 +106,9 @@ class CudaFabric:
                     with span(f"send {put.leaving.what} to rank {put.to}"):
                         self._carry(put, packed[put.start : put.stop])
                 self._note()
-            return _Sent(self._stream.record_event())
+            sent = self._stream.record_event()
+        self._under_way += [(sent, put.epoch) for put in puts[:1]]
+        return _Sent(sent)
 
     def _carry(self, put: Put, rows: Tensor) -> None:
         from flashcp.kernels import transfers

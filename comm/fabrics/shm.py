@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError
-from flashcp.comm.fabrics.base import Put, Region, Ticking
+from flashcp.comm.fabrics.base import NO_PUT, Put, Region, Ticking
 from flashcp.kernels.arrivals import Arrivals
 
 __all__ = ["ShmFabric"]
@@ -70,6 +70,11 @@ class ShmFabric:
     def sent_bytes(self) -> int:
         """What was put into other ranks' memory so far."""
         return self._courier.sent_bytes
+
+    @property
+    def oldest_put(self) -> int:
+        """See Fabric."""
+        return self._courier.oldest_put
 
     def allocate(self, index: int, data_bytes: int) -> Region:
         """See Fabric."""
@@ -147,6 +152,7 @@ class _Courier:
         self._thread: threading.Thread | None = None
 
     def start(self, puts: Sequence[Put]) -> Ticking:
+        self.check()
         errand = _Errand(list(puts), courier=self)
         with self._news:
             self._errands.append(errand)
@@ -155,6 +161,12 @@ class _Courier:
                 self._thread = threading.Thread(target=self._run, name="flashcp-courier", daemon=True)
                 self._thread.start()
         return errand
+
+    @property
+    def oldest_put(self) -> int:
+        """The least epoch of the puts that are not done."""
+        with self._news:
+            return min((put.epoch for errand in self._errands for put in errand.puts), default=NO_PUT)
 
     def check(self) -> None:
         """Raise what went wrong on the way."""
@@ -184,7 +196,8 @@ class _Courier:
                 ready = next((put for put in errand.puts if self._is_free(put)), None)
                 if ready is not None:
                     self._carry(ready)
-                    errand.puts.remove(ready)
+                    with self._news:
+                        errand.puts.remove(ready)
                 if not errand.puts:
                     errand.done.set()
                     with self._news:

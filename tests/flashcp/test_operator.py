@@ -96,6 +96,10 @@ def handle_and_helpers() -> None:
     k.add_(1)
     with pytest.raises(RuntimeError, match="changed in place"):
         handle.attention(q)
+    with torch.no_grad():
+        handle = cp.prefetch(k, v, plan)
+    with pytest.raises(RuntimeError, match="prefetched without gradients"):
+        handle.attention(q.clone().requires_grad_())
     assert cp.transport == "shm"
     assert cp.overlap == "staged"
     assert cp.stats.attention_ms > 0
