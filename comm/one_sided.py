@@ -117,13 +117,14 @@ class _Arrival:
         self, fabric: Fabric, lease: Lease, epoch: int, sources: Sequence[int], leaving: Ticking, what: str
     ) -> None:
         self._fabric, self._region, self._epoch = fabric, lease.region, epoch
-        self._sources, self._leaving, self._what = sources, leaving, what
+        self._awaited, self._leaving, self._what = list(sources), leaving, what
 
     def wait(self, source: int | None = None) -> None:
-        for each in self._sources if source is None else [source]:
-            if each in self._sources:
+        for each in list(self._awaited) if source is None else [source]:
+            if each in self._awaited:
                 with span(f"wait for {self._what} of rank {each}"):
                     self._fabric.wait(self._region, each, self._epoch)
+                self._awaited.remove(each)
 
     def leave(self) -> None:
         with span(f"wait until {self._what} have left"):
