@@ -146,11 +146,13 @@ class SolverSettings:
 class SimulationsSettings(SimulateSettings):
     """`flashcp sweep experiment=NAME` for the sweeps that simulate. name: of the directory below outputs/.
 
-    out: directory, empty: outputs/NAME. measured: directories of sweeps whose times stand beside the simulated ones.
+    out: directory, empty: outputs/NAME. metrics: that become rows, empty: all. measured: directories of sweeps whose
+    times stand beside the simulated ones.
     """
 
     name: str = "simulations"
     out: str = ""
+    metrics: list[str] = field(default_factory=list)
     measured: list[str] = field(default_factory=list)
     solver: SolverSettings = field(default_factory=SolverSettings)
 

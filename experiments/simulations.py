@@ -79,6 +79,7 @@ def _run(job: Job, number: str) -> list[Row]:
         Row(case, name, metric, UNITS.get(metric.rsplit("_", 1)[-1], "ratio"), None, None, value, None, *carried)
         for name, metrics in numbers.items()
         for metric, value in metrics.items()
+        if metric in settings["metrics"] or not settings["metrics"]
     ]
 
 

@@ -16,6 +16,7 @@ from flashcp.experiments.paper.cells import Cell, Numbers, verdict
 from flashcp.experiments.paper.fig6 import breakdown
 from flashcp.experiments.paper.figures import FIGURES
 from flashcp.experiments.paper.notes import NOTES
+from flashcp.experiments.paper.page import write_paper_page
 from flashcp.experiments.paper.reality import measured_rows
 from flashcp.experiments.paper.values import BREAKDOWN
 from flashcp.experiments.rows import read_rows, write_rows
@@ -190,3 +191,9 @@ def test_measured_times_of_several_sweeps_become_one(tmp_path: Path) -> None:
         assert row.p80 == pytest.approx(np.percentile([1, 1.2, 2.0], 80) * single.median)
     with pytest.raises(ValueError, match="expected the directory of a sweep"):
         measured_rows([str(tmp_path)])
+
+
+def test_the_committed_page_is_what_its_rows_say(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "experiments/results/paper", tmp_path / "results/paper")
+    page = write_paper_page(tmp_path / "results/paper", tmp_path / "PAPER_RESULTS.md")
+    assert page.read_text() == (ROOT / "experiments/PAPER_RESULTS.md").read_text()
