@@ -16,18 +16,22 @@ import numpy as np
 import torch
 
 from flashcp.experiments.bench_planner import provenance
-from flashcp.experiments.calibration.attention import fit_attention, random_schedule, time_attention
+from flashcp.experiments.calibration.attention import fit_attention, random_schedule, random_shape, time_attention
 from flashcp.experiments.calibration.figure import draw_calibration
 from flashcp.experiments.calibration.fit import fit_line
-from flashcp.experiments.calibration.links import copy_us, gemm_tflops, link_us, own_clock
+from flashcp.experiments.calibration.links import copy_us, layer_tflops, link_us
 from flashcp.experiments.calibration.times import DIRECTIONS, SPLITS, TimeRow, errors, write_times
+from flashcp.experiments.kernel_times import KernelTimer
 from flashcp.experiments.simulator.cluster_file import cluster_text
 from flashcp.experiments.simulator.machine import Machine, PublishedCopies
+from flashcp.experiments.timing import own_clock
 from flashcp.sharding.cost import AttentionShape, CopyCost, Link, Links
 
 __all__ = ["CalibrateBench", "Calibration", "bench_calibrate", "calibration_table", "write_calibration"]
 
-PUBLISHED = PublishedCopies(gathered_passes=8.0, shuffled_passes=11.0, compacted_passes=10.0, shard_us=8.0)
+PUBLISHED = PublishedCopies(
+    gathered_passes=8.0, shuffled_passes=11.0, compacted_passes=10.0, shard_us=8.0, sync_us=40.0
+)
 
 
 @dataclass
@@ -68,8 +72,11 @@ def bench_calibrate(bench: CalibrateBench) -> Iterator[Calibration]:
     random = np.random.default_rng(bench.seed)
     schedules = [random_schedule(bench.contexts, bench.world_sizes, random) for _ in range(2 * bench.schedules)]
     clock = own_clock(device, bench.threads)
-    forward, backward = time_attention(schedules, shape, dtype, bench.repeats, device, clock)
-    attention, predicted = fit_attention(schedules, (forward, backward), bench.schedules, shape)
+    timer = KernelTimer(device, bench.repeats, clock)
+    timer.check(shape)
+    shapes = [random_shape(shape, random) for _ in schedules]
+    forward, backward = time_attention(schedules, shapes, timer)
+    attention, predicted = fit_attention(schedules, shapes, (forward, backward), bench.schedules)
     sizes = [2**power for power in range(14, 25, 2)]
     copied = copy_us(sizes, shape.kv_bytes, bench.repeats, device, clock)
     copy_slope, copy_start = fit_line([2 * size for size in sizes], copied)  # read and written
@@ -83,7 +90,7 @@ def bench_calibrate(bench: CalibrateBench) -> Iterator[Calibration]:
         attention=attention,
         copies=CopyCost(1e-3 / copy_slope, copy_start),
         links=Links(max(2, torch.cuda.device_count() if cuda else 2), link, link),
-        gemm_tflops=gemm_tflops(4096, 4096 if cuda else 256, dtype, bench.repeats, device, clock),
+        gemm_tflops=layer_tflops(shape, max(bench.contexts) // 2, bench.repeats, device, clock),
         published=PUBLISHED,
         provenance=_provenance(bench, device, linked),
     )
@@ -95,7 +102,7 @@ def bench_calibrate(bench: CalibrateBench) -> Iterator[Calibration]:
             ("forward", forward[index], predicted[0][index]),
             ("backward", backward[index], predicted[1][index]),
         ):
-            size = (one.query_rows, one.schedule.pairs, len(one.schedule.source))
+            size = (shapes[index].query_heads, one.query_rows, one.schedule.pairs, len(one.schedule.source))
             times.append(TimeRow(index, split, direction, *size, measured, ours, *carried))
     yield Calibration(machine, times)
 

@@ -129,6 +129,11 @@ class Problem:
         """The same of this rank's rows alone, [T, heads, D]."""
         return self._draw(int(self.plan.tokens[self.ranks.rank]), self.bench.seed + 1 + self.ranks.rank)
 
+    @property
+    def kv(self) -> tuple[ShardingPlan, Tensor, Tensor]:
+        """What an exchange starts with: the plan, this rank's keys and values."""
+        return self.plan, *self.local[1:3]
+
     def _draw(self, rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         random = torch.Generator().manual_seed(seed)
         heads = (self.bench.query_heads, self.bench.kv_heads, self.bench.kv_heads, self.bench.query_heads)

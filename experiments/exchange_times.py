@@ -28,9 +28,10 @@ from flashcp.kernels.cpu import KV
 from flashcp.kernels.inputs import default_scale
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.selection import select_attention
+from flashcp.sharding.plan import ShardingPlan
 from flashcp.train.ranks import Ranks
 
-__all__ = ["Number", "in_turns", "measure"]
+__all__ = ["Number", "in_turns", "measure", "moving", "ranks_max"]
 
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
 Pair = tuple[str, str]  # transport, exchange
@@ -79,10 +80,10 @@ def measure(bench: ExchangeBench, ranks: Ranks, say: Callable[[str], None]) -> I
         for metric, count in zip(("sent_bytes", "sent_backward_bytes"), counted(cp, full), strict=True):
             yield Number(pair, metric, "bytes", None, count, None)
     say("bytes are the routes'; timing the exchanges alone")
-    for pair, times in in_turns({pair: moving(cp, row) for pair, cp in plain.items()}, ranks, bench.seconds).items():
+    for pair, times in in_turns({pair: moving(cp, *row.kv) for pair, cp in plain.items()}, ranks, bench.seconds).items():
         yield Number(pair, "latency_us", "us", *spread(1e3 * ranks_max(ranks, times)))
-    moved = {pair: ranks.max(sent_by(cp, moving(cp, full)))[0] for pair, cp in plain.items()}
-    for pair, times in in_turns({pair: moving(cp, full) for pair, cp in plain.items()}, ranks, bench.seconds).items():
+    moved = {pair: ranks.max(sent_by(cp, moving(cp, *full.kv)))[0] for pair, cp in plain.items()}
+    for pair, times in in_turns({pair: moving(cp, *full.kv) for pair, cp in plain.items()}, ranks, bench.seconds).items():
         slowest = ranks_max(ranks, times)
         yield Number(pair, "exchange_ms", "ms", *spread(slowest))
         yield Number(pair, "bandwidth_gbps", "GB/s", *spread(moved[pair] / slowest / 1e6))
@@ -150,9 +151,9 @@ def sent_by(cp: ContextParallel, work: Work) -> int:
     return cp.sent_bytes - before
 
 
-def moving(cp: ContextParallel, problem: Problem) -> Work:
+def moving(cp: ContextParallel, plan: ShardingPlan, k: Tensor, v: Tensor) -> Work:
     """The exchange alone: from its start until all rows are there and this rank's have left."""
-    return lambda: _free(cp, _flight(cp, problem))
+    return lambda: _free(cp, _flight(cp, plan, k, v))
 
 
 def attending(cp: ContextParallel, problem: Problem) -> Work:
@@ -163,7 +164,7 @@ def attending(cp: ContextParallel, problem: Problem) -> Work:
 
 def computing(cp: ContextParallel, problem: Problem) -> Work:
     """What the operator computes, with all rows there before it begins."""
-    flight = _flight(cp, problem)
+    flight = _flight(cp, *problem.kv)
     received = flight.inbox.rows.clone()
     _free(cp, flight)
     return attend(problem, cp._exchange.layout(problem.plan).schedule, *received.unbind(1))
@@ -177,9 +178,8 @@ def attend(problem: Problem, schedule: Schedule, k: Tensor, v: Tensor) -> Work:
     return torch.no_grad()(lambda: kernel.attend(queries, KV(keys, values), KV(k, v), schedule, scale))
 
 
-def _flight(cp: ContextParallel, problem: Problem) -> Flight:
-    _, k, v, _ = problem.local
-    flight = cp._exchange.start(problem.plan, k, v)
+def _flight(cp: ContextParallel, plan: ShardingPlan, k: Tensor, v: Tensor) -> Flight:
+    flight = cp._exchange.start(plan, k, v)
     flight.wait()
     flight.leave()
     return flight
@@ -189,10 +189,13 @@ def _free(cp: ContextParallel, flight: Flight) -> None:
     cp._exchange.transport.free(flight.inbox.ticket)
 
 
-def in_turns(work: Mapping[Key, Work], ranks: Ranks, seconds: float) -> dict[Key, np.ndarray]:
+def in_turns(
+    work: Mapping[Key, Work], ranks: Ranks, seconds: float = 0.0, rounds: int = 0
+) -> dict[Key, np.ndarray]:
     """Milliseconds of each function on this rank, [rounds], one after the other in each round.
 
-    Before each, all ranks wait for each other. The first round warms up and is not among them.
+    Before each, all ranks wait for each other. The first round warms up and is not among them. rounds: 0 for as many as
+    fit into `seconds`, within bounds.
     """
 
     def once(function: Work) -> float:
@@ -207,7 +210,7 @@ def in_turns(work: Mapping[Key, Work], ranks: Ranks, seconds: float) -> dict[Key
     for function in work.values():
         once(function)
     took = ranks.max(time.perf_counter() - began)[0]
-    rounds = int(min(MOST_ROUNDS, max(FEWEST_ROUNDS, seconds / took)))
+    rounds = rounds or int(min(MOST_ROUNDS, max(FEWEST_ROUNDS, seconds / took)))
     times = [[once(function) for function in work.values()] for _ in range(rounds)]
     return dict(zip(work, np.array(times).T, strict=True))
 

@@ -42,7 +42,7 @@ by less than both vary."""
 class Row:
     """One number. median: over a run's steps after warm-up, or the number itself where there is one (p20, p80 None).
 
-    case: the work. provider: the method. step: of `loss`, else None. kind: `measured` or `simulated`.
+    case: the work. provider: the method. step: of `loss`, else None. kind: `measured`, `simulated`, or both in words.
     config: digest of the run's configuration; reference: of the single-process run of the same packs, or empty.
     """
 

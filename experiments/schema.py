@@ -113,6 +113,7 @@ class SimulateSettings:
 
     overlap: of our kernel and the best efforts. gradient_bytes: of a number of a KV gradient on their wire.
     cluster_file: a file like those of conf/cluster, instead of one. figure: a picture of the first window's timelines.
+    kernel: `modelled`, or `measured`: every rank's attention is run on the one device at hand, the exchange modelled.
     workers: processes.
     """
 
@@ -124,6 +125,7 @@ class SimulateSettings:
     gradient_bytes: int = 4
     cluster_file: str = ""
     figure: str = ""
+    kernel: str = "modelled"
     workers: int = 1
     methods: list[str] = field(default_factory=list)
     method: str = ""

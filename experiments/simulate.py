@@ -20,7 +20,8 @@ from flashcp.experiments.schema import ModelShape
 from flashcp.experiments.simulator.batch import Options, simulate_packs
 from flashcp.experiments.simulator.cluster_file import read_cluster_file
 from flashcp.experiments.simulator.machine import Machine, read_machine
-from flashcp.experiments.simulator.planned import Setting
+from flashcp.experiments.simulator.pack import Price
+from flashcp.experiments.simulator.planned import Planned, Setting
 from flashcp.experiments.simulator.summary import BASELINE, Summary, recommendation, summarise
 from flashcp.experiments.simulator.variants import VARIANTS, Variant
 from flashcp.experiments.text import table
@@ -28,10 +29,11 @@ from flashcp.sharding.cost import AttentionShape
 from flashcp.sharding.strategies import plan
 from flashcp.train.schema import read_dataclass
 
-__all__ = ["Simulated", "chosen_variants", "main", "read_setting", "simulate", "summary_table"]
+__all__ = ["Kernels", "Simulated", "chosen_variants", "main", "read_kernels", "read_setting", "simulate", "summary_table"]
 
 CONFIG = "simulate"
 OVERLAPS = ("auto", "none", "staged", "fused")
+KERNELS = ("modelled", "measured")
 
 
 class Simulated(NamedTuple):
@@ -42,6 +44,19 @@ class Simulated(NamedTuple):
     variants: list[Variant]
     summaries: list[Summary]
     options: Options
+    kernels: Kernels
+
+
+class Kernels(NamedTuple):
+    """Where attention's times come from. device: what ran the kernels; empty where they are the cost model's."""
+
+    price: Price = Planned
+    device: str = ""
+
+    @property
+    def kind(self) -> str:
+        """As a row says it."""
+        return f"kernel={KERNELS[1]} exchange={KERNELS[0]}" if self.device else "simulated"
 
 
 def main(overrides: Sequence[str], as_json: bool = False) -> int:
@@ -52,12 +67,14 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
         from flashcp.experiments.simulate_figure import draw_timelines
 
         figure, ranks = Path(settings["figure"]), settings["world_size"]
-        file = draw_timelines(found.packs[0], found.variants, ranks, found.setting, figure, found.options)
+        drawn = found.packs[0], found.variants, ranks, found.setting, figure, found.options, found.kernels.price
+        file = draw_timelines(*drawn)
         print(f"wrote {file}", file=sys.stderr)
     if as_json:
         print(json.dumps(_document(settings, found), indent=1))
     else:
-        print(f"{heading(settings, found.packs)}; simulated on {found.setting.machine.name}")
+        kernels = f", its kernels measured on {found.kernels.device}" if found.kernels.device else ""
+        print(f"{heading(settings, found.packs)}; simulated on {found.setting.machine.name}{kernels}")
         print(f"{summary_table(found.summaries)}\n\n{recommendation(found.summaries)}")
     return 0
 
@@ -75,18 +92,20 @@ def simulate(settings: Mapping[str, Any], label: str = "") -> Simulated:
     with naming_options(options):
         plan(packs[0], settings["world_size"], strategy or "flashcp", **options)
     of_strategy = {strategy: options}
+    kernels = read_kernels(settings, setting)
     outcomes = simulate_packs(
         packs,
         list(dict.fromkeys([VARIANTS[BASELINE], *variants])),
         settings["world_size"],
         setting,
         options=of_strategy,
+        price=kernels.price,
         workers=settings["workers"],
         label=label,
     )
     rows = float(np.mean([pack.sum() for pack in packs])) / settings["world_size"]
     summaries = [summarise(variant, outcomes, setting, model, rows) for variant in variants]
-    return Simulated(setting, packs, variants, summaries, of_strategy)
+    return Simulated(setting, packs, variants, summaries, of_strategy, kernels)
 
 
 def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
@@ -103,6 +122,33 @@ def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
     shape = AttentionShape(model.query_heads, model.kv_heads, model.head_dim, model.dtype_bytes)
     overlap = "fused" if settings["overlap"] == "auto" else settings["overlap"]
     return Setting(_machine(settings), shape, overlap, settings["gradient_bytes"]), model
+
+
+def read_kernels(settings: Mapping[str, Any], setting: Setting) -> Kernels:
+    """The cost model, or every rank's kernels run on a GPU, or where there is none on this CPU.
+
+    Raises ValueError for what cannot be measured, RuntimeError where the kernel is wrong.
+    """
+    name = settings["kernel"]
+    if name not in KERNELS:
+        raise ValueError(f"kernel={name!r}: expected one of {', '.join(KERNELS)}")
+    if name == "modelled":
+        return Kernels()
+    if settings["workers"] != 1:
+        raise ValueError(f"workers={settings['workers']}: kernel=measured runs on one device, expected 1")
+    if setting.shape.dtype_bytes not in (2, 4):
+        raise ValueError(
+            f"model.dtype_bytes={setting.shape.dtype_bytes}: kernel=measured expects 2 (bf16) or 4 (fp32)"
+        )
+    import torch
+
+    from flashcp.experiments.kernel_times import KernelTimer
+    from flashcp.experiments.simulator.measured import MeasuredPlanned
+
+    torch.set_num_threads(1)  # as a rank on a CPU has
+    timer = KernelTimer(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    timer.check(setting.shape)
+    return Kernels(lambda plan, setting: MeasuredPlanned(plan, setting, timer), timer.device_name)
 
 
 def _machine(settings: Mapping[str, Any]) -> Machine:
@@ -161,7 +207,8 @@ def summary_table(summaries: Sequence[Summary]) -> str:
 def _document(settings: Mapping[str, Any], found: Simulated) -> dict[str, Any]:
     setting = found.setting
     return {
-        "kind": "simulated",
+        "kind": found.kernels.kind,
+        "kernel_device": found.kernels.device,
         "commit": commit(),
         "cluster": asdict(setting.machine),
         "world_size": settings["world_size"],

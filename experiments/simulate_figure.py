@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from flashcp.experiments.figure import INK, PARTS
 from flashcp.experiments.simulator.batch import Options, make_plans
-from flashcp.experiments.simulator.pack import simulate_module
+from flashcp.experiments.simulator.pack import Price, simulate_module
 from flashcp.experiments.simulator.planned import Module, Planned, Setting
 from flashcp.experiments.simulator.variants import Variant
 
@@ -34,6 +34,7 @@ def draw_timelines(
     setting: Setting,
     path: Path,
     options: Options | None = None,
+    price: Price = Planned,
 ) -> Path:
     """Write the picture in the format of the path's suffix, PNG where there is none. Returns the file written.
 
@@ -44,7 +45,7 @@ def draw_timelines(
         raise ValueError(f"figure={str(path)!r}: cannot be written (it is a directory); expected a file")
     file = path if path.suffix else path.with_name(f"{path.name}.png")
     plans = make_plans(pack, variants, world_size, options or {})
-    modules = [simulate_module(Planned(plans[one.sharding], setting), one) for one in variants]
+    modules = [simulate_module(price(plans[one.sharding], setting), one) for one in variants]
     columns = min(2, len(variants))
     lines = -(-len(variants) // columns)
     height = 0.8 + (0.75 + 0.13 * world_size) * lines

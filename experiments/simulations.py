@@ -66,15 +66,17 @@ def _run(job: Job, number: str) -> list[Row]:
     if settings["solver"]["granule"]:
         packs = read_packs(settings["data"], settings["context"], settings["windows"], settings["seed"])
         numbers = solve_packs(packs, settings["world_size"], **settings["solver"], label=f"{number} {case}")
-        device = platform.machine()
+        device, kind = platform.machine(), "simulated"
     else:
         found = simulate(settings, label=f"{number} {case}")
         print(f"{case}\n{summary_table(found.summaries)}\n", file=sys.stderr)
         numbers = {one.name: _numbers(one) for one in found.summaries}
-        device = f"simulated {found.setting.machine.name}"
+        device, kind = f"simulated {found.setting.machine.name}", found.kernels.kind
+        if found.kernels.device:
+            device = f"{found.kernels.device}; {device}"
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
     versions = f"flashcp {flashcp.__version__}, numpy {np.__version__}, python {platform.python_version()}"
-    carried = (device, versions, commit(), datetime.date.today().isoformat(), "simulated", digest, "")
+    carried = (device, versions, commit(), datetime.date.today().isoformat(), kind, digest, "")
     return [
         Row(case, name, metric, UNITS.get(metric.rsplit("_", 1)[-1], "ratio"), None, None, value, None, *carried)
         for name, metrics in numbers.items()

@@ -16,10 +16,11 @@ FREE = 1e6  # GB/s: what a part that the measurements do not show is given
 
 
 class KernelSample(NamedTuple):
-    """One kernel's work: its reads' features, the query rows it holds, and the time it took."""
+    """One kernel's work: its reads' features, the query rows it holds, its heads, and the time it took."""
 
     reads: ReadFeatures
     query_rows: int
+    shape: AttentionShape
     us: float
 
 
@@ -28,30 +29,16 @@ def total_features(parts: Sequence[ReadFeatures]) -> ReadFeatures:
     return ReadFeatures(*(np.array([float(sum(np.sum(part[i]) for part in parts))]) for i in range(5)))
 
 
-def kernel_us(cost: AttentionCost, sample: KernelSample, shape: AttentionShape, backward: bool) -> float:
+def kernel_us(cost: AttentionCost, sample: KernelSample, backward: bool) -> float:
     """The predicted time of a sample."""
-    reads = float(cost.read_us(sample.reads, shape, backward)[0])
-    return reads + float(cost.query_us(np.array(sample.query_rows), shape, backward)) + cost.launch_us(backward)
+    reads = float(cost.read_us(sample.reads, sample.shape, backward)[0])
+    query = float(cost.query_us(np.array(sample.query_rows), sample.shape, backward))
+    return reads + query + cost.launch_us(backward)
 
 
-def fit_kernel(samples: Sequence[KernelSample], shape: AttentionShape, backward: bool) -> tuple[KernelCost, float]:
+def fit_kernel(samples: Sequence[KernelSample], backward: bool) -> tuple[KernelCost, float]:
     """The kernel's parameters with the least relative error, and that error (root of the mean square)."""
-    pair_us = (10 if backward else 4) * shape.head_dim * shape.query_heads / 1e6
-    moved = 2 if backward else 1
-    design = np.array(
-        [
-            [
-                sample.reads.full_pairs[0] * pair_us,
-                sample.reads.masked_pairs[0] * pair_us,
-                sample.reads.kv_rows[0] * moved * shape.kv_bytes / 1e3,
-                sample.query_rows * moved * shape.query_bytes / 1e3,
-                sample.reads.query_rows[0] * moved * shape.query_bytes / 1e3,
-                sample.reads.ranges[0],
-                1.0,
-            ]
-            for sample in samples
-        ]
-    )
+    design = np.array([_parts(sample, backward) for sample in samples])
     rates, error = fit_rates(design, np.array([sample.us for sample in samples]), needed=(0,))
     full, masked, kv, query, merge, per_range, launch = rates.tolist()
     cost = KernelCost(
@@ -64,6 +51,22 @@ def fit_kernel(samples: Sequence[KernelSample], shape: AttentionShape, backward:
         launch_us=launch,
     )
     return cost, error
+
+
+def _parts(sample: KernelSample, backward: bool) -> list[float]:
+    """What each of the parameters is a rate of."""
+    shape, reads = sample.shape, sample.reads
+    pair_us = (10 if backward else 4) * shape.head_dim * shape.query_heads / 1e6
+    moved = 2 if backward else 1
+    return [
+        reads.full_pairs[0] * pair_us,
+        reads.masked_pairs[0] * pair_us,
+        reads.kv_rows[0] * moved * shape.kv_bytes / 1e3,
+        sample.query_rows * moved * shape.query_bytes / 1e3,
+        reads.query_rows[0] * moved * shape.query_bytes / 1e3,
+        reads.ranges[0],
+        1.0,
+    ]
 
 
 def fit_line(amounts: Sequence[float], us: Sequence[float]) -> tuple[float, float]:

@@ -1,48 +1,36 @@
-"""How long rows take from rank to rank, within a rank's memory, and through a matrix product: measured here."""
+"""How long rows take from rank to rank, within a rank's memory, and through a layer: measured here."""
 
 from __future__ import annotations
 
 import multiprocessing
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-__all__ = ["copy_us", "gemm_tflops", "link_us", "median_us", "own_clock"]
+from flashcp.context_parallel import ContextParallel
+from flashcp.experiments.exchange_times import in_turns, moving, ranks_max
+from flashcp.experiments.simulator.step import layer_flops
+from flashcp.experiments.timing import Clock, median_us
+from flashcp.sharding.cost import AttentionShape
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.strategies import plan
+from flashcp.train.model import Block, ModelConfig, Rotary
+from flashcp.train.ranks import Ranks
 
-TIMEOUT = timedelta(seconds=120)
+__all__ = ["copy_us", "layer_tflops", "link_us"]
 
-
-def median_us(
-    work: Callable[[], object],
-    repeats: int,
-    device: torch.device,
-    clock: Callable[[], float] = time.perf_counter,
-) -> float:
-    """Median time of a piece of work, after once to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        _finish(device)
-        started = clock()
-        work()
-        _finish(device)
-        times.append(1e6 * (clock() - started))
-    return float(np.median(times[1:]))
+TIMEOUT_S = 120.0
+HEAD_DIM = 16
 
 
-def own_clock(device: torch.device, threads: int) -> Callable[[], float]:
-    """One thread's work by its own time, which others on the machine do not lengthen; else the wall's."""
-    return time.thread_time if device.type == "cpu" and threads == 1 else time.perf_counter
-
-
-def copy_us(
-    sizes: Sequence[int], row_bytes: int, repeats: int, device: torch.device, clock: Callable[[], float]
-) -> list[float]:
+def copy_us(sizes: Sequence[int], row_bytes: int, repeats: int, device: torch.device, clock: Clock) -> list[float]:
     """Time to gather `sizes` bytes of rows by an index, as rows are packed before they leave."""
     times = []
     for size in sizes:
@@ -53,16 +41,35 @@ def copy_us(
     return times
 
 
-def gemm_tflops(
-    rows: int, width: int, dtype: torch.dtype, repeats: int, device: torch.device, clock: Callable[[], float]
-) -> float:
-    """10^12 operations a second of a square weight times `rows` rows."""
-    left, right = (torch.randn(count, width, device=device).to(dtype) for count in (rows, width))
-    return 2 * rows * width * width / (1e6 * median_us(lambda: left @ right, repeats, device, clock))
+def layer_tflops(shape: AttentionShape, rows: int, repeats: int, device: torch.device, clock: Clock) -> float:
+    """10^12 operations of matrix products a second that a decoder layer reaches, all but its attention counted in."""
+    dim = shape.query_heads * shape.head_dim
+    model = ModelConfig(dim=dim, heads=shape.query_heads, kv_heads=shape.kv_heads)
+    dtype = torch.float32 if shape.dtype_bytes == 4 else torch.bfloat16
+    block = Block(model, _NoAttention()).to(device, dtype)
+    x = torch.randn(rows, dim, device=device, dtype=dtype, requires_grad=True)
+    rotary = Rotary(shape.head_dim, model.rope_theta).to(device)(torch.arange(rows, device=device))
+    one = plan([rows], 1)
+    us = median_us(lambda: block(x, rotary, one).backward(x.detach()), repeats, device, clock)
+    return layer_flops(shape, 0, rows) / (1e6 * us)
+
+
+class _NoAttention:
+    """Leaves queries as they are: what a layer takes without its attention."""
+
+    def prefetch(self, k: Tensor, v: Tensor, plan: ShardingPlan) -> _NoAttention:
+        """Both are part of the output, so that their gradients are computed."""
+        self._share = (k.sum() + v.sum()) * 0
+        return self
+
+    def attention(self, q: Tensor) -> Tensor:
+        """As they came."""
+        return q + self._share
 
 
 def link_us(sizes: Sequence[int], repeats: int, cuda: bool) -> list[float]:
-    """Time until each of two ranks of this machine has `sizes` bytes of the other: gloo, or NCCL on two GPUs."""
+    """Time until each of two ranks of this machine has `sizes` bytes of K and V of the other, as an exchange moves
+    them: over shared memory, or NCCL on two GPUs."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         there, here = context.Pipe()
@@ -71,7 +78,7 @@ def link_us(sizes: Sequence[int], repeats: int, cuda: bool) -> list[float]:
         for rank in ranks:
             rank.start()
         try:
-            if not here.poll(TIMEOUT.total_seconds() * 2):
+            if not here.poll(2 * TIMEOUT_S):
                 raise TimeoutError("two ranks of this machine did not answer each other")
             times: list[float] = here.recv()
         finally:
@@ -81,28 +88,28 @@ def link_us(sizes: Sequence[int], repeats: int, cuda: bool) -> list[float]:
     return times
 
 
-def _rank(rank: int, store: str, sizes: Sequence[int], repeats: int, cuda: bool, answer: object) -> None:
+def _rank(rank: int, store: str, sizes: Sequence[int], repeats: int, cuda: bool, answer: Connection) -> None:
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    timeout = timedelta(seconds=TIMEOUT_S)
     backend = "nccl" if cuda else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=2, timeout=TIMEOUT)
-    times = []
-    for size in sizes:
-        rows, into = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-        sent = [0, size] if rank == 0 else [size, 0]
-
-        def exchange(into: torch.Tensor = into, rows: torch.Tensor = rows, sent: list[int] = sent) -> None:
-            dist.all_to_all_single(into, rows, sent, sent)
-
-        times.append(median_us(exchange, repeats, device))
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
+    cp = ContextParallel(exchange="all_gather", timeout_s=TIMEOUT_S)
+    work = {size: moving(cp, *_block(size, device)) for size in sizes}
+    ranks = Ranks(rank, 2, device)
+    times = in_turns(work, ranks, rounds=repeats)
+    medians = [1e3 * float(np.median(ranks_max(ranks, times[size]))) for size in sizes]
     if rank == 0:
-        answer.send(times)  # type: ignore[attr-defined]
+        answer.send(medians)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _block(size: int, device: torch.device) -> tuple[ShardingPlan, Tensor, Tensor]:
+    """One document in two halves, and a rank's K and V of it: `size` bytes together."""
+    rows = max(1, size // (2 * 4 * HEAD_DIM))
+    halves = ShardingPlan.from_shards([2 * rows], 2, [(0, 0, rows, 0), (0, rows, 2 * rows, 1)])
+    k, v = (torch.zeros(rows, 1, HEAD_DIM, device=device) for _ in range(2))
+    return halves, k, v

@@ -21,6 +21,7 @@ class TimeRow(NamedTuple):
     schedule: int
     split: str
     direction: str
+    query_heads: int
     query_rows: int
     pairs: int
     ranges: int
@@ -61,6 +62,6 @@ def read_times(path: Path) -> list[TimeRow]:
         table = csv.DictReader(lines)
         if tuple(table.fieldnames or ()) != TimeRow._fields:
             raise ValueError(f"{path}: expected the columns {', '.join(TimeRow._fields)}")
-        kinds = {"schedule": int, "query_rows": int, "pairs": int, "ranges": int}
+        kinds = {"schedule": int, "query_heads": int, "query_rows": int, "pairs": int, "ranges": int}
         kinds |= {"measured_us": float, "predicted_us": float}  # type: ignore[dict-item]
         return [TimeRow(**{name: kinds.get(name, str)(value) for name, value in line.items()}) for line in table]  # type: ignore[arg-type]

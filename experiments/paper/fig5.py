@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,7 +12,7 @@ from flashcp.experiments.paper.bars import COLOURS, draw_bars
 from flashcp.experiments.paper.cells import Cell, Numbers
 from flashcp.experiments.paper.values import MEAN_SPEEDUPS
 
-__all__ = ["cells", "draw", "slower_ring"]
+__all__ = ["UnhiddenRing", "cells", "draw", "unhidden_ring"]
 
 DATA = {"WLB-LLM": "wlb_llm", "Pile": "pile", "RedPajama": "redpajama"}
 PASSES = {"inference": "forward_ms", "training": "module_ms"}
@@ -39,16 +40,23 @@ def cells(numbers: Numbers) -> list[Cell]:
     return found
 
 
-def slower_ring(numbers: Numbers, method: str) -> float:
-    """How many times slower than the collectives' a ring's links would have to be, and none of it hidden, for the
-    paper's mean speedup in training."""
+class UnhiddenRing(NamedTuple):
+    """A ring that hides nothing of what it sends, in training. speedup: FlashCP's mean over it. slower: how many times
+    slower than the collectives' its links would have to be for the paper's mean."""
+
+    speedup: float
+    slower: float
+
+
+def unhidden_ring(numbers: Numbers, method: str) -> UnhiddenRing:
+    """What a ring's rows say of it."""
     shares = []
     for case in numbers.cases:
         ours = numbers(case, FLASHCP, "module_ms")
         busy = numbers(case, method, "attention_ms") + numbers(case, method, "copies_ms")
         shares.append((busy / ours, numbers(case, method, "exchange_ms") / ours))
-    busy_share, exchange_share = np.mean(shares, axis=0)
-    return float((MEAN_SPEEDUPS[method] - busy_share) / exchange_share)
+    busy_share, exchange_share = np.mean(shares, axis=0).tolist()
+    return UnhiddenRing(busy_share + exchange_share, (MEAN_SPEEDUPS[method] - busy_share) / exchange_share)
 
 
 def draw(numbers: Numbers, path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from flashcp.experiments.simulator.pack import Outcome, simulate_plans
-from flashcp.experiments.simulator.planned import Setting
+from flashcp.experiments.simulator.pack import Outcome, Price, simulate_plans
+from flashcp.experiments.simulator.planned import Planned, Setting
 from flashcp.experiments.simulator.variants import Variant
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan
@@ -34,17 +34,19 @@ def simulate_packs(
     setting: Setting,
     *,
     options: Options | None = None,
+    price: Price = Planned,
     workers: int = 1,
     label: str = "",
 ) -> Outcomes:
     """Every pack's outcome under every method, in order; the same for any number of workers.
 
-    packs: document lengths, int64 [documents] each. options: of strategies, by their name. label: of the bar on
-    standard error.
+    packs: document lengths, int64 [documents] each. options: of strategies, by their name. price: how a plan gets its
+    times. label: of the bar on standard error.
     """
     if workers < 1:
         raise ValueError(f"workers={workers}: expected a whole number >= 1")
-    one = partial(_one, variants=variants, world_size=world_size, setting=setting, options=options or {})
+    common = {"variants": variants, "world_size": world_size, "setting": setting, "options": options or {}}
+    one = partial(_one, price=price, **common)
     bar = partial(tqdm, total=len(packs), unit="window", desc=label or None, delay=QUIET_S)
     if workers == 1:
         rows = list(bar(map(one, packs)))
@@ -63,7 +65,7 @@ def make_plans(
 
 
 def _one(
-    pack: np.ndarray, variants: Sequence[Variant], world_size: int, setting: Setting, options: Options
+    pack: np.ndarray, variants: Sequence[Variant], world_size: int, setting: Setting, options: Options, price: Price
 ) -> list[Outcome]:
-    outcomes = simulate_plans(make_plans(pack, variants, world_size, options), variants, setting)
+    outcomes = simulate_plans(make_plans(pack, variants, world_size, options), variants, setting, price)
     return [outcomes[variant.name] for variant in variants]

@@ -21,13 +21,15 @@ class PublishedCopies:
 
     A pass reads and writes K and V of the whole window once; passes count forward and backward together. gathered:
     `llama3`'s, which puts 2N chunks in order. shuffled: `per_document`'s, which does so for every document.
-    compacted: `flashcp_paper`'s. shard_us: launches for one shard, forward and backward.
+    compacted: `flashcp_paper`'s. shard_us: launches for one shard, forward and backward. sync_us: the rings' host
+    waiting once for its device.
     """
 
     gathered_passes: float
     shuffled_passes: float
     compacted_passes: float
     shard_us: float
+    sync_us: float
 
 
 @dataclass(frozen=True)

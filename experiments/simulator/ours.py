@@ -25,7 +25,7 @@ MERGE_BYTES = 12
 def ours(planned: Planned, exchange: str) -> Module:
     """One layer under our implementation."""
     if exchange == "ulysses":
-        return ulysses(planned, packs=planned.setting.overlap != "fused")
+        return ulysses(planned, packs=planned.setting.overlap != "fused", in_order=False)
     overlap, dtype_bytes = planned.setting.overlap, planned.shape.dtype_bytes
     bytes_there = _bytes(planned, exchange)
     wider = planned.setting.gradient_bytes / dtype_bytes
@@ -108,18 +108,18 @@ def _attend(planned: Planned, exchange: str, timeline: Timeline, arrived: np.nda
         return
     ranks, reads = planned.ranks, planned.reads
     if exchange == "ring":
-        timeline.run("attention", _local_us(planned, False) + launch)
+        timeline.run("attention", np.diagonal(planned.step_us(False)))
         every = np.arange(ranks)
         for step in range(1, ranks):
             source = every - step
             timeline.wait(arrived[source, every])
-            rows = planned.reading_rows[every, source]
-            timeline.run("attention", planned.source_us(False)[every, source] + _merge_us(planned, rows, False))
+            merge = _merge_us(planned, planned.reading_rows[every, source])
+            timeline.run("attention", planned.step_us(False)[every, source] + merge)
         return
     if overlap == "staged":
-        timeline.run("attention", _local_us(planned, False) + launch)
+        timeline.run("attention", np.diagonal(planned.step_us(False)))
         timeline.wait(arrived.max(axis=0))
-        timeline.run("attention", _remote_kernel_us(planned, False))
+        timeline.run("attention", planned.remote_us(False) + _merge_us(planned, planned.remote_rows))
         return
     order = np.argsort(arrived, axis=0, kind="stable")  # [place, destination] -> source
     place = 1 + np.argsort(order, axis=0).T
@@ -143,9 +143,9 @@ def _send_home(planned: Planned, exchange: str, timeline: Timeline, moved: np.nd
         timeline.run("attention", planned.whole_us(True))
         return timeline.now, _homecoming(planned, exchange, moved, timeline.now)
     if overlap == "staged":
-        timeline.run("attention", _remote_kernel_us(planned, True))
+        timeline.run("attention", planned.remote_us(True) + _merge_us(planned, planned.remote_rows))
         leave = timeline.now
-        timeline.run("attention", _local_us(planned, True) + launch)
+        timeline.run("attention", np.diagonal(planned.step_us(True)))
         return leave, _homecoming(planned, exchange, moved, leave)
     every = np.arange(ranks)
     leaves = np.zeros((ranks, ranks))
@@ -154,31 +154,15 @@ def _send_home(planned: Planned, exchange: str, timeline: Timeline, moved: np.nd
         source = every - step
         timeline.run("attention", planned.source_us(True)[every, source])
         leaves[every, source] = timeline.now
-    timeline.run("attention", _local_us(planned, True))
+    timeline.run("attention", planned.local_us(True))
     first = np.where(moved > 0, leaves, np.inf).min(axis=1)
     return np.where(np.isfinite(first), first, 0.0), _homecoming(planned, exchange, moved, leaves)
 
 
-def _local_us(planned: Planned, backward: bool) -> np.ndarray:
-    """Each rank's queries on its own rows [N]."""
-    return planned.by_rank(planned.own_us(backward)) + np.diagonal(planned.source_us(backward))
-
-
-def _remote_kernel_us(planned: Planned, backward: bool) -> np.ndarray:
-    """A kernel of its own on the received rows [N]."""
-    reads = planned.reads
-    others = reads.before.sum(axis=1) > reads.before[np.arange(len(reads.rank)), reads.rank]
-    source_us = planned.source_us(backward)
-    rows = planned.by_rank(others * reads.rows)
-    return source_us.sum(axis=1) - np.diagonal(source_us) + _merge_us(planned, rows, backward)
-
-
-def _merge_us(planned: Planned, rows: np.ndarray, backward: bool) -> np.ndarray:
-    """What one more kernel costs for query rows that another has begun: its launch, Q in and O out, the merge."""
+def _merge_us(planned: Planned, rows: np.ndarray) -> np.ndarray:
+    """What a kernel adds for query rows that another has begun: its result and the sum read, the sum written."""
     numbers = rows * (planned.shape.query_heads * planned.shape.head_dim)
-    merge = planned.setting.machine.copies.us(numbers * MERGE_BYTES, launches=0)
-    query = planned.cost.query_us(rows, planned.shape, backward)
-    return query + merge + (rows > 0) * planned.cost.launch_us(backward)
+    return planned.setting.machine.copies.us(numbers * MERGE_BYTES, launches=0)
 
 
 def _pack_us(planned: Planned, exchange: str, moved: np.ndarray) -> np.ndarray:

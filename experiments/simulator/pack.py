@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from flashcp.experiments.simulator.ours import ours
@@ -11,7 +11,9 @@ from flashcp.experiments.simulator.published import published
 from flashcp.experiments.simulator.variants import Variant
 from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["Outcome", "outcome", "simulate_module", "simulate_plans"]
+__all__ = ["Outcome", "Price", "outcome", "simulate_module", "simulate_plans"]
+
+Price = Callable[[ShardingPlan, Setting], Planned]
 
 
 class Outcome(NamedTuple):
@@ -38,14 +40,18 @@ class Outcome(NamedTuple):
 
 
 def simulate_plans(
-    plans: Mapping[str, ShardingPlan], variants: Iterable[Variant], setting: Setting
+    plans: Mapping[str, ShardingPlan],
+    variants: Iterable[Variant],
+    setting: Setting,
+    price: Price = Planned,
 ) -> dict[str, Outcome]:
-    """The outcome of each method by name. plans: by strategy, for at least the methods' ones."""
+    """The outcome of each method by name. plans: by strategy, for at least the methods' ones. price: how a plan gets
+    its times."""
     planned: dict[str, Planned] = {}
     outcomes = {}
     for variant in variants:
         if variant.sharding not in planned:
-            planned[variant.sharding] = Planned(plans[variant.sharding], setting)
+            planned[variant.sharding] = price(plans[variant.sharding], setting)
         of_strategy = planned[variant.sharding]
         outcomes[variant.name] = outcome(of_strategy, variant, simulate_module(of_strategy, variant))
     return outcomes

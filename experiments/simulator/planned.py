@@ -52,8 +52,9 @@ class Planned:
         self.reads = plan_reads(plan)
         self.cost, self.shape = setting.machine.attention, setting.shape
         self._holds = (np.arange(self.ranks)[:, None] == self.reads.rank).astype(np.float64)
-        self.own_us, self.read_us, self.whole_us, self.source_us = map(
-            cache, (self._own_us, self._read_us, self._whole_us, self._source_us)
+        self.own_us, self.read_us, self.source_us = map(cache, (self._own_us, self._read_us, self._source_us))
+        self.whole_us, self.step_us, self.remote_us, self.heads_us = map(
+            cache, (self._whole_us, self._step_us, self._remote_us, self._heads_us)
         )
 
     def by_rank(self, values: np.ndarray) -> np.ndarray:
@@ -76,9 +77,51 @@ class Planned:
         """Each rank's queries on the rows of each other rank and on earlier ones of its own [N, N]."""
         return self.by_rank(self.read_us(backward))
 
+    def local_us(self, backward: bool) -> np.ndarray:
+        """Each rank's queries on its own rows, as a part of a kernel [N]."""
+        return self.by_rank(self.own_us(backward)) + np.diagonal(self.source_us(backward))
+
     def _whole_us(self, backward: bool) -> np.ndarray:
         """One kernel over everything a rank reads, all of it in document order [N]."""
         return self.priced(self.cost, backward)
+
+    def _step_us(self, backward: bool) -> np.ndarray:
+        """A kernel of its own on the rows of each rank [N, N] (reader, owner); 0 where nothing is read."""
+        rows = self.reading_rows
+        steps = self.source_us(backward) + self.cost.query_us(rows, self.shape, backward)
+        steps += (rows > 0) * self.cost.launch_us(backward)
+        np.fill_diagonal(steps, self.local_us(backward) + self.cost.launch_us(backward))
+        return steps
+
+    def _remote_us(self, backward: bool) -> np.ndarray:
+        """A kernel of its own on all rows of others [N]; 0 where nothing is read."""
+        source_us, rows = self.source_us(backward), self.remote_rows
+        reads = source_us.sum(axis=1) - np.diagonal(source_us) + self.cost.query_us(rows, self.shape, backward)
+        return reads + (rows > 0) * self.cost.launch_us(backward)
+
+    def _heads_us(self, backward: bool, in_order: bool) -> float:
+        """A kernel on the whole pack for one rank's share of the heads.
+
+        in_order: by documents; else its shards lie rank by rank, as they came. Raises ValueError where ranks cannot
+        share out the heads evenly.
+        """
+        lengths, own = self.plan.document_lengths, self.heads_shape
+        documents = read_features(lengths, lengths, self.cost.tiles, masked=True)
+        parts = [documents] if in_order else [self._own, self._read]
+        reads = sum(float(self.cost.read_us(part, own, backward).sum()) for part in parts)
+        query = float(self.cost.query_us(lengths, own, backward).sum())
+        return reads + query + self.cost.launch_us(backward)
+
+    @property
+    def heads_shape(self) -> AttentionShape:
+        """Of one rank's share of the heads. Raises ValueError where ranks cannot share them out evenly."""
+        ranks, shape = self.ranks, self.shape
+        if shape.query_heads % ranks or shape.kv_heads % ranks:
+            raise ValueError(
+                f"query_heads={shape.query_heads}, kv_heads={shape.kv_heads}: ulysses expects multiples of "
+                f"world_size={ranks}"
+            )
+        return shape._replace(query_heads=shape.query_heads // ranks, kv_heads=shape.kv_heads // ranks)
 
     def priced(self, cost: AttentionCost, backward: bool) -> np.ndarray:
         """What that kernel would cost under other prices for the same tiles [N]."""
@@ -90,6 +133,13 @@ class Planned:
     def reading_rows(self) -> np.ndarray:
         """Rows of each rank's shards that read any row of each rank, [N, N]."""
         return self.by_rank((self.reads.before > 0) * self.reads.rows[:, None])
+
+    @cached_property
+    def remote_rows(self) -> np.ndarray:
+        """Rows of each rank's shards that read any row of another rank [N]."""
+        reads = self.reads
+        others = reads.before.sum(axis=1) > reads.before[np.arange(len(reads.rank)), reads.rank]
+        return self.by_rank(others * reads.rows)
 
     def block_bytes(self, exchange: str) -> float:
         """K and V in one rank's block of an exchange that moves blocks: padded, or for a ring the largest."""

@@ -11,38 +11,28 @@ import numpy as np
 
 from flashcp.experiments.simulator.planned import Module, Planned
 from flashcp.experiments.simulator.timeline import Timeline
-from flashcp.sharding.cost import read_features
 
 __all__ = ["ulysses"]
 
 
-def ulysses(planned: Planned, packs: bool) -> Module:
-    """One layer. packs: whether every all-to-all copies what it moves, before and after.
+def ulysses(planned: Planned, packs: bool, in_order: bool) -> Module:
+    """One layer. packs: whether every all-to-all copies what it moves, before and after. in_order: whether it puts
+    documents together again, or leaves shards as they came.
 
     Raises ValueError where ranks cannot share out the heads evenly.
     """
-    ranks, shape, machine = planned.ranks, planned.shape, planned.setting.machine
-    if shape.query_heads % ranks or shape.kv_heads % ranks:
-        raise ValueError(
-            f"query_heads={shape.query_heads}, kv_heads={shape.kv_heads}: ulysses expects multiples of "
-            f"world_size={ranks}"
-        )
-    own = shape._replace(query_heads=shape.query_heads // ranks, kv_heads=shape.kv_heads // ranks)
-    lengths = planned.plan.document_lengths
-    documents = read_features(lengths, lengths, planned.cost.tiles, masked=True)
+    ranks, machine, own = planned.ranks, planned.setting.machine, planned.heads_shape
     rows = float(planned.plan.tokens.max())
     inward = rows * (own.query_bytes / 2 + own.kv_bytes)  # Q, K and V for one other rank
     outward = rows * own.query_bytes / 2
     alone = 0.0
     timelines = []
     for backward in (False, True):
-        time = planned.cost.read_us(documents, own, backward) + planned.cost.query_us(lengths, own, backward)
-        attention = float(time.sum()) + planned.cost.launch_us(backward)
         # Forward: Q, K, V in, O out. Backward: the gradient of O in, those of Q, K and V out.
         timeline = Timeline(ranks)
         for number, pair in enumerate((outward, inward) if backward else (inward, outward)):
             if number:
-                timeline.run("attention", np.full(ranks, attention))
+                timeline.run("attention", np.full(ranks, planned.heads_us(backward, in_order)))
             copy = machine.copies.us(2 * pair * ranks, launches=1) if packs else 0.0
             exchange = machine.links.all_to_all_us(pair, ranks)
             timeline.run("copies", copy)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from flashcp.experiments.bench_calibrate import CalibrateBench, bench_calibrate
+from flashcp.experiments.calibration.attention import random_shape
 from flashcp.experiments.calibration.fit import KernelSample, fit_kernel, fit_line, fit_rates, kernel_us, total_features
 from flashcp.experiments.calibration.times import TimeRow, errors, read_times, write_times
 from flashcp.experiments.cli import main
@@ -29,8 +30,9 @@ def samples(cost: AttentionCost, backward: bool, count: int = 60) -> list[Kernel
         reads = total_features(
             [read_features(rows, before, cost.tiles), read_features(rows, rows, cost.tiles, masked=True)]
         )
-        blank = KernelSample(reads, int(rows.sum()), 0.0)
-        made.append(blank._replace(us=kernel_us(cost, blank, SHAPE, backward)))
+        shape = random_shape(SHAPE, random)
+        blank = KernelSample(reads, int(rows.sum()), shape, 0.0)
+        made.append(blank._replace(us=kernel_us(cost, blank, backward)))
     return made
 
 
@@ -38,7 +40,7 @@ def samples(cost: AttentionCost, backward: bool, count: int = 60) -> list[Kernel
 def test_a_kernel_s_parameters_come_back(backward: bool) -> None:
     made = KernelCost(0.8, 30, 20, masked=1.5, merge_gbps=9, range_us=12, launch_us=40)
     cost = AttentionCost(made, made)
-    found, error = fit_kernel(samples(cost, backward), SHAPE, backward)
+    found, error = fit_kernel(samples(cost, backward), backward)
     assert error < 1e-6
     for name in ("tflops", "masked", "kv_gbps", "query_gbps", "merge_gbps", "range_us", "launch_us"):
         assert getattr(found, name) == pytest.approx(getattr(made, name), rel=1e-3), name
@@ -92,7 +94,7 @@ def test_settings_that_describe_no_measurement(setting: dict[str, int], message:
 
 def test_errors_are_shares_of_what_was_measured(tmp_path: Path) -> None:
     rows = [
-        TimeRow(i, split, "forward", 1, 1, 1, 100.0, 100.0 + off, "cpu", "v", "c", "d")
+        TimeRow(i, split, "forward", 4, 1, 1, 1, 100.0, 100.0 + off, "cpu", "v", "c", "d")
         for i, (split, off) in enumerate([("fit", 50), ("check", 10), ("check", -20), ("check", 0)])
     ]
     assert errors(rows, "forward", "check") == pytest.approx((0.1, 0.19, 3))
