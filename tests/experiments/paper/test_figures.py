@@ -39,6 +39,11 @@ SMALL = {
         "data.long_document_weight=1,10",
     ],
     "demo_predicted": ["windows=1", f"measured=[{ROOT / 'experiments/results/demo_repeats'}]"],
+    "demo_hybrid": [
+        "windows=1",
+        "context=512",
+        f"measured=[{ROOT / 'experiments/results/demo_repeats'}]",
+    ],
     "beyond_paper": [
         "windows=1",
         "world_size=8,32",
@@ -94,7 +99,8 @@ def _fig5_jobs() -> list:  # type: ignore[type-arg]
 def test_rows_carry_what_a_number_must(folder: Path) -> None:
     for name in SMALL:
         rows = read_rows(folder / name)
-        assert {row.kind for row in rows} == {"simulated", *(["measured"] if name == "demo_predicted" else [])}
+        kinds = {"kernel=measured exchange=modelled" if name == "demo_hybrid" else "simulated"}
+        assert {row.kind for row in rows} == kinds | ({"measured"} if name.startswith("demo") else set())
         assert all(row.date and row.commit and "flashcp" in row.versions for row in rows)
         assert (folder / name / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert {row.device for row in read_rows(folder / "paper_fig5")} == {"simulated h100-nvlink"}
