@@ -27,6 +27,7 @@ from flashcp.train.ranks import Ranks
 __all__ = ["copy_us", "layer_tflops", "link_us"]
 
 TIMEOUT_S = 120.0
+ROUNDS = 20  # of each repeat: messages are short, and two processes' turns vary
 HEAD_DIM = 16
 
 
@@ -78,8 +79,9 @@ def link_us(sizes: Sequence[int], repeats: int, cuda: bool) -> list[float]:
         for rank in ranks:
             rank.start()
         try:
-            if not here.poll(2 * TIMEOUT_S):
-                raise TimeoutError("two ranks of this machine did not answer each other")
+            while not here.poll(0.1):
+                if not all(rank.is_alive() for rank in ranks):
+                    raise RuntimeError("one of two ranks of this machine ended before it had measured the link")
             times: list[float] = here.recv()
         finally:
             for rank in ranks:
@@ -99,7 +101,7 @@ def _rank(rank: int, store: str, sizes: Sequence[int], repeats: int, cuda: bool,
     cp = ContextParallel(exchange="all_gather", timeout_s=TIMEOUT_S)
     work = {size: moving(cp, *_block(size, device)) for size in sizes}
     ranks = Ranks(rank, 2, device)
-    times = in_turns(work, ranks, rounds=repeats)
+    times = in_turns(work, ranks, rounds=ROUNDS * repeats)
     medians = [1e3 * float(np.median(ranks_max(ranks, times[size]))) for size in sizes]
     if rank == 0:
         answer.send(medians)
