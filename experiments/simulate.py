@@ -26,7 +26,8 @@ from flashcp.experiments.simulator.summary import BASELINE, Summary, recommendat
 from flashcp.experiments.simulator.variants import VARIANTS, Variant
 from flashcp.experiments.text import table
 from flashcp.sharding.cost import AttentionShape
-from flashcp.sharding.strategies import plan
+from flashcp.sharding.exchanges import EXCHANGES
+from flashcp.sharding.strategies import STRATEGIES, plan
 from flashcp.train.schema import read_dataclass
 
 __all__ = ["Kernels", "Simulated", "chosen_variants", "main", "read_kernels", "read_setting", "simulate", "summary_table"]
@@ -161,12 +162,9 @@ def chosen_variants(settings: Mapping[str, Any], model: ModelShape) -> list[Vari
     """The methods that were named, the pair that was chosen, or all. Left out with a word: what heads do not allow."""
     ranks = settings["world_size"]
     named, pair = settings["methods"], settings["method"] or settings["sharding"] or settings["exchange"]
-    for name in named:
-        if name not in VARIANTS:
-            raise ValueError(f"methods: {name!r}: expected one of {', '.join(VARIANTS)}")
     if named and pair:
         raise ValueError("methods and method, sharding or exchange: expected one or the other")
-    chosen = [VARIANTS[name] for name in dict.fromkeys(named)] or list(VARIANTS.values())
+    chosen = [_variant(name) for name in dict.fromkeys(named)] or list(VARIANTS.values())
     if pair:
         (method,) = chosen_methods(settings)
         chosen = [VARIANTS.get(method.name, Variant(*method, published=False))]
@@ -178,6 +176,14 @@ def chosen_variants(settings: Mapping[str, Any], model: ModelShape) -> list[Vari
         raise ValueError(f"{split[0].name}: {why}")
     print(f"left out: ulysses, for {why}", file=sys.stderr)
     return [variant for variant in chosen if variant.exchange != "ulysses"]
+
+
+def _variant(name: str) -> Variant:
+    """A method, or a pair of a strategy and an exchange under our implementation. Raises ValueError for others."""
+    strategy, plus, exchange = name.partition("+")
+    if name not in VARIANTS and not (plus and strategy in STRATEGIES and exchange in EXCHANGES):
+        raise ValueError(f"methods: {name!r}: expected one of {', '.join(VARIANTS)}, or a pair SHARDING+EXCHANGE")
+    return VARIANTS.get(name) or Variant(name, strategy, exchange, published=False)
 
 
 def summary_table(summaries: Sequence[Summary]) -> str:

@@ -90,7 +90,7 @@ def _numbers(one: Summary) -> dict[str, float]:
 
 
 def case_name(settings: Mapping[str, Any]) -> str:
-    """The work of a job, in short: lengths, window, ranks, heads, cluster."""
+    """The work of a job, in short: lengths, window, ranks, heads, cluster, overlap where one is chosen."""
     data, model = settings["data"], settings["model"]
     name = data["source"]
     if lengths := data.get("lengths"):
@@ -102,4 +102,6 @@ def case_name(settings: Mapping[str, Any]) -> str:
     heads = str(model["query_heads"])
     if model["kv_heads"] != model["query_heads"]:
         heads += f":{model['kv_heads']}"
-    return f"{name}-c{size}-n{settings['world_size']}-h{heads}-{(settings['cluster'] or {}).get('name', 'file')}"
+    cluster = (settings["cluster"] or {}).get("name", "file")
+    overlap = "" if settings["overlap"] == "auto" else f"-{settings['overlap']}"
+    return f"{name}-c{size}-n{settings['world_size']}-h{heads}-{cluster}{overlap}"

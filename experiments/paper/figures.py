@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from flashcp.experiments.paper import beyond, fig3, fig5, fig6, fig7, reality, table2
+from flashcp.experiments.paper import beyond, fig3, fig5, fig6, fig7, parts, reality, table2
 from flashcp.experiments.paper.cells import Cell, Numbers, verdict
 from flashcp.experiments.rows import Row
 
@@ -35,6 +35,7 @@ FIGURES = {
     "demo_hybrid": PaperFigure(
         "the same, with every rank's kernels run and the exchange modelled", reality.cells, reality.draw, "measured"
     ),
+    "speedup_parts": PaperFigure("where a speedup comes from, one change at a time", parts.cells, parts.draw),
     "beyond_paper": PaperFigure("where each method wins", beyond.cells, beyond.draw),
 }
 

@@ -76,6 +76,7 @@ def test_methods_pairs_and_options(simulate: Any) -> None:
     assert names("method=per_document") == ["per_document"]
     assert names("methods=[ring_best_effort,flashcp]") == ["ring_best_effort", "flashcp"]
     assert names("sharding=contiguous", "exchange=exact") == ["contiguous+exact"]
+    assert names("methods=[llama3,contiguous+exact]") == ["llama3", "contiguous+exact"]
     loose, tight = (simulate("method=flashcp", f"sharding.tolerance={t}")["methods"][0] for t in (1.5, 1.001))
     assert loose["imbalance"] > tight["imbalance"]
 

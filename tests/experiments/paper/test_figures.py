@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from flashcp.experiments.paper.fig6 import breakdown
 from flashcp.experiments.paper.figures import FIGURES
 from flashcp.experiments.paper.notes import NOTES
 from flashcp.experiments.paper.page import write_paper_page
+from flashcp.experiments.paper.parts import BASELINES, DATA, stages
 from flashcp.experiments.paper.reality import measured_rows
 from flashcp.experiments.paper.values import BREAKDOWN
 from flashcp.experiments.rows import read_rows, write_rows
@@ -44,6 +46,7 @@ SMALL = {
         "context=512",
         f"measured=[{ROOT / 'experiments/results/demo_repeats'}]",
     ],
+    "speedup_parts": ["windows=1"],
     "beyond_paper": [
         "windows=1",
         "world_size=8,32",
@@ -120,6 +123,18 @@ def test_the_breakdown_adds_up_to_the_module(folder: Path) -> None:
         for method in methods:
             assert breakdown(numbers, data, method).total == pytest.approx(numbers(case, method, "module_ms"))
     assert len(FIGURES["paper_fig6"].cells(numbers)) == 2 * (3 * 6 + 9)
+
+
+def test_changes_one_at_a_time_multiply_to_the_whole_speedup(folder: Path) -> None:
+    numbers = Numbers(read_rows(folder / "speedup_parts"))
+    for data in DATA:
+        for baseline in BASELINES:
+            found = stages(numbers, data, baseline)
+            assert found[0].ms / found[-1].ms == pytest.approx(math.prod(stage.speedup for stage in found))
+            assert found[0].ms == numbers(numbers.case(data, "fused"), baseline, "module_ms")
+            assert found[1].speedup > 1  # copies cost something
+            assert found[2].speedup > 1  # and so does waiting
+        assert len({stages(numbers, data, baseline)[-1].ms for baseline in BASELINES}) == 1
 
 
 def test_the_page_shows_every_number(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,11 +73,13 @@ def test_a_schedule_of_some_sources_reads_their_rows_alone() -> None:
     assert rank_schedule(flashcp.plan(LENGTHS, 4, "contiguous"), 0, [3]) is None
 
 
-def test_kernels_of_this_machine_are_timed() -> None:
-    timer = KernelTimer(torch.device("cpu"), repeats=3)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_kernels_of_this_machine_are_timed(device: str) -> None:
+    timer = KernelTimer(torch.device(device), repeats=3)
     timer.check(SHAPE)
     timer.check(SHAPE._replace(dtype_bytes=2))
-    short, long = (timer.times(_share([length] * 2), SHAPE) for length in (64, 2048))
+    lengths = (64, 2048) if device == "cpu" else (256, 65_536)
+    short, long = (timer.times(_share([length] * 2), SHAPE) for length in lengths)
     assert min(short) > 0
     assert all(more > 4 * less for less, more in zip(short, long, strict=True))
 
