@@ -38,8 +38,8 @@ def _fig5(numbers: Numbers) -> str:
         documents. Sends hide behind attention in the model, as that code is written to do. If nothing of them were
         hidden, FlashCP's mean in training would be {ring.speedup:.2f} over ring and {zigzag.speedup:.2f} over
         ring_zigzag; for the paper's means the links between neighbours would then have to be {ring.slower:.1f} and
-        {zigzag.slower:.1f} times slower than the collectives'. The paper prints no breakdown of its rings, so which of
-        the two it was we cannot tell, and nothing of either is in the parameters.
+        {zigzag.slower:.1f} times slower than the collectives'. The paper prints no breakdown of its rings, so how much was which we
+        cannot tell, and nothing of either is in the parameters.
     """)
 
 
@@ -124,7 +124,8 @@ def _parts(numbers: Numbers) -> str:
         its copies and with our kernel, which reads rows where they lie; its transfers beside attention; the exact
         exchange instead of its own; `flashcp`'s plan instead of its own, which is balance for `llama3` and less traffic
         for the others. Another order would share the product out differently: what overlap hides, less traffic cannot
-        win again. Below 1: gradients of the exact exchange and of best efforts travel in fp32.
+        win again. Below 1 where every document is cut: each reader's gradients then come home by themselves and their
+        owner adds them up, where a reduce-scatter adds on the way.
     """)
     return "\n".join([*lines, "", said])
 
