@@ -80,10 +80,12 @@ def measure(bench: ExchangeBench, ranks: Ranks, say: Callable[[str], None]) -> I
         for metric, count in zip(("sent_bytes", "sent_backward_bytes"), counted(cp, full), strict=True):
             yield Number(pair, metric, "bytes", None, count, None)
     say("bytes are the routes'; timing the exchanges alone")
-    for pair, times in in_turns({pair: moving(cp, *row.kv) for pair, cp in plain.items()}, ranks, bench.seconds).items():
+    one_row = {pair: moving(cp, *row.kv) for pair, cp in plain.items()}
+    for pair, times in in_turns(one_row, ranks, bench.seconds).items():
         yield Number(pair, "latency_us", "us", *spread(1e3 * ranks_max(ranks, times)))
-    moved = {pair: ranks.max(sent_by(cp, moving(cp, *full.kv)))[0] for pair, cp in plain.items()}
-    for pair, times in in_turns({pair: moving(cp, *full.kv) for pair, cp in plain.items()}, ranks, bench.seconds).items():
+    whole = {pair: moving(cp, *full.kv) for pair, cp in plain.items()}
+    moved = {pair: ranks.max(sent_by(cp, whole[pair]))[0] for pair, cp in plain.items()}
+    for pair, times in in_turns(whole, ranks, bench.seconds).items():
         slowest = ranks_max(ranks, times)
         yield Number(pair, "exchange_ms", "ms", *spread(slowest))
         yield Number(pair, "bandwidth_gbps", "GB/s", *spread(moved[pair] / slowest / 1e6))
@@ -189,9 +191,7 @@ def _free(cp: ContextParallel, flight: Flight) -> None:
     cp._exchange.transport.free(flight.inbox.ticket)
 
 
-def in_turns(
-    work: Mapping[Key, Work], ranks: Ranks, seconds: float = 0.0, rounds: int = 0
-) -> dict[Key, np.ndarray]:
+def in_turns(work: Mapping[Key, Work], ranks: Ranks, seconds: float = 0.0, rounds: int = 0) -> dict[Key, np.ndarray]:
     """Milliseconds of each function on this rank, [rounds], one after the other in each round.
 
     Before each, all ranks wait for each other. The first round warms up and is not among them. rounds: 0 for as many as

@@ -101,8 +101,8 @@ class KernelTimer:
         found = self.kernel.gradients(
             grad, q, local, received, out, lse, one.schedule, shape.head_dim**-0.5, torch.float32
         )
-        leaves = [x.double().requires_grad_() for x in (q, *local)]
-        expected = reference_attention(*leaves, CHECKED)
+        leaves = queries, keys, values = [x.double().requires_grad_() for x in (q, *local)]
+        expected = reference_attention(queries, keys, values, CHECKED)
         wanted = torch.autograd.grad(expected, leaves, grad.double())
         pairs = zip((out, found.q, *found.local), (expected.detach(), *wanted), strict=True)
         error = max(_distance(value, reference) for value, reference in pairs)

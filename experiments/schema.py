@@ -109,8 +109,8 @@ class ModelShape:
 
 @dataclass
 class SimulateSettings:
-    """`flashcp simulate`. methods: names to simulate, best efforts and pairs SHARDING+EXCHANGE among them; empty: all, or the
-    pair that is chosen.
+    """`flashcp simulate`. methods: names to simulate, best efforts and pairs SHARDING+EXCHANGE among them; empty: all,
+    or the pair that is chosen.
 
     overlap: of our kernel and the best efforts. gradient_bytes: of a number of a KV gradient on their wire.
     cluster_file: a file like those of conf/cluster, instead of one. figure: a picture of the first window's timelines.

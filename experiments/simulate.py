@@ -30,7 +30,16 @@ from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.strategies import STRATEGIES, plan
 from flashcp.train.schema import read_dataclass
 
-__all__ = ["Kernels", "Simulated", "chosen_variants", "main", "read_kernels", "read_setting", "simulate", "summary_table"]
+__all__ = [
+    "Kernels",
+    "Simulated",
+    "chosen_variants",
+    "main",
+    "read_kernels",
+    "read_setting",
+    "simulate",
+    "summary_table",
+]
 
 CONFIG = "simulate"
 OVERLAPS = ("auto", "none", "staged", "fused")
@@ -138,9 +147,7 @@ def read_kernels(settings: Mapping[str, Any], setting: Setting) -> Kernels:
     if settings["workers"] != 1:
         raise ValueError(f"workers={settings['workers']}: kernel=measured runs on one device, expected 1")
     if setting.shape.dtype_bytes not in (2, 4):
-        raise ValueError(
-            f"model.dtype_bytes={setting.shape.dtype_bytes}: kernel=measured expects 2 (bf16) or 4 (fp32)"
-        )
+        raise ValueError(f"model.dtype_bytes={setting.shape.dtype_bytes}: kernel=measured expects 2 (bf16) or 4 (fp32)")
     import torch
 
     from flashcp.experiments.kernel_times import KernelTimer

@@ -38,8 +38,8 @@ def _fig5(numbers: Numbers) -> str:
         documents. Sends hide behind attention in the model, as that code is written to do. If nothing of them were
         hidden, FlashCP's mean in training would be {ring.speedup:.2f} over ring and {zigzag.speedup:.2f} over
         ring_zigzag; for the paper's means the links between neighbours would then have to be {ring.slower:.1f} and
-        {zigzag.slower:.1f} times slower than the collectives'. The paper prints no breakdown of its rings, so how much was which we
-        cannot tell, and nothing of either is in the parameters.
+        {zigzag.slower:.1f} times slower than the collectives'. The paper prints no breakdown of
+        its rings, so how much was which we cannot tell, and nothing of either is in the parameters.
     """)
 
 

@@ -40,7 +40,7 @@ def stages(numbers: Numbers, data: str, baseline: str) -> list[Stage]:
         )
     ]
     before = [times[0], *times[:-1]]
-    return [Stage(*stage) for stage in zip(CHANGES, times, [a / b for a, b in zip(before, times, strict=True)], strict=True)]
+    return [Stage(change, ms, was / ms) for change, ms, was in zip(CHANGES, times, before, strict=True)]
 
 
 def cells(numbers: Numbers) -> list[Cell]:

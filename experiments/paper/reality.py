@@ -1,4 +1,4 @@
-"""The simulator against reality: the demo's runs on two CPU ranks, predicted and measured; its kernels may be either."""
+"""The simulator against reality: the demo's runs on two CPU ranks, measured beside their prediction."""
 
 from __future__ import annotations
 

@@ -45,8 +45,7 @@ def simulate_packs(
     """
     if workers < 1:
         raise ValueError(f"workers={workers}: expected a whole number >= 1")
-    common = {"variants": variants, "world_size": world_size, "setting": setting, "options": options or {}}
-    one = partial(_one, price=price, **common)
+    one = partial(_one, variants=variants, world_size=world_size, setting=setting, options=options or {}, price=price)
     bar = partial(tqdm, total=len(packs), unit="window", desc=label or None, delay=QUIET_S)
     if workers == 1:
         rows = list(bar(map(one, packs)))

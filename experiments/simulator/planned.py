@@ -53,9 +53,8 @@ class Planned:
         self.cost, self.shape = setting.machine.attention, setting.shape
         self._holds = (np.arange(self.ranks)[:, None] == self.reads.rank).astype(np.float64)
         self.own_us, self.read_us, self.source_us = map(cache, (self._own_us, self._read_us, self._source_us))
-        self.whole_us, self.step_us, self.remote_us, self.heads_us = map(
-            cache, (self._whole_us, self._step_us, self._remote_us, self._heads_us)
-        )
+        self.whole_us, self.step_us, self.remote_us = map(cache, (self._whole_us, self._step_us, self._remote_us))
+        self.heads_us = cache(self._heads_us)
 
     def by_rank(self, values: np.ndarray) -> np.ndarray:
         """Sum over the shards of each rank, [S] -> [N], [S, M] -> [N, M]."""

@@ -1,4 +1,4 @@
-"""The methods as their authors run them: collectives that nothing hides, and copies; the rings have a file of their own.
+"""The methods as their authors run them: collectives that nothing hides, and copies; the rings are in their own file.
 
 The paper's table adds up: copies, attention, all-gather and reduce-scatter follow one another. Half of a method's
 copies are counted in the forward and half in the backward. Gradients travel in the model's dtype.

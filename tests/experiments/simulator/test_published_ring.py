@@ -54,7 +54,7 @@ def test_the_last_gradient_s_way_home_is_never_hidden(machine: Machine) -> None:
 
 def test_copies_are_those_counted_in_the_library(machine: Machine) -> None:
     """The last rank of a contiguous ring merges three times: bytes for each number of Q, K and log-sum-exp."""
-    planned, module = run(machine, "contiguous")
+    _, module = run(machine, "contiguous")
     numbers, heads = ROWS * 32 * 128, ROWS * 32
     forward = (12 + 3 * 10) * numbers + 3 * 40 * heads
     backward = (12 + 3 * 10) * numbers + (24 + 3 * 20) * numbers
