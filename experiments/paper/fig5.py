@@ -74,6 +74,7 @@ def draw(numbers: Numbers, path: Path) -> None:
             draw_bars(axes, ours, {}, COLOURS)
             axes.set_title(f"{title}, {name}", loc="left")
         row[0].set_ylabel("speedup over llama3")
+        row[0].set_ylim(0, 1.15 * row[0].get_ylim()[1])  # room for what is written on the bars
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     means = ", ".join(f"{cell.what.removesuffix(', mean')} {cell.ours:.2f} ({cell.paper:g})" for cell in cells(numbers))

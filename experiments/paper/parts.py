@@ -63,6 +63,7 @@ def draw(numbers: Numbers, path: Path) -> None:
             tidy(axes)
             axes.grid(visible=False, axis="y")
             axes.set_xlim(0, 1.25 * max(stages(numbers, data, each)[0].ms for each in BASELINES))
-        row[0].invert_yaxis()
+            axes.set_xlabel("ms")
+    grid[0][0].invert_yaxis()  # all panels share it
     figure.suptitle("simulated: one training pass of the attention module, N = 8, 128K, H = 32", fontsize=11, color=INK)
     figure.savefig(path, dpi=160)

@@ -105,7 +105,7 @@ def draw(numbers: Numbers, path: Path) -> None:
     predicted = [steps[name][1] / predicted_base for name in names]
     axes.plot(names, predicted, "o", color=COLOURS[2], markersize=9, label="predicted")
     axes.set_ylabel("step time over llama3's")
-    axes.set_title("two CPU ranks; bars p20 to p80", loc="left")
+    axes.set_title("the demo on two CPU ranks; error bars: p20 to p80 of repeated sweeps", loc="left")
     axes.tick_params(axis="x", labelrotation=20)
     axes.legend(frameon=False, fontsize=9)
     tidy(axes)
