@@ -174,7 +174,7 @@ def chosen_variants(settings: Mapping[str, Any], model: ModelShape) -> list[Vari
     chosen = [_variant(name) for name in dict.fromkeys(named)] or list(VARIANTS.values())
     if pair:
         (method,) = chosen_methods(settings)
-        chosen = [VARIANTS.get(method.name, Variant(*method, published=False))]
+        chosen = [VARIANTS.get(method.name, Variant(*method))]
     split = [variant for variant in chosen if variant.exchange == "ulysses"]
     if ranks < 1 or not split or not (model.query_heads % ranks or model.kv_heads % ranks):
         return chosen
@@ -190,7 +190,7 @@ def _variant(name: str) -> Variant:
     strategy, plus, exchange = name.partition("+")
     if name not in VARIANTS and not (plus and strategy in STRATEGIES and exchange in EXCHANGES):
         raise ValueError(f"methods: {name!r}: expected one of {', '.join(VARIANTS)}, or a pair SHARDING+EXCHANGE")
-    return VARIANTS.get(name) or Variant(name, strategy, exchange, published=False)
+    return VARIANTS.get(name) or Variant(name, strategy, exchange)
 
 
 def summary_table(summaries: Sequence[Summary]) -> str:

@@ -203,7 +203,8 @@ class Links:
         """Every rank sends as many bytes to each other rank; both ports work at once."""
         if world_size == 1:
             return 0.0
-        near = min(world_size, self.ranks_per_node) - 1
+        fewest = world_size % self.ranks_per_node or min(world_size, self.ranks_per_node)  # ranks of the last node
+        near = fewest - 1
         far = world_size - 1 - near
         times = [
             float(link.us(count * pair_bytes)) for link, count in ((self.node, near), (self.network, far)) if count

@@ -32,10 +32,10 @@ HEAD_DIM = 16
 
 
 def copy_us(sizes: Sequence[int], row_bytes: int, repeats: int, device: torch.device, clock: Clock) -> list[float]:
-    """Time to gather `sizes` bytes of rows by an index, as rows are packed before they leave."""
+    """Time to gather `sizes` bytes, whole rows each, by an index, as rows are packed before they leave."""
     times = []
     for size in sizes:
-        rows = max(1, size // row_bytes)
+        rows = size // row_bytes
         memory = torch.randn(rows, row_bytes // 4, device=device)
         index = torch.randperm(rows, device=device)
         times.append(median_us(lambda memory=memory, index=index: memory[index], repeats, device, clock))  # type: ignore[misc]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from flashcp.experiments.simulator.best_effort import best_effort
 from flashcp.experiments.simulator.ours import ours
 from flashcp.experiments.simulator.planned import Module, Planned, Setting
 from flashcp.experiments.simulator.published import published
@@ -14,6 +15,7 @@ from flashcp.sharding.plan import ShardingPlan
 __all__ = ["Outcome", "Price", "outcome", "simulate_module", "simulate_plans"]
 
 Price = Callable[[ShardingPlan, Setting], Planned]
+RUN = {"published": published, "best effort": best_effort, "ours": ours}
 
 
 class Outcome(NamedTuple):
@@ -59,7 +61,7 @@ def simulate_plans(
 
 def simulate_module(planned: Planned, variant: Variant) -> Module:
     """The timelines of a method."""
-    return (published if variant.published else ours)(planned, variant.exchange)
+    return RUN[variant.implementation](planned, variant.exchange)
 
 
 def outcome(planned: Planned, variant: Variant, module: Module) -> Outcome:

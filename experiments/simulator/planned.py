@@ -17,6 +17,9 @@ from flashcp.sharding.reads import plan_reads
 
 __all__ = ["Module", "Planned", "Setting"]
 
+MERGE_BYTES = 12
+"""Per number of O: a kernel's result, the fp32 sum read and written."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -76,8 +79,18 @@ class Planned:
         """Each rank's queries on the rows of each other rank and on earlier ones of its own [N, N]."""
         return self.by_rank(self.read_us(backward))
 
+    def first_us(self, backward: bool) -> np.ndarray:
+        """Each rank's queries on the rows of others, as the first part of a launch [N]."""
+        source_us = self.source_us(backward)
+        return source_us.sum(axis=1) - np.diagonal(source_us) + self.cost.launch_us(backward)
+
+    def merge_us(self, rows: np.ndarray) -> np.ndarray:
+        """What a forward kernel adds that leaves its results in an fp32 sum, for so many query rows."""
+        numbers = rows * (self.shape.query_heads * self.shape.head_dim)
+        return self.setting.machine.copies.us(numbers * MERGE_BYTES, launches=0)
+
     def local_us(self, backward: bool) -> np.ndarray:
-        """Each rank's queries on its own rows, as a part of a kernel [N]."""
+        """Each rank's queries on its own rows, as a part of a launch [N]."""
         return self.by_rank(self.own_us(backward)) + np.diagonal(self.source_us(backward))
 
     def _whole_us(self, backward: bool) -> np.ndarray:

@@ -20,7 +20,7 @@ __all__ = ["published"]
 def published(planned: Planned, exchange: str) -> Module:
     """One layer under a method as published."""
     if exchange == "ulysses":
-        return ulysses(planned, packs=True, in_order=True)
+        return ulysses(planned, copies=2, in_order=True)
     return published_ring(planned) if exchange == "ring" else _gathered(planned, exchange)
 
 

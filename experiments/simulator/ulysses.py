@@ -1,8 +1,8 @@
 """`ulysses`, published or ours: heads are shared out, so every rank computes on the whole pack for its heads.
 
-Nothing can be hidden: attention needs all of Q, K and V, and the projection after it all of O. As published, and ours
-where rows travel by two-sided messages (any overlap but `fused`), every all-to-all packs what it sends and unpacks what
-it gets; one-sided ones read and write rows where they lie.
+Nothing can be hidden: attention needs all of Q, K and V, and the projection after it all of O. As published every
+all-to-all packs what it sends and unpacks what it gets; ours packs heads on the way in, computes on rows where they
+arrive, and unpacks on the way out.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from flashcp.experiments.simulator.timeline import Timeline
 __all__ = ["ulysses"]
 
 
-def ulysses(planned: Planned, packs: bool, in_order: bool) -> Module:
-    """One layer. packs: whether every all-to-all copies what it moves, before and after. in_order: whether it puts
-    documents together again, or leaves shards as they came.
+def ulysses(planned: Planned, copies: int, in_order: bool) -> Module:
+    """One layer. copies: of what an all-to-all moves, before and after it. in_order: whether it puts documents together
+    again, or leaves shards as they came.
 
     Raises ValueError where ranks cannot share out the heads evenly.
     """
@@ -33,11 +33,9 @@ def ulysses(planned: Planned, packs: bool, in_order: bool) -> Module:
         for number, pair in enumerate((outward, inward) if backward else (inward, outward)):
             if number:
                 timeline.run("attention", np.full(ranks, planned.heads_us(backward, in_order)))
-            copy = machine.copies.us(2 * pair * ranks, launches=1) if packs else 0.0
             exchange = machine.links.all_to_all_us(pair, ranks)
-            timeline.run("copies", copy)
+            timeline.run("copies", machine.copies.us(copies * 2 * pair * ranks, launches=copies))
             timeline.run("exchange", exchange)
-            timeline.run("copies", copy)
             alone += exchange
         timelines.append(timeline)
     kept = float(planned.plan.offsets[-1]) * own.kv_bytes

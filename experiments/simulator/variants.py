@@ -1,4 +1,4 @@
-"""What can be simulated: every published method as it was published, and every baseline as well as we could do it."""
+"""What can be simulated: every published method as it was published, and at its best."""
 
 from __future__ import annotations
 
@@ -6,36 +6,41 @@ from typing import NamedTuple
 
 from flashcp.sharding.methods import METHODS, Method
 
-__all__ = ["BEST_EFFORT", "VARIANTS", "Variant"]
+__all__ = ["BEST_EFFORT", "IMPLEMENTATIONS", "VARIANTS", "Variant"]
 
 BEST_EFFORT = "_best_effort"
+IMPLEMENTATIONS = ("published", "best effort", "ours")
 
 
 class Variant(NamedTuple):
-    """A strategy and an exchange, and whose implementation runs them.
+    """A strategy and an exchange, and who runs them.
 
-    published: with the copies, the exposed collectives or the kernel a step that the authors' code has; else by our
-    kernel, which reads rows where they lie, with no copies and our overlap.
+    implementation: `published`: with the copies, the exposed collectives or the kernel a step that the authors' code
+    has. `best effort`: what could be made of the method at most. `ours`: the code of this project.
     """
 
     name: str
     sharding: str
     exchange: str
-    published: bool
+    implementation: str = "ours"
 
-    @classmethod
-    def of(cls, method: Method, published: bool) -> Variant:
-        """A method under its own name, or as a best effort."""
-        ours = method.name == "flashcp" or "+" in method.name
-        name = method.name if published or ours else f"{method.name}{BEST_EFFORT}"
-        return cls(name, method.sharding, method.exchange, published and not ours)
+    @property
+    def published(self) -> bool:
+        """Whether the authors' code runs it."""
+        return self.implementation == "published"
+
+
+def _of(method: Method) -> list[Variant]:
+    if method.name == "flashcp":
+        return [Variant(*method)]
+    published = Variant(*method, "published")
+    return [published, published._replace(name=f"{method.name}{BEST_EFFORT}", implementation="best effort")]
 
 
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
-    for variant in (
-        *(Variant.of(method, published=True) for method in METHODS.values()),
-        *(Variant.of(method, published=False) for method in METHODS.values() if method.name != "flashcp"),
+    for variant in sorted(
+        (one for method in METHODS.values() for one in _of(method)), key=lambda v: BEST_EFFORT in v.name
     )
 }
-"""`flashcp` is our implementation already and has no second entry."""
+"""By name: the methods, then the best efforts. `flashcp` is ours; so is every pair SHARDING+EXCHANGE."""

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from flashcp.experiments.bench_calibrate import CalibrateBench, bench_calibrate
-from flashcp.experiments.calibration.attention import random_shape
+from flashcp.experiments.calibration.attention import fit_attention, random_schedule, random_shape
 from flashcp.experiments.calibration.fit import KernelSample, fit_kernel, fit_line, fit_rates, kernel_us, total_features
+from flashcp.experiments.calibration.links import layer_tflops
 from flashcp.experiments.calibration.times import TimeRow, errors, read_times, write_times
 from flashcp.experiments.cli import main
 from flashcp.experiments.simulator.cluster_file import read_cluster_file
+from flashcp.experiments.timing import median_us
 from flashcp.sharding.cost import AttentionCost, AttentionShape, KernelCost, read_features
 from tests.checkout import ROOT
 
@@ -57,6 +60,32 @@ def test_rates_are_never_negative() -> None:
     assert fit_line([1, 2, 4], [1, 2, 4]) == pytest.approx((1, 0))
     with pytest.raises(ValueError, match="quieter machine"):
         fit_line([1, 2, 4], [-1, -2, -4])
+
+
+def test_the_half_that_checks_fits_nothing() -> None:
+    random = np.random.default_rng(1)
+    schedules = [random_schedule([512], [2, 4], random) for _ in range(24)]
+    shapes = [random_shape(SHAPE, random) for _ in schedules]
+    times = [
+        1e3 * (1 + one.schedule.pairs * shape.query_heads / 1e5) for one, shape in zip(schedules, shapes, strict=True)
+    ]
+    doubled = times[:12] + [2 * us for us in times[12:]]
+    one, other = (fit_attention(schedules, shapes, (each, each), 12) for each in (times, doubled))
+    assert one == other
+
+
+def test_a_layer_s_rate_is_its_products_over_all_of_its_time() -> None:
+    """A clock that says one second for everything."""
+    seconds = iter(range(1000))
+    shape = AttentionShape(4, 2, 16, 4)
+    found = layer_tflops(shape, 32, 3, torch.device("cpu"), lambda: float(next(seconds)))
+    dim, kv, ffn = 64, 32, 192
+    assert found * 1e12 == pytest.approx(6 * 32 * (2 * dim * dim + 2 * dim * kv + 3 * dim * ffn))
+
+
+def test_the_first_time_warms_up() -> None:
+    clock = iter([0.0, 100.0, 100.0, 101.0, 101.0, 103.0, 103.0, 104.0])
+    assert median_us(lambda: None, 3, torch.device("cpu"), lambda: next(clock)) == 1e6
 
 
 def test_a_small_calibration_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,13 @@ def test_a_step_is_the_layers_with_their_matrix_products(simulate: Any) -> None:
     assert small["step_ms"] == pytest.approx(2 * (small["module_ms"] + products))
 
 
+def test_memory_is_of_all_layers_kv_and_one_layer_s_buffers(simulate: Any) -> None:
+    one, two = (simulate("method=llama3", f"model.layers={layers}")["methods"][0] for layers in (1, 2))
+    window = 8192 * 2 * 32 * 128 * 2 / 2**20
+    assert one["kv_buffer_mib"] == pytest.approx(2 * window)
+    assert two["kv_buffer_mib"] == pytest.approx(3 * window)
+
+
 def test_ulysses_is_left_out_where_heads_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", *SMALL, "model.kv_heads=2", "--json"]) == 0
     out, err = capsys.readouterr()

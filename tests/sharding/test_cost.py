@@ -69,6 +69,7 @@ def test_collectives_by_hand() -> None:
     assert links.collective_us(1e6, 8) == pytest.approx(7 * (25 + 5))  # four rings over four network ports
     assert links.all_to_all_us(1e6, 4) == pytest.approx(30 + 1)
     assert links.all_to_all_us(1e6, 8) == pytest.approx(400 + 5)  # four ranks of the other node through one port
+    assert links.all_to_all_us(1e6, 6) == pytest.approx(400 + 5)  # the last node has two ranks, with four far ones each
     rate, latency = links.neighbour(8)
     assert rate.tolist() == [1e4, 1e5, 1e5, 1e5, 1e4, 1e5, 1e5, 1e5]
     assert latency.tolist() == [5, 1, 1, 1, 5, 1, 1, 1]

@@ -20,9 +20,10 @@ from flashcp.experiments.simulator.machine import Machine, read_machine
 from flashcp.experiments.simulator.measured import MeasuredPlanned
 from flashcp.experiments.simulator.pack import simulate_plans
 from flashcp.experiments.simulator.planned import Planned, Setting
-from flashcp.experiments.simulator.variants import VARIANTS
+from flashcp.experiments.simulator.variants import VARIANTS, Variant
 from flashcp.kernels import cpu
 from flashcp.sharding.cost import AttentionCost, AttentionShape, KernelCost
+from flashcp.sharding.exchanges import EXCHANGES
 
 LENGTHS = [700, 1, 130, 17, 400, 33]
 SHAPE = AttentionShape(4, 4, 16, 4)
@@ -57,9 +58,11 @@ def test_it_runs_the_launches_that_the_model_prices(machine: Machine, strategy: 
             assert measured.heads_us(backward, in_order) == pytest.approx(model.heads_us(backward, in_order))
     plans = {name: flashcp.plan(LENGTHS, 4, name) for name in flashcp.strategies()}
     price = lambda plan, setting: MeasuredPlanned(plan, setting, PricedTimer(torch.device("cpu")))  # noqa: E731
-    found, expected = (simulate_plans(plans, VARIANTS.values(), setting, one) for one in (price, Planned))
-    for name in VARIANTS:
-        assert found[name] == pytest.approx(expected[name]), name
+    ours = [Variant(exchange, strategy, exchange) for exchange in EXCHANGES]
+    variants = [*VARIANTS.values(), *ours]
+    found, expected = (simulate_plans(plans, variants, setting, one) for one in (price, Planned))
+    for one in variants:
+        assert found[one.name] == pytest.approx(expected[one.name]), one.name
 
 
 def test_a_schedule_of_some_sources_reads_their_rows_alone() -> None:

@@ -44,7 +44,8 @@ def test_every_method_is_there_as_published_and_at_its_best() -> None:
     assert set(VARIANTS) == {*METHODS, *(f"{name}_best_effort" for name in METHODS if name != "flashcp")}
     assert not VARIANTS["flashcp"].published
     assert all(VARIANTS[name].published for name in METHODS if name != "flashcp")
-    assert not any(variant.published for name, variant in VARIANTS.items() if name.endswith("_best_effort"))
+    for name, variant in VARIANTS.items():
+        assert (variant.implementation == "best effort") == name.endswith("_best_effort")
 
 
 @pytest.mark.parametrize("overlap", ["none", "staged", "fused"])
@@ -78,6 +79,9 @@ def test_llama3_as_published_follows_the_paper_s_sum(machine: Machine) -> None:
     assert outcome.copies_ms == pytest.approx(copies)
     assert outcome.attention_ms == pytest.approx(attention)
     assert outcome.kept_mib * 2**20 == 32_768 * setting.shape.kv_bytes
+    backward = simulate_module(planned, VARIANTS["llama3"]).backward
+    slowest = planned.whole_us(True).max() + 1e3 * copies / 2
+    np.testing.assert_allclose(backward.now, slowest + collective)  # all meet before the reduce-scatter
 
 
 def test_wlb_adaptive_copies_as_the_strategy_it_chose(machine: Machine) -> None:
@@ -88,9 +92,10 @@ def test_wlb_adaptive_copies_as_the_strategy_it_chose(machine: Machine) -> None:
 
 
 def test_a_wire_that_takes_no_time_hides_the_exchange(machine: Machine) -> None:
-    for overlap in ("none", "staged", "fused"):
+    """All but waiting for slower ranks, which is more where a backward stops between remote and local rows (`none`)."""
+    for overlap, share in (("none", 0.06), ("staged", 0.02), ("fused", 0.02)):
         for name, outcome in run(Setting(at_once(machine), overlap=overlap), OURS).items():
-            assert outcome.exposed_exchange_ms == pytest.approx(0, abs=0.02 * outcome.module_ms), (name, overlap)
+            assert outcome.exposed_exchange_ms == pytest.approx(0, abs=share * outcome.module_ms), (name, overlap)
 
 
 def test_fused_never_waits_longer_than_none(machine: Machine) -> None:
@@ -123,6 +128,23 @@ def test_a_fused_kernel_is_as_good_as_its_tiles_in_order_of_arrival(machine: Mac
         assert busy - 1e-9 <= end <= max(busy, latest + us[remote].sum()) + 1e-9
 
 
+@pytest.mark.parametrize("ranks_per_node", [8, 2])
+@pytest.mark.parametrize("overlap", ["none", "fused"])
+def test_nobody_is_faster_than_the_best_effort(machine: Machine, ranks_per_node: int, overlap: str) -> None:
+    """Neither the authors' code nor ours, which copies and sends more; a ring as published hides in any case."""
+    here = replace(machine, links=replace(machine.links, ranks_per_node=ranks_per_node))
+    for name, method in METHODS.items():
+        if name == "flashcp":
+            continue
+        best, published = VARIANTS[f"{name}_best_effort"], VARIANTS[name]
+        pair = Variant("pair", method.sharding, method.exchange)
+        found = run(Setting(here, overlap=overlap, gradient_bytes=2), [best, published, pair])
+        least = found[best.name].module_ms
+        assert least <= found["pair"].module_ms * 1.001, name
+        if overlap == "fused" or method.exchange != "ring":
+            assert least <= found[name].module_ms * 1.001, name
+
+
 def test_rings_compute_while_blocks_travel(machine: Machine) -> None:
     slow = replace(machine, links=Links(8, Link(machine.links.node.gbps / 50, 2.0), machine.links.network))
     quick, late = run(Setting(machine)), run(Setting(slow))
@@ -136,6 +158,8 @@ def test_ulysses_splits_heads_evenly_and_only_so(machine: Machine) -> None:
     outcomes = run(Setting(machine))
     assert outcomes["ulysses"].imbalance == 1
     assert outcomes["ulysses_best_effort"].copies_ms == 0
+    ours = run(Setting(machine), [Variant("", "contiguous", "ulysses")])[""]
+    assert ours.copies_ms == pytest.approx(outcomes["ulysses"].copies_ms / 2)
     with pytest.raises(ValueError, match="ulysses expects multiples of world_size=3"):
         run(Setting(machine), [VARIANTS["ulysses"]], ranks=3)
 
