@@ -13,9 +13,11 @@ from typing import Any
 
 from flashcp.experiments.provenance import commit, versions_text
 
-__all__ = ["REFERENCE", "RESULTS", "Row", "read_rows", "summary_rows", "write_rows"]
+__all__ = ["REFERENCE", "RESULTS", "WINDOWS", "Row", "read_rows", "summary_rows", "write_rows"]
 
 RESULTS = "results.csv"
+WINDOWS = "windows"
+"""Metric: how many packs the other numbers of a case are over."""
 REFERENCE = "single_process"
 """Provider of the run of the same packs on one process, which the others' losses are compared with."""
 UNITS = {

@@ -21,7 +21,7 @@ from flashcp.experiments.paper.figures import FIGURES, publish_figure
 from flashcp.experiments.paper.reality import measured_rows
 from flashcp.experiments.paper.solver import solve_packs
 from flashcp.experiments.provenance import commit
-from flashcp.experiments.rows import Row, write_rows
+from flashcp.experiments.rows import WINDOWS, Row, write_rows
 from flashcp.experiments.schema import committed
 from flashcp.experiments.simulate import read_setting, simulate, summary_table
 from flashcp.experiments.simulator.summary import Summary
@@ -69,11 +69,13 @@ def _run(job: Job, number: str) -> list[Row]:
         device, kind = platform.machine(), "simulated"
     else:
         found = simulate(settings, label=f"{number} {case}")
+        packs = found.packs
         print(f"{case}\n{summary_table(found.summaries)}\n", file=sys.stderr)
         numbers = {one.name: _numbers(one) for one in found.summaries}
         device, kind = f"simulated {found.setting.machine.name}", found.kernels.kind
         if found.kernels.device:
             device = f"{found.kernels.device}; {device}"
+    numbers = {name: {**metrics, WINDOWS: float(len(packs))} for name, metrics in numbers.items()}
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
     versions = f"flashcp {flashcp.__version__}, numpy {np.__version__}, python {platform.python_version()}"
     carried = (device, versions, commit(), datetime.date.today().isoformat(), kind, digest, "")
@@ -81,7 +83,7 @@ def _run(job: Job, number: str) -> list[Row]:
         Row(case, name, metric, UNITS.get(metric.rsplit("_", 1)[-1], "ratio"), None, None, value, None, *carried)
         for name, metrics in numbers.items()
         for metric, value in metrics.items()
-        if metric in settings["metrics"] or not settings["metrics"]
+        if metric in (*settings["metrics"], WINDOWS) or not settings["metrics"]
     ]
 
 

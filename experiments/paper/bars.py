@@ -24,10 +24,12 @@ def draw_bars(
             label = name if place == 0 else None
             axes.bar(left, value, width=0.94 * each, align="edge", color=colours[number % len(colours)], label=label)
             turn = 90 if len(series) > 4 else 0
+            theirs = paper.get(group, {}).get(name)
+            top = max(value, theirs or 0.0)  # what is written stands above the paper's line too
             axes.text(
-                left + each / 2, value, f" {value:.2f}", ha="center", va="bottom", fontsize=7, color=INK, rotation=turn
+                left + each / 2, top, f" {value:.2f}", ha="center", va="bottom", fontsize=7, color=INK, rotation=turn
             )
-            if (theirs := paper.get(group, {}).get(name)) is not None:
+            if theirs is not None:
                 axes.hlines(theirs, left, left + each, color="black", lw=2)
     if any(paper.values()):
         axes.hlines([], 0, 0, color="black", lw=2, label="the paper's")

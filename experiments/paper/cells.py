@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from flashcp.experiments.rows import Row
 
-__all__ = ["Cell", "Numbers", "verdict"]
+__all__ = ["Cell", "Numbers", "farthest", "verdict"]
 
 
 class Cell(NamedTuple):
     """One number, the paper's (or a measured one) and ours.
 
-    judged: whether it is one that should come out (times are context, ratios between methods judged). allowed: the
-    distance that counts as near; a share of the number, or with `absolute` in its own unit.
+    judged: whether it is one that should come out (times are context, ratios between methods judged). fitted: whether
+    parameters were fitted to it, or to what it is made of. allowed: the distance that counts as near; a share of the
+    number, or with `absolute` in its own unit.
     """
 
     what: str
     paper: float
     ours: float
     judged: bool = True
+    fitted: bool = False
     allowed: float = 0.15
     absolute: bool = False
 
@@ -71,12 +72,18 @@ class Numbers:
         return found[0]
 
 
+def farthest(cells: Sequence[Cell]) -> Cell:
+    """The one whose distance is the largest share of its number."""
+    return max(cells, key=lambda cell: abs(cell.ours / cell.paper - 1))
+
+
 def verdict(cells: Sequence[Cell]) -> str:
     """The line that says how far apart the paper and ours are."""
     judged = [cell for cell in cells if cell.judged]
     if not judged:
         return "the paper has no such numbers"
     outside = [cell for cell in judged if not cell.within]
-    worst = max(judged, key=lambda cell: abs(math.log(cell.ours / cell.paper)))
-    text = f"{len(judged) - len(outside)} of {len(judged)} numbers that should come out do; farthest: {worst}"
+    text = (
+        f"{len(judged) - len(outside)} of {len(judged)} numbers that should come out do; farthest: {farthest(judged)}"
+    )
     return f"{text}; outside: {', '.join(cell.what for cell in outside)}" if outside else text

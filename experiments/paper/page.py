@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from flashcp.experiments.calibration.figure import draw_calibration
 from flashcp.experiments.calibration.times import DIRECTIONS, errors, read_times
-from flashcp.experiments.paper.cells import Cell, Numbers, verdict
+from flashcp.experiments.paper.cells import Cell, Numbers, farthest, verdict
 from flashcp.experiments.paper.figures import FIGURES, publish_figure
 from flashcp.experiments.paper.notes import NOTES, prose
-from flashcp.experiments.rows import RESULTS, Row, read_rows
+from flashcp.experiments.rows import RESULTS, WINDOWS, Row, read_rows
 
 __all__ = ["PAGE", "paper_folders", "write_paper_page"]
 
@@ -45,25 +46,36 @@ def write_paper_page(folder: Path, page: Path) -> Path:
 
 def _head(rows: dict[str, list[Row]]) -> str:
     about = prose("""
-        Made by `make paper` from the simulator (`flashcp simulate`), which prices plans on an H100 whose parameters
-        were fitted to one column of the paper's breakdown table; `conf/cluster/h100-nvlink.yaml` names the source of
-        each. No GPU ran anything for this page. A number counts as reproduced within 15%, an average speedup within
-        0.15; ratios between methods and the collectives' times are judged, other times are context. *flashcp_paper* is
-        the paper's heuristic with its own exchange, *flashcp* this project's.
+        Made by `flashcp report` from the rows of `make paper`: the simulator (`flashcp simulate`) prices plans on an
+        H100 whose parameters were fitted to one column of the paper's breakdown table; `conf/cluster/h100-nvlink.yaml`
+        names the source of each. A number counts as reproduced within 15%, an average speedup within 0.15; ratios
+        between methods and the collectives' times are judged, other times are context. Where effects are smaller than
+        15% that says little, so the distances are there too. *Held out* are those judged to which nothing was fitted.
+        *flashcp_paper* is the paper's heuristic with its own exchange, *flashcp* this project's.
     """)
     lines = ["# The paper's figures, simulated", "", about, ""]
-    lines += ["| figure | reproduced | farthest | rows |", "|---|---|---|---|"]
+    lines += ["| figure | reproduced | held out | farthest | windows a case | rows |", "|---|---|---|---|---|---|"]
     for name, each in rows.items():
         cells = [cell for cell in FIGURES[name].cells(Numbers(each)) if cell.judged]
-        if cells:
-            worst = max(cells, key=lambda cell: abs(cell.ours / cell.paper - 1))
-            within = sum(cell.within for cell in cells)
-            lines.append(f"| {name} | {within} of {len(cells)} | {worst} | {_provenance(each[0])} |")
+        counts = sorted({int(row.median) for row in each if row.metric == WINDOWS})
+        shown = [
+            name,
+            _within(cells),
+            _within([cell for cell in cells if not cell.fitted]),
+            str(farthest(cells)) if cells else "",
+            " to ".join(f"{count:,}" for count in dict.fromkeys((*counts[:1], *counts[-1:]))),
+            "; ".join(dict.fromkeys(map(_provenance, each))),
+        ]
+        lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
+def _within(cells: Sequence[Cell]) -> str:
+    return f"{sum(cell.within for cell in cells)} of {len(cells)}" if cells else ""
+
+
 def _provenance(row: Row) -> str:
-    return f"{row.kind}, {row.versions}, commit {row.commit}, {row.date}"
+    return f"{row.kind}, {row.versions}, commit {row.commit}, {row.date[:10]}"
 
 
 def _section(name: str, numbers: Numbers, folder: str) -> str:
