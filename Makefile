@@ -34,7 +34,7 @@ lint: $(STAMP) ## ruff and mypy
 		--cache-dir $(CURDIR)/.mypy_cache -p flashcp \
 		| sed -E 's#^flashcp/($(subst $() ,|,$(ROOMS)))/#\1/#'
 
-paper: $(STAMP) ## the paper's figures from the simulator: rows, pictures, experiments/PAPER_RESULTS.md (about 20 min)
+paper: $(STAMP) ## the paper's figures from the simulator: rows, pictures, experiments/PAPER_RESULTS.md (some 15 min)
 	for figure in paper_fig3 paper_fig5 paper_fig6 paper_fig7 paper_table2 demo_predicted speedup_parts \
 		beyond_paper; do \
 		$(BIN)/flashcp sweep experiment=$$figure out=experiments/results/paper/$$figure workers=2 $(ARGS); done

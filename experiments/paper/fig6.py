@@ -44,8 +44,8 @@ def cells(numbers: Numbers) -> list[Cell]:
             found.append(Cell(f"{data} {method} total ms", theirs.total, ours[method].total, judged=False))
         for part in ("attention_forward", "attention_backward", "total"):
             for one, other in combinations(methods, 2):
-                ratios = (getattr(side[one], part) / getattr(side[other], part) for side in (methods, ours))
-                found.append(Cell(f"{data} {part} {one}/{other}", *ratios, fitted=column))
+                paper, mine = (getattr(side[one], part) / getattr(side[other], part) for side in (methods, ours))
+                found.append(Cell(f"{data} {part} {one}/{other}", paper, mine, fitted=column))
     return found
 
 
