@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from flashcp.experiments.schema import LengthsData, SampledData
 from flashcp.sharding.lengths import LENGTH_DATA, length_stream
-from flashcp.sharding.packing import OVERFLOWS, pack_lengths
+from flashcp.sharding.packing import OVERFLOWS, Window, pack_lengths
 from flashcp.train.data.documents import read_documents
 from flashcp.train.data.sources import SOURCES, DataConfig, open_source
 from flashcp.train.data.tokenizer import load_tokenizer
@@ -26,7 +27,8 @@ LEGAL = (*SOURCES, "lengths", *LENGTH_DATA)
 def read_packs(data: Mapping[str, Any], context: int, count: int, seed: int) -> list[np.ndarray]:
     """Document lengths of the first `count` windows of `context` tokens, int64 [documents] each.
 
-    data: the `data` section of a configuration. The last window may hold fewer tokens, where documents end.
+    data: the `data` section of a configuration. The last window may hold fewer tokens, where documents end. Says on
+    standard error what of a file of lengths the windows leave out.
     Raises ValueError, naming value, field and legal values, for data that cannot be read or packed.
     """
     if not 1 <= context <= LONGEST_CONTEXT:
@@ -51,7 +53,22 @@ def read_packs(data: Mapping[str, Any], context: int, count: int, seed: int) -> 
     packs = list(itertools.islice(pack_lengths(lengths, context, overflow), count))
     if not packs:
         raise ValueError(f"data.source={source!r}: no document to pack with these settings of data")
+    if source == "lengths":
+        _say_left_out(len(_listed(listed)), packs)
     return [window.document_lengths for window in packs]
+
+
+def _say_left_out(given: int, packs: Sequence[Window]) -> None:
+    used = int(packs[-1].document[-1]) + 1
+    dropped, kept = (sum(int(count) for count in counts) for counts in zip(*map(_tokens, packs), strict=True))
+    said = [f"{given - used} of {given} lengths come after the last window"] if used < given else []
+    said += [f"{dropped / (dropped + kept):.1%} of the tokens are cut off at ends of windows"] if dropped else []
+    if said:
+        print(f"left out: {'; '.join(said)}", file=sys.stderr)
+
+
+def _tokens(window: Window) -> tuple[int, int]:
+    return window.dropped, int(window.document_lengths.sum())
 
 
 def _sampled(data: SampledData, seed: int) -> Iterator[int]:

@@ -44,6 +44,7 @@ __all__ = [
 CONFIG = "simulate"
 OVERLAPS = ("auto", "none", "staged", "fused")
 KERNELS = ("modelled", "measured")
+MOST_CPU_WORK = 1e11  # causal pairs x query heads x head_dim that are run on a CPU: some 20 minutes
 
 
 class Simulated(NamedTuple):
@@ -103,6 +104,8 @@ def simulate(settings: Mapping[str, Any], label: str = "") -> Simulated:
         plan(packs[0], settings["world_size"], strategy or "flashcp", **options)
     of_strategy = {strategy: options}
     kernels = read_kernels(settings, setting)
+    if kernels.device == "cpu":
+        _check_cpu_work(packs, setting.shape)
     outcomes = simulate_packs(
         packs,
         list(dict.fromkeys([VARIANTS[BASELINE], *variants])),
@@ -157,6 +160,16 @@ def read_kernels(settings: Mapping[str, Any], setting: Setting) -> Kernels:
     timer = KernelTimer(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     timer.check(setting.shape)
     return Kernels(lambda plan, setting: MeasuredPlanned(plan, setting, timer), timer.device_name)
+
+
+def _check_cpu_work(packs: Sequence[np.ndarray], shape: AttentionShape) -> None:
+    pairs = sum(float((lengths * (lengths + 1.0)).sum()) / 2 for lengths in packs)
+    work = pairs * shape.query_heads * shape.head_dim
+    if work > MOST_CPU_WORK:
+        raise ValueError(
+            f"kernel=measured on a CPU: {work:.0e} causal pairs x heads x head_dim in all windows would take hours; "
+            f"expected <= {MOST_CPU_WORK:.0e}, by fewer windows, a smaller context or model.*, or a GPU"
+        )
 
 
 def _machine(settings: Mapping[str, Any]) -> Machine:

@@ -62,6 +62,12 @@ def test_a_file_of_lengths_in_its_order(simulate: Any, tmp_path: Path, capsys: p
     file.write_text("5000\n3192\n100\n8092\n")
     lengths = ["data=lengths", f"data.path={file}"]
     assert (simulate(*lengths)["windows"], simulate(*lengths)["documents"]) == (2, 4)
+    capsys.readouterr()
+    simulate(*lengths, "windows=1", "context=8000")
+    assert capsys.readouterr().err == ""
+    assert main(["simulate", *SMALL, *lengths, "windows=1", "context=8000"]) == 0
+    said = "left out: 2 of 4 lengths come after the last window; 2.3% of the tokens are cut off at ends of windows\n"
+    assert capsys.readouterr().err == said
     assert main(["simulate", *SMALL, *lengths]) == 0
     out = capsys.readouterr().out
     assert out.startswith("2 windows of 8192 tokens from lengths, 2.0 documents on average, 4 ranks; simulated on h100")

@@ -136,3 +136,9 @@ def test_what_cannot_be_measured(override: str, message: str, capsys: pytest.Cap
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert message in err
+
+
+def test_hours_of_a_cpu_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    long = ["data=lengths", "data.lengths=[131072]", "context=131072"]
+    assert main(["simulate", *SMALL, *long]) == 2
+    assert "kernel=measured on a CPU: 3e+11 causal pairs x heads x head_dim" in capsys.readouterr().err
