@@ -66,7 +66,7 @@ def group_values(config: str) -> dict[str, tuple[str, ...]]:
     """Every group of a configuration and what it takes."""
     if config.startswith("bench_"):
         return {}
-    keys = compose(config, [])
+    keys = _composed(config)
     groups = {name: values for name, values in GROUPS.items() if name in keys}
     if config == "config":
         groups["experiment"] = (*committed("experiment"), *committed("simulation"))
@@ -85,13 +85,17 @@ def member_keys() -> list[tuple[str, list[str]]]:
 
 def config_keys(config: str) -> list[tuple[str, str]]:
     """Every key of a configuration with its default; what groups set is left out."""
+    set_by_groups = (*GROUPS, "sharding.name", "exchange.name", "data.source")
+    leaves = _leaves(_composed(config))
+    return [(key, value) for key, value in leaves if key not in set_by_groups and ".provenance." not in key]
+
+
+def _composed(config: str) -> dict[str, Any]:
     if config == "config":
         from flashcp.experiments.settings import register_run
 
         register_run()
-    set_by_groups = (*GROUPS, "sharding.name", "exchange.name", "data.source")
-    leaves = _leaves(compose(config, []))
-    return [(key, value) for key, value in leaves if key not in set_by_groups and ".provenance." not in key]
+    return compose(config, [])
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

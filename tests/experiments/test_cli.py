@@ -189,6 +189,14 @@ def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert "planner, awkward, attention or exchange" in shown
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_in_a_fresh_process(verb: str) -> None:
+    code = "import sys; from flashcp.experiments.cli import main; sys.exit(main(sys.argv[1:]))"
+    shown = subprocess.run([sys.executable, "-c", code, verb, "--help"], capture_output=True, text=True)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith(f"usage: flashcp {verb} ")
+
+
 def test_help_is_quick_and_plan_leaves_torch_alone() -> None:
     code = "import sys; from flashcp.experiments.cli import main; main(sys.argv[1:])"
     heavy = "assert not {'torch', 'matplotlib', 'wandb'} & set(sys.modules), sorted(sys.modules)"
