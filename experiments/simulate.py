@@ -33,6 +33,7 @@ from flashcp.train.schema import read_dataclass
 __all__ = [
     "Kernels",
     "Simulated",
+    "check_cluster_file",
     "chosen_variants",
     "main",
     "read_kernels",
@@ -73,6 +74,7 @@ class Kernels(NamedTuple):
 def main(overrides: Sequence[str], as_json: bool = False) -> int:
     """Print the table and a recommendation, or one JSON document."""
     settings = compose(CONFIG, overrides)
+    check_cluster_file(settings, overrides)
     found = simulate(settings)
     if settings["figure"]:
         from flashcp.experiments.simulate_figure import draw_timelines
@@ -176,6 +178,13 @@ def _machine(settings: Mapping[str, Any]) -> Machine:
     if settings["cluster_file"]:
         return read_cluster_file(settings["cluster_file"])
     return read_machine(settings["cluster"] or {})
+
+
+def check_cluster_file(settings: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Raise ValueError where a cluster, or a part of one, is chosen beside the file that replaces it."""
+    given = next((override for override in overrides if override.startswith(("cluster=", "cluster."))), "")
+    if settings["cluster_file"] and given:
+        raise ValueError(f"cluster_file={settings['cluster_file']!r} and {given}: expected one or the other")
 
 
 def chosen_variants(settings: Mapping[str, Any], model: ModelShape) -> list[Variant]:

@@ -23,7 +23,7 @@ from flashcp.experiments.paper.solver import solve_packs
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.rows import WINDOWS, Row, write_rows
 from flashcp.experiments.schema import committed
-from flashcp.experiments.simulate import read_setting, simulate, summary_table
+from flashcp.experiments.simulate import check_cluster_file, read_setting, simulate, summary_table
 from flashcp.experiments.simulator.summary import Summary
 
 __all__ = ["case_name", "is_simulation", "main"]
@@ -45,6 +45,7 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     out = Path(first["out"] or f"outputs/{first['name']}")
     check_out(out)
     for job in jobs:
+        check_cluster_file(job.settings, job.overrides)
         read_setting(job.settings)
     rows = measured_rows(first["measured"])
     for number, job in enumerate(jobs, start=1):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from flashcp.experiments.schema import GROUPS
 from flashcp.experiments.simulator.machine import Machine, read_machine
 
 __all__ = ["cluster_text", "read_cluster_file"]
@@ -24,15 +26,38 @@ def cluster_text(machine: Machine, about: str) -> str:
 
 def read_cluster_file(path: str) -> Machine:
     """The machine in a file like those of `conf/cluster/`. Raises ValueError for anything else."""
+    field = f"cluster_file={path!r}"
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(Path(path).expanduser()), resolve=True)
+        loaded = OmegaConf.load(Path(path).expanduser())
+        values: Any = OmegaConf.to_container(_with_defaults(loaded, field), resolve=True)
     except OSError as error:
-        raise ValueError(f"cluster_file={path!r}: cannot be read ({error.strerror})") from error
+        raise ValueError(f"{field}: cannot be read ({error.strerror or error})") from error
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"cluster_file={path!r}: not YAML ({' '.join(str(error).split())[:80]})") from error
-    if isinstance(values, dict):
-        values.pop("defaults", None)
-    return read_machine(values, "cluster_file")
+        raise ValueError(f"{field}: not YAML ({' '.join(str(error).split())[:80]})") from error
+    except RecursionError as error:
+        raise ValueError(f"{field}: nested too deeply, or a part holds itself") from error
+    return read_machine(values, "cluster_file", path)
+
+
+def _with_defaults(config: Any, field: str) -> Any:
+    """A file's own keys over those of the clusters that its `defaults` name, later ones over earlier ones."""
+    if not isinstance(config, DictConfig):
+        return config
+    names = OmegaConf.to_container(config).get("defaults") or []  # type: ignore[union-attr]
+    own = OmegaConf.masked_copy(config, [key for key in config if key != "defaults"])
+    folder = resources.files("flashcp.conf") / "cluster"
+    legal = GROUPS["cluster"]
+    if not isinstance(names, list):
+        raise ValueError(f"{field}: defaults={names!r}: expected a list of {', '.join(legal)}")
+    parts = []
+    for name in names if "_self_" in names else [*names, "_self_"]:
+        if name == "_self_":
+            parts.append(own)
+        elif name in legal:
+            parts.append(_with_defaults(OmegaConf.create((folder / f"{name}.yaml").read_text("utf-8")), field))
+        elif name != "cluster_schema":  # the fields themselves, which `read_machine` knows
+            raise ValueError(f"{field}: defaults holds {name!r}: expected one of {', '.join(legal)}, _self_")
+    return OmegaConf.merge(*parts)
 
 
 def _rounded(value: Any) -> Any:

@@ -14,6 +14,9 @@ from flashcp.train.schema import read_dataclass
 
 __all__ = ["Machine", "PublishedCopies", "machine_schema", "parameters", "read_machine"]
 
+LARGEST = 1_000_000
+"""Of a whole number: ranks of a node, rows of a tile."""
+
 
 @dataclass(frozen=True)
 class PublishedCopies:
@@ -46,13 +49,18 @@ class Machine:
     provenance: dict[str, str] = field(default_factory=dict)
 
 
-def read_machine(values: Mapping[str, Any], name: str = "cluster") -> Machine:
-    """A machine from a configuration's section. Raises ValueError naming value, field and what is legal."""
+def read_machine(values: Mapping[str, Any], name: str = "cluster", file: str = "") -> Machine:
+    """A machine from a configuration's section, or from a file's. Raises ValueError naming value, field and what is
+    legal."""
     try:
         machine = read_dataclass(Machine, values, name)
     except TypeError as error:  # a field without a default is missing
-        raise ValueError(f"{name}: {str(error).split('() ')[-1]}") from error
+        raise ValueError(f"{name}{f'={file!r}' if file else ''}: {_missing(Machine, values)} is missing") from error
     for key, value in parameters(machine).items():
+        if isinstance(value, int):
+            if not 1 <= value <= LARGEST:
+                raise ValueError(f"{name}.{key}={value}: expected a whole number >= 1 and <= {LARGEST}")
+            continue
         optional = key.endswith(("_us", "merge_gbps"))
         if value < 0 or (value == 0 and not optional) or not math.isfinite(value):
             raise ValueError(f"{name}.{key}={value}: expected a number {'>= 0' if optional else '> 0'}")
@@ -62,6 +70,19 @@ def read_machine(values: Mapping[str, Any], name: str = "cluster") -> Machine:
             f"tile_queries={machine.attention.tile_queries}"
         )
     return machine
+
+
+def _missing(section: Any, values: Mapping[str, Any]) -> str:
+    """The dotted name of the first field that has neither a value nor a default."""
+    hints = typing.get_type_hints(section)
+    for item in dataclasses.fields(section):
+        kind, value = hints[item.name], values.get(item.name)
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and item.name not in values:
+            return item.name
+        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping) and (inner := _missing(kind, value)):
+            return f"{item.name}.{inner}"
+    return ""
 
 
 def parameters(section: Any, prefix: str = "") -> dict[str, float]:

@@ -155,6 +155,8 @@ def test_faster_than_half_a_minute(simulate: Any) -> None:
         (["model.kv_heads=3"], "model.query_heads=32: expected a multiple of model.kv_heads"),
         (["cluster=none"], "cluster=none: expected one of a100-nvlink, h100-ib-400g"),
         (["cluster_file=none.yaml"], "cluster_file='none.yaml': cannot be read"),
+        (["cluster_file=x.yaml", "cluster=h200-nvlink"], "cluster_file='x.yaml' and cluster=h200-nvlink: expected one"),
+        (["cluster_file=x.yaml", "cluster.gemm_tflops=9"], "cluster_file='x.yaml' and cluster.gemm_tflops=9: expected"),
         (["workers=0"], "workers=0: expected a whole number >= 1"),
         (["world_size=0"], "world_size=0: expected a whole number >= 1"),
         (["windows=0"], "windows=0: expected a whole number >= 1"),

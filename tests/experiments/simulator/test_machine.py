@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -56,7 +56,8 @@ def test_a_parameter_is_an_override() -> None:
         ("cluster.links.node.latency_us=-1", "cluster.links.node.latency_us=-1.0: expected a number >= 0"),
         ("cluster.copies.gbps=inf", "cluster.copies.gbps=inf: expected a number > 0"),
         ("cluster.attention.tile_keys=48", "tile_keys=48: expected a divisor of tile_queries=128"),
-        ("cluster.links.ranks_per_node=0", "cluster.links.ranks_per_node=0: expected a number > 0"),
+        ("cluster.links.ranks_per_node=0", "cluster.links.ranks_per_node=0: expected a whole number >= 1 and <="),
+        ("cluster.links.ranks_per_node=100000000000000000000", "expected a whole number >= 1 and <= 1000000"),
     ],
 )
 def test_parameters_that_make_no_machine(override: str, message: str) -> None:
@@ -76,7 +77,15 @@ def test_a_machine_is_read_back_from_its_file(tmp_path: Path) -> None:
     [
         ("a: [", "not YAML"),
         ("- 1", "expected a mapping of fields"),
-        ("name: x", "missing"),
+        ("", "cluster_file='.*mine.yaml': name is missing"),
+        ("name: x", "cluster_file='.*mine.yaml': attention is missing"),
+        ("5", "cannot be read .Invalid loaded object"),
+        ("&a [*a]", "nested too deeply, or a part holds itself"),
+        ("a: &a {b: *a}", "nested too deeply, or a part holds itself"),
+        ("defaults: [h100]", "defaults holds 'h100': expected one of a100-nvlink, h100-ib-400g"),
+        ("defaults: [{cluster: h100-nvlink}]", "defaults holds {'cluster': 'h100-nvlink'}: expected one of a100"),
+        ("defaults: h100-nvlink", "defaults='h100-nvlink': expected a list of a100-nvlink"),
+        ("defaults: [h100-nvlink]\nlinks: {ranks: 4}", "cluster_file.links.ranks: no such field"),
         ("nam: x", "cluster_file.nam: no such field"),
     ],
 )
@@ -89,6 +98,25 @@ def test_files_that_hold_no_machine(text: str, message: str, tmp_path: Path) -> 
         read_cluster_file(str(tmp_path / "none.yaml"))
 
 
-def test_a_committed_file_is_also_a_cluster_file() -> None:
-    path: Any = ROOT / "conf/cluster/h100-nvlink.yaml"
-    assert read_cluster_file(str(path)) == committed("h100-nvlink")
+@pytest.mark.parametrize("line", ["    latency_us: 2.0", "  sync_us: 40.0"])
+def test_a_missing_field_is_named_with_its_sections(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text((ROOT / "conf/cluster/h100-nvlink.yaml").read_text().replace(f"{line}\n", "", 1))
+    path = {"latency_us": "links.node.latency_us", "sync_us": "published.sync_us"}[line.split(":")[0].strip()]
+    with pytest.raises(ValueError, match=re.escape(f"cluster_file={str(file)!r}: {path} is missing")):
+        read_cluster_file(str(file))
+
+
+@pytest.mark.parametrize("name", GROUPS["cluster"])
+def test_a_committed_file_is_also_a_cluster_file(name: str) -> None:
+    assert read_cluster_file(str(ROOT / f"conf/cluster/{name}.yaml")) == committed(name)
+
+
+def test_a_file_builds_on_committed_clusters(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("defaults: [h200-nvlink, h100-ib-400g, _self_]\nname: mine\nlinks: {node: {gbps: 7}}\n")
+    machine, network = read_cluster_file(str(file)), committed("h100-ib-400g", "cluster.links.node.gbps=7")
+    assert (machine.name, machine.links) == ("mine", network.links)
+    assert machine.attention == network.attention  # the later one's
+    file.write_text("name: mine\ndefaults: [_self_, h100-nvlink]\n")
+    assert read_cluster_file(str(file)).name == "h100-nvlink"
