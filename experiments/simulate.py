@@ -34,6 +34,7 @@ __all__ = [
     "Kernels",
     "Simulated",
     "check_cluster_file",
+    "chosen_machine",
     "chosen_variants",
     "main",
     "read_kernels",
@@ -46,6 +47,7 @@ CONFIG = "simulate"
 OVERLAPS = ("auto", "none", "staged", "fused")
 KERNELS = ("modelled", "measured")
 MOST_CPU_WORK = 1e11  # causal pairs x query heads x head_dim that are run on a CPU: some 20 minutes
+MOST_RANKS = 1024
 
 
 class Simulated(NamedTuple):
@@ -125,6 +127,8 @@ def simulate(settings: Mapping[str, Any], label: str = "") -> Simulated:
 
 def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
     """Machine, heads and overlap. Raises ValueError naming value, field and what is legal."""
+    if not 1 <= settings["world_size"] <= MOST_RANKS:
+        raise ValueError(f"world_size={settings['world_size']}: expected a whole number >= 1 and <= {MOST_RANKS}")
     for field, value in (("overlap", OVERLAPS), ("gradient_bytes", (2, 4))):
         if settings[field] not in value:
             raise ValueError(f"{field}={settings[field]!r}: expected one of {', '.join(map(str, value))}")
@@ -136,7 +140,7 @@ def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
         raise ValueError(f"model.query_heads={model.query_heads}: expected a multiple of model.kv_heads")
     shape = AttentionShape(model.query_heads, model.kv_heads, model.head_dim, model.dtype_bytes)
     overlap = "fused" if settings["overlap"] == "auto" else settings["overlap"]
-    return Setting(_machine(settings), shape, overlap, settings["gradient_bytes"]), model
+    return Setting(chosen_machine(settings), shape, overlap, settings["gradient_bytes"]), model
 
 
 def read_kernels(settings: Mapping[str, Any], setting: Setting) -> Kernels:
@@ -174,7 +178,8 @@ def _check_cpu_work(packs: Sequence[np.ndarray], shape: AttentionShape) -> None:
         )
 
 
-def _machine(settings: Mapping[str, Any]) -> Machine:
+def chosen_machine(settings: Mapping[str, Any]) -> Machine:
+    """The cluster file's, or the group's. Raises ValueError for anything that describes none."""
     if settings["cluster_file"]:
         return read_cluster_file(settings["cluster_file"])
     return read_machine(settings["cluster"] or {})

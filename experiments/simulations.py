@@ -9,7 +9,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -19,16 +19,18 @@ from flashcp.experiments.folders import check_out
 from flashcp.experiments.packs import read_packs
 from flashcp.experiments.paper.figures import FIGURES, publish_figure
 from flashcp.experiments.paper.reality import measured_rows
+from flashcp.experiments.paper.solver import METRICS as SOLVED
 from flashcp.experiments.paper.solver import solve_packs
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.rows import WINDOWS, Row, write_rows
 from flashcp.experiments.schema import committed
-from flashcp.experiments.simulate import check_cluster_file, read_setting, simulate, summary_table
+from flashcp.experiments.simulate import check_cluster_file, chosen_machine, read_setting, simulate, summary_table
 from flashcp.experiments.simulator.summary import Summary
 
 __all__ = ["case_name", "is_simulation", "main"]
 
 CONFIG = "simulations"
+METRICS = tuple(name for name, kind in get_type_hints(Summary).items() if kind is float)
 UNITS = {"mib": "MiB", "ms": "ms", "rows": "rows", "saving": "share", "imbalance": "max/mean", "max": "max/mean"}
 
 
@@ -43,22 +45,37 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     jobs = expand(CONFIG, named)
     first = jobs[0].settings
     out = Path(first["out"] or f"outputs/{first['name']}")
-    check_out(out)
     for job in jobs:
         check_cluster_file(job.settings, job.overrides)
         read_setting(job.settings)
+        _check(job.settings)
+    check_out(out)
     rows = measured_rows(first["measured"])
     for number, job in enumerate(jobs, start=1):
         rows += _run(job, f"{number}/{len(jobs)}")
     out.mkdir(parents=True, exist_ok=True)
     write_rows(out, rows)
     if first["name"] in FIGURES:
-        text = publish_figure(first["name"], rows, out)
-        print(text, file=sys.stderr if as_json else sys.stdout)
+        try:
+            print(publish_figure(first["name"], rows, out), file=sys.stderr if as_json else sys.stdout)
+        except (ArithmeticError, LookupError, StopIteration, ValueError) as error:  # narrowed: a figure wants every job
+            print(f"no figure: {' '.join(str(error).split())}", file=sys.stderr)
     if as_json:
         print(json.dumps({"rows": [vars(row) for row in rows]}, indent=1))
     print(f"wrote {out}", file=sys.stderr)
     return 0
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """What `simulate` does not know. Raises ValueError naming value, field and what is legal."""
+    name, legal = settings["name"], SOLVED if settings["solver"]["granule"] else METRICS
+    if name != Path(name).name or name in ("", ".."):
+        raise ValueError(f"name={name!r}: expected the name of a folder below outputs/")
+    if settings["figure"]:
+        raise ValueError(f"figure={settings['figure']!r}: a sweep draws its own beside its rows; expected none")
+    for metric in settings["metrics"]:
+        if metric not in legal:
+            raise ValueError(f"metrics: {metric!r}: expected one of {', '.join(legal)}")
 
 
 def _run(job: Job, number: str) -> list[Row]:
@@ -77,9 +94,8 @@ def _run(job: Job, number: str) -> list[Row]:
         if found.kernels.device:
             device = f"{found.kernels.device}; {device}"
     numbers = {name: {**metrics, WINDOWS: float(len(packs))} for name, metrics in numbers.items()}
-    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
     versions = f"flashcp {flashcp.__version__}, numpy {np.__version__}, python {platform.python_version()}"
-    carried = (device, versions, commit(), datetime.date.today().isoformat(), kind, digest, "")
+    carried = (device, versions, commit(), datetime.date.today().isoformat(), kind, _digest(settings, 4), "")
     return [
         Row(case, name, metric, UNITS.get(metric.rsplit("_", 1)[-1], "ratio"), None, None, value, None, *carried)
         for name, metrics in numbers.items()
@@ -89,15 +105,17 @@ def _run(job: Job, number: str) -> list[Row]:
 
 
 def _numbers(one: Summary) -> dict[str, float]:
-    return {field: value for field, value in one._asdict().items() if isinstance(value, float)}
+    return {metric: getattr(one, metric) for metric in METRICS}
 
 
 def case_name(settings: Mapping[str, Any]) -> str:
     """The work of a job, in short: lengths, window, ranks, heads, cluster, overlap where one is chosen."""
     data, model = settings["data"], settings["model"]
     name = data["source"]
-    if lengths := data.get("lengths"):
-        name = f"{len(lengths)}x{lengths[0]}" if len(set(lengths)) == 1 else name
+    if len(set(lengths := data.get("lengths") or [])) == 1:
+        name = f"{len(lengths)}x{lengths[0]}"
+    elif lengths or data.get("path"):
+        name += f".{_digest(lengths or data['path'], 3)}"
     if data.get("long_document_weight", 1) != 1:
         name += f"-w{data['long_document_weight']:g}"
     context = settings["context"]
@@ -105,6 +123,10 @@ def case_name(settings: Mapping[str, Any]) -> str:
     heads = str(model["query_heads"])
     if model["kv_heads"] != model["query_heads"]:
         heads += f":{model['kv_heads']}"
-    cluster = (settings["cluster"] or {}).get("name", "file")
+    cluster = chosen_machine(settings).name
     overlap = "" if settings["overlap"] == "auto" else f"-{settings['overlap']}"
     return f"{name}-c{size}-n{settings['world_size']}-h{heads}-{cluster}{overlap}"
+
+
+def _digest(value: Any, size: int) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=size).hexdigest()

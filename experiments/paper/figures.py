@@ -43,6 +43,6 @@ FIGURES = {
 def publish_figure(name: str, rows: Sequence[Row], out: Path) -> str:
     """Draw the figure into the directory of its rows; every number beside the paper's, and how far they are apart."""
     figure, numbers = FIGURES[name], Numbers(rows)
-    figure.draw(numbers, out / f"{name}.png")
     cells = figure.cells(numbers)
+    figure.draw(numbers, out / f"{name}.png")
     return "\n".join([f"{name}: {figure.title}", *map(str, cells), verdict(cells)])

@@ -47,9 +47,11 @@ def _over_sweeps(rows: Sequence[Row]) -> Row:
 
 
 def _steps(numbers: Numbers) -> dict[str, tuple[Row, float]]:
-    """By method: its measured step, and the predicted one."""
+    """By method: its measured step, and the predicted one. Raises ValueError where the baseline lacks one of them."""
     measured = {row.provider: row for row in numbers.rows if row.kind == "measured" and row.metric == "step_ms"}
-    case = next(row.case for row in numbers.rows if row.kind != "measured")
+    if BASELINE not in measured:
+        raise ValueError(f"no measured step of {BASELINE}: name directories that hold one in measured=[DIR,...]")
+    case = next((row.case for row in numbers.rows if row.kind != "measured"), "")
     found = {}
     for method, row in measured.items():
         pair = "+".join(METHODS[method][1:])  # our implementation, which is what the demo runs

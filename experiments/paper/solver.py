@@ -10,9 +10,10 @@ from tqdm import tqdm
 from flashcp.sharding.exact import exact_plan
 from flashcp.sharding.strategies import plan
 
-__all__ = ["PROVIDERS", "solve_packs"]
+__all__ = ["METRICS", "PROVIDERS", "solve_packs"]
 
 PROVIDERS = ("flashcp_paper", "flashcp_paper_tail", "flashcp", "exact")
+METRICS = ("saving", "imbalance", "exact_saving", "bound", "solved")
 WORKERS = 2
 TOLERANCES = (1.01, 1.05, 1.25)  # the solver's imbalance; a later one where no plan of whole granules has the first
 
@@ -20,7 +21,7 @@ TOLERANCES = (1.01, 1.05, 1.25)  # the solver's imbalance; a later one where no 
 def solve_packs(
     packs: Sequence[np.ndarray], world_size: int, *, granule: int, limit_s: float, label: str = ""
 ) -> dict[str, dict[str, float]]:
-    """Means over packs by provider: `saving` of the paper's compacted exchange, `imbalance`, `ms` of one plan.
+    """Means over packs by provider: `saving` of the paper's compacted exchange, and `imbalance`.
 
     flashcp_paper moves heads where it equalises tokens, flashcp_paper_tail tails; flashcp's `exact_saving` is of its
     own exchange. exact: the solver's, on documents cut at multiples of `granule`; `bound` is what it could not rule
