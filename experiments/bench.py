@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flashcp.experiments.compose import compose, register_config
-from flashcp.experiments.folders import check_out
+from flashcp.experiments.folders import check_file
 from flashcp.experiments.launch import RanksFailedError
 from flashcp.train.schema import read_dataclass
 
@@ -111,7 +111,7 @@ def _into_file(
         path = Path(out)
         if path.suffix != suffix:
             raise ValueError(f"out={out!r}: expected a file *{suffix}")
-        check_out(path.parent)
+        check_file(path)
         rows = list(measure(settings))
         write(path, rows)
         return rows, path

@@ -7,22 +7,32 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["check_out"]
+__all__ = ["check_file", "check_out"]
 
 
-def check_out(out: Path) -> None:
+def check_file(file: Path, field: str = "out") -> None:
+    """Raise ValueError when the file cannot be written; what it holds stays. field: that names it."""
+    check_out(file.parent, field)
+    try:
+        if file.exists():
+            file.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"{field}={str(file)!r}: cannot be written ({error.strerror})") from error
+
+
+def check_out(out: Path, field: str = "out") -> None:
     """Raise ValueError when no file can be made in the directory `out`. Found out by making one; nothing stays."""
     made: list[Path] = []
     try:
         made = [folder for folder in (out, *out.absolute().parents) if not folder.exists()]
         place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
         if not place.is_dir() or not os.access(place, os.W_OK):
-            raise ValueError(f"out={str(out)!r}: {place} is not a directory that may be written to")
+            raise ValueError(f"{field}={str(out)!r}: {place} is not a directory that may be written to")
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise ValueError(f"out={str(out)!r}: cannot be written ({error.strerror})") from error
+        raise ValueError(f"{field}={str(out)!r}: cannot be written ({error.strerror})") from error
     finally:
         for folder in made:
             with suppress(OSError):

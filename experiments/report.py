@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flashcp.experiments.calibration.times import DIRECTIONS, read_times
 from flashcp.experiments.columns import columns
 from flashcp.experiments.comparison import LOSS_TOLERANCE, NO_OVERLAP, Comparison, compare
 from flashcp.experiments.dashboard import write_dashboard
 from flashcp.experiments.figure import draw_comparison
+from flashcp.experiments.folders import check_file
+from flashcp.experiments.paper.figures import FIGURES, publish_figure
 from flashcp.experiments.paper.page import PAGE as PAPER_PAGE
 from flashcp.experiments.paper.page import paper_folders, write_paper_page
 from flashcp.experiments.rows import RESULTS, Row, read_rows
@@ -35,14 +40,50 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such directory; expected one that holds {RESULTS}")
     if paper_folders(folder):
-        print(f"wrote {write_paper_page(folder, Path(options.get('page', folder / PAPER_PAGE)))}", file=sys.stderr)
+        page = Path(options.get("page", folder / PAPER_PAGE))
+        check_file(page, "page")
+        _check_calibrations(folder)
+        print(f"wrote {write_paper_page(folder, page)}", file=sys.stderr)
         return 0
     if not (folder / RESULTS).is_file():
         raise ValueError(f"{folder}: no {RESULTS} in it; expected the directory of a sweep")
     if not read_rows(folder) and not read_failures(folder):
         raise ValueError(f"{folder / RESULTS}: no rows in it, and no failed run beside it")
-    publish(folder, read_baseline(options.get("baseline", _baseline(read_rows(folder))), "baseline"), as_json)
+    rows = read_rows(folder)
+    if any(row.kind != "measured" for row in rows):
+        text = publish_figure(_figure_name(folder), rows, folder)
+        print(text, file=sys.stderr if as_json else sys.stdout)
+        if as_json:
+            print(json.dumps({"rows": [vars(row) for row in rows]}, indent=1))
+        return 0
+    publish(folder, read_baseline(options.get("baseline", _baseline(rows)), "baseline"), as_json)
     return 0
+
+
+def _figure_name(folder: Path) -> str:
+    """The figure that a sweep that simulates drew: the folder's name, or that of a picture in it."""
+    names = [folder.resolve().name, *(picture.stem for picture in sorted(folder.glob("*.png")))]
+    found = next((name for name in names if name in FIGURES), "")
+    if not found:
+        raise ValueError(
+            f"{folder}: simulated rows of an unknown figure; expected a folder or a picture in it named "
+            f"{', '.join(FIGURES)}"
+        )
+    return found
+
+
+def _check_calibrations(folder: Path) -> None:
+    """Raise ValueError naming the file of a calibration that no picture can be made of."""
+    for file in sorted((folder / "calibration").glob("*.csv")):
+        try:
+            times = read_times(file)
+        except (TypeError, ValueError, csv.Error) as error:
+            raise ValueError(f"{file}: not the times of a calibration ({error})") from error
+        checked = {row.direction for row in times if row.split == "check"}
+        if checked != set(DIRECTIONS):
+            raise ValueError(f"{file}: expected rows that check {' and '.join(DIRECTIONS)}")
+        if not all(0 < us < math.inf for row in times for us in (row.measured_us, row.predicted_us)):
+            raise ValueError(f"{file}: not the times of a calibration (measured_us and predicted_us: expected > 0)")
 
 
 def _baseline(rows: Sequence[Row]) -> str:

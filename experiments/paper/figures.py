@@ -41,8 +41,14 @@ FIGURES = {
 
 
 def publish_figure(name: str, rows: Sequence[Row], out: Path) -> str:
-    """Draw the figure into the directory of its rows; every number beside the paper's, and how far they are apart."""
+    """Draw the figure into the directory of its rows; every number beside the paper's, and how far they are apart.
+
+    Raises ValueError where rows that it needs are missing.
+    """
     figure, numbers = FIGURES[name], Numbers(rows)
-    cells = figure.cells(numbers)
-    figure.draw(numbers, out / f"{name}.png")
+    try:
+        cells = figure.cells(numbers)
+        figure.draw(numbers, out / f"{name}.png")
+    except (ArithmeticError, LookupError, StopIteration) as error:  # of rows that are not all there
+        raise ValueError(f"{name} cannot be made of these rows ({type(error).__name__}: {error})") from error
     return "\n".join([f"{name}: {figure.title}", *map(str, cells), verdict(cells)])

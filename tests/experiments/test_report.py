@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +18,7 @@ from flashcp.experiments.comparison import compare
 from flashcp.experiments.figure import step_parts
 from flashcp.experiments.report import render
 from flashcp.experiments.rows import REFERENCE, RESULTS, Row, read_rows, write_rows
+from tests.checkout import ROOT
 
 MakeRows = Callable[..., list[Row]]
 
@@ -185,3 +188,53 @@ def test_overlap_has_columns_of_its_own(
     page = (tmp_path / "dashboard.html").read_text()
     assert "<b>75%</b><span>of the exchange hidden by staged: attention=triton</span>" in page
     assert "3 levels of overlap" in page
+
+
+PAPER = ROOT / "experiments/results/paper"
+
+
+def test_rows_of_a_simulation_redraw_its_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "paper_fig3"
+    folder.mkdir()
+    shutil.copy(PAPER / "paper_fig3/results.csv", folder)
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith("paper_fig3: attention kernels alone")
+    assert sorted(file.name for file in folder.iterdir()) == ["paper_fig3.png", RESULTS]
+    moved = folder.rename(tmp_path / "mine")  # its picture still says what it is
+    (moved / "paper_fig3.png").write_bytes(b"")
+    assert main(["report", str(moved), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["rows"]) == len(read_rows(moved))
+    assert "numbers that should come out" in err
+    assert (moved / "paper_fig3.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_a_simulation_without_a_figure_are_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
+    shutil.copy(PAPER / "paper_fig3/results.csv", tmp_path)
+    assert "simulated rows of an unknown figure; expected a folder or" in refused("report", str(tmp_path))
+
+
+@pytest.mark.parametrize("page", ["taken", "/proc/x.md", "file/x.md"])
+def test_a_page_that_cannot_be_written_is_one_line(refused: Callable[..., str], tmp_path: Path, page: str) -> None:
+    (tmp_path / "paper_fig3").mkdir()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "file").write_text("mine")
+    shutil.copy(PAPER / "paper_fig3/results.csv", tmp_path / "paper_fig3")
+    assert refused("report", str(tmp_path), f"page={page}").startswith("page=")
+
+
+@pytest.mark.parametrize("change", ["header", "short", "word", "zero", "binary"])
+def test_a_calibration_that_cannot_be_drawn_is_one_line(
+    refused: Callable[..., str], tmp_path: Path, change: str
+) -> None:
+    lines = (PAPER / "calibration/this_machine.csv").read_text().splitlines(keepends=True)
+    head, row = lines[0], next(line for line in lines if ",check," in line)
+    times = row.split(",")[7]
+    bad = {"header": b"", "short": b"1,check,forward\n", "binary": b"\xff\xfe"}
+    bad |= {"word": row.replace(times, "ten").encode(), "zero": row.replace(times, "0.0").encode()}
+    for name in ("calibration", "paper_fig3"):
+        (tmp_path / name).mkdir()
+    shutil.copy(PAPER / "paper_fig3/results.csv", tmp_path / "paper_fig3")
+    both = "".join(lines[1:]).encode() if change != "header" else b""
+    (tmp_path / "calibration/mine.csv").write_bytes(head.encode() + both + bad[change])
+    assert refused("report", str(tmp_path)).startswith(f"{tmp_path / 'calibration/mine.csv'}: ")
