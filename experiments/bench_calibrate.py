@@ -112,7 +112,7 @@ def bench_calibrate(bench: CalibrateBench) -> Iterator[Calibration]:
 
 
 def _check(bench: CalibrateBench) -> None:
-    for name, least in (("schedules", 10), ("repeats", 1), ("threads", 1)):
+    for name, least in (("schedules", 10), ("repeats", 1), ("threads", 1), ("seed", 0)):
         if getattr(bench, name) < least:
             raise ValueError(f"{name}={getattr(bench, name)}: expected a whole number >= {least}")
     if bench.dtype not in ("fp32", "bf16"):
@@ -120,7 +120,13 @@ def _check(bench: CalibrateBench) -> None:
     for name in ("contexts", "world_sizes"):
         if not getattr(bench, name) or min(getattr(bench, name)) < 1:
             raise ValueError(f"{name}={getattr(bench, name)}: expected whole numbers >= 1")
-    if bench.kv_heads < 1 or bench.query_heads % bench.kv_heads or bench.query_heads < 1 or bench.head_dim < 1:
+    if 2 * min(bench.world_sizes) > min(bench.contexts):  # random packs are shorter, their lengths rounded down
+        raise ValueError(
+            f"world_sizes={bench.world_sizes}: expected one that is at most half of each of contexts={bench.contexts}"
+        )
+    if bench.head_dim < 2 or bench.head_dim % 2:
+        raise ValueError(f"head_dim={bench.head_dim}: expected an even number >= 2")
+    if bench.kv_heads < 1 or bench.query_heads % bench.kv_heads or bench.query_heads < 1:
         raise ValueError(f"query_heads={bench.query_heads}: expected a multiple of kv_heads={bench.kv_heads}")
 
 

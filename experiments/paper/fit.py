@@ -58,7 +58,13 @@ class Fit(NamedTuple):
 
 
 def fit_rows(settings: PaperFit) -> Iterator[Fit]:
-    """The fit for every weight."""
+    """The fit for every weight. Raises ValueError naming value, field and what is legal."""
+    if settings.windows < 1:
+        raise ValueError(f"windows={settings.windows}: expected a whole number >= 1")
+    if settings.seed < 0:
+        raise ValueError(f"seed={settings.seed}: expected a whole number >= 0")
+    if not settings.weights or not all(0 < weight < math.inf for weight in settings.weights):
+        raise ValueError(f"weights={settings.weights}: expected numbers > 0, at least one")
     for weight in settings.weights:
         yield fit_weight(weight, settings.windows, settings.seed)
 

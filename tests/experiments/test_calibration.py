@@ -113,6 +113,10 @@ def test_a_small_calibration_of_this_machine(tmp_path: Path, capsys: pytest.Capt
         ({"schedules": 5}, "schedules=5: expected a whole number >= 10"),
         ({"dtype": "fp16"}, "dtype='fp16': expected fp32 or bf16"),
         ({"contexts": []}, "contexts"),
+        ({"seed": -1}, "seed=-1: expected a whole number >= 0"),
+        ({"head_dim": 0}, "head_dim=0: expected an even number >= 2"),
+        ({"head_dim": 15}, "head_dim=15: expected an even number >= 2"),
+        ({"contexts": [1024, 8], "world_sizes": [8, 16]}, "at most half of each of contexts="),
         ({"query_heads": 3}, "query_heads=3: expected a multiple of kv_heads=2"),
     ],
 )

@@ -129,6 +129,16 @@ REFUSED = [
 ]
 
 
+@pytest.mark.parametrize("name", ["planner", "paper_fit", "calibrate"])
+def test_out_of_a_benchmark_that_cannot_be_written_is_one_line(
+    refused: Callable[..., str], tmp_path: Path, name: str
+) -> None:
+    suffix = ".csv" if name == "planner" else ".yaml"
+    (tmp_path / f"folder{suffix}").mkdir()
+    for out in (f"folder{suffix}", f"{'x' * 300}{suffix}", f"/proc/x{suffix}"):
+        assert "cannot be written" in refused("bench", name, f"out={out}")
+
+
 @pytest.mark.parametrize(("verb", "words", "message"), REFUSED)
 def test_bad_input_is_one_line(refused: Callable[..., str], verb: str, words: str, message: str) -> None:
     assert refused(verb, *words.split()).startswith(message)

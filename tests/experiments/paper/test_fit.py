@@ -44,3 +44,19 @@ def test_bench_writes_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert machine.attention.forward.tflops == pytest.approx(row["machine"]["attention"]["forward"]["tflops"], rel=1e-3)
     assert main(["bench", "paper_fit", "out=fit.csv"]) == 2
     assert "expected a file *.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("windows=0", "windows=0: expected a whole number >= 1"),
+        ("seed=-1", "seed=-1: expected a whole number >= 0"),
+        ("weights=[]", "weights=[]: expected numbers > 0, at least one"),
+        ("weights=[12,0]", "weights=[12.0, 0.0]: expected numbers > 0, at least one"),
+    ],
+)
+def test_settings_that_describe_no_fit(
+    setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "paper_fit", setting, f"out={tmp_path / 'fit.yaml'}"]) == 2
+    assert message in capsys.readouterr().err
