@@ -22,13 +22,15 @@ Run = Callable[[Any, str], tuple[list[Any], Path]]
 
 class Bench(NamedTuple):
     """A dataclass of what to measure; from it and `out` rows (named tuples or dataclasses) and the place they were
-    written to; from rows a table. out: the default, empty where `run` finds one.
+    written to; from rows a table. out: the default, empty where `run` finds one. beside: suffixes of files that
+    are written beside it.
     """
 
     settings: type[Any]
     run: Run
     table: Callable[[list[Any]], str]
     out: str
+    beside: tuple[str, ...] = ()
 
 
 def _planner() -> Bench:
@@ -66,14 +68,15 @@ def _paper_fit() -> Bench:
 
 def _calibrate() -> Bench:
     from flashcp.experiments.bench_calibrate import (
+        BESIDE,
         CalibrateBench,
         bench_calibrate,
         calibration_table,
         write_calibration,
     )
 
-    run = _into_file(bench_calibrate, write_calibration, ".yaml")
-    return Bench(CalibrateBench, run, calibration_table, "outputs/bench/calibrate.yaml")
+    run = _into_file(bench_calibrate, write_calibration, ".yaml", BESIDE)
+    return Bench(CalibrateBench, run, calibration_table, "outputs/bench/calibrate.yaml", BESIDE)
 
 
 BENCHES: dict[str, Callable[[], Bench]] = {
@@ -98,20 +101,25 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
         print(f"flashcp: error: {error}", file=sys.stderr)
         return 1
     print(_json(rows) if as_json else bench.table(rows))
-    print(f"wrote {written}", file=sys.stderr)
+    files = [written, *map(written.with_suffix, bench.beside)]
+    print(f"wrote {', '.join(map(str, files))}", file=sys.stderr)
     return 0
 
 
 def _into_file(
-    measure: Callable[[Any], Iterable[Any]], write: Callable[[Path, list[Any]], None], suffix: str = ".csv"
+    measure: Callable[[Any], Iterable[Any]],
+    write: Callable[[Path, list[Any]], None],
+    suffix: str = ".csv",
+    beside: Iterable[str] = (),
 ) -> Run:
-    """Rows written to one file when all are there."""
+    """Rows written to one file, and those beside it, when all are there."""
 
     def run(settings: Any, out: str) -> tuple[list[Any], Path]:
         path = Path(out)
         if path.suffix != suffix:
             raise ValueError(f"out={out!r}: expected a file *{suffix}")
-        check_file(path)
+        for file in (path, *map(path.with_suffix, beside)):
+            check_file(file)
         rows = list(measure(settings))
         write(path, rows)
         return rows, path

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,11 +27,13 @@ from flashcp.experiments.simulator.machine import Machine, PublishedCopies
 from flashcp.experiments.timing import own_clock
 from flashcp.sharding.cost import AttentionShape, CopyCost, Link, Links
 
-__all__ = ["CalibrateBench", "Calibration", "bench_calibrate", "calibration_table", "write_calibration"]
+__all__ = ["BESIDE", "CalibrateBench", "Calibration", "bench_calibrate", "calibration_table", "write_calibration"]
 
 PUBLISHED = PublishedCopies(
     gathered_passes=8.0, shuffled_passes=11.0, compacted_passes=10.0, shard_us=8.0, sync_us=40.0
 )
+BESIDE = (".csv", ".png")
+"""Suffixes of what is written beside the machine: the times and their picture."""
 
 
 @dataclass
@@ -159,9 +161,16 @@ def calibration_table(found: list[Calibration]) -> str:
             lines.append(f"{direction:<9} {split:<6} {count:>4} schedules  error median {median:.1%}  p95 {p95:.1%}")
     machine = calibration.machine
     for direction, kernel in zip(DIRECTIONS, (machine.attention.forward, machine.attention.backward), strict=True):
-        lines.append(f"{direction:<9} {kernel}")
-    lines.append(f"tiles {machine.attention.tiles}, copies {machine.copies}, link {machine.links.node}")
-    return "\n".join([*lines, f"matrix products {machine.gemm_tflops:.3g} TFLOP/s"])
+        lines.append(f"{direction:<9} {_told(kernel)}")
+    lines.append(f"{'tiles':<9} {' x '.join(map(str, machine.attention.tiles))} rows")
+    lines.append(f"{'copies':<9} {_told(machine.copies)}")
+    lines.append(f"{'link':<9} {_told(machine.links.node)}")
+    return "\n".join([*lines, f"matrix products {machine.gemm_tflops:.4g} TFLOP/s"])
+
+
+def _told(section: Any) -> str:
+    """Every parameter of a section with its number."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in asdict(section).items())
 
 
 def write_calibration(path: Path, found: list[Calibration]) -> None:
@@ -171,5 +180,6 @@ def write_calibration(path: Path, found: list[Calibration]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     about = f"flashcp simulate cluster={path.stem}; made by flashcp bench calibrate"
     path.write_text(cluster_text(machine, about), encoding="utf-8")
-    write_times(path.with_suffix(".csv"), calibration.times)
-    draw_calibration(calibration.times, path.with_suffix(".png"))
+    rows, picture = map(path.with_suffix, BESIDE)
+    write_times(rows, calibration.times)
+    draw_calibration(calibration.times, picture)

@@ -135,6 +135,8 @@ def _complaint(name: str, overrides: Sequence[str], error: Exception) -> str:
         return f"{ambiguous[1]}: expected one value (`flashcp sweep` takes several; a list is written [a,b])"
     if merging := re.match(r"Error merging override (.+)", message):
         wanted = re.search(r"could not be converted to (\w+)|is not a valid (bool)", cause)
+        if "is not a ListConfig" in cause:
+            return f"{merging[1]}: expected a list, written [a,b]"
         kind = KINDS.get((wanted[1] or wanted[2]) if wanted else "")
         return f"{merging[1]}: expected {kind}" if kind else f"{merging[1]}: {cause}"
     return f"{' '.join(message.splitlines()[:2])}{f' ({cause})' if cause else ''}"

@@ -23,6 +23,9 @@ __all__ = ["read_packs"]
 
 LEGAL = (*SOURCES, "lengths", *LENGTH_DATA)
 
+DIGITS = 18
+"""Of a length that int64 holds."""
+
 
 def read_packs(data: Mapping[str, Any], context: int, count: int, seed: int) -> list[np.ndarray]:
     """Document lengths of the first `count` windows of `context` tokens, int64 [documents] each.
@@ -88,8 +91,8 @@ def _listed(data: LengthsData) -> list[int]:
         )
     if data.lengths:
         for length in data.lengths:
-            if length < 1:
-                raise ValueError(f"data.lengths holds {length}: expected whole numbers >= 1")
+            if not 1 <= length < 10**DIGITS:
+                raise ValueError(f"data.lengths holds {length}: expected whole numbers >= 1 of at most {DIGITS} digits")
         return data.lengths
     try:
         lines = Path(data.path).expanduser().read_text(encoding="utf-8-sig").splitlines()
@@ -98,10 +101,13 @@ def _listed(data: LengthsData) -> list[int]:
     except UnicodeDecodeError as error:
         raise ValueError(f"data.path={data.path!r}: not UTF-8 text; expected one length a line") from error
     lengths = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            if not line.strip().isascii() or not line.strip().isdigit() or int(line) < 1:
-                raise ValueError(f"{data.path}:{number}: {line.strip()[:40]!r}: expected one whole number >= 1 a line")
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if line:
+            if not line.isascii() or not line.isdigit() or len(line) > DIGITS or int(line) < 1:
+                raise ValueError(
+                    f"{data.path}:{number}: {line[:40]!r}: expected one whole number >= 1 of at most {DIGITS} digits a "
+                    "line"
+                )
             lengths.append(int(line))
     if not lengths:
         raise ValueError(f"data.path={data.path!r}: no lengths in it; expected one a line")

@@ -137,7 +137,9 @@ def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
         if number < (0 if name == "ffn_dim" else 1):
             raise ValueError(f"model.{name}={number}: expected a whole number >= {0 if name == 'ffn_dim' else 1}")
     if model.query_heads % model.kv_heads:
-        raise ValueError(f"model.query_heads={model.query_heads}: expected a multiple of model.kv_heads")
+        raise ValueError(
+            f"model.query_heads={model.query_heads}: expected a multiple of model.kv_heads={model.kv_heads}"
+        )
     shape = AttentionShape(model.query_heads, model.kv_heads, model.head_dim, model.dtype_bytes)
     overlap = "fused" if settings["overlap"] == "auto" else settings["overlap"]
     return Setting(chosen_machine(settings), shape, overlap, settings["gradient_bytes"]), model

@@ -21,6 +21,7 @@ from flashcp.experiments.launch import launch
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.report import publish, read_baseline
 from flashcp.experiments.rows import Row, read_rows, summary_rows, write_rows
+from flashcp.experiments.schema import committed
 from flashcp.experiments.settings import Run, read_run, register_run
 from flashcp.experiments.simulations import is_simulation
 from flashcp.train.run import prepare
@@ -40,6 +41,7 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     """
     if is_simulation(overrides):
         return simulations.main(overrides, as_json)
+    _check_experiment(overrides)
     register_run()
     sweep = Sweep(overrides)
     sweep.run()
@@ -48,6 +50,19 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     worst = comparison.worst_difference
     disagree = sweep.exact and worst is not None and (worst.loss_difference or 0.0) > LOSS_TOLERANCE
     return int(bool(sweep.failed) or disagree)
+
+
+def _check_experiment(overrides: Sequence[str]) -> None:
+    """Hydra, asked for a sweep that trains, would name only those."""
+    trained, simulated = committed("experiment"), committed("simulation")
+    for override in overrides:
+        key, _, value = override.partition("=")
+        names = value.split(",") if key == "experiment" else []
+        for name in names:
+            if name not in (*trained, *simulated, "null"):
+                raise ValueError(f"experiment={name}: expected one of {', '.join((*trained, *simulated))}")
+        if set(names) & set(simulated):
+            raise ValueError(f"{override}: expected one sweep that simulates at a time")
 
 
 def track(comparison: Comparison, tracker: TrackerConfig, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashcp.experiments.bench_calibrate import CalibrateBench, bench_calibrate
+from flashcp.experiments.bench_calibrate import CalibrateBench, Calibration, bench_calibrate, calibration_table
 from flashcp.experiments.calibration.attention import fit_attention, random_schedule, random_shape
 from flashcp.experiments.calibration.fit import KernelSample, fit_kernel, fit_line, fit_rates, kernel_us, total_features
 from flashcp.experiments.calibration.links import layer_tflops
@@ -17,7 +18,7 @@ from flashcp.experiments.calibration.times import TimeRow, errors, read_times, w
 from flashcp.experiments.cli import main
 from flashcp.experiments.simulator.cluster_file import read_cluster_file
 from flashcp.experiments.timing import median_us
-from flashcp.sharding.cost import AttentionCost, AttentionShape, KernelCost, read_features
+from flashcp.sharding.cost import AttentionCost, AttentionShape, CopyCost, KernelCost, read_features
 from tests.checkout import ROOT
 
 SHAPE = AttentionShape(8, 2, 64, 4)
@@ -92,7 +93,9 @@ def test_a_small_calibration_of_this_machine(tmp_path: Path, capsys: pytest.Capt
     out = tmp_path / "mine.yaml"
     small = ["schedules=12", "contexts=[256]", "world_sizes=[2]", "repeats=1", "query_heads=2", "kv_heads=1"]
     assert main(["bench", "calibrate", *small, f"out={out}", "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1] == f"wrote {out}, {out.with_suffix('.csv')}, {out.with_suffix('.png')}"
+    (row,) = json.loads(shown.out)["rows"]
     machine = read_cluster_file(str(out))
     assert machine.name == "mine"
     assert machine.attention.forward.tflops == pytest.approx(row["machine"]["attention"]["forward"]["tflops"], rel=1e-3)
@@ -105,6 +108,22 @@ def test_a_small_calibration_of_this_machine(tmp_path: Path, capsys: pytest.Capt
     assert all(time.measured_us > 0 and time.predicted_us > 0 for time in times)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert main(["simulate", f"cluster_file={out}", "windows=1", "context=1024", "methods=[flashcp]"]) == 0
+
+
+def test_the_table_of_a_calibration_rounds_its_numbers() -> None:
+    machine = read_cluster_file(str(ROOT / "conf/cluster/this_machine.yaml"))
+    cost = KernelCost(0.0752312, 1e6, 0.7138)
+    machine = dataclasses.replace(machine, attention=AttentionCost(cost, cost, 16, 8), copies=CopyCost(10.9612345, 1.7))
+    times = read_times(ROOT / "experiments/results/paper/calibration/this_machine.csv")
+    lines = calibration_table([Calibration(machine, times)]).splitlines()
+    shown = "tflops 0.07523, kv_gbps 1e+06, query_gbps 0.7138, masked 1, merge_gbps 0, range_us 0, launch_us 0"
+    assert lines[4:8] == [
+        f"forward   {shown}",
+        f"backward  {shown}",
+        "tiles     16 x 8 rows",
+        "copies    gbps 10.96, launch_us 1.7",
+    ]
+    assert lines[8].startswith("link      gbps ")
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,11 @@ PLAN_REFUSED = [
     ("data=lengths", "data=lengths: expected either data.path=FILE"),
     ("data=lengths data.path=missing", "data.path='missing': cannot be read (No such file or directory)"),
     ("data=lengths data.lengths=[0,5]", "data.lengths holds 0: expected whole numbers >= 1"),
+    (
+        f"data=lengths data.lengths=[{10**30}]",
+        f"data.lengths holds {10**30}: expected whole numbers >= 1 of at most 18",
+    ),
+    ("data=lengths data.lengths=5", "data.lengths=5: expected a list, written [a,b]"),
     ("data=lengths data.lengths=[a]", "data.lengths=[a]: expected a whole number"),
     ("data=lengths data.lengths=[3] world_size=4", "world_size=4 with a pack of 3 tokens: expected at most one rank"),
     ("data=text data.path=missing", "data.path='missing': no such file or directory"),
@@ -94,7 +99,9 @@ TRAIN_REFUSED = [
     ("data.tokenizer=no.json", "data.tokenizer='no.json': cannot be read"),
 ]
 SWEEP_REFUSED = [
-    ("experiment=nope", "experiment=nope: expected one of demo"),
+    ("experiment=nope", "experiment=nope: expected one of demo, overlap, beyond_paper, demo_hybrid, demo_predicted"),
+    ("experiment=paper_fig3,paper_fig6", "experiment=paper_fig3,paper_fig6: expected one sweep that simulates at a"),
+    ("experiment=paper_fig3 methods=flashcp", "methods=flashcp: expected a list, written [a,b]"),
     ("experiment=demo loop.stepz=1", "loop.stepz: no such override; expected one of steps"),
     ("experiment=demo method=llama3,nope", "method=nope: expected one of llama3"),
     ("out=/proc/foo", "out='/proc/foo': cannot be written (No such file or directory)"),
@@ -149,6 +156,10 @@ def test_bad_input_is_one_line(refused: Callable[..., str], verb: str, words: st
     [
         ("5\n-3\n", "lengths.txt:2: '-3'"),
         ("5\n0\n", "lengths.txt:2: '0'"),
+        (
+            "5\n" + "7" * 5000,
+            "lengths.txt:2: '7777777777777777777777777777777777777777': expected one whole number >= 1 of",
+        ),
         ("x\n", "lengths.txt:1: 'x'"),
         ("", "data.path="),
     ],

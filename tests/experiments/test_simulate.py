@@ -152,7 +152,7 @@ def test_faster_than_half_a_minute(simulate: Any) -> None:
         (["methods=[llama3]", "method=ring"], "expected one or the other"),
         (["method=ulysses", "world_size=3"], "ulysses: model.query_heads=32, model.kv_heads=32 are no multiples of 3"),
         (["model.layers=0"], "model.layers=0: expected a whole number >= 1"),
-        (["model.kv_heads=3"], "model.query_heads=32: expected a multiple of model.kv_heads"),
+        (["model.kv_heads=3"], "model.query_heads=32: expected a multiple of model.kv_heads=3"),
         (["cluster=none"], "cluster=none: expected one of a100-nvlink, h100-ib-400g"),
         (["cluster_file=none.yaml"], "cluster_file='none.yaml': cannot be read"),
         (["cluster_file=x.yaml", "cluster=h200-nvlink"], "cluster_file='x.yaml' and cluster=h200-nvlink: expected one"),
