@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +47,14 @@ OVERLAPS = ("auto", "none", "staged", "fused")
 KERNELS = ("modelled", "measured")
 MOST_CPU_WORK = 1e11  # causal pairs x query heads x head_dim that are run on a CPU: some 20 minutes
 MOST_RANKS = 1024
+ABOUT = (
+    "The table, means over windows: imbalance, work of the busiest rank over the mean; saving, 1 - KV rows on the "
+    "critical rank over the all-gather's; module ms, one layer's attention module, forward and backward, which is "
+    "attention ms, copies and exposed (an exchange that nothing hides); p50 and p95, of module ms over windows; step "
+    "ms, all layers with their matrix products; KV GiB, the most of any window: others' KV that all layers keep for "
+    "the backward, and one layer's buffers."
+)
+"""For --help."""
 
 
 class Simulated(NamedTuple):
@@ -77,14 +84,15 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     """Print the table and a recommendation, or one JSON document."""
     settings = compose(CONFIG, overrides)
     check_cluster_file(settings, overrides)
+    if settings["figure"]:
+        from flashcp.experiments.simulate_figure import check_figure, draw_timelines
+
+        figure, ranks = check_figure(settings["figure"]), settings["world_size"]
     found = simulate(settings)
     if settings["figure"]:
-        from flashcp.experiments.simulate_figure import draw_timelines
-
-        figure, ranks = Path(settings["figure"]), settings["world_size"]
         drawn = found.packs[0], found.variants, ranks, found.setting, figure, found.options, found.kernels.price
-        file = draw_timelines(*drawn)
-        print(f"wrote {file}", file=sys.stderr)
+        draw_timelines(*drawn)
+        print(f"wrote {figure}", file=sys.stderr)
     if as_json:
         print(json.dumps(_document(settings, found), indent=1))
     else:

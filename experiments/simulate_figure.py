@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from flashcp.experiments.figure import INK, PARTS
+from flashcp.experiments.folders import check_file
 from flashcp.experiments.simulator.batch import Options, make_plans
 from flashcp.experiments.simulator.pack import Price, simulate_module
 from flashcp.experiments.simulator.planned import Module, Planned, Setting
 from flashcp.experiments.simulator.variants import Variant
 
-__all__ = ["draw_timelines"]
+__all__ = ["check_figure", "draw_timelines"]
 
 COLOURS = {"attention": PARTS["attention"], "exchange": PARTS["exchange"], "copies": "#d9a441"}
 LANES = {
@@ -25,6 +27,17 @@ LANES = {
     "copies": (-0.36, 0.5),
     "exchange": (0.18, 0.18),
 }  # low edge and height in a rank's row
+
+
+def check_figure(name: str) -> Path:
+    """The file that `draw_timelines` will write: PNG where the name has no suffix. Raises ValueError for others."""
+    path = Path(name)
+    file = path if path.suffix or os.path.isdir(path) else path.with_name(f"{path.name}.png")
+    check_file(file, "figure")
+    legal = sorted(Figure().canvas.get_supported_filetypes())
+    if file.suffix[1:].lower() not in legal:
+        raise ValueError(f"figure={name!r}: expected a file *.{', *.'.join(legal)}")
+    return file
 
 
 def draw_timelines(
@@ -35,15 +48,12 @@ def draw_timelines(
     path: Path,
     options: Options | None = None,
     price: Price = Planned,
-) -> Path:
-    """Write the picture in the format of the path's suffix, PNG where there is none. Returns the file written.
+) -> None:
+    """Write the picture in the format of the path's suffix, into a directory that is made where there is none.
 
     One panel a method, all with the same scale; the broad bars are what a rank is busy with, the narrow ones rows that
     travel, gaps are waiting. Raises ValueError when it cannot be written.
     """
-    if path.is_dir():
-        raise ValueError(f"figure={str(path)!r}: cannot be written (it is a directory); expected a file")
-    file = path if path.suffix else path.with_name(f"{path.name}.png")
     plans = make_plans(pack, variants, world_size, options or {})
     modules = [simulate_module(price(plans[one.sharding], setting), one) for one in variants]
     columns = min(2, len(variants))
@@ -67,10 +77,10 @@ def draw_timelines(
         fontsize=11,
     )
     try:
-        figure.savefig(file, dpi=160)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160)
     except (OSError, ValueError) as error:
         raise ValueError(f"figure={str(path)!r}: cannot be written ({error})") from error
-    return file
 
 
 def _end(module: Module) -> float:

@@ -22,9 +22,11 @@ EXPLAINED = {
     "overlap": "of our kernel and the best efforts: none, staged, fused; auto is fused",
     "gradient_bytes": "of a number of a KV gradient on their wire: 4 as ours sends it, or 2",
     "cluster_file": "FILE like those of conf/cluster, instead of one of them",
+    "kernel": "modelled, or measured: every rank's attention is run on the one device at hand",
     "workers": "processes",
     "methods": "names to simulate, such as [llama3,llama3_best_effort,flashcp]; empty: all",
     "model.layers": "that step_ms counts",
+    "model.ffn_dim": "of the MLP; 0: 8/3 of the model's width, rounded up to a multiple of 64",
     "threads": "of each rank",
     "profile": "leave a trace of a few steps in out/trace (train: and a picture of it)",
     "out": "directory to write to; empty: below outputs/",
@@ -59,6 +61,8 @@ def verb_usage(verb: str, arguments: Sequence[str] = ()) -> str:
         else:
             parts.append("Keys and their defaults:")
         parts.append("\n".join(keys))
+    if about := getattr(module, "ABOUT", ""):
+        parts.append(_wrapped("", about))
     return "\n\n".join(parts)
 
 

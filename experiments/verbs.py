@@ -11,7 +11,7 @@ class Verb(NamedTuple):
     """A module of this folder with `main(arguments, as_json) -> exit code`, and what `--help` says of it.
 
     A module that reads a Hydra configuration names it in `CONFIG`, or finds it in `keys(arguments)`: `--help` lists
-    its keys.
+    its keys, and then prints its `ABOUT` where there is one.
     """
 
     module: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -206,6 +207,10 @@ def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     if verb in ("plan", "train", "sweep"):
         assert "llama3, per_document, ring" in shown
         assert "\n  world_size=" in shown
+    if verb == "simulate":
+        assert re.search(r"\n  kernel=modelled +modelled, or measured: ", shown)
+        assert re.search(r"\n  model.ffn_dim=0 +of the MLP; 0: 8/3 of the model's width", shown)
+        assert "KV GiB, others' KV" in shown
     if verb == "bench":
         assert "planner, awkward, attention or exchange" in shown
 

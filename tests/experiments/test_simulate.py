@@ -133,6 +133,24 @@ def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_figure_that_cannot_be_written_is_refused_before_anything_is_simulated(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError("simulated")
+
+    monkeypatch.setattr("flashcp.experiments.simulate.simulate", never)
+    (tmp_path / "file").write_text("mine")
+    for figure in (".", "file/x.png", "x.nope", "x" * 300, f"{'x' * 300}.png"):
+        assert refused("simulate", f"figure={figure}").startswith("figure=")
+
+
+def test_the_directory_of_a_figure_is_made(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "timeline.svg"
+    assert main(["simulate", *SMALL, "methods=[llama3]", f"figure={file}"]) == 0
+    assert file.read_text().startswith("<?xml")
+
+
 def test_faster_than_half_a_minute(simulate: Any) -> None:
     """A hundred windows of 128K take some seconds; this many, a tenth of it, leave room for a busy machine."""
     import time
@@ -162,6 +180,8 @@ def test_faster_than_half_a_minute(simulate: Any) -> None:
         (["windows=0"], "windows=0: expected a whole number >= 1"),
         (["method=flashcp", "sharding.tolerance=0.5"], "sharding.tolerance=0.5"),
         (["figure=."], "figure='.': cannot be written"),
+        (["figure=/proc/no/x.png"], "figure='/proc/no': cannot be written"),
+        (["figure=x.nope"], "figure='x.nope': expected a file *."),
         (["zz=1"], "zz: no such override"),
     ],
 )
