@@ -43,8 +43,9 @@ def _with_defaults(config: Any, field: str) -> Any:
     """A file's own keys over those of the clusters that its `defaults` name, later ones over earlier ones."""
     if not isinstance(config, DictConfig):
         return config
-    names = OmegaConf.to_container(config).get("defaults") or []  # type: ignore[union-attr]
-    own = OmegaConf.masked_copy(config, [key for key in config if key != "defaults"])
+    values: Any = OmegaConf.to_container(config)
+    names = values.pop("defaults", []) or []
+    own = OmegaConf.create(values)
     folder = resources.files("flashcp.conf") / "cluster"
     legal = GROUPS["cluster"]
     if not isinstance(names, list):

@@ -27,6 +27,15 @@ def test_a_case_has_the_name_of_the_machine_in_the_file(tmp_path: Path) -> None:
     assert cases(f"cluster_file={file}") == ["1x131072-c128k-n8-h32-mine", "16x8192-c128k-n8-h32-mine"]
 
 
+def test_a_file_replaces_the_cluster_that_a_sweep_names_itself(tmp_path: Path) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text("defaults: [h100-nvlink, _self_]\nname: mine\n")
+    words = [f"cluster_file={file}", MEASURED, "windows=1", "methods=[llama3,flashcp]", f"out={tmp_path / 'out'}"]
+    assert main(["sweep", "experiment=demo_predicted", *words]) == 0
+    simulated = {row.device for row in read_rows(tmp_path / "out") if row.kind == "simulated"}
+    assert simulated == {"simulated mine"}
+
+
 def test_lists_and_files_of_lengths_are_told_apart() -> None:
     assert len(set(cases("data.lengths=[100,200],[200,100],[300]"))) == 3
     assert cases("data.lengths=[100,200]") == cases("data.lengths=[100,200]")
