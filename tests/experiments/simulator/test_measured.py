@@ -78,13 +78,13 @@ def test_a_schedule_of_some_sources_reads_their_rows_alone() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_kernels_of_this_machine_are_timed(device: str) -> None:
-    timer = KernelTimer(torch.device(device), repeats=3)
+    timer = KernelTimer(torch.device(device))
     timer.check(SHAPE)
     timer.check(SHAPE._replace(dtype_bytes=2))
     lengths = (64, 2048) if device == "cpu" else (256, 65_536)
     short, long = (timer.times(_share([length] * 2), SHAPE) for length in lengths)
     assert min(short) > 0
-    assert all(more > 4 * less for less, more in zip(short, long, strict=True))
+    assert all(more > 2 * less for less, more in zip(short, long, strict=True))
 
 
 def _share(lengths: list[int]) -> RankSchedule:
