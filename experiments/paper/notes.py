@@ -141,8 +141,8 @@ def _parts(numbers: Numbers) -> str:
         `llama3` and less traffic for the others. Another order would share the product out differently: what overlap
         hides, less traffic cannot win again. Gradients travel in fp32 from the second column on, in bf16 before, which
         counts against "no copies". Below 1: our gradients of received rows leave together, come home reader by reader
-        and are added up there, where the best effort's leave block by block and are added up on the way. 500 windows (Figure 6:
-        1,000).
+        and are added up there, where the best effort's leave block by block and are added up on the way. 500 windows
+        (Figure 6: 1,000).
     """)
     return "\n".join([*lines, "", said])
 
@@ -153,8 +153,8 @@ def _beyond(numbers: Numbers) -> str:
     lost = [win for win in found if win.fastest != "flashcp"]
     close = sum(win.ahead < 1.05 for win in found)
     return prose(f"""
-        Cases won: {", ".join(f"{name} {number}" for name, number in count)}; {close} of them by less than 5%,
-        closer than the model can tell. `flashcp` is our code, the others are best efforts that no code reaches (nothing
+        Cases won: {", ".join(f"{name} {number}" for name, number in count)}; {close} of them by less than 5%, closer
+        than the model can tell. `flashcp` is our code, the others are best efforts that no code reaches (nothing
         copied, NCCL's collectives beside attention), so what `flashcp` wins here it wins by its plan and its exchange;
         `ring` and `wlb_adaptive` were left out. `ulysses` wins where many heads can be shared out and an all-to-all has
         less to send than any rows; with more ranks than heads it cannot run, which is why margins jump there. The
