@@ -13,40 +13,26 @@ import numpy as np
 from flashcp.experiments.compose import compose
 from flashcp.experiments.options import naming_options
 from flashcp.experiments.packs import read_packs
-from flashcp.experiments.plan import chosen_methods, heading, plannable, strategy_options
+from flashcp.experiments.plan import heading, plannable, strategy_options
 from flashcp.experiments.provenance import commit
-from flashcp.experiments.schema import ModelShape
+from flashcp.experiments.simulate_choices import (
+    Kernels,
+    check_cluster_file,
+    check_cpu_work,
+    chosen_variants,
+    read_kernels,
+    read_setting,
+)
 from flashcp.experiments.simulator.batch import Options, simulate_packs
-from flashcp.experiments.simulator.cluster_file import read_cluster_file
-from flashcp.experiments.simulator.machine import Machine, read_machine
-from flashcp.experiments.simulator.pack import Price
-from flashcp.experiments.simulator.planned import Planned, Setting
+from flashcp.experiments.simulator.planned import Setting
 from flashcp.experiments.simulator.summary import BASELINE, Summary, recommendation, summarise
 from flashcp.experiments.simulator.variants import VARIANTS, Variant
 from flashcp.experiments.text import table
-from flashcp.sharding.cost import AttentionShape
-from flashcp.sharding.exchanges import EXCHANGES
-from flashcp.sharding.strategies import STRATEGIES, plan
-from flashcp.train.schema import read_dataclass
+from flashcp.sharding.strategies import plan
 
-__all__ = [
-    "Kernels",
-    "Simulated",
-    "check_cluster_file",
-    "chosen_machine",
-    "chosen_variants",
-    "main",
-    "read_kernels",
-    "read_setting",
-    "simulate",
-    "summary_table",
-]
+__all__ = ["Simulated", "main", "simulate", "summary_table"]
 
 CONFIG = "simulate"
-OVERLAPS = ("auto", "none", "staged", "fused")
-KERNELS = ("modelled", "measured")
-MOST_CPU_WORK = 1e11  # causal pairs x query heads x head_dim that are run on a CPU: some 20 minutes
-MOST_RANKS = 1024
 ABOUT = (
     "The table, means over windows: imbalance, work of the busiest rank over the mean; saving, 1 - KV rows on the "
     "critical rank over the all-gather's; module ms, one layer's attention module, forward and backward, which is "
@@ -66,18 +52,6 @@ class Simulated(NamedTuple):
     summaries: list[Summary]
     options: Options
     kernels: Kernels
-
-
-class Kernels(NamedTuple):
-    """Where attention's times come from. device: what ran the kernels; empty where they are the cost model's."""
-
-    price: Price = Planned
-    device: str = ""
-
-    @property
-    def kind(self) -> str:
-        """As a row says it."""
-        return f"kernel={KERNELS[1]} exchange={KERNELS[0]}" if self.device else "simulated"
 
 
 def main(overrides: Sequence[str], as_json: bool = False) -> int:
@@ -117,7 +91,7 @@ def simulate(settings: Mapping[str, Any], label: str = "") -> Simulated:
     of_strategy = {strategy: options}
     kernels = read_kernels(settings, setting)
     if kernels.device == "cpu":
-        _check_cpu_work(packs, setting.shape)
+        check_cpu_work(packs, setting.shape)
     outcomes = simulate_packs(
         packs,
         list(dict.fromkeys([VARIANTS[BASELINE], *variants])),
@@ -131,103 +105,6 @@ def simulate(settings: Mapping[str, Any], label: str = "") -> Simulated:
     rows = float(np.mean([pack.sum() for pack in packs])) / settings["world_size"]
     summaries = [summarise(variant, outcomes, setting, model, rows) for variant in variants]
     return Simulated(setting, packs, variants, summaries, of_strategy, kernels)
-
-
-def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
-    """Machine, heads and overlap. Raises ValueError naming value, field and what is legal."""
-    if not 1 <= settings["world_size"] <= MOST_RANKS:
-        raise ValueError(f"world_size={settings['world_size']}: expected a whole number >= 1 and <= {MOST_RANKS}")
-    for field, value in (("overlap", OVERLAPS), ("gradient_bytes", (2, 4))):
-        if settings[field] not in value:
-            raise ValueError(f"{field}={settings[field]!r}: expected one of {', '.join(map(str, value))}")
-    model = read_dataclass(ModelShape, settings["model"], "model")
-    for name, number in asdict(model).items():
-        if number < (0 if name == "ffn_dim" else 1):
-            raise ValueError(f"model.{name}={number}: expected a whole number >= {0 if name == 'ffn_dim' else 1}")
-    if model.query_heads % model.kv_heads:
-        raise ValueError(
-            f"model.query_heads={model.query_heads}: expected a multiple of model.kv_heads={model.kv_heads}"
-        )
-    shape = AttentionShape(model.query_heads, model.kv_heads, model.head_dim, model.dtype_bytes)
-    overlap = "fused" if settings["overlap"] == "auto" else settings["overlap"]
-    return Setting(chosen_machine(settings), shape, overlap, settings["gradient_bytes"]), model
-
-
-def read_kernels(settings: Mapping[str, Any], setting: Setting) -> Kernels:
-    """The cost model, or every rank's kernels run on a GPU, or where there is none on this CPU.
-
-    Raises ValueError for what cannot be measured, RuntimeError where the kernel is wrong.
-    """
-    name = settings["kernel"]
-    if name not in KERNELS:
-        raise ValueError(f"kernel={name!r}: expected one of {', '.join(KERNELS)}")
-    if name == "modelled":
-        return Kernels()
-    if settings["workers"] != 1:
-        raise ValueError(f"workers={settings['workers']}: kernel=measured runs on one device, expected 1")
-    if setting.shape.dtype_bytes not in (2, 4):
-        raise ValueError(f"model.dtype_bytes={setting.shape.dtype_bytes}: kernel=measured expects 2 (bf16) or 4 (fp32)")
-    import torch
-
-    from flashcp.experiments.kernel_times import KernelTimer
-    from flashcp.experiments.simulator.measured import MeasuredPlanned
-
-    torch.set_num_threads(1)  # as a rank on a CPU has
-    timer = KernelTimer(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    timer.check(setting.shape)
-    return Kernels(lambda plan, setting: MeasuredPlanned(plan, setting, timer), timer.device_name)
-
-
-def _check_cpu_work(packs: Sequence[np.ndarray], shape: AttentionShape) -> None:
-    pairs = sum(float((lengths * (lengths + 1.0)).sum()) / 2 for lengths in packs)
-    work = pairs * shape.query_heads * shape.head_dim
-    if work > MOST_CPU_WORK:
-        raise ValueError(
-            f"kernel=measured on a CPU: {work:.0e} causal pairs x heads x head_dim in all windows would take hours; "
-            f"expected <= {MOST_CPU_WORK:.0e}, by fewer windows, a smaller context or model.*, or a GPU"
-        )
-
-
-def chosen_machine(settings: Mapping[str, Any]) -> Machine:
-    """The cluster file's, or the group's. Raises ValueError for anything that describes none."""
-    if settings["cluster_file"]:
-        return read_cluster_file(settings["cluster_file"])
-    return read_machine(settings["cluster"] or {})
-
-
-def check_cluster_file(settings: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Raise ValueError where a cluster, or a part of one, is chosen beside the file that replaces it."""
-    given = next((override for override in overrides if override.startswith(("cluster=", "cluster."))), "")
-    if settings["cluster_file"] and given:
-        raise ValueError(f"cluster_file={settings['cluster_file']!r} and {given}: expected one or the other")
-
-
-def chosen_variants(settings: Mapping[str, Any], model: ModelShape) -> list[Variant]:
-    """The methods that were named, the pair that was chosen, or all. Left out with a word: what heads do not allow."""
-    ranks = settings["world_size"]
-    named, pair = settings["methods"], settings["method"] or settings["sharding"] or settings["exchange"]
-    if named and pair:
-        raise ValueError("methods and method, sharding or exchange: expected one or the other")
-    chosen = [_variant(name) for name in dict.fromkeys(named)] or list(VARIANTS.values())
-    if pair:
-        (method,) = chosen_methods(settings)
-        chosen = [VARIANTS.get(method.name, Variant(*method))]
-    split = [variant for variant in chosen if variant.exchange == "ulysses"]
-    if ranks < 1 or not split or not (model.query_heads % ranks or model.kv_heads % ranks):
-        return chosen
-    why = f"model.query_heads={model.query_heads}, model.kv_heads={model.kv_heads} are no multiples of {ranks} ranks"
-    if len(split) == len(chosen):
-        raise ValueError(f"{split[0].name}: {why}")
-    print(f"left out: ulysses, for {why}", file=sys.stderr)
-    return [variant for variant in chosen if variant.exchange != "ulysses"]
-
-
-def _variant(name: str) -> Variant:
-    """A method, or a pair of a strategy and an exchange under our implementation. Raises ValueError for others."""
-    strategy, plus, exchange = name.partition("+")
-    if name not in VARIANTS and not (plus and strategy in STRATEGIES and exchange in EXCHANGES):
-        raise ValueError(f"methods: {name!r}: expected one of {', '.join(VARIANTS)}, or a pair SHARDING+EXCHANGE")
-    return VARIANTS.get(name) or Variant(name, strategy, exchange)
 
 
 def summary_table(summaries: Sequence[Summary]) -> str:

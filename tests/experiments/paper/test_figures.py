@@ -23,7 +23,7 @@ from flashcp.experiments.paper.reality import measured_rows
 from flashcp.experiments.paper.values import BREAKDOWN
 from flashcp.experiments.rows import read_rows, write_rows
 from flashcp.experiments.schema import committed
-from flashcp.experiments.simulate import chosen_variants, read_setting
+from flashcp.experiments.simulate_choices import chosen_variants, read_setting
 from flashcp.experiments.simulations import case_name
 from flashcp.sharding.methods import METHODS
 from tests.checkout import ROOT
