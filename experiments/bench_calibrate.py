@@ -88,7 +88,7 @@ def bench_calibrate(bench: CalibrateBench) -> Iterator[Calibration]:
     linked = ranks_here > 1
     if linked:
         sizes = np.array([2**power for power in range(14, 25, 2)])
-        packing = copies.us(3 * sizes, launches=0)  # a block is cleared and written first; the simulator counts that
+        packing = copies.us(5 * sizes, launches=0)  # a block is cleared and written first; the simulator counts that
         slope, start = fit_line(sizes.tolist(), (link_us(sizes.tolist(), bench.repeats, cuda) - packing).tolist())
         link = Link(1e-3 / slope, start)
     machine = Machine(

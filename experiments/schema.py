@@ -112,7 +112,7 @@ class SimulateSettings:
     """`flashcp simulate`. methods: names to simulate, best efforts and pairs SHARDING+EXCHANGE among them; empty: all,
     or the pair that is chosen.
 
-    overlap: of our kernel and the best efforts. gradient_bytes: of a number of a KV gradient on their wire.
+    overlap: of our kernel and the best efforts. gradient_bytes: of a number of a KV gradient on our wire.
     cluster_file: a file like those of conf/cluster, instead of one. figure: a picture of the first window's timelines.
     kernel: `modelled`, or `measured`: every rank's attention is run on the one device at hand, the exchange modelled.
     workers: processes.

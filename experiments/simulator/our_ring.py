@@ -32,7 +32,7 @@ def _forward(planned: Planned, hops: Hops) -> Timeline:
     ranks, every = planned.ranks, np.arange(planned.ranks)
     timeline, steps = Timeline(ranks), planned.step_us(False)
     if ranks > 1:
-        timeline.run("copies", planned.setting.machine.copies.us(2.0 * planned.block_bytes("ring")))
+        timeline.run("copies", planned.setting.machine.copies.us(4 * planned.block_bytes("ring"), 4))
     if planned.setting.overlap == "none":
         for _ in range(1, ranks):
             coming = hops.send(timeline.now)
@@ -51,8 +51,10 @@ def _forward(planned: Planned, hops: Hops) -> Timeline:
 
 
 def _backward(planned: Planned, hops: Hops, home: float) -> Timeline:
-    timeline, copies = Timeline(planned.ranks), planned.setting.machine.copies
-    add = copies.us(3 * home)  # what came and its own share are read, the sum is written
+    timeline, gradient = Timeline(planned.ranks), planned.setting.gradient_bytes
+    add = planned.setting.machine.copies.us(
+        home * (gradient + 8) / gradient
+    )  # what came and its share read, the sum written
     beside = planned.setting.overlap != "none"
     timeline.run("attention", planned.first_us(True))
     for hop in range(1, planned.ranks):

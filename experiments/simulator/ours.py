@@ -33,8 +33,11 @@ def ours(planned: Planned, exchange: str) -> Module:
     still = np.zeros(planned.ranks)
     alone = _arrivals(planned, exchange, there, still).max() + _homecoming(planned, back, still).max()
     forward, backward = _forward(planned, exchange, there), _backward(planned, exchange, there, back)
-    kept, leaving = float(there.sum(axis=0).max()), float(back.sum(axis=0).max())
-    working = kept * 4 / planned.shape.dtype_bytes + leaving  # gradients to send, in fp32, and those that come home
+    kept, coming = float(there.sum(axis=0).max()), float(back.sum(axis=0).max())
+    if exchange != "exact":
+        kept += float(there.max())  # its own block lies among the others
+    working = kept * 4 / planned.shape.dtype_bytes + coming  # gradients of the buffer, in fp32, and those coming home
+    working += float(back.sum(axis=1).max()) * (exchange != "exact")  # side by side, to leave
     return Module(forward, backward, float(alone), kept, working)
 
 
@@ -44,6 +47,10 @@ def _forward(planned: Planned, exchange: str, there: np.ndarray) -> Timeline:
     arrived = _arrivals(planned, exchange, there, timeline.now)
     timeline.beside("exchange", timeline.now, arrived.max(axis=0))
     attend(planned, timeline, arrived)
+    if planned.setting.overlap == "staged":  # the fp32 sum is cleared before and narrowed after
+        numbers = planned.plan.tokens * (planned.shape.query_heads * planned.shape.head_dim)
+        timeline.run("copies", planned.setting.machine.copies.us(numbers * 10.0, launches=2))
+    timeline.wait(arrived.max(axis=0))  # also for rows that nobody reads here
     return timeline
 
 
@@ -64,7 +71,7 @@ def attend(planned: Planned, timeline: Timeline, arrived: np.ndarray) -> None:
 def _backward(planned: Planned, exchange: str, there: np.ndarray, back: np.ndarray) -> Timeline:
     timeline, copies = Timeline(planned.ranks), planned.setting.machine.copies
     timeline.run("attention", planned.first_us(True))
-    if exchange != "exact":
+    if exchange != "exact" and planned.ranks > 1:
         timeline.run("copies", copies.us(2 * back.sum(axis=1)))  # all blocks but its own, side by side
     leave = timeline.now
     home = _homecoming(planned, back, leave).max(axis=0)
@@ -75,7 +82,8 @@ def _backward(planned: Planned, exchange: str, there: np.ndarray, back: np.ndarr
     timeline.wait(home)
     each = (planned.setting.gradient_bytes + 8) / planned.setting.gradient_bytes  # read, the sum read and written
     came = back.sum(axis=0)
-    timeline.run("copies", copies.us(each * came) * (came > 0))
+    readers = (back > 0).sum(axis=0)
+    timeline.run("copies", copies.us(each * came, launches=0) + 2 * readers * copies.launch_us)  # K and V of each
     return timeline
 
 
@@ -122,10 +130,10 @@ def _fused(planned: Planned, timeline: Timeline, arrived: np.ndarray) -> None:
 
 
 def _pack_us(planned: Planned, exchange: str, moved: np.ndarray) -> np.ndarray:
-    """Rows that leave are put side by side first: a block is cleared and written; for `exact`, unless they are put
-    where they are read, once a reader."""
+    """Rows that leave are picked and put side by side: read and written twice. A block is cleared before; `exact` does
+    it once a reader, and where they are put straight into the reader's memory the second time is the transfer."""
     copies = planned.setting.machine.copies
     if exchange != "exact":
-        return copies.us(3 * moved.max(axis=1)) * (planned.ranks > 1)
-    leaving = moved.sum(axis=1) * (planned.setting.overlap != "fused")
-    return copies.us(2 * leaving) * (leaving > 0)
+        return copies.us(5 * moved.max(axis=1), launches=5) * (planned.ranks > 1)
+    times = 1 if planned.setting.overlap == "fused" else 2
+    return copies.us(2 * times * moved.sum(axis=1), launches=0) + 2 * times * copies.launch_us * (moved > 0).sum(axis=1)

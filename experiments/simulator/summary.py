@@ -13,7 +13,7 @@ from flashcp.experiments.simulator.planned import Setting
 from flashcp.experiments.simulator.step import gemm_ms
 from flashcp.experiments.simulator.variants import Variant
 
-__all__ = ["BASELINE", "Summary", "recommendation", "summarise"]
+__all__ = ["BASELINE", "Summary", "overlap_of", "recommendation", "summarise"]
 
 BASELINE = "llama3"
 """Speedups are over this method as published."""
@@ -70,7 +70,7 @@ def summarise(variant: Variant, outcomes: Outcomes, setting: Setting, model: Mod
         sharding=variant.sharding,
         exchange=variant.exchange,
         implementation=variant.implementation,
-        overlap=_overlap(variant, setting),
+        overlap=overlap_of(variant, setting),
         imbalance=float(np.mean(one.imbalance)),
         imbalance_max=float(np.max(one.imbalance)),
         critical_rows=float(np.mean(one.critical_rows)),
@@ -95,7 +95,7 @@ def summarise(variant: Variant, outcomes: Outcomes, setting: Setting, model: Mod
     )
 
 
-def _overlap(variant: Variant, setting: Setting) -> str:
+def overlap_of(variant: Variant, setting: Setting) -> str:
     """What hides transfers: the published rings have their own, our ring no fused kernel, ulysses nothing."""
     if variant.exchange == "ulysses":
         return "none"

@@ -2,7 +2,7 @@
 
 Nothing can be hidden: attention needs all of Q, K and V, and the projection after it all of O. As published every
 all-to-all packs what it sends and unpacks what it gets; ours packs heads on the way in, computes on rows where they
-arrive, and unpacks on the way out.
+arrive, and unpacks on the way out, with K and V stacked before.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def ulysses(planned: Planned, copies: int, in_order: bool) -> Module:
             if number:
                 timeline.run("attention", np.full(ranks, planned.heads_us(backward, in_order)))
             exchange = machine.links.all_to_all_us(pair, ranks)
-            timeline.run("copies", machine.copies.us(copies * 2 * pair * ranks, launches=copies))
+            stacked = (
+                2 * rows * own.kv_bytes * ranks * (pair is inward and not in_order)
+            )  # K and V into one tensor first
+            timeline.run("copies", machine.copies.us(copies * 2 * pair * ranks + stacked, launches=copies))
             timeline.run("exchange", exchange)
             alone += exchange
         timelines.append(timeline)

@@ -47,13 +47,17 @@ def test_what_is_copied(machine: Machine, exchange: str, overlap: str) -> None:
     row_bytes, copies = planned.shape.kv_bytes, machine.copies
     if exchange == "exact":
         sent = rows.sent_rows * row_bytes
-        packed = copies.us(2 * sent) if overlap != "fused" else np.zeros(RANKS)
-        back = copies.us(3 * 2 * sent)
+        others = (planned.reads.traffic > 0).sum(axis=1)
+        times = 1 if overlap == "fused" else 2
+        packed = copies.us(2 * times * sent, launches=0) + 2 * times * others * copies.launch_us
+        back = copies.us(3 * 2 * sent, launches=0) + 2 * others * copies.launch_us
     else:
         block = EXCHANGES[exchange].block_rows(planned.plan) * row_bytes
-        packed = np.full(RANKS, float(copies.us(3 * block)))
+        packed = np.full(RANKS, float(copies.us(5 * block, 5)))
         others = (RANKS - 1) * block * 2  # fp32
-        back = np.full(RANKS, float(copies.us(2 * others) + copies.us(3 * others)))
+        back = np.full(RANKS, float(copies.us(2 * others) + copies.us(3 * others, 2 * (RANKS - 1))))
+    if overlap == "staged":
+        packed = packed + copies.us(planned.plan.tokens * 32 * 128 * 10, 2)
     np.testing.assert_allclose(module.forward.busy["copies"], packed)
     np.testing.assert_allclose(module.backward.busy["copies"], back)
 
@@ -64,8 +68,10 @@ def test_what_buffers_hold(machine: Machine) -> None:
         planned, module = run(machine, "per_document", exchange)
         rows = planned.plan.route(exchange)
         received, sent = (int(count.max()) * planned.shape.kv_bytes for count in (rows.received_rows, rows.sent_rows))
-        assert module.kept_bytes == received, exchange
-        assert module.working_bytes == 2 * received + 2 * sent, exchange
+        own = planned.block_bytes(exchange) if exchange in ("compacted", "all_gather") else 0
+        assert module.kept_bytes == received + own, exchange
+        leaving = 2 * sent if own else 0
+        assert module.working_bytes == 2 * (received + own) + 2 * sent + leaving, exchange
 
 
 @pytest.mark.parametrize("exchange", ["exact", "all_gather"])
@@ -75,8 +81,9 @@ def test_tiles_of_a_fused_kernel_run_as_their_last_source_arrives(machine: Machi
     reads, traffic = planned.reads, planned.reads.traffic * float(planned.shape.kv_bytes)
     if exchange == "all_gather":
         traffic = planned.block_bytes(exchange) * (1.0 - np.eye(RANKS))
-    start = float(module.forward.busy["copies"][0])
-    arrived = carry_all(traffic, slow.links, pull=True, release_us=np.full((RANKS, RANKS), start))
+    start = module.forward.busy["copies"]
+    release = np.broadcast_to(start[:, None], (RANKS, RANKS))
+    arrived = carry_all(traffic, slow.links, pull=True, release_us=release)
     us = planned.own_us(False) + planned.read_us(False).sum(axis=1)
     for rank in range(RANKS):
         shards = np.flatnonzero(reads.rank == rank)
@@ -84,10 +91,10 @@ def test_tiles_of_a_fused_kernel_run_as_their_last_source_arrives(machine: Machi
             shard: max([arrived[s, rank] for s in range(RANKS) if s != rank and reads.before[shard, s]], default=0.0)
             for shard in shards
         }
-        now = start + planned.cost.launch_us()
+        now = start[rank] + planned.cost.launch_us()
         for shard in sorted(shards, key=lambda shard: ready[shard]):
             now = max(now, ready[shard]) + us[shard]
-        assert module.forward.now[rank] == pytest.approx(now)
+        assert module.forward.now[rank] == pytest.approx(max(now, arrived[:, rank].max()))
     assert module.forward.now.max() > planned.local_us(False).max() * 1.5  # it had to wait
 
 
@@ -107,7 +114,7 @@ def test_gradients_of_received_rows_leave_together_before_the_local_ones(machine
 def test_two_sided_collectives_end_for_all_at_once(machine: Machine) -> None:
     planned, module = run(machine, "per_document", "all_gather", "staged")
     block = planned.block_bytes("all_gather")
-    arrived = float(machine.copies.us(3 * block)) + machine.links.collective_us(block, RANKS)
+    arrived = float(machine.copies.us(5 * block, 5)) + machine.links.collective_us(block, RANKS)
     (span,) = [span for span in module.forward.spans if span.kind == "exchange"]
     np.testing.assert_allclose(span.stop, arrived)
 
@@ -128,3 +135,28 @@ def test_a_fused_ring_is_staged(machine: Machine) -> None:
     fused, staged = (run(machine, "contiguous", "ring", overlap)[1] for overlap in ("fused", "staged"))
     for one, other in zip(fused[:2], staged[:2], strict=True):
         np.testing.assert_array_equal(one.now, other.now)
+
+
+def test_without_overlap_ranks_compute_when_all_is_there(machine: Machine) -> None:
+    planned, module = run(machine, "per_document", "exact", "none")
+    (span,) = [span for span in module.forward.spans if span.kind == "exchange"]
+    np.testing.assert_allclose(module.forward.now, span.stop + planned.first_us(False) + planned.local_us(False))
+
+
+def test_staged_ranks_merge_what_they_received(machine: Machine) -> None:
+    planned, module = run(machine, "per_document", "exact", "staged")
+    attention = np.diagonal(planned.step_us(False)) + planned.merge_us(planned.plan.tokens)
+    attention = attention + planned.remote_us(False) + planned.merge_us(planned.remote_rows)
+    np.testing.assert_allclose(module.forward.busy["attention"], attention)
+
+
+def test_our_ring_adds_hop_by_hop_once_local_rows_are_computed(machine: Machine) -> None:
+    """A wire that takes no time: what is left is attention, merges and sums."""
+    quick = replace(machine, links=Links(8, Link(1e12, 0.0), Link(1e12, 0.0)))
+    planned, module = run(quick, "per_document", "ring", pack=WHOLE)
+    add = float(machine.copies.us(planned.block_bytes("ring") * 2 * 3))
+    slowest = (planned.first_us(True) + planned.local_us(True)).max()
+    assert module.backward.now.max() == pytest.approx(slowest + 3 * add, rel=0.02)
+    merged = sum(planned.merge_us(planned.reading_rows[3, source]) for source in range(3))
+    merged += planned.merge_us(planned.plan.tokens[3])
+    assert module.forward.busy["attention"][3] == pytest.approx(planned.step_us(False)[3].sum() + merged)

@@ -121,7 +121,7 @@ def test_a_fused_kernel_is_as_good_as_its_tiles_in_order_of_arrival(machine: Mac
     us = planned.own_us(False) + planned.read_us(False).sum(axis=1)
     for rank in range(RANKS):
         mine = reads.rank == rank
-        busy = us[mine].sum() + planned.cost.launch_us()
+        busy = us[mine].sum() + planned.cost.launch_us() + module.forward.busy["copies"][rank]
         remote = mine & (reads.before.sum(axis=1) > reads.before[np.arange(len(mine)), rank])
         latest = next(span.stop[rank] for span in module.forward.spans if span.kind == "exchange")
         end = module.forward.now[rank]
@@ -138,7 +138,7 @@ def test_nobody_is_faster_than_the_best_effort(machine: Machine, ranks_per_node:
             continue
         best, published = VARIANTS[f"{name}_best_effort"], VARIANTS[name]
         pair = Variant("pair", method.sharding, method.exchange)
-        found = run(Setting(here, overlap=overlap, gradient_bytes=2), [best, published, pair])
+        found = run(Setting(here, overlap=overlap), [best, published, pair])
         least = found[best.name].module_ms
         assert least <= found["pair"].module_ms * 1.001, name
         if overlap == "fused" or method.exchange != "ring":
@@ -159,7 +159,8 @@ def test_ulysses_splits_heads_evenly_and_only_so(machine: Machine) -> None:
     assert outcomes["ulysses"].imbalance == 1
     assert outcomes["ulysses_best_effort"].copies_ms == 0
     ours = run(Setting(machine), [Variant("", "contiguous", "ulysses")])[""]
-    assert ours.copies_ms == pytest.approx(outcomes["ulysses"].copies_ms / 2)
+    stacked = 2 * 2 * 8192 * 2 * 32 * 128 * 2 / (1e6 * machine.copies.gbps)  # K and V, forward and backward
+    assert ours.copies_ms == pytest.approx(outcomes["ulysses"].copies_ms / 2 + stacked)
     with pytest.raises(ValueError, match="ulysses expects multiples of world_size=3"):
         run(Setting(machine), [VARIANTS["ulysses"]], ranks=3)
 
@@ -173,9 +174,9 @@ def test_fewer_kv_heads_make_a_lighter_exchange(machine: Machine) -> None:
 
 def test_gradients_in_fp32_take_twice_the_wire(machine: Machine) -> None:
     wide, narrow = (run(Setting(machine, gradient_bytes=count)) for count in (4, 2))
-    for name in ("flashcp", "llama3_best_effort"):
-        assert narrow[name].exchange_ms < 0.75 * wide[name].exchange_ms
-    assert narrow["llama3"] == wide["llama3"]
+    assert narrow["flashcp"].exchange_ms < 0.75 * wide["flashcp"].exchange_ms
+    for name in ("llama3", "llama3_best_effort"):  # neither sends more than the model's dtype
+        assert narrow[name] == wide[name]
 
 
 def test_across_nodes_the_network_is_what_counts(machine: Machine) -> None:
