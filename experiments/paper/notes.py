@@ -40,8 +40,8 @@ def _fig5(numbers: Numbers) -> str:
         model, as that code is written to do. The likely cause is that they do not: if nothing of them were hidden, the
         means in training would go from {ring.hidden:.2f} to {ring.shown:.2f} over ring and from {zigzag.hidden:.2f} to
         {zigzag.shown:.2f} over ring_zigzag, and links between neighbours {ring.slower:.1f} and {zigzag.slower:.1f}
-        times slower than the collectives' would make them the paper's. It prints no breakdown of its rings, so nothing
-        of this is in the parameters.
+        times slower than the collectives' would bring those of training to the paper's overall means. It prints no
+        breakdown of its rings, so nothing of this is in the parameters.
     """)
 
 
