@@ -48,7 +48,7 @@ def draw(numbers: Numbers, path: Path) -> None:
             ours[label] = {p: _speedup(numbers, context, p, PASSES[name]) for p in providers}
             paper[label] = {method: values[context] for method, values in methods.items()}
         draw_bars(axes, ours, paper, COLOURS[1:])
-        axes.set_title(f"speedup over llama3, {name}: simulated, black lines: the paper", loc="left")
+        axes.set_title(f"{name}: simulated; black lines: the paper", loc="left")
         axes.set_xlabel("window")
         axes.set_ylabel("speedup over llama3")
         axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
