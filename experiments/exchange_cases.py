@@ -16,6 +16,7 @@ from torch import Tensor
 from flashcp.comm.choice import TRANSPORTS
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.context_parallel import OVERLAPS, ContextParallel
+from flashcp.experiments.accuracy import relative_error
 from flashcp.kernels.reference import reference_attention
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.lengths import LENGTH_DATA, windows
@@ -202,7 +203,7 @@ def check(cp: ContextParallel, small: Problem) -> None:
     out = cp.attention(q, k, v, split)
     between = cp.sent_bytes
     found = [out, *torch.autograd.grad(out, (q, k, v), cp.shard(whole[3], split))]
-    error = max(_error(a, cp.shard(b, split)) for a, b in zip(found, wanted, strict=True))
+    error = max(relative_error(a, cp.shard(b, split)) for a, b in zip(found, wanted, strict=True))
     worst, limit = small.ranks.max(error)[0], DTYPES[small.bench.dtype][1]
     what = f"{cp.transport}/{cp.exchange}, overlap {cp.overlap}"
     if not worst <= limit:
@@ -227,10 +228,3 @@ def check_bytes(cp: ContextParallel, problem: Problem, sent: Sequence[int]) -> t
             f"{forward[cp.rank]} and {backward[cp.rank]}"
         )
     return int(forward.max()), int(backward.max())
-
-
-def _error(value: Tensor, reference: Tensor) -> float:
-    """||value - reference|| / ||reference||; inf for anything that is not finite."""
-    difference, norm = (value.double() - reference.double()).norm().item(), reference.double().norm().item()
-    error = difference / (norm or 1.0)
-    return error if math.isfinite(error) else math.inf

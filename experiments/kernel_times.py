@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flashcp.comm.exchanges.flight import Layout
+from flashcp.experiments.accuracy import relative_error
 from flashcp.experiments.timing import Clock, median_us, own_clock
 from flashcp.kernels.cpu import KV
 from flashcp.kernels.reference import reference_attention
@@ -20,9 +21,9 @@ from flashcp.kernels.selection import AttentionKernel, select_attention
 from flashcp.sharding.cost import AttentionShape
 from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["KernelTimer", "RankSchedule", "gathered_schedule", "rank_schedule", "whole_schedule"]
+__all__ = ["DTYPES", "KernelTimer", "RankSchedule", "gathered_schedule", "rank_schedule", "whole_schedule"]
 
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
+DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by a shape's dtype_bytes
 LARGEST_ERRORS = {2: 1e-2, 4: 1e-4}  # of values and gradients, relative to float64
 CHECKED = (1, 127, 129, 300)  # lengths of the pack that is compared
 
@@ -108,7 +109,7 @@ class KernelTimer:
         expected = reference_attention(queries, keys, values, CHECKED)
         wanted = torch.autograd.grad(expected, leaves, grad.double())
         pairs = zip((out, found.q, *found.local), (expected.detach(), *wanted), strict=True)
-        error = max(_distance(value, reference) for value, reference in pairs)
+        error = max(relative_error(value, reference) for value, reference in pairs)
         if not error <= LARGEST_ERRORS[shape.dtype_bytes]:
             raise RuntimeError(f"attention on {self.device_name} is off by {error:.1e}: a wrong kernel is not timed")
 
@@ -126,7 +127,3 @@ class KernelTimer:
 
 def _leave(gradients: Tensor) -> None:
     """Where a rank sends them home."""
-
-
-def _distance(value: Tensor, reference: Tensor) -> float:
-    return float((value.double() - reference).norm() / reference.norm())

@@ -44,7 +44,8 @@ def read_packs(data: Mapping[str, Any], context: int, count: int, seed: int) -> 
         overflow, lengths = sampled.overflow, _sampled(sampled, seed)
     elif source == "lengths":
         listed = read_dataclass(LengthsData, data, "data")
-        overflow, lengths = listed.overflow, iter(_listed(listed))
+        given = _listed(listed)
+        overflow, lengths = listed.overflow, iter(given)
     elif source in SOURCES:
         text = read_dataclass(DataConfig, data, "data")
         text.check()
@@ -57,7 +58,7 @@ def read_packs(data: Mapping[str, Any], context: int, count: int, seed: int) -> 
     if not packs:
         raise ValueError(f"data.source={source!r}: no document to pack with these settings of data")
     if source == "lengths":
-        _say_left_out(len(_listed(listed)), packs)
+        _say_left_out(len(given), packs)
     return [window.document_lengths for window in packs]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flashcp.context_parallel import ContextParallel
 from flashcp.experiments.exchange_times import in_turns, moving, ranks_max
+from flashcp.experiments.kernel_times import DTYPES
 from flashcp.experiments.simulator.step import layer_flops
 from flashcp.experiments.timing import Clock, median_us
 from flashcp.sharding.cost import AttentionShape
@@ -46,7 +47,7 @@ def layer_tflops(shape: AttentionShape, rows: int, repeats: int, device: torch.d
     """10^12 operations of matrix products a second that a decoder layer reaches, all but its attention counted in."""
     dim = shape.query_heads * shape.head_dim
     model = ModelConfig(dim=dim, heads=shape.query_heads, kv_heads=shape.kv_heads)
-    dtype = torch.float32 if shape.dtype_bytes == 4 else torch.bfloat16
+    dtype = DTYPES[shape.dtype_bytes]
     block = Block(model, _NoAttention()).to(device, dtype)
     x = torch.randn(rows, dim, device=device, dtype=dtype, requires_grad=True)
     rotary = Rotary(shape.head_dim, model.rope_theta).to(device)(torch.arange(rows, device=device))

@@ -37,8 +37,7 @@ def _hop_us(planned: Planned, exchange: str, block: float) -> np.ndarray:
     """A block from each rank's predecessor: one link for `ring`, all rings of a collective for the others."""
     links, ranks = planned.setting.machine.links, planned.ranks
     if exchange == "ring" or ranks == 1:
-        rate, latency = links.neighbour(ranks)
-        return block / rate + latency
+        return planned.hop_us(block)
     return np.full(ranks, links.collective_us(block, ranks) / (ranks - 1))
 
 
@@ -71,5 +70,5 @@ def _backward(planned: Planned, hops: Hops, home: float, wire: int) -> Timeline:
         come = hops.send(np.maximum(come, leaves[every, every - step]))
     timeline.beside("exchange", leaves[every, every - 1], come)
     timeline.wait(come)
-    timeline.run("copies", planned.setting.machine.copies.us(home * (wire + 8) / wire) * (ranks > 1))
+    timeline.run("copies", planned.sum_us(home, wire) * (ranks > 1))
     return timeline

@@ -20,8 +20,7 @@ def our_ring(planned: Planned) -> Module:
     """One layer of `ring` under our implementation."""
     ranks, block = planned.ranks, planned.block_bytes("ring")
     home = block * planned.setting.gradient_bytes / planned.shape.dtype_bytes
-    rate, latency = planned.setting.machine.links.neighbour(ranks)
-    hop, hop_home = block / rate + latency, home / rate + latency
+    hop, hop_home = planned.hop_us(block), planned.hop_us(home)
     forward, backward = _forward(planned, Hops(hop)), _backward(planned, Hops(hop_home), home)
     alone = Hops(hop).around() + Hops(hop_home).around()
     kept = (ranks - 1) * block
@@ -51,10 +50,7 @@ def _forward(planned: Planned, hops: Hops) -> Timeline:
 
 
 def _backward(planned: Planned, hops: Hops, home: float) -> Timeline:
-    timeline, gradient = Timeline(planned.ranks), planned.setting.gradient_bytes
-    add = planned.setting.machine.copies.us(
-        home * (gradient + 8) / gradient
-    )  # what came and its share read, the sum written
+    timeline, add = Timeline(planned.ranks), planned.sum_us(home, planned.setting.gradient_bytes)
     beside = planned.setting.overlap != "none"
     timeline.run("attention", planned.first_us(True))
     for hop in range(1, planned.ranks):

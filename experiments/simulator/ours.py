@@ -32,7 +32,7 @@ def ours(planned: Planned, exchange: str) -> Module:
     back = there.T * (planned.setting.gradient_bytes / planned.shape.dtype_bytes)
     still = np.zeros(planned.ranks)
     alone = _arrivals(planned, exchange, there, still).max() + _homecoming(planned, back, still).max()
-    forward, backward = _forward(planned, exchange, there), _backward(planned, exchange, there, back)
+    forward, backward = _forward(planned, exchange, there), _backward(planned, exchange, back)
     kept, coming = float(there.sum(axis=0).max()), float(back.sum(axis=0).max())
     if exchange != "exact":
         kept += float(there.max())  # its own block lies among the others
@@ -68,11 +68,13 @@ def attend(planned: Planned, timeline: Timeline, arrived: np.ndarray) -> None:
         _fused(planned, timeline, arrived)
 
 
-def _backward(planned: Planned, exchange: str, there: np.ndarray, back: np.ndarray) -> Timeline:
-    timeline, copies = Timeline(planned.ranks), planned.setting.machine.copies
+def _backward(planned: Planned, exchange: str, back: np.ndarray) -> Timeline:
+    timeline = Timeline(planned.ranks)
     timeline.run("attention", planned.first_us(True))
     if exchange != "exact" and planned.ranks > 1:
-        timeline.run("copies", copies.us(2 * back.sum(axis=1)))  # all blocks but its own, side by side
+        timeline.run(
+            "copies", planned.setting.machine.copies.us(2 * back.sum(axis=1))
+        )  # all blocks but its own, side by side
     leave = timeline.now
     home = _homecoming(planned, back, leave).max(axis=0)
     timeline.beside("exchange", leave, home)
@@ -80,10 +82,8 @@ def _backward(planned: Planned, exchange: str, there: np.ndarray, back: np.ndarr
         timeline.wait(home)
     timeline.run("attention", planned.local_us(True))
     timeline.wait(home)
-    each = (planned.setting.gradient_bytes + 8) / planned.setting.gradient_bytes  # read, the sum read and written
-    came = back.sum(axis=0)
-    readers = (back > 0).sum(axis=0)
-    timeline.run("copies", copies.us(each * came, launches=0) + 2 * readers * copies.launch_us)  # K and V of each
+    readers = (back > 0).sum(axis=0)  # K and V of each are added by themselves
+    timeline.run("copies", planned.sum_us(back.sum(axis=0), planned.setting.gradient_bytes, 2 * readers))
     return timeline
 
 

@@ -89,6 +89,16 @@ class Planned:
         numbers = rows * (self.shape.query_heads * self.shape.head_dim)
         return self.setting.machine.copies.us(numbers * MERGE_BYTES, launches=0)
 
+    def sum_us(self, moved: np.ndarray | float, wire: int, launches: np.ndarray | float = 1) -> np.ndarray:
+        """Gradients of `wire` bytes a number added to an fp32 sum: they are read, it is read and written."""
+        copies = self.setting.machine.copies
+        return copies.us(np.asarray(moved) * (wire + 8) / wire, 0) + copies.launch_us * np.asarray(launches)
+
+    def hop_us(self, block: float) -> np.ndarray:
+        """A block from each rank's predecessor over their one link [N]."""
+        rate, latency = self.setting.machine.links.neighbour(self.ranks)
+        return block / rate + latency
+
     def local_us(self, backward: bool) -> np.ndarray:
         """Each rank's queries on its own rows, as a part of a launch [N]."""
         return self.by_rank(self.own_us(backward)) + np.diagonal(self.source_us(backward))

@@ -72,8 +72,7 @@ def published_ring(planned: Planned) -> Module:
     home = block * GRADIENT_BYTES / planned.shape.dtype_bytes
     zigzag = planned.plan.strategy == "per_document"
     passes = _zigzag(len(planned.plan.document_lengths)) if zigzag else RING
-    rate, latency = planned.setting.machine.links.neighbour(ranks)
-    hop, hop_home = block / rate + latency, home / rate + latency
+    hop, hop_home = planned.hop_us(block), planned.hop_us(home)
     forward, backward = _Ring(planned, passes[0], False), _Ring(planned, passes[1], True)
     for step in range(ranks):
         arrived = forward.send(hop) if step + 1 < ranks else 0.0

@@ -34,10 +34,10 @@ def ulysses(planned: Planned, copies: int, in_order: bool) -> Module:
             if number:
                 timeline.run("attention", np.full(ranks, planned.heads_us(backward, in_order)))
             exchange = machine.links.all_to_all_us(pair, ranks)
-            stacked = (
-                2 * rows * own.kv_bytes * ranks * (pair is inward and not in_order)
-            )  # K and V into one tensor first
-            timeline.run("copies", machine.copies.us(copies * 2 * pair * ranks + stacked, launches=copies))
+            moved = copies * 2 * pair * ranks
+            if pair is inward and not in_order:
+                moved += 2 * rows * own.kv_bytes * ranks  # K and V into one tensor first
+            timeline.run("copies", machine.copies.us(moved, launches=copies))
             timeline.run("exchange", exchange)
             alone += exchange
         timelines.append(timeline)

@@ -93,16 +93,17 @@ def _share(lengths: list[int]) -> RankSchedule:
     return one
 
 
-def test_a_wrong_kernel_is_not_timed() -> None:
+@pytest.mark.parametrize("factor", [2.0, float("nan")])
+def test_a_wrong_kernel_is_not_timed(factor: float) -> None:
     class Wrong:
-        """Forgets the scale in the backward."""
+        """Forgets a factor in the backward, or returns no numbers."""
 
         attend = staticmethod(cpu.attend)
 
         @staticmethod
         def gradients(*inputs: Any) -> cpu.Gradients:
             found = cpu.gradients(*inputs)
-            return found._replace(q=2 * found.q)
+            return found._replace(q=factor * found.q)
 
     timer = KernelTimer(torch.device("cpu"))
     object.__setattr__(timer, "kernel", Wrong)
