@@ -89,6 +89,18 @@ def test_the_first_time_warms_up() -> None:
     assert median_us(lambda: None, 3, torch.device("cpu"), lambda: next(clock)) == 1e6
 
 
+def test_a_link_is_what_is_left_without_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of 10 GB/s read and written; an exchange clears and writes a block twice before it leaves at 2 GB/s."""
+    module = "flashcp.experiments.bench_calibrate"
+    monkeypatch.setattr(f"{module}.copy_us", lambda sizes, *_: [1 + 2 * size / 10e3 for size in sizes])
+    monkeypatch.setattr(f"{module}.link_us", lambda sizes, *_: [100 + 5 * size / 10e3 + size / 2e3 for size in sizes])
+    small = CalibrateBench(schedules=10, contexts=[256], world_sizes=[2], repeats=1, query_heads=2, kv_heads=1)
+    (found,) = bench_calibrate(small)
+    machine = found.machine
+    assert (machine.copies.gbps, machine.copies.launch_us) == pytest.approx((10, 1))
+    assert (machine.links.node.gbps, machine.links.node.latency_us) == pytest.approx((2, 100))
+
+
 def test_a_small_calibration_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "mine.yaml"
     small = ["schedules=12", "contexts=[256]", "world_sizes=[2]", "repeats=1", "query_heads=2", "kv_heads=1"]

@@ -160,3 +160,5 @@ def test_our_ring_adds_hop_by_hop_once_local_rows_are_computed(machine: Machine)
     merged = sum(planned.merge_us(planned.reading_rows[3, source]) for source in range(3))
     merged += planned.merge_us(planned.plan.tokens[3])
     assert module.forward.busy["attention"][3] == pytest.approx(planned.step_us(False)[3].sum() + merged)
+    packed = float(machine.copies.us(4 * planned.block_bytes("ring"), 4))  # picked and put side by side
+    np.testing.assert_allclose(module.forward.busy["copies"], packed)
