@@ -123,6 +123,7 @@ class SymmetricHeap:
                 f"heap_mib={_mib(self.limit_bytes)}: raise heap_mib, or take backward='refetch'"
             )
         if outgrown:
+            self.fabric.retire(outgrown)
             del self.regions[outgrown.index]
             self._last.pop(outgrown.index, None)
         self._made += 1

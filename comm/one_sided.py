@@ -60,6 +60,10 @@ class OneSided:
         if lease := self.heap.find(ticket):
             self.heap.free(lease)
 
+    def synchronize(self) -> None:
+        """See Transport."""
+        self.fabric.synchronize()
+
     def all_to_all(
         self, leaving: Leaving, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int]
     ) -> Arrival:

@@ -71,6 +71,9 @@ class Transport(Protocol):
     def free(self, ticket: int) -> None:
         """This rank has read the inbox for the last time; on all ranks at the same point of the program."""
 
+    def synchronize(self) -> None:
+        """Wait for what is under way and raise what went wrong."""
+
     def all_to_all(
         self, leaving: Leaving, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int]
     ) -> Arrival:

@@ -80,6 +80,9 @@ class ShmFabric:
         """See Fabric."""
         return ShmRegion(index, data_bytes, self._memories(index, _head_bytes(self.world_size) + data_bytes))
 
+    def retire(self, region: Region) -> None:
+        """See Fabric. Each process has mapped it for itself."""
+
     def tensor(self, region: Region, rows: int, row: Sequence[int], dtype: torch.dtype, token: object) -> Tensor:
         """See Fabric."""
         assert isinstance(region, ShmRegion)
