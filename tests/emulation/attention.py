@@ -44,9 +44,7 @@ class EmulatedAttention:
         if arrivals is None:
 
             def run(q: Tensor, k: Tensor, v: Tensor, rk: Tensor, rv: Tensor, out: Tensor, lse: Tensor) -> None:
-                for target, value in zip(
-                    (out, lse), cpu.attend(q, KV(k, v), KV(rk, rv), schedule, scale), strict=True
-                ):
+                for target, value in zip((out, lse), cpu.attend(q, KV(k, v), KV(rk, rv), schedule, scale), strict=True):
                     target.copy_(value)
 
             self._launch("attention", run, tensors)
@@ -79,9 +77,7 @@ class EmulatedAttention:
         inputs = (grad_out, q, *local, *received, out, lse)
 
         def all_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Gradients:
-            return cpu.gradients(
-                grad, q, KV(k, v), KV(*rest[:2]), rest[2], rest[3], schedule, scale, local_dtype
-            )
+            return cpu.gradients(grad, q, KV(k, v), KV(*rest[:2]), rest[2], rest[3], schedule, scale, local_dtype)
 
         def first(*x: Tensor) -> None:
             x[-1].copy_(all_gradients(*x[:-1]).received)
@@ -124,7 +120,10 @@ def _spin(
     cpu.forward(q, local, received, schedule.part(~schedule.received), scale, total, sums)
     for source in np.unique(schedule.source[schedule.received]).tolist():
         if not stuck[0]:
-            came = yield (lambda source=source: int(flags[source]) >= epoch, f"the rows of rank {source} (epoch {epoch})")
+            came = yield (
+                lambda source=source: int(flags[source]) >= epoch,
+                f"the rows of rank {source} (epoch {epoch})",
+            )
             if not came:
                 stuck[0] = source + 1
         part = schedule.part(schedule.received & (schedule.source == source))

@@ -7,6 +7,7 @@ work that wants it is still in a queue; such work raises FaultError when it runs
 
 from __future__ import annotations
 
+import threading
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tests.emulation.hosts import Host
-from tests.emulation.world import Event, Stream, Wait, Work, World, all_of
+from tests.emulation.world import Event, Stream, Wait, Work, World, after_all, all_of
 
 __all__ = ["EmulatedDevice", "FaultError"]
 
@@ -87,20 +88,22 @@ class _Address:
     def tensor(self, what: str) -> Tensor:
         if not self.block.alive:
             raise FaultError(f"{what} touches {self.block.name}, which was freed")
-        return torch.from_numpy(self.block.bytes[self.offset : self.offset + self.size]).view(self.dtype).as_strided(
-            *self.geometry
+        return (
+            torch.from_numpy(self.block.bytes[self.offset : self.offset + self.size])
+            .view(self.dtype)
+            .as_strided(*self.geometry)
         )
 
 
 class EmulatedDevice:
-    """One rank's device, as `flashcp.comm.fabrics.device.Device`. sms: programs that can be there at a time. queues: how
-    many FIFO queues streams share, 0 for one each. slow_kernels: kernels end only when nothing else can happen."""
+    """One rank's device, as `flashcp.comm.fabrics.device.Device`.
 
-    def __init__(
-        self, world: World, memory: Memory, rank: int, host: Host, sms: int = 4, queues: int = 0, slow_kernels: bool = False
-    ) -> None:
+    sms: programs that can be there at a time. queues: how many FIFO queues streams share, 0 for one each.
+    """
+
+    def __init__(self, world: World, memory: Memory, rank: int, host: Host, sms: int = 4, queues: int = 0) -> None:
         self.world, self.memory, self.rank, self.host, self.queues = world, memory, rank, host, queues
-        self.slow_kernels, self.sms = slow_kernels, sms
+        self.sms = sms
         self.name = f"rank {rank}"
         self._device = world.add_device(self.name, sms)
         self._current = self.new_stream("compute")
@@ -127,6 +130,13 @@ class EmulatedDevice:
         """Poisoned bytes; they are freed, in stream order, when nothing on the host refers to them any more."""
         return self._owning(self.memory.new(size, f"{name} of {self.name}"))
 
+    def new_mapped(self, size: int, name: str) -> Tensor:
+        """Poisoned bytes that are gone at once when the host drops them, whatever streams still do with them."""
+        block = self.memory.new(size, f"{name} of {self.name}")
+        held = block.bytes.view(_Bytes)
+        weakref.finalize(held, self.memory.free, block).atexit = False
+        return torch.from_numpy(held)
+
     def zeros(self, size: int) -> Tensor:
         """See Device."""
         memory = self.new(size, "zeros")
@@ -135,9 +145,11 @@ class EmulatedDevice:
 
     def upload(self, x: Tensor) -> Tensor:
         """A copy of a host's tensor."""
-        there = self.new(x.nbytes, "input").view(x.dtype).view(x.shape) if x.numel() else x.clone()
-        if x.numel():
-            self.queue(self._current, Work("upload", _on(there, self, "upload", lambda y, x=x.clone(): y.copy_(x))))
+        source = x.clone()
+        if not x.numel():
+            return source
+        there = self.new(x.nbytes, "input").view(x.dtype).view(x.shape)
+        self.queue(self._current, Work("upload", _on(there, self, "upload", lambda y: y.copy_(source))))
         return there
 
     def download(self, x: Tensor) -> Tensor:
@@ -178,9 +190,7 @@ class EmulatedDevice:
     def write_value(self, word: Tensor, value: int, stream: Stream) -> None:
         """See Device."""
         address = self.address(word)
-        self.queue(
-            stream, Work("write", lambda: _fill(address.tensor(f"{self.name}, {stream.name}: a write"), value))
-        )
+        self.queue(stream, Work("write", lambda: _fill(address.tensor(f"{self.name}, {stream.name}: a write"), value)))
 
     def record(self, stream: Stream) -> Event:
         """See Device."""
@@ -209,10 +219,9 @@ class EmulatedDevice:
 
     def queue(self, stream: Stream, work: Work) -> None:
         """Put work on a stream; the host may have to wait its turn behind it."""
-        if work.sms and self.slow_kernels:
-            work.slow = True
         stream.append(work)
-        self.host.give_way()
+        if threading.current_thread().name == self.host.name:  # a watchdog has no turn to give
+            self.host.give_way()
 
     def kernel(
         self,
@@ -221,8 +230,9 @@ class EmulatedDevice:
         tensors: Sequence[Tensor],
         sms: int = 1,
         stream: Stream | None = None,
+        slow: bool = False,
     ) -> None:
-        """Queue a kernel that is called with these tensors when it runs."""
+        """Queue a kernel that is called with these tensors when it runs. slow: it ends when nothing else can happen."""
         stream = stream or self._current
         places = [self.address(x) if self.holds(x) else x for x in tensors]
         words = f"{self.name}, {stream.name}: {what}"
@@ -230,7 +240,7 @@ class EmulatedDevice:
         def go() -> Generator[Wait, bool, None] | None:
             return run(*(x.tensor(words) if isinstance(x, _Address) else x for x in places))
 
-        self.queue(stream, Work(what, go, sms=sms))
+        self.queue(stream, Work(what, go, sms=sms, slow=slow))
 
     def holds(self, x: Tensor) -> bool:
         """Whether a tensor lies in a device's memory."""
@@ -256,7 +266,7 @@ class EmulatedDevice:
     def _died(self, block: Block, stream: Stream) -> None:
         """Nobody on the host has it any more: it may be used for something else once these streams have come so far."""
         events = [self.record(each) for each in (stream, *self._kept.pop(block.start, ()))]
-        self.world.ends.append((events, lambda: self.memory.free(block)))
+        after_all(events, lambda: self.memory.free(block))
 
 
 def _on(memory: Tensor, device: EmulatedDevice, what: str, run: Callable[[Tensor], object]) -> Callable[[], None]:
@@ -312,7 +322,9 @@ class _Launches(TorchDispatchMode):
         """Memory for what an operator returns, of the shapes that it says."""
 
         def shape(x: Any) -> Any:
-            return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
+            return (
+                torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
+            )
 
         def place(x: Any) -> Any:
             if not isinstance(x, Tensor):

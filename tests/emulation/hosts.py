@@ -20,7 +20,7 @@ class Host:
     """One rank's program. It runs until it waits for something, or gives way at random; then the world goes on."""
 
     def __init__(self, world: World, name: str, program: Callable[[], Any]) -> None:
-        self.world, self.name, self.awaited = world, name, None
+        self.world, self.name = world, name
         self.result: Any = None
         self.error: BaseException | None = None
         self.ended = False
@@ -28,6 +28,7 @@ class Host:
         self._program = program
         self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._stopping = False
+        self.gives_way = 0.15  # how often
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -51,7 +52,7 @@ class Host:
 
     def give_way(self) -> None:
         """Now and then, let others go first."""
-        if self.world.random.random() < 0.3:
+        if self.world.random.random() < self.gives_way:
             self.wait(lambda: True, "its turn")
 
     def stop(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -67,7 +69,7 @@ def run_emulated(
 
             symmetric = EmulatedSymmetricMemory(device, shared)
             made = memories(symmetric, None, device, torch.device("cpu"), meet)
-            with device.launching(), patch_attention(device):
+            with device.launching(), _attention_of(device):
                 own = fabric("cuda_symmetric", rank, world_size, device, made, retire, 60.0)
                 heap = SymmetricHeap(own, lambda: handshake.oldest, handshake.settle)
                 result = program(Rank(device, host, Connection(OneSided(own, heap), handshake, "emulated")))
@@ -83,22 +85,17 @@ def run_emulated(
 _ATTENTION: dict[str, EmulatedAttention] = {}
 
 
-class patch_attention:  # noqa: N801 - reads as a function
-    """Within: attention of this thread is that of a device."""
-
-    def __init__(self, device: EmulatedDevice) -> None:
-        self.device = device
-
-    def __enter__(self) -> None:
-        _ATTENTION[self.device.host.name] = EmulatedAttention(self.device)
-
-    def __exit__(self, *_: object) -> None:
-        del _ATTENTION[self.device.host.name]
+@contextmanager
+def _attention_of(device: EmulatedDevice) -> Iterator[None]:
+    """Within, attention of this thread is that of a device."""
+    _ATTENTION[device.host.name] = EmulatedAttention(device)
+    try:
+        yield
+    finally:
+        del _ATTENTION[device.host.name]
 
 
 def _attention_of_this_thread(*_: Any) -> EmulatedAttention:
-    import threading
-
     return _ATTENTION[threading.current_thread().name]
 
 
@@ -111,15 +108,17 @@ class _Rendezvous:
 
 
 class EmulatedSymmetricMemory:
-    """`torch.distributed._symmetric_memory` as far as it is used: an allocation lives as long as the tensor that `empty`
-    returned; the handle's buffers own nothing."""
+    """`torch.distributed._symmetric_memory` as far as it is used.
+
+    An allocation lives as long as the tensor that `empty` returned; the handle's buffers own nothing.
+    """
 
     def __init__(self, device: EmulatedDevice, shared: _Rendezvous) -> None:
         self.device, self.shared, self.calls = device, shared, 0
 
     def empty(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory of this rank's."""
-        return self.device.new(size, "a symmetric region").view(dtype)
+        return self.device.new_mapped(size, "a symmetric region").view(dtype)
 
     def rendezvous(self, tensor: Tensor, group: object) -> _Handle:
         """Return when all ranks have brought theirs."""

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["DeadlockError", "Event", "Stream", "Wait", "Work", "World"]
+__all__ = ["DeadlockError", "Event", "Stream", "Wait", "Work", "World", "after_all", "all_of"]
 
 Wait = tuple[Callable[[], bool], str]
 """What work waits for, and in words."""
@@ -31,7 +31,7 @@ class Work:
     """One entry of a stream.
 
     ready: when it may start. run: its effect, or a generator that yields what it waits for while it holds its SMs and
-    is told whether that came. slow: ends only when nothing else can happen.
+    is told whether that came. slow: starts before all else, and ends only when nothing else can happen.
     """
 
     what: str
@@ -50,11 +50,29 @@ class Stream:
     def __init__(self, name: str) -> None:
         self.name, self.queue, self.put, self.done = name, deque[Work](), 0, 0
         self.weight = 1.0
+        self._then: list[tuple[int, Callable[[], None]]] = []
 
     def append(self, work: Work) -> None:
         """Put work at the end."""
         self.queue.append(work)
         self.put += 1
+
+    def pop(self) -> None:
+        """The head has ended."""
+        self.queue.popleft()
+        self.done += 1
+        due = [effect for place, effect in self._then if place <= self.done]
+        if due:
+            self._then = [(place, effect) for place, effect in self._then if place > self.done]
+            for effect in due:
+                effect()
+
+    def then(self, place: int, effect: Callable[[], None]) -> None:
+        """Call `effect` when so many entries have ended."""
+        if self.done >= place:
+            effect()
+        else:
+            self._then.append((place, effect))
 
 
 @dataclass(frozen=True)
@@ -78,13 +96,12 @@ class _Device:
 
 
 class World:
-    """All devices and hosts. patient: at a deadlock, call those who watch for late work, as a clock would, and go on."""
+    """All devices and hosts. patient: at a deadlock call those who watch for late work, as a clock would, and go on."""
 
     def __init__(self, seed: int, patient: bool = True) -> None:
         self.random, self.patient = random.Random(seed), patient
         self.devices: list[_Device] = []
         self.hosts: list[Any] = []
-        self.ends: list[tuple[list[Event], Callable[[], None]]] = []  # frees: done when all events are
         self.watches: list[tuple[Event, Event, Callable[[], None]]] = []
         self.steps = 0
 
@@ -103,9 +120,6 @@ class World:
     def step(self) -> bool:
         """One thing; False when nothing can happen."""
         self.steps += 1
-        for events, effect in [end for end in self.ends if all(event.query() for event in end[0])]:
-            self.ends.remove((events, effect))
-            effect()
         actions, slow = [], []
         for device in self.devices:
             for stream in device.streams:
@@ -144,7 +158,7 @@ class World:
         if not work.started:
             if self._held(work) or work.sms > device.free:
                 return None
-            return stream.weight, lambda: self._start(device, stream, work), False
+            return (1e9 if work.slow else stream.weight), lambda: self._start(device, stream, work), False
         if work.awaited is not None and not work.awaited[0]():
             return None
         return stream.weight, lambda: self._go_on(device, stream, work, True), work.slow
@@ -171,8 +185,7 @@ class World:
         except StopIteration:
             pass
         device.free += work.sms
-        stream.queue.popleft()
-        stream.done += 1
+        stream.pop()
 
     def _time_out(self) -> bool:
         """As if time had passed: spinning kernels give up, watchdogs bark. Whether anybody did."""
@@ -188,6 +201,14 @@ class World:
         for _, _, bark in late:
             bark()
         return bool(late)
+
+
+def after_all(events: Sequence[Event], effect: Callable[[], None]) -> None:
+    """Call `effect` when all streams have come past these points."""
+    if events:
+        events[0].stream.then(events[0].place, lambda: after_all(events[1:], effect))
+    else:
+        effect()
 
 
 def all_of(streams: Iterable[Stream]) -> Callable[[], bool]:
