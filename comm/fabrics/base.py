@@ -95,3 +95,9 @@ class Fabric(Protocol):
 
     def check(self, flags: Arrivals) -> None:
         """After a kernel that waited on flags: raises ExchangeTimeoutError when it waited in vain."""
+
+    def synchronize(self) -> None:
+        """Return when this rank's puts have landed and all that was asked to wait has waited.
+
+        The host waits. Raises an ExchangeError for whatever went wrong so far.
+        """
