@@ -60,10 +60,6 @@ class OneSided:
         if lease := self.heap.find(ticket):
             self.heap.free(lease)
 
-    def synchronize(self) -> None:
-        """See Transport."""
-        self.fabric.synchronize()
-
     def all_to_all(
         self, leaving: Leaving, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int]
     ) -> Arrival:
@@ -85,6 +81,10 @@ class OneSided:
         rows, to = len(leaving), (self.rank + 1) % self.world_size
         sources = [(self.rank - 1) % self.world_size] if into.stop > into.start else []
         return self._put(leaving, [(0, rows, to, offset)] if rows else [], inbox, sources, step)
+
+    def synchronize(self) -> None:
+        """See Transport."""
+        self.fabric.synchronize()
 
     def _put(
         self,

@@ -71,9 +71,6 @@ class Transport(Protocol):
     def free(self, ticket: int) -> None:
         """This rank has read the inbox for the last time; on all ranks at the same point of the program."""
 
-    def synchronize(self) -> None:
-        """Wait for what is under way and raise what went wrong."""
-
     def all_to_all(
         self, leaving: Leaving, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int]
     ) -> Arrival:
@@ -87,6 +84,10 @@ class Transport(Protocol):
 
     def shift(self, leaving: Leaving, inbox: Inbox, step: int, into: slice, offset: int) -> Arrival:
         """Send rows to rank + 1, row `offset` of its inbox, and receive those of rank - 1 in rows `into`."""
+
+    def synchronize(self) -> None:
+        """Wait for what is under way and raise what went wrong: an ExchangeError. The host waits, within the
+        time-out."""
 
 
 class Alone:
@@ -126,6 +127,9 @@ class Alone:
         """See Transport."""
         leaving.write(inbox.rows[into], 0, len(leaving))
         return _Arrived()
+
+    def synchronize(self) -> None:
+        """See Transport: nothing is ever under way."""
 
 
 class _Arrived:

@@ -100,4 +100,7 @@ class Fabric(Protocol):
         """After a kernel that waited on flags: raises ExchangeTimeoutError when it waited in vain."""
 
     def synchronize(self) -> None:
-        """Wait for what is under way and raise what went wrong."""
+        """Return when this rank's puts have landed and all that was asked to wait has waited.
+
+        The host waits. Raises an ExchangeError for whatever went wrong so far.
+        """
