@@ -21,9 +21,9 @@ from flashcp.kernels.backward_q import backward_q_kernel
 from flashcp.kernels.backward_rows import ROWS, backward_rows_kernel
 from flashcp.kernels.cpu import KV, Gradients
 from flashcp.kernels.forward import forward_kernel
+from flashcp.kernels.one_sided import spins
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.tiles import key_tiles, query_tiles
-from flashcp.kernels.transfers import spins
 from flashcp.kernels.tuning import Blocks, Pass, Tuning, architecture, choose, padded
 from flashcp.kernels.uploads import to_device
 
