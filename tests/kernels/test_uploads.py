@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 
 from flashcp.kernels.uploads import Uploaded, to_device
+from tests.checkout import ROOT, python_files
 
 
 def test_on_a_cpu_nothing_is_copied() -> None:
@@ -16,6 +20,41 @@ def test_on_a_cpu_nothing_is_copied() -> None:
     assert Uploaded(array, torch.device("cpu")).here().tolist() == [0, 1, 2, 3, 4]
     tensor = torch.arange(3)
     assert to_device(tensor, torch.device("cpu")) is tensor
+
+
+def host_tensors_sent(tree: ast.AST) -> Iterator[int]:
+    """Lines where a tensor that is made on the host is copied to a device, or indexes another one, as it lies."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("to", "cuda"):
+            inside = node.func.value
+        elif isinstance(node, ast.Subscript):
+            inside = node.slice
+        else:
+            continue
+        calls = (part.func for part in ast.walk(inside) if isinstance(part, ast.Call))
+        if any(isinstance(call, ast.Attribute) and call.attr in ("from_numpy", "tensor") for call in calls):
+            yield node.lineno
+
+
+@pytest.mark.parametrize("room", ["comm", "flashcp", "train"])
+def test_there_is_one_way_to_a_device(room: str) -> None:
+    files = [name for name in python_files() if name.startswith(f"{room}/")]
+    found = [f"{name}:{line}" for name in files for line in host_tensors_sent(ast.parse((ROOT / name).read_text()))]
+    assert files
+    assert found == [], "the host waits there for the device: flashcp.kernels.uploads"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x = torch.from_numpy(a).to(d)",
+        "y[torch.from_numpy(a)] = 1",
+        "torch.tensor([1]).cuda()",
+        "q[torch.cat([torch.tensor(a)])]",
+    ],
+)
+def test_what_the_host_would_wait_for_is_seen(line: str) -> None:
+    assert list(host_tensors_sent(ast.parse(line))) == [1]
 
 
 @pytest.mark.gpu
