@@ -22,7 +22,7 @@ from flashcp.kernels.selection import ATTENTION, AttentionKernel, select_attenti
 from flashcp.kernels.tuning import Tuning
 from flashcp.operator import Call, Handle, scale_code
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.unshard import unshard
+from flashcp.unshard import local_rows, unshard
 
 __all__ = ["ContextParallel", "Handle"]
 
@@ -137,7 +137,7 @@ class ContextParallel:
         _check_dim("x", x, dim)
         if x.shape[dim] != plan.offsets[-1]:
             raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}: expected the pack's {plan.offsets[-1]}")
-        return x.index_select(dim, torch.from_numpy(plan.rows(self.rank)).to(x.device))
+        return x.index_select(dim, local_rows(plan, self.rank, x.device))
 
     def unshard(self, local: Tensor, plan: ShardingPlan, dim: int = 0) -> Tensor:
         """The whole pack along `dim` on every rank, from each rank's rows; differentiable."""
