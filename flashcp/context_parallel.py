@@ -18,7 +18,7 @@ from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.exchanges.base import Exchange, Job
 from flashcp.comm.handshake import Header, Posted
 from flashcp.kernels.inputs import check_inputs, default_scale
-from flashcp.kernels.selection import ATTENTION, AttentionKernel, select_attention
+from flashcp.kernels.selection import ATTENTION, AttentionKernel, select_attention, waits_inside
 from flashcp.kernels.tuning import Tuning
 from flashcp.operator import Call, Handle, scale_code
 from flashcp.sharding.plan import ShardingPlan
@@ -242,7 +242,13 @@ class ContextParallel:
         return header, posted
 
     def _choose_overlap(self, asked: str) -> str:
-        """What `auto` stands for. Raises ValueError for `fused` where rows do not arrive source by source."""
+        """What `auto` stands for. Raises ValueError for `fused` where rows do not arrive source by source, and with a
+        kernel that cannot wait for them."""
+        if asked == "fused" and not waits_inside(self.attention_name):
+            raise ValueError(
+                f"overlap='fused' with attention={self.attention_name!r}: expected one of auto, none, staged; other "
+                "people's kernels do not wait for rows"
+            )
         at_once = self._exchange.moves_later or not self._transport.one_sided
         if asked == "fused" and at_once and self.world_size > 1:
             raise ValueError(

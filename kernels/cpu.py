@@ -19,7 +19,7 @@ from torch import Tensor
 from flashcp.kernels.arrivals import Arrivals
 from flashcp.kernels.schedule import Schedule
 
-__all__ = ["KV", "Gradients", "attend", "forward", "gradients"]
+__all__ = ["KV", "Gradients", "attend", "forward", "gradients", "merge"]
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -103,7 +103,7 @@ def forward(q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float
         for in_received, keys, masked in ranges:
             k_part, v_part = (_shared(x[:, keys], group) for x in buffers[in_received])
             part, part_lse = _attend(q_part, k_part, v_part, 0.0, masked, scale=scale)
-            _merge(out[rows], lse[rows], _rows(part), _rows(part_lse))
+            merge(out[rows], lse[rows], _rows(part), _rows(part_lse))
 
 
 def _add_gradients(
@@ -173,7 +173,8 @@ def _rows(x: Tensor) -> Tensor:
     return rearrange(x, "g k t ... -> t (k g) ...")
 
 
-def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Merge attention of the same rows over further keys, part and part_lse, into fp32 out and lse."""
     merged = torch.logaddexp(lse, part_lse)
     out.mul_(torch.exp(lse - merged)[..., None]).add_(part * torch.exp(part_lse - merged)[..., None])
     lse.copy_(merged)

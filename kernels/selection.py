@@ -14,10 +14,11 @@ from flashcp.kernels.arrivals import Arrivals
 from flashcp.kernels.cpu import KV, Gradients
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.tuning import Tuning
+from flashcp.kernels.varlen import NAMES, select_varlen
 
-__all__ = ["ATTENTION", "AttentionKernel", "attention_name", "select_attention"]
+__all__ = ["ATTENTION", "AttentionKernel", "attention_name", "select_attention", "waits_inside"]
 
-ATTENTION = ("cpu", "triton")
+ATTENTION = ("cpu", "triton", *NAMES)
 
 
 class AttentionKernel(Protocol):
@@ -59,7 +60,8 @@ class AttentionKernel(Protocol):
 
 
 def attention_name(name: str, device: torch.device) -> str:
-    """What `auto` stands for: `triton` on a GPU, `cpu` elsewhere. Raises ValueError as `select_attention` does."""
+    """What `auto` stands for: `triton` on a GPU, `cpu` elsewhere. Raises ValueError as `select_attention` does, but for
+    varlen kernels that are not installed: which one runs is found out where it runs, outside of compiled code."""
     if name not in ("auto", *ATTENTION):
         raise ValueError(f"attention={name!r}: expected one of auto, {', '.join(ATTENTION)}")
     if name == "auto":
@@ -76,7 +78,15 @@ def select_attention(name: str, device: torch.device, tuning: Tuning | None = No
 
     Raises ValueError for an unknown name, a device it does not run on, and `triton` on a CPU without the interpreter.
     """
-    return cast(AttentionKernel, cpu) if attention_name(name, device) == "cpu" else _triton(tuning or Tuning())
+    name = attention_name(name, device)
+    if name in NAMES:
+        return select_varlen(name, device)
+    return cast(AttentionKernel, cpu) if name == "cpu" else _triton(tuning or Tuning())
+
+
+def waits_inside(name: str) -> bool:
+    """Whether an implementation can start before all rows are there: other people's kernels know no flags."""
+    return name not in NAMES
 
 
 @lru_cache(maxsize=8)

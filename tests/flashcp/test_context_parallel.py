@@ -64,24 +64,26 @@ def check(world_size: int, cases: list[tuple], bound: float, run: Callable = run
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", list(BOUND), ids=["fp32", "bf16"])
-def test_every_strategy_and_exchange_matches_the_reference(world_size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("attention", ["cpu", "varlen"])
+def test_every_strategy_and_exchange_matches_the_reference(world_size: int, dtype: torch.dtype, attention: str) -> None:
     cases = []
     for i, (strategy, exchange, heads) in enumerate(
         itertools.product(flashcp.strategies(), EXCHANGE_CLASSES, ("mha", "gqa"))
     ):
         lengths = random_lengths(100 * world_size + i) if i % 2 else AWKWARD[i // 2 % len(AWKWARD)]
-        cases.append((lengths, strategy, exchange, heads, dtype))
+        cases.append((lengths, strategy, exchange, heads, dtype, "auto", "keep", 0, "auto", attention))
     check(world_size, cases, BOUND[dtype])
 
 
 @pytest.mark.parametrize("exchange", list(EXCHANGE_CLASSES))
 def test_overlap_and_refetch_change_nothing_but_when(exchange: str) -> None:
     cases = [
-        (random_lengths(7), "per_document", exchange, "gqa", torch.float32, overlap, backward, 0, transport)
+        (random_lengths(7), "per_document", exchange, "gqa", torch.float32, overlap, backward, 0, transport, attention)
+        for attention in ("cpu", "varlen")
         for transport in ("gloo", "shm")
         for overlap in ("none", "staged", "fused")
         for backward in ("keep", "refetch")
-        if overlap != "fused" or (transport == "shm" and exchange not in ("ring", "ulysses"))
+        if overlap != "fused" or (transport == "shm" and exchange not in ("ring", "ulysses") and attention != "varlen")
     ]
     check(3, cases, 1e-5)
 
@@ -96,3 +98,12 @@ def test_triton_kernels_on_two_ranks() -> None:
         ((30, 3), "contiguous", "ulysses", "few", torch.float32, *triton),
     ]
     check(2, cases, BOUND[torch.float32], interpreted_cases)
+
+
+@pytest.mark.parametrize("name", ["varlen", "varlen:sdpa"])
+def test_kernels_that_do_not_wait_are_staged(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"overlap='fused' with attention='{name}': expected one of auto, none, staged"
+    ):
+        flashcp.ContextParallel(attention=name, overlap="fused")
+    assert flashcp.ContextParallel(attention=name).overlap == "staged"

@@ -13,12 +13,17 @@ from tests.packs import random_qkv
 from tests.ranks import run_cases, run_ranks
 
 LENGTHS = (50, 7, 1, 70)
-PAIRS = [(strategy, exchange) for strategy in flashcp.strategies() for exchange in EXCHANGE_CLASSES]
+CASES = [
+    (strategy, exchange, attention)
+    for attention in ("cpu", "varlen")
+    for strategy in flashcp.strategies()
+    for exchange in EXCHANGE_CLASSES
+]
 
 
-def probe(strategy: str, exchange: str) -> list[int]:
+def probe(strategy: str, exchange: str, attention: str) -> list[int]:
     """Change one token of document 0; count changed output and gradient elements of the other documents."""
-    cp = flashcp.ContextParallel(exchange=exchange, timeout_s=20)
+    cp = flashcp.ContextParallel(exchange=exchange, attention=attention, timeout_s=20)
     plan = flashcp.plan(LENGTHS, cp.world_size, strategy)
 
     def run(change: float) -> list[torch.Tensor]:
@@ -36,14 +41,14 @@ def probe(strategy: str, exchange: str) -> list[int]:
 
 
 def test_no_document_sees_another() -> None:
-    for case, ranks in zip(PAIRS, run_cases(probe, 3, PAIRS), strict=True):
+    for case, ranks in zip(CASES, run_cases(probe, 3, CASES), strict=True):
         for counts in ranks:
             assert min(counts[:4]) > 0, case  # the probe does change its own document
             assert counts[4:] == [0, 0, 0, 0], case
 
 
-def twice(strategy: str, exchange: str) -> bool:
-    cp = flashcp.ContextParallel(exchange=exchange, timeout_s=20)
+def twice(strategy: str, exchange: str, attention: str) -> bool:
+    cp = flashcp.ContextParallel(exchange=exchange, attention=attention, timeout_s=20)
     plan = flashcp.plan(LENGTHS, cp.world_size, strategy)
     *qkv, grad = random_qkv(sum(LENGTHS), 6, 6, 8, torch.float32, seed=0)
     local = [cp.shard(x, plan).requires_grad_() for x in qkv]
@@ -56,7 +61,7 @@ def twice(strategy: str, exchange: str) -> bool:
 
 
 def test_runs_repeat_bit_for_bit() -> None:
-    assert all(same for ranks in run_cases(twice, 3, PAIRS) for same in ranks)
+    assert all(same for ranks in run_cases(twice, 3, CASES) for same in ranks)
 
 
 def kept(exchange: str, backward: str) -> list[bool]:

@@ -1,4 +1,4 @@
-"""The CPU implementation against the reference: values, gradients, memory, layouts."""
+"""The implementations for a CPU against the reference: values, gradients, memory, layouts."""
 
 from __future__ import annotations
 
@@ -10,30 +10,36 @@ import torch
 import flashcp
 from tests.packs import AWKWARD, random_lengths, random_qkv, relative_error
 
+BOTH = pytest.mark.parametrize("attention", ["cpu", "varlen"])
 
-def errors(lengths: tuple[int, ...], query_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[float]:
+
+def errors(
+    lengths: tuple[int, ...], query_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, attention: str
+) -> list[float]:
     *qkv, grad = random_qkv(sum(lengths), query_heads, kv_heads, head_dim, dtype, seed=sum(lengths))
     fast = [x.requires_grad_() for x in qkv]
     exact = [x.detach().double().requires_grad_() for x in qkv]
-    out, expected = flashcp.varlen_attention(*fast, lengths), flashcp.reference_attention(*exact, lengths)
+    out, expected = flashcp.varlen_attention(*fast, lengths, attention), flashcp.reference_attention(*exact, lengths)
     got = torch.autograd.grad(out, fast, grad)
     want = torch.autograd.grad(expected, exact, grad.double())
     return [relative_error(a, b) for a, b in zip((out, *got), (expected, *want), strict=True)]
 
 
+@BOTH
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize("lengths", [*AWKWARD, *map(random_lengths, range(3))], ids=str)
-def test_matches_the_reference(lengths: tuple[int, ...], heads: tuple[int, int]) -> None:
-    assert max(errors(lengths, *heads, 16, torch.float32)) < 1e-5
-    assert max(errors(lengths, *heads, 80, torch.bfloat16)) < 1e-2
-    assert max(errors(lengths, *heads, 16, torch.float16)) < 2e-3
+def test_matches_the_reference(lengths: tuple[int, ...], heads: tuple[int, int], attention: str) -> None:
+    assert max(errors(lengths, *heads, 16, torch.float32, attention)) < 1e-5
+    assert max(errors(lengths, *heads, 80, torch.bfloat16, attention)) < 1e-2
+    assert max(errors(lengths, *heads, 16, torch.float16, attention)) < 2e-3
 
 
-def test_a_document_of_32k_tokens_fits() -> None:
+@BOTH
+def test_a_document_of_32k_tokens_fits(attention: str) -> None:
     tokens = 32_768
     q, k, v, grad = random_qkv(tokens, 1, 1, 16, torch.float32, seed=0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    out = flashcp.varlen_attention(*(x.requires_grad_() for x in (q, k, v)), [tokens])
+    out = flashcp.varlen_attention(*(x.requires_grad_() for x in (q, k, v)), [tokens], attention)
     out.backward(grad)
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown_mib < 1024, f"{grown_mib:.0f} MiB: a tokens x tokens matrix alone would take 4096"
@@ -41,13 +47,14 @@ def test_a_document_of_32k_tokens_fits() -> None:
     assert relative_error(out[-1, 0], last) < 1e-5
 
 
-def test_any_layout_gives_the_same_numbers() -> None:
+@BOTH
+def test_any_layout_gives_the_same_numbers(attention: str) -> None:
     lengths = [5, 40, 19]
     q, k, v, grad = random_qkv(64, 4, 2, 16, torch.float32, seed=3)
 
     def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
         leaves = [x.detach().requires_grad_() for x in tensors]
-        out = flashcp.varlen_attention(*leaves, lengths)
+        out = flashcp.varlen_attention(*leaves, lengths, attention)
         return [out, *torch.autograd.grad(out, leaves, grad)]
 
     strided = [x.permute(2, 1, 0).contiguous().permute(2, 1, 0) for x in (q, k, v)]
@@ -56,20 +63,22 @@ def test_any_layout_gives_the_same_numbers() -> None:
         assert not other[0].is_contiguous()
         for a, b in zip(run(q, k, v), run(*other), strict=True):
             assert torch.equal(a, b)
-    out = flashcp.varlen_attention(q, k.requires_grad_(), v, lengths)
+    out = flashcp.varlen_attention(q, k.requires_grad_(), v, lengths, attention)
     (expanded,) = torch.autograd.grad(out.sum(), k)  # the gradient of sum() has stride 0 everywhere
-    (plain,) = torch.autograd.grad(flashcp.varlen_attention(q, k, v, lengths), k, torch.ones_like(out))
+    (plain,) = torch.autograd.grad(flashcp.varlen_attention(q, k, v, lengths, attention), k, torch.ones_like(out))
     assert torch.equal(expanded, plain)
 
 
-def test_two_runs_agree_bit_for_bit() -> None:
-    lengths = (1, 127, 129)
-    assert errors(lengths, 4, 2, 16, torch.float32) == errors(lengths, 4, 2, 16, torch.float32)
+@BOTH
+def test_two_runs_agree_bit_for_bit(attention: str) -> None:
+    case = (1, 127, 129), 4, 2, 16, torch.float32, attention
+    assert errors(*case) == errors(*case)
 
 
-def test_softmax_scale_is_used() -> None:
+@BOTH
+def test_softmax_scale_is_used(attention: str) -> None:
     q, k, v, _ = random_qkv(20, 2, 2, 8, torch.float32, seed=4)
-    out = flashcp.varlen_attention(q, k, v, [20], softmax_scale=0.9)
+    out = flashcp.varlen_attention(q, k, v, [20], attention, softmax_scale=0.9)
     assert relative_error(out, flashcp.reference_attention(q, k, v, [20], 0.9)) < 1e-5
 
 

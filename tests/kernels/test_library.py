@@ -18,6 +18,7 @@ from tests.packs import random_lengths, random_qkv, relative_error
 
 TOKENS = 96
 SCALE = 0.25
+BOTH = pytest.mark.parametrize("implementation", ["cpu", "varlen"])
 
 
 def packs(count: int) -> list[list[int]]:
@@ -39,9 +40,10 @@ def compiled(fn: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], CompileC
     return torch.compile(fn, fullgraph=True, backend=counter), counter
 
 
-def test_twenty_packs_compile_once() -> None:
+@BOTH
+def test_twenty_packs_compile_once(implementation: str) -> None:
     def layer(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-        return flashcp.varlen_attention(2 * q, k, v, lengths).sin()
+        return flashcp.varlen_attention(2 * q, k, v, lengths, implementation).sin()
 
     fast, counter = compiled(layer)
     for lengths in packs(20):
@@ -56,9 +58,10 @@ def test_twenty_packs_compile_once() -> None:
     assert counter.frame_count == 1
 
 
-def test_twenty_plans_compile_once() -> None:
+@BOTH
+def test_twenty_plans_compile_once(implementation: str) -> None:
     def layer(q: Tensor, k: Tensor, v: Tensor, received: Tensor, schedule: Tensor) -> Tensor:
-        return attention(q, k, v, received, schedule, SCALE)[0] + 1
+        return attention(q, k, v, received, schedule, SCALE, implementation)[0] + 1
 
     fast, counter = compiled(layer)
     received_rows = set()
@@ -74,7 +77,7 @@ def test_twenty_plans_compile_once() -> None:
         leaves = [x.requires_grad_() for x in (q, k, v, others)]
         marked = dynamic(others.detach()).requires_grad_()
         out = fast(q, k, v, marked, schedule_tensor(schedule))
-        wanted = attention(*leaves, torch.from_numpy(schedule.array), SCALE)[0] + 1
+        wanted = attention(*leaves, torch.from_numpy(schedule.array), SCALE, implementation)[0] + 1
         assert torch.equal(out, wanted)
         for a, b in zip(
             torch.autograd.grad(out, [q, k, v, marked], grad), torch.autograd.grad(wanted, leaves, grad), strict=True
@@ -90,13 +93,14 @@ def test_a_list_of_lengths_compiles() -> None:
     assert torch.equal(fast(*qkv), flashcp.varlen_attention(*qkv, [50, 46]))
 
 
+@BOTH
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_recomputes_the_same(reentrant: bool) -> None:
+def test_activation_checkpointing_recomputes_the_same(reentrant: bool, implementation: str) -> None:
     lengths = [50, 46]
     qkv, grad = whole_inputs(lengths)
 
     def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flashcp.varlen_attention(q.tanh(), k, v, lengths)
+        return flashcp.varlen_attention(q.tanh(), k, v, lengths, implementation)
 
     plain = torch.autograd.grad(layer(*qkv), qkv, grad)
     for x in qkv:
@@ -106,13 +110,14 @@ def test_activation_checkpointing_recomputes_the_same(reentrant: bool) -> None:
         assert torch.equal(a, x.grad)
 
 
-def test_the_operators_keep_torchs_rules() -> None:
+@BOTH
+def test_the_operators_keep_torchs_rules(implementation: str) -> None:
     lengths = [30, 10]
     q, k, v, _ = random_qkv(40, 2, 1, 16, torch.float32, seed=0)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     empty = torch.zeros(0, 2, 1, 16)
     schedule = torch.from_numpy(whole_pack_schedule(np.array(lengths)).array)
-    torch.library.opcheck(torch.ops.flashcp.attention, (*inputs, empty, schedule, SCALE))
+    torch.library.opcheck(torch.ops.flashcp.attention, (*inputs, empty, schedule, SCALE, implementation))
     torch.library.opcheck(torch.ops.flashcp.whole_pack, (torch.tensor(lengths), 40))
 
 
@@ -126,10 +131,11 @@ def test_whole_pack_is_the_schedule_of_the_lengths() -> None:
             assert getattr(made, name).dtype == getattr(wanted, name).dtype
 
 
-def test_lse_is_the_log_of_the_sum() -> None:
+@BOTH
+def test_lse_is_the_log_of_the_sum(implementation: str) -> None:
     q, k, v, _ = random_qkv(40, 2, 1, 16, torch.float32, seed=0)
     schedule = torch.from_numpy(whole_pack_schedule(np.array([40])).array)
-    out, lse = attention(q.requires_grad_(), k, v, torch.zeros(0, 2, 1, 16), schedule, SCALE)
+    out, lse = attention(q.requires_grad_(), k, v, torch.zeros(0, 2, 1, 16), schedule, SCALE, implementation)
     assert out.requires_grad
     assert not lse.requires_grad
     scores = SCALE * torch.einsum("qhd,kd->qhk", q, k[:, 0])

@@ -7,7 +7,7 @@ import torch
 
 import flashcp
 from flashcp.kernels import cpu
-from flashcp.kernels.selection import attention_name, select_attention
+from flashcp.kernels.selection import ATTENTION, attention_name, select_attention, waits_inside
 from flashcp.kernels.tuning import Blocks, Tuning
 from tests.interpreter import interpreted
 from tests.packs import random_qkv
@@ -28,6 +28,25 @@ def test_names_and_devices_that_do_not_fit_are_named() -> None:
         select_attention("cpu", GPU)
     with pytest.raises(ValueError, match="attention='triton' on a meta tensor: expected a GPU"):
         select_attention("triton", torch.device("meta"))
+
+
+def test_varlen_is_the_kernel_that_is_installed() -> None:
+    assert select_attention("varlen", CPU) is select_attention("varlen:sdpa", CPU)  # its tables outlive a call
+    assert attention_name("varlen", GPU) == "varlen"  # never what auto stands for, on any device
+    with pytest.raises(
+        ValueError, match="expected one of auto, cpu, triton, varlen, varlen:flash_attention_3, varlen:f"
+    ):
+        select_attention("varlen:mine", CPU)
+    legal = "on a cpu tensor: expected one of varlen, varlen:sdpa, which are installed for it"
+    for name in ("flash_attention_3", "flash_attention_4", "torch_flash", "cudnn"):
+        with pytest.raises(ValueError, match=f"attention='varlen:{name}' {legal}"):
+            select_attention(f"varlen:{name}", CPU)
+    with pytest.raises(ValueError, match=r"'varlen' on a meta tensor: expected one of flash_attention_3, .* installed"):
+        select_attention("varlen", torch.device("meta"))
+
+
+def test_other_people_s_kernels_do_not_wait() -> None:
+    assert [name for name in ATTENTION if waits_inside(name)] == ["cpu", "triton"]
 
 
 def test_triton_on_a_cpu_says_how_to_turn_the_interpreter_on() -> None:
