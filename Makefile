@@ -12,7 +12,7 @@ STAMP := .venv/.installed
 ROOMS := comm conf experiments kernels sharding train
 ARGS ?=
 
-.PHONY: help demo test lint paper kernels kernels-versions pins clean
+.PHONY: help demo test lint paper kernels kernels-versions emulate pins clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ paper: $(STAMP) ## the paper's figures from the simulator: rows, pictures, exper
 
 kernels: $(STAMP) ## compile every shipped Triton kernel for sm_80, sm_90, sm_100 and gfx942; print what they take
 	$(BIN)/python -m flashcp.experiments.tune_attention --table $(ARGS)
+
+emulate: $(STAMP) ## the CUDA exchange on emulated GPUs: a thousand random schedules against the reference (2 min)
+	$(BIN)/python -m tests.emulation.schedules $(ARGS)
 
 # torch imports triton only when something asks for it: another one, first on the path, needs no other torch.
 kernels-versions: $(STAMP) ## the same with triton 3.6.0 and the newest release, each in a folder of its own

@@ -91,8 +91,8 @@ def choose_transport(
 def _fabric(name: str, group: dist.ProcessGroup | None, handshake: Handshake, options: TransportOptions) -> Fabric:
     rank, ranks = handshake.rank, handshake.world_size
     if name == "shm":
-        memories = shared_memories(rank, handshake.share)
-        return ShmFabric(rank, ranks, memories, options.timeout_s, options.throttle_gbps)
+        shared = shared_memories(rank, handshake.share)
+        return ShmFabric(rank, ranks, shared, options.timeout_s, options.throttle_gbps)
     from torch.distributed import _symmetric_memory as symmetric
 
     from flashcp.comm.fabrics.cuda import CudaFabric, symmetric_memories

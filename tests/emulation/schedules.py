@@ -9,7 +9,8 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ import flashcp
 from tests.emulation.ranks import Rank, run_emulated
 from tests.packs import random_qkv, relative_error
 
-__all__ = ["LIMIT", "Program", "draw_program", "errors_of", "layers", "main"]
+__all__ = ["LIMIT", "Program", "draw_program", "errors_of", "layers", "main", "worst_of_one"]
 
 LIMIT = 1e-5
 ONE_ARRIVAL = ("exact", "compacted", "all_gather")  # exchanges whose rows can be waited for inside a kernel
@@ -124,11 +125,10 @@ def errors_of(program: Program, seed: int) -> list[float]:
     return run_emulated(lambda rank: layers(program, seed, rank), program.ranks, seed, queues=program.queues)
 
 
-def worst_of(seeds: Sequence[int]) -> Iterator[tuple[int, Program, float]]:
-    """The largest error for each seed, with the program that it drew."""
-    for seed in seeds:
-        program = draw_program(seed)
-        yield seed, program, max(errors_of(program, seed))
+def worst_of_one(seed: int) -> tuple[Program, float]:
+    """The program that a seed draws, and the largest error of its ranks."""
+    program = draw_program(seed)
+    return program, max(errors_of(program, seed))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,11 +136,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="schedules", description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
+    parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     began, worst, wrong = time.monotonic(), 0.0, 0
     seeds = range(options.seed, options.seed + options.count)
-    for seed, program, error in tqdm(worst_of(seeds), total=options.count, unit="schedule", file=sys.stderr):
+    with ProcessPoolExecutor(options.processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        found = list(tqdm(pool.map(worst_of_one, seeds), total=len(seeds), unit="schedule", file=sys.stderr))
+    for seed, (program, error) in zip(seeds, found, strict=True):
         worst = max(worst, error)
         if not error < LIMIT:
             wrong += 1
