@@ -1,0 +1,45 @@
+"""How long work takes: rounds in turns, and a GPU that is kept busy until all of a round is launched."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from flashcp.experiments.timing import in_turns_ms, rounds_in
+
+CPU = torch.device("cpu")
+
+
+def test_pieces_of_work_take_turns() -> None:
+    order: list[str] = []
+
+    def work(name: str, seconds: float) -> None:
+        order.append(name)
+        time.sleep(seconds)
+
+    times = in_turns_ms({"short": lambda: work("short", 0.001), "long": lambda: work("long", 0.02)}, CPU, 1e-9)
+    assert order == ["short", "long"] * 4  # once to warm up
+    assert 1 <= times["short"][0] <= times["short"][1] <= times["short"][2] < times["long"][1]
+
+
+@pytest.mark.parametrize(("seconds", "round_s", "count"), [(4, 1, 4), (4, 100, 3), (4, 0, 50), (4, 0.001, 50)])
+def test_rounds_fit_the_time(seconds: float, round_s: float, count: int) -> None:
+    assert rounds_in(seconds, round_s) == count
+
+
+@pytest.mark.gpu
+def test_a_gpus_time_is_not_the_hosts() -> None:
+    device = torch.device("cuda")
+    x = torch.randn(64, 64, device=device)
+
+    def slowly_launched() -> None:
+        x.add_(1)
+        time.sleep(0.002)
+        x.add_(1)
+
+    assert in_turns_ms({"": slowly_launched}, device, 1.0)[""][1] < 0.5
+    y = torch.randn(2048, 2048, device=device)
+    times = in_turns_ms({"small": lambda: y @ y, "large": lambda: [y @ y for _ in range(20)]}, device, 1.0)
+    assert 0 < times["small"][0] <= times["small"][1] <= times["small"][2] < times["large"][1]
