@@ -12,7 +12,7 @@ from flashcp.experiments.attention_cases import Case as AttentionCase
 from flashcp.experiments.attention_cases import all_cases
 from flashcp.experiments.bench_attention import measure as measure_attention
 from flashcp.experiments.campaign.part import Case, Turn
-from flashcp.experiments.campaign.tools import NCU, profile
+from flashcp.experiments.campaign.tools import NCU, case_of, profile
 from flashcp.experiments.numbers import Failure, Number
 from flashcp.experiments.timing import Work, in_turns_ms
 from flashcp.kernels.schedule import whole_pack_schedule
@@ -40,7 +40,7 @@ def cases(small: bool) -> list[Case]:
     for case in _attention_cases(small).values():
         slow = 45.0 if case.label in BUILT else 0.0
         found.append(Case(case.label, 6 + slow, 120 + slow))  # the first one checks the candidate kernel on all
-    return [*found, Case(NCU, 30, 90)]
+    return [*found, *case_of(NCU)]
 
 
 def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:

@@ -19,7 +19,7 @@ from flashcp.experiments.attention_cases import exact_share, make_tensors
 from flashcp.experiments.attention_peers import OURS, PEERS
 from flashcp.experiments.bench_attention import relative
 from flashcp.experiments.campaign.part import Case, Turn
-from flashcp.experiments.campaign.tools import SANITIZER, sanitize
+from flashcp.experiments.campaign.tools import SANITIZER, case_of, sanitize
 from flashcp.experiments.numbers import Failure, Number, check_device, reason
 from flashcp.kernels.schedule import build_schedule, whole_pack_schedule
 from flashcp.kernels.tuning import HEAD_DIMS
@@ -52,7 +52,7 @@ def cases(small: bool) -> list[Case]:
     dims = (16,) if small else tuple(sorted(HEAD_DIMS, key=lambda head_dim: head_dim != 128))
     found = [Case(f"{EXACT}{head_dim}", 8, 90) for head_dim in dims]
     found += [Case(file, 10, FILE_S) for file in (test_files()[:1] if small else test_files())]
-    return [*found, Case(SANITIZER, 30, 90)]
+    return [*found, *case_of(SANITIZER)]
 
 
 def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:

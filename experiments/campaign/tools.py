@@ -8,10 +8,10 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-from flashcp.experiments.campaign.part import Turn
+from flashcp.experiments.campaign.part import Case, Turn
 from flashcp.experiments.numbers import Failure, Number
 
-__all__ = ["NCU", "SANITIZER", "counters", "profile", "sanitize"]
+__all__ = ["NCU", "SANITIZER", "case_of", "counters", "profile", "sanitize"]
 
 NCU, SANITIZER = "ncu", "compute-sanitizer"
 CALL = (sys.executable, "-m", "flashcp.experiments.campaign.one_call")
@@ -24,12 +24,17 @@ PROFILE = (
 CHECK = (SANITIZER, "--tool", "memcheck", "--error-exitcode", "9")
 
 
+def case_of(tool: str) -> list[Case]:
+    """Its case; none, and a line on standard error, where it is not installed."""
+    if shutil.which(tool):
+        return [Case(tool, 30, LIMIT_S + 15)]
+    print(f"{tool}: not on the PATH, left out", file=sys.stderr)
+    return []
+
+
 def profile(turn: Turn) -> Iterator[Number | Failure]:
     """What ncu's sections tell of the three kernels, on one document of 8K."""
-    said = _run(PROFILE, ["--tokens", "300" if turn.small else "8192"], turn)
-    if said is None:
-        return
-    code, text = said
+    code, text = _run(PROFILE, ["--tokens", "300" if turn.small else "8192"], turn)
     found = list(counters(text))
     yield from found
     if code or not found:
@@ -38,10 +43,7 @@ def profile(turn: Turn) -> Iterator[Number | Failure]:
 
 def sanitize(turn: Turn) -> Iterator[Number | Failure]:
     """Whether memcheck finds reads and writes outside of what was allocated, on a few short documents."""
-    said = _run(CHECK, ["--tokens", "300"], turn)
-    if said is None:
-        return
-    code, text = said
+    code, text = _run(CHECK, ["--tokens", "300"], turn)
     if code:
         yield Failure(SANITIZER, _last_line(text) or f"ended with code {code}")
     else:
@@ -61,11 +63,8 @@ def counters(text: str) -> Iterator[Number]:
             yield Number(row["Kernel Name"].split("(")[0], row["Metric Name"], row["Metric Unit"], None, value, None)
 
 
-def _run(tool: Sequence[str], arguments: Sequence[str], turn: Turn) -> tuple[int, str] | None:
-    """Exit code and output of a call under a tool; None, and a line, where it is not installed."""
-    if shutil.which(tool[0]) is None:
-        print(f"{tool[0]}: not on the PATH, nothing measured", file=sys.stderr)
-        return None
+def _run(tool: Sequence[str], arguments: Sequence[str], turn: Turn) -> tuple[int, str]:
+    """Exit code and output of a call under a tool; the output is kept beside the rows."""
     command = [*tool, *CALL, *arguments]
     run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S)
     (turn.folder / f"{tool[0]}.txt").write_text(run.stdout, encoding="utf-8")

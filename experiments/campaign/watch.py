@@ -109,8 +109,9 @@ class _Watched:
                 return failures + found, False
             except LostError as lost:
                 self._end()
-                failures += [one for one in found if isinstance(one, Failure) and one.provider != turn[0]]
-                failures.append(Failure(turn[0], str(lost)))
+                failures += [one for one in found if isinstance(one, Failure)]
+                if turn[0] not in {one.provider for one in failures}:
+                    failures.append(Failure(turn[0], str(lost)))
                 if not turn[0] or time.monotonic() + case.expected_s > self.deadline:
                     return [one for one in found if isinstance(one, Number)] + failures, True
                 left_out |= {one.provider for one in failures}
