@@ -24,7 +24,7 @@ class Loops(NamedTuple):
 def loops(compiled: bool) -> Loops:
     """The plain functions, or their compiled twins; numba is imported here, and keeps what it compiled on disk.
 
-    The plain ones, with a warning, where it is not installed: the same plan, after minutes for a big window.
+    The plain ones, with a warning, where it is not installed: the same plan, after seconds for a big window.
     """
     plain = Loops(fill.fill, search.improve)
     if not compiled:
