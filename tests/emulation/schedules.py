@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from tqdm import tqdm
 
 import flashcp
 from tests.emulation.ranks import Rank, run_emulated
@@ -133,6 +132,8 @@ def worst_of_one(seed: int) -> tuple[Program, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run so many schedules; print how many, which, the largest error and how long it took. Returns 0, or 1."""
+    from tqdm import tqdm
+
     parser = argparse.ArgumentParser(prog="schedules", description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
