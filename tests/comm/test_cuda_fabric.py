@@ -298,6 +298,13 @@ def test_capture_is_refused_at_once() -> None:
     assert run_emulated(program, 2, 0)[0].startswith("transport='cuda_symmetric' under CUDA graph capture: ")
 
 
+def test_auto_is_staged_with_kernels_that_could_wait() -> None:
+    def program(rank: Rank) -> tuple[str, str]:
+        return rank.operator(attention="triton").overlap, rank.operator(attention="triton", overlap="fused").overlap
+
+    assert run_emulated(program, 2, 0) == [("staged", "fused")] * 2
+
+
 def test_rows_are_packed_on_the_stream_that_made_them() -> None:
     seen: list[str] = []
     packed = ChosenRows.packed
