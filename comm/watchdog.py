@@ -125,8 +125,11 @@ class _Watch:
 
 
 def _query_beside_captures() -> None:
-    """A capture in mode `global`, torch's default, forbids event queries in all threads but those that opted out."""
-    with suppress(ImportError):
+    """A capture in mode `global`, torch's default, forbids event queries in all threads but those that opted out.
+
+    Without a driver or its bindings there is nothing to opt out of.
+    """
+    with suppress(Exception):
         from cuda.bindings import runtime
 
         runtime.cudaThreadExchangeStreamCaptureMode(runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
