@@ -230,7 +230,6 @@ class Case(NamedTuple):
     heads: tuple[int, int]
     dtype: torch.dtype
     attention: str
-    programs: int | None = None
     order: str = "chance"  # in which sources send: that, or rising or falling
 
 
@@ -261,7 +260,7 @@ def fused(rank: int, case: Case, seed: int, folder: Path, *shape: int) -> tuple[
     schedule = build_schedule(local, local=local, received=received)
     kernel = select_attention(case.attention, CPU, SMALL)
     buffer.fill_(torch.nan)
-    arrivals = heaps.arrivals(CAME, 5)._replace(programs=case.programs)
+    arrivals = heaps.arrivals(CAME, 5)
     transfers.spins(CPU, 1.0)
     begun[0] = 1
     start = time.perf_counter()
@@ -297,8 +296,7 @@ FUSED = {
     "exact, rising": EXACT._replace(order="rising"),
     "exact, falling": EXACT._replace(order="falling"),
     "exact fp16": EXACT._replace(reader=2, dtype=torch.float16, heads=(2, 2)),
-    "capped": EXACT._replace(programs=9),
-    "sources that touch": Case((100,), 4, "contiguous", "exact", 3, (2, 1), torch.float32, "triton", None, "falling"),
+    "sources that touch": Case((100,), 4, "contiguous", "exact", 3, (2, 1), torch.float32, "triton", "falling"),
     "compacted": Case(random_lengths(3), 4, "flashcp_paper", "compacted", 3, (2, 1), torch.float32, "triton"),
     "all_gather": Case((70, 30), 3, "per_sequence", "all_gather", 1, (1, 1), torch.float32, "triton"),
     "cpu": EXACT._replace(attention="cpu", order="falling"),
