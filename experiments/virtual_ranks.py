@@ -134,7 +134,8 @@ class VirtualRanks:
         self._loaded.add(key)
         with torch.enable_grad(), self._nobody_waits():
             leaves = [[x.detach().clone().requires_grad_() for x in each] for each in (q, k, v)]
-            outs = self._forward(plan, *leaves)
+            queries, keys, values = leaves
+            outs = self._forward(plan, queries, keys, values)
             torch.autograd.grad(outs, [x for each in leaves for x in each], [torch.zeros_like(out) for out in outs])
             torch.cuda.synchronize(self.device)
 
