@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from flashcp.kernels.schedule import whole_pack_schedule
 from flashcp.kernels.varlen.attention import VarlenAttention
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel
 from flashcp.kernels.varlen.sdpa import Sdpa
+from flashcp.sharding.plan import ShardingPlan
 from tests.kernels.test_triton_attention import Rank
 from tests.packs import AWKWARD, random_lengths, random_qkv, relative_error
 
@@ -150,6 +152,24 @@ def test_what_is_copied_is_counted() -> None:
     queries, local = (10 + 5) * 4 * row, (10 + 5) * 2 * 2 * row
     received = (10 + 30 + 5 + 15) * 2 * 2 * row
     assert attention.gathered_bytes == queries + local + received
+
+
+def test_received_gradients_leave_before_local_ones_are_computed() -> None:
+    plan = ShardingPlan.from_shards([40, 24], 2, [(0, 0, 32, 0), (0, 32, 40, 1), (1, 0, 20, 1), (1, 20, 24, 0)])
+    *qkv, grad = random_qkv(64, 2, 1, 8, torch.float32, seed=0)
+    state = Rank(plan, "exact", 1, qkv, grad)
+    order: list[str] = []
+
+    class Told(Sdpa):
+        def backward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+            order.append(f"{len(arguments[2])} keys")
+            return super().backward(*arguments)
+
+    attention, inputs = VarlenAttention(Told()), (state.q, state.local, state.from_others)
+    out, lse = attention.attend(*inputs, state.whole, 0.3)
+    state_of = state.grad, *inputs, out, lse, state.whole, 0.3
+    attention.gradients(*state_of, torch.float32, lambda rows: order.append("gradients leave"))
+    assert order == ["32 keys", "gradients leave", "28 keys"]  # others', then its own
 
 
 def test_one_call_s_results_are_taken_as_they_are() -> None:
