@@ -11,8 +11,15 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 ROOMS := comm conf experiments kernels sharding train
 ARGS ?=
+# What a machine with torch, triton and numpy alone lacks; WITH="fa3-fwd==0.0.3" adds to it, e.g. a peer of 28 MB.
+WHEELS ?= gpu-wheels
+WITH ?=
+CARRIED := hydra-core omegaconf pyyaml packaging einops tqdm \
+	pytest pytest-timeout pytest-xdist execnet iniconfig pluggy pygments hypothesis sortedcontainers
+BUILT := antlr4-python3-runtime==4.9.3
+GLIBC := 17 24 27 28 31 34 35
 
-.PHONY: help demo test lint paper kernels kernels-versions pins clean
+.PHONY: help demo test lint paper kernels kernels-versions emulate gpu-wheels pins clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +51,9 @@ paper: $(STAMP) ## the paper's figures from the simulator: rows, pictures, exper
 kernels: $(STAMP) ## compile every shipped Triton kernel for sm_80, sm_90, sm_100 and gfx942; print what they take
 	$(BIN)/python -m flashcp.experiments.tune_attention --table $(ARGS)
 
+emulate: $(STAMP) ## the CUDA exchange on emulated GPUs: a thousand random schedules against the reference (2 min)
+	$(BIN)/python -m tests.emulation.schedules $(ARGS)
+
 # torch imports triton only when something asks for it: another one, first on the path, needs no other torch.
 kernels-versions: $(STAMP) ## the same with triton 3.6.0 and the newest release, each in a folder of its own
 	@status=0; for version in 3.6.0 newest; do \
@@ -53,6 +63,15 @@ kernels-versions: $(STAMP) ## the same with triton 3.6.0 and the newest release,
 			--target $$folder $$wanted; \
 		PYTHONPATH=$$folder $(BIN)/python -m flashcp.experiments.tune_attention --table $(ARGS) || status=1; \
 	done; exit $$status
+
+gpu-wheels: $(STAMP) ## fill gpu-wheels/ with wheels to carry to a GPU machine (Linux x86-64, Python 3.12): docs/gpu.md
+	rm -rf $(WHEELS)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+		--python-version 3.12 --implementation cp -c constraints.txt --dest $(WHEELS) \
+		$(foreach minor,$(GLIBC),--platform manylinux_2_$(minor)_x86_64) --platform manylinux2014_x86_64 \
+		$(CARRIED) $(WITH)
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(WHEELS) $(BUILT)
+	@cd $(WHEELS) && du --apparent-size -ch *.whl
 
 pins: $(STAMP) ## print what .venv holds, in the form of constraints.txt
 	@$(BIN)/python -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//' | sort -f

@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from flashcp.comm.fabrics.base import Fabric
+from flashcp.comm.fabrics.base import Fabric, Region
 from flashcp.comm.fabrics.memory import FOLDER, shared_memories
 from flashcp.comm.fabrics.shm import ShmFabric
 from flashcp.comm.handshake import Handshake
 from flashcp.comm.heap import MIB, SymmetricHeap
 from flashcp.comm.nvshmem import Nvshmem
 from flashcp.comm.one_sided import OneSided
-from flashcp.comm.transport import Transport
+from flashcp.comm.transport import Alone, Transport
 from flashcp.comm.two_sided import TwoSided
 
-__all__ = ["TRANSPORTS", "TransportOptions", "choose_transport"]
+__all__ = ["TRANSPORTS", "Connection", "TransportOptions", "choose_transport", "connect"]
 
 TRANSPORTS = ("shm", "gloo", "nccl", "cuda_symmetric", "nvshmem")
 
@@ -33,6 +33,35 @@ class TransportOptions(NamedTuple):
     heap_mib: float = 0.0
     region_mib: float = 0.0
     throttle_gbps: float = 0.0
+
+
+class Connection(NamedTuple):
+    """What joins a rank to the others.
+
+    transport: carries rows. handshake: compares notes, None where nobody has to. reason: why this transport, in words.
+    """
+
+    transport: Transport
+    handshake: Handshake | None
+    reason: str
+
+
+def connect(group: dist.ProcessGroup | None, name: str, options: TransportOptions) -> Connection:
+    """This rank's connection over a group; None: the default one, or this rank alone where none is initialised.
+
+    All ranks of the group call this together. Raises ValueError for names that do not fit and groups that this rank is
+    no member of.
+    """
+    launched = dist.is_available() and dist.is_initialized()
+    if group is not None and (not launched or dist.get_rank(group) < 0):
+        raise ValueError("group: expected a torch.distributed group that this rank is a member of, or None")
+    if not launched or dist.get_world_size(group) == 1:
+        if name not in ("auto", "none"):
+            raise ValueError(f"transport={name!r}: expected one of auto, none")
+        return Connection(Alone(), None, "one rank alone")
+    handshake = Handshake(group, options.timeout_s)
+    transport, why = choose_transport(name, group, handshake, options)
+    return Connection(transport, handshake, why)
 
 
 def choose_transport(
@@ -62,14 +91,26 @@ def choose_transport(
 def _fabric(name: str, group: dist.ProcessGroup | None, handshake: Handshake, options: TransportOptions) -> Fabric:
     rank, ranks = handshake.rank, handshake.world_size
     if name == "shm":
-        memories = shared_memories(rank, handshake.share)
-        return ShmFabric(rank, ranks, memories, options.timeout_s, options.throttle_gbps)
-    from flashcp.comm.fabrics.cuda import CudaFabric, symmetric_memories
+        shared = shared_memories(rank, handshake.share)
+        return ShmFabric(rank, ranks, shared, options.timeout_s, options.throttle_gbps)
+    from torch.distributed import _symmetric_memory as symmetric
 
-    device = torch.device("cuda", torch.cuda.current_device())
+    from flashcp.comm.fabrics.cuda import CudaFabric, symmetric_memories
+    from flashcp.comm.fabrics.cuda_device import CudaDevice
+
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    device = CudaDevice(gpu, options.timeout_s)
     ranks_of = group if group is not None else dist.distributed_c10d._get_default_group()
-    on_gpus = symmetric_memories(ranks_of, device, handshake.share)
-    return CudaFabric(name, rank, ranks, device, on_gpus, options.timeout_s, options.throttle_gbps)
+
+    def barrier() -> None:
+        handshake.share(b"+")
+
+    def retire(region: Region) -> None:
+        device.synchronize()
+        barrier()
+
+    memories = symmetric_memories(symmetric, ranks_of, device, gpu, barrier)
+    return CudaFabric(name, rank, ranks, device, memories, retire, options.timeout_s, options.throttle_gbps)
 
 
 def _legal(backend: str, hosts: int) -> tuple[str, ...]:

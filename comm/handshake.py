@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, PeerFailedError, PlanMismatchError
-from flashcp.comm.two_sided import bounded
+from flashcp.comm.waits import bounded
 
 __all__ = ["Handshake", "Header", "Step"]
 

@@ -111,20 +111,25 @@ class SymmetricHeap:
     def _last_epoch(self, region: Region) -> int:
         return self._last[region.index].last if region.index in self._last else 0
 
+    def _outgrown(self, data_bytes: int) -> int:
+        """Index of the largest free region that is too small; 0 where there is none."""
+        small = [region for region in self._free() if region.data_bytes < data_bytes]
+        return max(((region.data_bytes, region.index) for region in small), default=(0, 0))[1]
+
     def _grow(self, data_bytes: int) -> Region:
         self._settle()  # a rank with another plan might not come here: let headers say so first
         size = _rounded(max(data_bytes, self.start_bytes, 1))
-        small = [region for region in self._free() if region.data_bytes < data_bytes]
-        outgrown = max(small, key=lambda region: (region.data_bytes, region.index), default=None)
-        total = self.total_bytes + size - (outgrown.data_bytes if outgrown else 0)
+        outgrown = self._outgrown(data_bytes)
+        total = self.total_bytes + size - (self.regions[outgrown].data_bytes if outgrown else 0)
         if self.limit_bytes and total > self.limit_bytes:
             raise HeapError(
                 f"receive buffers need {_mib(total)} MiB on every rank, {_mib(total - self.limit_bytes)} MiB more than "
                 f"heap_mib={_mib(self.limit_bytes)}: raise heap_mib, or take backward='refetch'"
             )
         if outgrown:
-            del self.regions[outgrown.index]
-            self._last.pop(outgrown.index, None)
+            self.fabric.retire(self.regions[outgrown])
+            del self.regions[outgrown]  # nothing else may hold it: its memory makes room for the next one
+            self._last.pop(outgrown, None)
         self._made += 1
         region = self.fabric.allocate(self._made, size)
         self.regions[region.index] = region

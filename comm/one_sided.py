@@ -82,6 +82,10 @@ class OneSided:
         sources = [(self.rank - 1) % self.world_size] if into.stop > into.start else []
         return self._put(leaving, [(0, rows, to, offset)] if rows else [], inbox, sources, step)
 
+    def synchronize(self) -> None:
+        """See Transport."""
+        self.fabric.synchronize()
+
     def _put(
         self,
         leaving: Leaving,

@@ -48,9 +48,9 @@ class WholeRows:
 
 @dataclass(frozen=True)
 class ChosenRows:
-    """Rows `index` of several tensors [T, ...] side by side, [rows, parts, ...]: K first, V behind."""
+    """Rows `index` of K and V [T, heads, D] side by side, [rows, 2, heads, D]: K first, V behind."""
 
-    parts: tuple[Tensor, ...]
+    parts: tuple[Tensor, Tensor]
     index: Tensor
     what: str = "rows"
 
@@ -60,7 +60,11 @@ class ChosenRows:
     def packed(self) -> Tensor:
         """See Leaving."""
         first = self.parts[0]
-        packed = first.new_empty((len(self), len(self.parts), *first.shape[1:]))
+        if first.is_cuda:
+            from flashcp.kernels.pack import pack_rows
+
+            return pack_rows(*self.parts, self.index)
+        packed = first.new_empty((len(self), 2, *first.shape[1:]))
         self.write(packed, 0, len(self))
         return packed
 

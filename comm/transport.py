@@ -85,6 +85,10 @@ class Transport(Protocol):
     def shift(self, leaving: Leaving, inbox: Inbox, step: int, into: slice, offset: int) -> Arrival:
         """Send rows to rank + 1, row `offset` of its inbox, and receive those of rank - 1 in rows `into`."""
 
+    def synchronize(self) -> None:
+        """Wait for what is under way and raise what went wrong: an ExchangeError. The host waits, within the
+        time-out."""
+
 
 class Alone:
     """One rank that has nobody to talk to: what it sends it receives."""
@@ -123,6 +127,9 @@ class Alone:
         """See Transport."""
         leaving.write(inbox.rows[into], 0, len(leaving))
         return _Arrived()
+
+    def synchronize(self) -> None:
+        """See Transport: nothing is ever under way."""
 
 
 class _Arrived:

@@ -1,26 +1,28 @@
 """Two-sided transport: torch.distributed's sends, receives and collectives (gloo; nccl is written and was never run).
 
-Rows travel as bytes, so any dtype does.
+Rows travel as bytes, so any dtype does. Over gloo the host waits for rows, over NCCL the stream that needs them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from flashcp.comm.clock import span
-from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError
+from flashcp.comm.errors import ExchangeError
 from flashcp.comm.rows import Inbox, Leaving
 from flashcp.comm.transport import Arrival, plain_inbox
+from flashcp.comm.waits import HostWaits, StreamWaits, Waits
 from flashcp.kernels.arrivals import Arrivals
 
-__all__ = ["TwoSided", "bounded"]
+__all__ = ["TwoSided"]
 
 
 class TwoSided:
@@ -37,6 +39,9 @@ class TwoSided:
         self.world_size = dist.get_world_size(group)
         self.timeout_s = timeout_s
         self.sent_bytes = 0
+        self.waits: Waits = (HostWaits if self.name == "gloo" else StreamWaits)(self.rank, timeout_s)
+        self._under_way: weakref.WeakSet[_Arrival] = weakref.WeakSet()
+        self._has_met = self.name == "gloo"
 
     def inbox(self, rows: int, most: int, row: Sequence[int], like: Tensor, steps: int = 1) -> Inbox:
         """See Transport."""
@@ -53,51 +58,74 @@ class TwoSided:
         self, leaving: Leaving, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int]
     ) -> Arrival:
         """See Transport."""
+        self.waits.check()
         rows = leaving.packed()
         work = dist.all_to_all_single(
             _bytes(inbox.rows), _bytes(rows), list(received), list(sent), group=self.group, async_op=True
         )
         self.sent_bytes += (sum(sent) - sent[self.rank]) * _row_bytes(rows)
-        return self._arrival([work], rows, leaving.what)
+        return self._arrival([work], rows, inbox.rows, leaving.what)
 
     def all_gather(self, block: Leaving, inbox: Inbox) -> Arrival:
         """See Transport."""
+        self.waits.check()
         rows = block.packed()
         if not rows.numel():  # on no rank: blocks are equally large
-            return self._arrival([], rows, block.what)
+            return self._arrival([], rows, inbox.rows, block.what)
         blocks = list(_bytes(inbox.rows).chunk(self.world_size))
         work = dist.all_gather(blocks, _bytes(rows), group=self.group, async_op=True)
         self.sent_bytes += (self.world_size - 1) * rows.nbytes
-        return self._arrival([work], rows, block.what)
+        return self._arrival([work], rows, inbox.rows, block.what)
 
     def shift(self, leaving: Leaving, inbox: Inbox, step: int, into: slice, offset: int) -> Arrival:
-        """See Transport. An empty tensor on either side is not sent: both neighbours know its size."""
-        works = []
+        """See Transport. An empty tensor on either side is not sent: both neighbours know its size.
+
+        Send and receive go as one batch: NCCL runs what is asked for one after the other in that order, and in a ring
+        of ranks that all send first nobody would receive.
+        """
+        self.waits.check()
+        batch = []
         rows, arriving = leaving.packed(), inbox.rows[into]
+        self._meet(rows.device)
         if rows.numel():
-            works.append(dist.isend(_bytes(rows), group=self.group, group_dst=(self.rank + 1) % self.world_size))
+            to = (self.rank + 1) % self.world_size
+            batch.append(dist.P2POp(dist.isend, _bytes(rows), group=self.group, group_peer=to))
             self.sent_bytes += rows.nbytes
         if arriving.numel():
-            works.append(dist.irecv(_bytes(arriving), group=self.group, group_src=(self.rank - 1) % self.world_size))
-        return self._arrival(works, rows, leaving.what)
+            source = (self.rank - 1) % self.world_size
+            batch.append(dist.P2POp(dist.irecv, _bytes(arriving), group=self.group, group_peer=source))
+        return self._arrival(dist.batch_isend_irecv(batch) if batch else [], rows, arriving, leaving.what)
 
-    def _arrival(self, works: list[dist.Work | None], rows: Tensor, what: str) -> Arrival:
-        return _Arrival([work for work in works if work is not None], rows, self, what)
+    def synchronize(self) -> None:
+        """See Transport."""
+        for arrival in list(self._under_way):
+            arrival.wait()
+        self.waits.synchronize()
+
+    def _meet(self, device: torch.device) -> None:
+        """A batch that some ranks have no part in must not be the first that NCCL hears of a group: it makes its
+        communicator then, with all of them (torch.distributed.batch_isend_irecv)."""
+        if not self._has_met:
+            self._has_met = True
+            dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+
+    def _arrival(self, works: Sequence[Any], rows: Tensor, arriving: Tensor, what: str) -> Arrival:
+        """works: with a `wait()`; the tensors live at least as long as they do."""
+        arrival = _Arrival([work for work in works if work is not None], (rows, arriving), self.waits, what)
+        self._under_way.add(arrival)
+        return arrival
 
 
 class _Arrival:
-    def __init__(self, works: list[dist.Work], rows: Tensor, transport: TwoSided, what: str) -> None:
-        self._works, self._what = works, what
-        self._rows = rows  # kept alive until they have left
-        self._transport = transport
+    def __init__(self, works: list[Any], tensors: tuple[Tensor, Tensor], waits: Waits, what: str) -> None:
+        self._works, self._tensors, self._waits, self._what = works, tensors, waits, what
+        self._home = waits.home(tensors[0].device)
 
     def wait(self, source: int | None = None) -> None:
-        transport = self._transport
         works, self._works = self._works, []
-        limited = bounded(transport.timeout_s, transport.rank, "rows of another rank")
-        with span(f"wait for {self._what}"), limited as limit:
-            for work in works:
-                work.wait(limit)
+        if works:
+            with span(f"wait for {self._what}"):
+                self._waits.wait(works, self._what, self._home)
 
     def leave(self) -> None:
         self.wait()
@@ -111,23 +139,10 @@ class _Arrival:
     def __del__(self) -> None:
         # Rows that nobody waits for (a handle thrown away) must still land: their memory goes with this object.
         with suppress(Exception):
-            self.wait()
-
-
-@contextmanager
-def bounded(timeout_s: float, rank: int, what: str) -> Iterator[timedelta]:
-    """For operations that must end: gives the time-out to wait with, and turns torch's errors into ours.
-
-    Raises ExchangeTimeoutError past the time-out, ExchangeError when a peer is gone.
-    """
-    try:
-        yield timedelta(seconds=max(timeout_s, 0.001))
-    except RuntimeError as error:
-        text = str(error).splitlines()[0]
-        if "timed out" in text.lower():
-            raise ExchangeTimeoutError(f"rank {rank} waited {timeout_s:g} s for {what}") from error
-        lost = "lost the connection" if "connection" in text.lower() or "pair" in text.lower() else "failed"
-        raise ExchangeError(f"rank {rank} {lost} while waiting for {what}: {text}") from error
+            try:
+                self.wait()
+            except ExchangeError as error:
+                self._waits.note(error)
 
 
 def _bytes(rows: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ None means that a peer is not installed or does not do the case; the benchmark l
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,8 @@ def flex(case: Case, x: Tensors) -> Forward | None:
     )
     q, k, v = (y.transpose(0, 1)[None] for y in (x.q, x.k, x.v))
     grouped = case.query_heads != case.kv_heads
-    return lambda: _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=grouped)[0].transpose(0, 1)
+    compiled = _compile_flex()
+    return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=grouped)[0].transpose(0, 1)
 
 
 def cudnn(case: Case, x: Tensors) -> Forward | None:
@@ -89,20 +90,54 @@ def cudnn(case: Case, x: Tensors) -> Forward | None:
         return None
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    q, k, v = (y.unflatten(0, (len(case.lengths), -1)).transpose(1, 2) for y in (x.q, x.k, x.v))
-    grouped = case.query_heads != case.kv_heads
+    documents = len(case.lengths)
 
-    def forward() -> Tensor:
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(0, (documents, -1)).transpose(1, 2) for y in (q, k, v))
+        grouped = q.shape[1] != k.shape[1]
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(0, 1)
 
-    return forward
+    return _with_heads_it_takes(forward, x)
+
+
+def cudnn_varlen(case: Case, x: Tensors) -> Forward | None:
+    """cuDNN on packs, by the operators that `torch.nn.attention.varlen` has in store for it (torch 2.11)."""
+    if case.lengths is None:
+        return None
+    offsets, longest = _offsets(case, x), max(case.lengths)
+    return _with_heads_it_takes(lambda q, k, v: CudnnVarlen.apply(q, k, v, offsets, longest), x)
+
+
+class CudnnVarlen(torch.autograd.Function):
+    """cuDNN's causal attention of documents one behind another. q, k, v [tokens, heads, head_dim], offsets int32."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        found = torch.ops.aten._cudnn_attention_forward(
+            q, k, v, None, offsets, offsets, longest, longest, True, 0.0, True, False
+        )
+        out, log_sum, seed, offset = found[0], found[1], found[6], found[7]
+        ctx.save_for_backward(q, k, v, out, log_sum, seed, offset, offsets)
+        ctx.longest = longest
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, log_sum, seed, offset, offsets = ctx.saved_tensors
+        found = torch.ops.aten._cudnn_attention_backward(
+            grads[0], q, k, v, out, log_sum, seed, offset, None, offsets, offsets, ctx.longest, ctx.longest, 0.0, True
+        )
+        return *found, None, None
 
 
 def fa3(case: Case, x: Tensors) -> Forward | None:
-    """FlashAttention-3, where `flash_attn_interface` is installed."""
-    return _flash_package("flash_attn_interface", case, x)
+    """FlashAttention-3: `flash_attn_interface`, or the wheel `fa3-fwd`, which has the forward alone."""
+    if find_spec("flash_attn_interface"):
+        return _flash_package("flash_attn_interface", case, x)
+    forward = _flash_package("fa3_fwd_interface", case, x)
+    return None if forward is None else torch.no_grad()(forward)
 
 
 def fa4(case: Case, x: Tensors) -> Forward | None:
@@ -116,18 +151,16 @@ PEERS: dict[str, Callable[[Case, Tensors], Forward | None]] = {
     "torch_fa2": torch_fa2,
     "flex": flex,
     "cudnn": cudnn,
+    "cudnn_varlen": cudnn_varlen,
     "fa3": fa3,
     "fa4": fa4,
 }
 
 
 def _flash_package(module: str, case: Case, x: Tensors) -> Forward | None:
-    if case.lengths is None:
+    if case.lengths is None or not find_spec(module.partition(".")[0]):
         return None
-    try:
-        function: Any = import_module(module).flash_attn_varlen_func
-    except (ImportError, AttributeError):
-        return None
+    function: Any = import_module(module).flash_attn_varlen_func
     offsets, longest = _offsets(case, x), max(case.lengths)
 
     def forward() -> Tensor:
@@ -150,8 +183,25 @@ def _sparse(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return count[None, None], columns[None, None]
 
 
-@cache
-def _compiled_flex() -> Callable[..., Tensor]:
+def _with_heads_it_takes(forward: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensors) -> Forward:
+    """A function of q, k, v on a case's; where it refuses grouped heads, each call repeats the KV heads first."""
+    group = x.q.shape[1] // x.k.shape[1]
+    if group > 1:
+        try:
+            with torch.no_grad():
+                forward(x.q, x.k, x.v)
+        except RuntimeError:
+            return lambda: forward(x.q, *(y.repeat_interleave(group, dim=1) for y in (x.k, x.v)))
+    return lambda: forward(x.q, x.k, x.v)
+
+
+def _compile_flex() -> Callable[..., Tensor]:
+    """FlexAttention for the shapes of one case.
+
+    After eight shapes torch would compile no more and run it unfused, without a word: it starts anew for every case,
+    and `fullgraph` makes an error of what is left.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    torch._dynamo.reset()
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)

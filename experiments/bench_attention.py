@@ -1,55 +1,35 @@
 """Attention of one device beside every peer that is installed: `flashcp bench attention`.
 
-Where hydra is not installed: `python -m flashcp.experiments.bench_attention --minutes 8 --cases pile --out DIR`.
-
-One unattended run of under eight minutes on an H200: for each case every provider is first checked (ours against
-float64, the peers against ours), then all are timed in turns, the L2 cache flushed before each measurement. Rows and
+For each case every provider is first checked against float64, then all that are right are timed in turns, the L2 cache
+flushed before each measurement. What fails is a row with its reason, and costs no other provider its own. Rows and
 figures go to `experiments/results/<device>/attention/`. A case that would not fit in the time is left out and said.
+Where hydra is not installed: `python -m flashcp.experiments.campaign attention`.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from datetime import UTC, datetime
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from flashcp import __version__
-from flashcp.experiments.attention_cases import Case, Tensors, all_cases, exact_share, make_tensors, useful_share
+from flashcp.experiments.attention_cases import Case, Tensors, exact_share, make_tensors, useful_share
 from flashcp.experiments.attention_peers import OURS, PEERS, Forward
 from flashcp.experiments.folders import check_out
-from flashcp.experiments.provenance import commit
-from flashcp.experiments.rows import Row, write_rows
+from flashcp.experiments.numbers import Failure, Number, check_device, reason
+from flashcp.experiments.rows import Row
+from flashcp.experiments.timing import Spread, Work, in_turns_ms
 from flashcp.kernels.tuning import Pass, architecture, choose
 
-__all__ = ["AttentionBench", "attention_table", "bench_attention", "main"]
+__all__ = ["AttentionBench", "attention_table", "bench_attention", "checked_output", "measure", "reason"]
 
-LARGEST_ERROR = 1e-2  # bf16 against float64; peers may differ from ours by twice that
+LARGEST_ERROR = 1e-2  # bf16 against float64
 BACKWARD_FLOPS = 2.5
 SHARE_S = 4.0  # seconds for the measurements of one case
-FLUSH_BYTES = 256 << 20
-Work = Callable[[], object]
-
-
-class Number(NamedTuple):
-    """One measured number of a case."""
-
-    provider: str
-    metric: str
-    unit: str
-    p20: float | None
-    median: float
-    p80: float | None
 
 
 @dataclass
@@ -60,138 +40,154 @@ class AttentionBench:
     cases: str = ""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign. Returns 0, or 2 with one line on standard error, for instance where there is no GPU."""
-    parser = argparse.ArgumentParser(prog="bench_attention", description=__doc__)
-    parser.add_argument("--out", default="", help="directory of the rows and figures")
-    for key in fields(AttentionBench):
-        parser.add_argument(f"--{key.name}", type=type(key.default), default=key.default)
-    options = vars(parser.parse_args(arguments))
-    out = options.pop("out")
-    try:
-        rows, folder = bench_attention(AttentionBench(**options), out)
-    except ValueError as error:
-        print(f"bench_attention: {error}", file=sys.stderr)
-        return 2
-    print(attention_table(rows))
-    print(f"wrote {folder}", file=sys.stderr)
-    return 0
-
-
 def bench_attention(bench: AttentionBench, out: str) -> tuple[list[Row], Path]:
-    """Measure every case; its rows are written, and a line of progress said, as soon as they are there.
+    """The part `attention` of the campaign, and figures of it.
 
     out: directory; empty: `results_folder`. Returns the rows and that directory. Raises ValueError, before anything
     is written, where there is no GPU, and for settings that leave nothing to measure.
     """
-    if not bench.minutes > 0:
+    from flashcp.experiments.campaign import attention
+    from flashcp.experiments.campaign.watch import run_part
+
+    if not 0 < bench.minutes < float("inf"):
         raise ValueError(f"minutes={bench.minutes}: expected a number > 0")
     if not torch.cuda.is_available():
         raise ValueError("attention is measured on a GPU, and torch sees none here")
-    cases = list(all_cases())
-    chosen = [case for case in cases if bench.cases in case.label]
-    if not chosen:
-        raise ValueError(f"cases={bench.cases!r}: expected a part of one of {', '.join(case.label for case in cases)}")
-    device = torch.device("cuda")
-    device_name = torch.cuda.get_device_name(device)
-    folder = Path(out) if out else results_folder(device_name)
+    labels = [case.label for case in attention.cases(small=False)]
+    if not any(bench.cases in label for label in labels):
+        raise ValueError(f"cases={bench.cases!r}: expected a part of one of {', '.join(labels)}")
+    folder = Path(out) if out else results_folder(torch.cuda.get_device_name())
     check_out(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * bench.minutes - 2 * SHARE_S
-    rows: list[Row] = []
-    for case in chosen:
-        if time.monotonic() > deadline:
-            print(f"{case.label}: left out, the time is over", file=sys.stderr)
-            continue
-        new = [to_row(case.label, number, device_name) for number in measure(case, device)]
-        rows += new
-        write_rows(folder, rows)
-        print(attention_table(new), file=sys.stderr, flush=True)
+    rows = run_part(attention.__name__, folder, 60 * bench.minutes, cases=bench.cases).rows
     draw(folder, rows)
     return rows, folder
 
 
-def measure(case: Case, device: torch.device) -> Iterator[Number]:
-    """Check, then time every provider of a case; one whose output asks for no gradient, forward only."""
-    x = make_tensors(case, torch.bfloat16, device)
-    providers = make_providers(case, x)
-    error = own_error(case, x, providers[OURS])
-    yield Number(OURS, "relative_error", "1", None, error, None)
-    if error > LARGEST_ERROR:
-        raise RuntimeError(f"{case.name}: relative error {error:.2e}: a wrong kernel is not timed")
-    yield Number(OURS, "extra_memory_share", "of q", None, extra_memory(x, providers[OURS]), None)
-    for kernel in Pass:
-        blocks = choose(kernel, architecture(device), case.head_dim, x.q.dtype, case.schedule)
-        share = useful_share(case.schedule, case.rows, kernel, blocks)
-        yield Number(OURS, f"{kernel.value}_useful_share", "of computed pairs", None, share, None)
-    expected = providers[OURS]().detach()
-    outputs: dict[str, Tensor] = {}
-    for name, forward in list(providers.items()):
+def measure(
+    case: Case,
+    device: torch.device,
+    left_out: Collection[str] = (),
+    begin: Callable[[str], None] = lambda provider: None,
+    share_s: float = SHARE_S,
+) -> Iterator[Number | Failure]:
+    """Check, then time every provider of a case; one that has no backward, forward only.
+
+    left_out: names of providers. begin: is told whose turn it is. share_s: seconds of timing. Raises RuntimeError
+    where the device takes no more work: what comes next needs another process.
+    """
+    x = make_tensors(case, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    wanted = exact_share(case, x, case.kv_heads - 1)
+    work: dict[str, Work] = {}
+    forwards: dict[str, Forward] = {}
+    for name, make in PEERS.items():
+        if name in left_out:
+            continue
+        begin(name)
         try:
-            outputs[name] = checked_output(forward, x, expected)
+            forward = make(case, x)
+            if forward is not None:
+                out = forward()
+                yield Number(name, "relative_error", "1", None, checked(case, {"out": out.detach()}, wanted), None)
+                work[f"{name}/forward"] = forwards[name] = forward
         except Exception as failure:
-            print(f"{case.label}: {name} left out: {reason(failure)}", file=sys.stderr)
-            del providers[name]
-    del expected
-    work: dict[str, Work] = {f"{name}/forward": forward for name, forward in providers.items()}
-    for name, out in outputs.items():
-        if out.requires_grad:
-            work[f"{name}/backward"] = partial(torch.autograd.grad, out, x.leaves, x.grad, retain_graph=True)
-    work[f"{OURS}/forward_no_grad"] = torch.no_grad()(providers[OURS])
-    for label, times in in_turns(work, device).items():
+            check_device(device)
+            yield Failure(name, reason(failure))
+            continue
+        if forward is None or not out.requires_grad:
+            continue
+        backward = partial(torch.autograd.grad, out, x.leaves, x.grad, retain_graph=True)
+        try:
+            error = checked(case, _named(backward()), wanted)
+        except Exception as failure:
+            check_device(device)
+            yield Failure(name, f"backward: {reason(failure)}")
+            continue
+        yield Number(name, "backward_relative_error", "1", None, error, None)
+        work[f"{name}/backward"] = backward
+    if f"{OURS}/backward" in work:
+        begin(OURS)
+        yield from _of_ours(case, x, forwards[OURS], device)
+    if OURS in forwards:
+        work[f"{OURS}/forward_no_grad"] = torch.no_grad()(forwards[OURS])
+    begin("")
+    yield from _timed(case, work, device, share_s)
+
+
+def checked(case: Case, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """The largest relative error of an output, or of its gradients, for the last KV head and its query heads.
+
+    Raises RuntimeError for one that is too large: a wrong kernel is not timed.
+    """
+    head, group = case.kv_heads - 1, case.query_heads // case.kv_heads
+    shares = {
+        "out": lambda value: value[:, head * group :],
+        "q": lambda value: value[:, head * group :],
+        "k": lambda value: value[:, head],
+        "v": lambda value: value[:, head],
+        "received": lambda value: value[:, :, head],
+    }
+    error = max(relative(shares[name](value), wanted[name]) for name, value in found.items())
+    if not error <= LARGEST_ERROR:
+        raise RuntimeError(f"relative error {error:.2e}: a wrong kernel is not timed")
+    return error
+
+
+def _named(gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Gradients of a case's leaves by name."""
+    return dict(zip(("q", "k", "v", "received"), gradients, strict=False))
+
+
+def _of_ours(case: Case, x: Tensors, forward: Forward, device: torch.device) -> Iterator[Number | Failure]:
+    """What is told of our kernels alone: memory beyond the results, and useful shares of the blocks they compute."""
+    try:
+        if device.type == "cuda":
+            yield Number(OURS, "extra_memory_share", "of q", None, extra_memory(x, forward), None)
+        for kernel in Pass:
+            blocks = choose(kernel, architecture(device), case.head_dim, x.q.dtype, case.schedule)
+            share = useful_share(case.schedule, case.rows, kernel, blocks)
+            yield Number(OURS, f"{kernel.value}_useful_share", "of computed pairs", None, share, None)
+    except Exception as failure:
+        check_device(device)
+        yield Failure(OURS, reason(failure))
+
+
+def _timed(case: Case, work: dict[str, Work], device: torch.device, share_s: float) -> Iterator[Number | Failure]:
+    """Times in turns; who fails at it is left out, and the others take their turns again."""
+    running = [""]
+
+    def told(label: str, function: Work) -> Work:
+        def run() -> object:
+            running[0] = label
+            return function()
+
+        return run
+
+    times: dict[str, Spread] = {}
+    while work and not times:
+        try:
+            times = in_turns_ms({label: told(label, function) for label, function in work.items()}, device, share_s)
+        except Exception as failure:
+            check_device(device)
+            name = running[0].split("/")[0]
+            yield Failure(name, f"timing {running[0]}: {reason(failure)}")
+            work = {label: function for label, function in work.items() if label.split("/")[0] != name}
+    for label, spread in times.items():
         name, which = label.split("/")
         flops = case.forward_flops * (BACKWARD_FLOPS if which == "backward" else 1.0)
-        yield Number(name, f"{which}_ms", "ms", *times)
-        yield Number(name, f"{which}_tflops", "TFLOP/s", *(flops / ms / 1e9 for ms in reversed(times)))
-
-
-def make_providers(case: Case, x: Tensors) -> dict[str, Forward]:
-    """Ours and every peer that does the case; a peer that fails at it is left out with a line."""
-    providers: dict[str, Forward] = {}
-    for name, make in PEERS.items():
-        try:
-            made = make(case, x)
-        except Exception as failure:
-            if name == OURS:
-                raise
-            print(f"{case.label}: {name} left out: {reason(failure)}", file=sys.stderr)
-            continue
-        if made is not None:
-            providers[name] = made
-    return providers
+        yield Number(name, f"{which}_ms", "ms", *spread)
+        low, middle, high = (flops / ms / 1e9 for ms in reversed(spread))
+        yield Number(name, f"{which}_tflops", "TFLOP/s", low, middle, high)
 
 
 def checked_output(forward: Forward, x: Tensors, expected: Tensor) -> Tensor:
-    """The output of a peer that also comes through its backward. Raises RuntimeError where it differs from ours."""
+    """The output of a peer, its backward run where it has one. Raises RuntimeError where it differs from `expected`."""
     out = forward()
     if out.requires_grad:
         torch.autograd.grad(out, x.leaves, x.grad, retain_graph=True)
     difference = relative(out.detach(), expected)
-    if difference > 2 * LARGEST_ERROR:
+    if not difference <= 2 * LARGEST_ERROR:
         raise RuntimeError(f"differs by {difference:.1e}")
     return out
-
-
-def reason(failure: Exception) -> str:
-    """The first line of what an exception says, or its name."""
-    return (str(failure).splitlines() or [type(failure).__name__])[0]
-
-
-def own_error(case: Case, x: Tensors, forward: Forward) -> float:
-    """The largest relative error of the output and of each gradient, for the last KV head and its query heads."""
-    head, group = case.kv_heads - 1, case.query_heads // case.kv_heads
-    out = forward()
-    grads = torch.autograd.grad(out, x.leaves, x.grad)
-    wanted = exact_share(case, x, head)
-    found = {
-        "out": out[:, head * group :],
-        "q": grads[0][:, head * group :],
-        "k": grads[1][:, head],
-        "v": grads[2][:, head],
-    }
-    if len(x.received):
-        found["received"] = grads[3][:, :, head]
-    return max(relative(value.detach(), wanted[name]) for name, value in found.items())
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
@@ -216,40 +212,8 @@ def extra_memory(x: Tensors, forward: Forward) -> float:
     return max(0, peak - x.q.nbytes - lse - gradients) / x.q.nbytes
 
 
-def in_turns(work: dict[str, Work], device: torch.device) -> dict[str, tuple[float, float, float]]:
-    """Milliseconds (p20, median, p80) of each function, measured in turns, the L2 cache flushed before each."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-
-    def once(function: Work) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        start.record()
-        function()
-        stop.record()
-        return start, stop
-
-    began = time.monotonic()
-    for function in work.values():
-        once(function)
-    torch.cuda.synchronize()
-    rounds = int(min(50, max(3, SHARE_S / (time.monotonic() - began))))
-    events = [(label, once(function)) for _ in range(rounds) for label, function in work.items()]
-    torch.cuda.synchronize()
-    times = {label: torch.tensor([a.elapsed_time(b) for name, (a, b) in events if name == label]) for label in work}
-    spread = torch.tensor([0.2, 0.5, 0.8])
-    return {label: tuple(torch.quantile(t, spread).tolist()) for label, t in times.items()}
-
-
-def to_row(case: str, number: Number, device: str) -> Row:
-    """A number with all that it must carry. device: its name."""
-    versions = f"flashcp {__version__}, torch {torch.__version__}, triton {triton.__version__}"
-    return Row(case, number.provider, number.metric, number.unit, None, number.p20, number.median, number.p80,
-               device, versions, commit(), datetime.now(UTC).date().isoformat(), "measured",
-               "", "")  # fmt: skip
-
-
 def attention_table(rows: Sequence[Row]) -> str:
-    """One line a case: TFLOP/s forward / backward of each provider, - where it has none."""
+    """One line a case: TFLOP/s forward / backward of each provider, - where it has none; of other cases every rate."""
     cells = {(row.case, row.provider, row.metric): row.median for row in rows}
     keys = ("forward_tflops", "backward_tflops")
     lines = []
@@ -260,7 +224,12 @@ def attention_table(rows: Sequence[Row]) -> str:
             for peer in PEERS
             if (case, peer, keys[0]) in cells
         ]
-        lines.append(f"{case:<42} error {cells[case, OURS, 'relative_error']:.1e}  {'  '.join(shown)}")
+        if not shown:
+            rates = [row for row in rows if row.case == case and row.unit.endswith("/s")]
+            shown = [f"{row.provider} {row.median:.0f} {row.unit}" for row in rates]
+        error = cells.get((case, OURS, "relative_error"))
+        told = "" if error is None else f"error {error:.1e}"
+        lines.append(f"{case:<42} {told:<13}  {'  '.join(shown)}".rstrip())
     return "\n".join(lines)
 
 
@@ -292,7 +261,3 @@ def results_folder(device_name: str) -> Path:
     """experiments/results/<device>/attention of this checkout."""
     device = re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_")
     return Path(__file__).resolve().parent / "results" / device / "attention"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm import tqdm
 
 from flashcp.experiments.bench_planner import PlannerRow, provenance
+from flashcp.experiments.progress import bar
 from flashcp.sharding.lengths import windows
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan
@@ -47,7 +47,7 @@ def bench_awkward(bench: AwkwardBench) -> Iterator[PlannerRow]:
     random = np.random.default_rng(bench.seed)
     worse = 0
     packs = itertools.islice(random_windows(random, bench.seed), bench.random_windows)
-    for lengths in tqdm(packs, total=bench.random_windows, unit="window"):
+    for lengths in bar(packs, total=bench.random_windows, unit="window"):
         world_size = min(int(random.choice([2, 3, 4, 8, 16])), int(lengths.sum()))
         worse += _a_member_is_better(lengths, world_size)
     case = f"random windows, six kinds, {bench.random_windows}"

@@ -7,6 +7,7 @@ far predictions are from measurements. Copies, the link between two ranks and ma
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,6 @@ import torch
 
 from flashcp.experiments.bench_planner import provenance
 from flashcp.experiments.calibration.attention import fit_attention, random_schedule, random_shape, time_attention
-from flashcp.experiments.calibration.figure import draw_calibration
 from flashcp.experiments.calibration.fit import fit_line
 from flashcp.experiments.calibration.links import copy_us, layer_tflops, link_us
 from flashcp.experiments.calibration.times import DIRECTIONS, SPLITS, TimeRow, errors, write_times
@@ -174,7 +174,7 @@ def _told(section: Any) -> str:
 
 
 def write_calibration(path: Path, found: list[Calibration]) -> None:
-    """The machine as YAML; beside it every time as CSV, and the picture of both."""
+    """The machine as YAML; beside it every time as CSV, and the picture of both where matplotlib is installed."""
     (calibration,) = found
     machine = replace(calibration.machine, name=path.stem)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,4 +182,9 @@ def write_calibration(path: Path, found: list[Calibration]) -> None:
     path.write_text(cluster_text(machine, about), encoding="utf-8")
     rows, picture = map(path.with_suffix, BESIDE)
     write_times(rows, calibration.times)
+    try:
+        from flashcp.experiments.calibration.figure import draw_calibration
+    except ModuleNotFoundError as error:
+        print(f"no picture: {error}", file=sys.stderr)
+        return
     draw_calibration(calibration.times, picture)

@@ -12,6 +12,8 @@ import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,11 +159,7 @@ def platform_text() -> str:
 
 
 def _versions() -> str:
-    import numba
-
     import flashcp
 
-    return (
-        f"flashcp {flashcp.__version__}, numpy {np.__version__}, numba {numba.__version__}, "
-        f"python {platform.python_version()}"
-    )
+    numba = f"numba {version('numba')}" if find_spec("numba") else "no numba"
+    return f"flashcp {flashcp.__version__}, numpy {np.__version__}, {numba}, python {platform.python_version()}"

@@ -31,6 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from flashcp.kernels import tiles
 from flashcp.kernels.cpu import KV
 from flashcp.kernels.schedule import Schedule
+from flashcp.kernels.uploads import to_device
 
 __all__ = ["BLOCK_N", "OPTIONS", "STAGES", "block_layout", "hopper_forward_kernel", "prepare"]
 
@@ -44,6 +45,8 @@ LN2 = gl.constexpr(0.6931471805599453)
 LOWEST = gl.constexpr(-3.0e38)  # a maximum before the first score: finite, so that differences are never NaN
 RECEIVED = gl.constexpr(tiles.RECEIVED)
 OWN = gl.constexpr(tiles.OWN)
+TILE_COLUMNS = gl.constexpr(tiles.TILE_COLUMNS)
+RANGE_COLUMNS = gl.constexpr(tiles.RANGE_COLUMNS)
 
 
 @gluon.jit
@@ -55,12 +58,8 @@ def hopper_forward_kernel(
     BLOCK_N: gl.constexpr = k.block_type.shape[0]
     HEAD_DIM: gl.constexpr = k.block_type.shape[2]
     head = gl.program_id(1)
-    entry = table + 5 * gl.program_id(0)
-    tile = (gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3), gl.load(entry + 4))
-    blocks = 0
-    for i in range(tile[2], tile[3]):
-        _, start, end, _ = _range(ranges, i, tile)
-        blocks += (end - start + BLOCK_N - 1) // BLOCK_N
+    tile = _tile(table, gl.program_id(0))
+    blocks = _count(ranges, tile, BLOCK_N)
 
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, HEAD_DIM], k.dtype)
     q_tiles = gl.allocate_shared_memory(k.dtype, [2, HALF, HEAD_DIM], rows_layout)
@@ -85,12 +84,30 @@ def hopper_forward_kernel(
 
 
 @gluon.jit
+def _tile(table, index):
+    """A row of `table`: (first row, stop, first range, the range behind its last)."""
+    entry = table + TILE_COLUMNS * index
+    return gl.load(entry + 1), gl.load(entry + 2), gl.load(entry + 3), gl.load(entry + 4)
+
+
+@gluon.jit
 def _range(ranges, i, tile):
     """An entry of `ranges`: (place, first key, end, the key from which on some row of the tile does not see it)."""
     row, stop, _, _ = tile
-    place = gl.load(ranges + 3 * i)
-    end = gl.load(ranges + 3 * i + 2)
-    return place, gl.load(ranges + 3 * i + 1), gl.where(place == OWN, stop, end), gl.where(place == OWN, row, end)
+    entry = ranges + RANGE_COLUMNS * i
+    place = gl.load(entry)
+    end = gl.load(entry + 2)
+    return place, gl.load(entry + 1), gl.where(place == OWN, stop, end), gl.where(place == OWN, row, end)
+
+
+@gluon.jit
+def _count(ranges, tile, BLOCK_N: gl.constexpr):
+    """Blocks of keys that a tile reads."""
+    blocks = 0
+    for i in range(tile[2], tile[3]):
+        _, start, end, _ = _range(ranges, i, tile)
+        blocks += (end - start + BLOCK_N - 1) // BLOCK_N
+    return blocks
 
 
 @gluon.jit
@@ -265,7 +282,7 @@ def prepare(
     # A tile of no blocks would wait for its first for ever; schedules leave queries that read nothing out.
     assert (cut.table[:, 3] < cut.table[:, 4]).all(), "a tile without ranges"
     assert (cut.ranges[:, 1] < cut.ranges[:, 2]).all(), "an empty range"
-    tables = [torch.from_numpy(x).to(q.device) for x in (cut.table, cut.ranges, cut.reach)]
+    tables = [to_device(x, q.device) for x in (cut.table, cut.ranges, cut.reach)]
     layout = block_layout(head_dim, q.dtype)
     both = (*local, *(received if len(received.k) else local))  # a descriptor of nothing cannot be made
     keys = [TensorDescriptor.from_tensor(x, [BLOCK_N, 1, head_dim], layout) for x in both]

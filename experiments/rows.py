@@ -13,11 +13,13 @@ from typing import Any
 
 from flashcp.experiments.provenance import commit, versions_text
 
-__all__ = ["REFERENCE", "RESULTS", "WINDOWS", "Row", "read_rows", "summary_rows", "write_rows"]
+__all__ = ["FAILED", "REFERENCE", "RESULTS", "WINDOWS", "Row", "read_rows", "summary_rows", "write_rows"]
 
 RESULTS = "results.csv"
 WINDOWS = "windows"
 """Metric: how many packs the other numbers of a case are over."""
+FAILED = "failed"
+"""Metric of a provider that did not come through a case; the row's `kind` says why."""
 REFERENCE = "single_process"
 """Provider of the run of the same packs on one process, which the others' losses are compared with."""
 UNITS = {
@@ -44,7 +46,8 @@ by less than both vary."""
 class Row:
     """One number. median: over a run's steps after warm-up, or the number itself where there is one (p20, p80 None).
 
-    case: the work. provider: the method. step: of `loss`, else None. kind: `measured`, `simulated`, or both in words.
+    case: the work. provider: the method. step: of `loss`, else None. kind: `measured`, `simulated`, both in words, or
+    `failed: ` and why.
     config: digest of the run's configuration; reference: of the single-process run of the same packs, or empty.
     """
 

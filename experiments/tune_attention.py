@@ -10,26 +10,31 @@ of each belong into the table. `--table` compiles what the table ships, all of i
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
+from torch import Tensor
 
 from flashcp.attention import varlen_attention
-from flashcp.experiments.attention_cases import Case, make_tensors
+from flashcp.experiments.attention_cases import Case, Tensors, make_tensors
+from flashcp.experiments.timing import Work, in_turns_ms
 from flashcp.kernels.ahead import TARGETS, Build, build, build_rows
 from flashcp.kernels.backward_rows import ROWS
 from flashcp.kernels.schedule import whole_pack_schedule
 from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, Tuning, architecture, padded
 
-__all__ = ["main"]
+__all__ = ["PACKS", "Kernel", "compile_all", "compilers", "fit", "grid", "main", "shipped", "timed_work", "tuned"]
 
-TIMED = {"long": [16_384], "short": [64] * 256}
+PACKS = {"long": [16_384], "short": [64] * 256}
+SECONDS = 20.0  # for the candidates of one pack
 HEAD = f"{'kernel':<58} {'registers':>9} {'spilled B':>9} {'shared B':>9} {'tensor-core':>11} {'async':>6}"
 
 
@@ -99,9 +104,9 @@ def grid(dtype: str) -> Iterator[Blocks]:
 
 def compiled(kernels: Sequence[Kernel], processes: int) -> list[bool]:
     """Compile, print a line each, tell which are fit."""
-    with ProcessPoolExecutor(processes) as pool:
+    with compilers(processes) as pool:
         fits = []
-        for kernel, result in zip(kernels, pool.map(_try, kernels), strict=True):
+        for kernel, result in zip(kernels, compile_all(kernels, pool), strict=True):
             fits.append(isinstance(result, Build) and fit(result, kernel))
             if isinstance(result, Build):
                 cores = result.wgmma + result.tcgen05 + result.mma
@@ -111,6 +116,16 @@ def compiled(kernels: Sequence[Kernel], processes: int) -> list[bool]:
             else:
                 print(f"{kernel.name:<58} {result}", flush=True)
     return fits
+
+
+def compilers(processes: int) -> ProcessPoolExecutor:
+    """Processes that compile. They start anew: copies of one that uses a GPU could not be trusted."""
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+
+
+def compile_all(kernels: Iterable[Kernel], pool: ProcessPoolExecutor) -> Iterator[Build | str]:
+    """What the compiler made of each, in order, or a line why it made nothing."""
+    return pool.map(_try, kernels)
 
 
 def fit(found: Build, kernel: Kernel) -> bool:
@@ -127,19 +142,39 @@ def _try(kernel: Kernel) -> Build | str:
 
 
 def rank_by_time(which: Pass, candidates: Sequence[Blocks], head_dim: int, dtype: torch.dtype) -> None:
-    """Time each candidate on both packs; print the order."""
-    for pack, lengths in TIMED.items():
-        case = Case(pack, whole_pack_schedule(torch.tensor(lengths).numpy()), sum(lengths), 0, tuple(lengths), 16, 16,
-                    head_dim)  # fmt: skip
-        x = make_tensors(case, dtype, torch.device("cuda"))
-        times = []
-        for blocks in candidates:
-            forward = partial(varlen_attention, x.q, x.k, x.v, lengths, tuning=Tuning(**{which.value: blocks}))
-            backward = partial(torch.autograd.grad, forward(), x.leaves, x.grad, retain_graph=True)
-            work = forward if which is Pass.FORWARD else backward
-            times.append((triton.testing.do_bench(work, warmup=10, rep=50, quantiles=[0.5, 0.2, 0.8]), blocks))
-        for (median, low, high), blocks in sorted(times, key=lambda entry: entry[0][0]):
+    """Time the candidates in turns on both packs; print the order."""
+    for pack in PACKS:
+        work = timed_work(which, candidates, head_dim, dtype, pack)
+        times = in_turns_ms(work, torch.device("cuda"), SECONDS)
+        for blocks, (low, median, high) in sorted(times.items(), key=lambda entry: entry[1][1]):
             print(f"{pack}: {median:.3f} ms ({low:.3f} to {high:.3f}) {blocks}")
+
+
+def timed_work(
+    which: Pass, candidates: Sequence[Blocks], head_dim: int, dtype: torch.dtype, pack: str
+) -> dict[str, Work]:
+    """For each candidate, by its text, the pass that uses it, on a pack of PACKS; dK and dV, and dQ, come together."""
+    lengths = PACKS[pack]
+    case = Case(pack, whole_pack_schedule(np.array(lengths)), sum(lengths), 0, tuple(lengths), 16, 16, head_dim)
+    x = make_tensors(case, dtype, torch.device("cuda"))
+    work: dict[str, Work] = {}
+    for blocks in candidates:
+        forward = partial(varlen_attention, x.q, x.k, x.v, lengths, tuning=Tuning(**{which.value: blocks}))
+        work[blocks.to_text()] = forward if which is Pass.FORWARD else _Backward(forward, x)
+    return work
+
+
+class _Backward:
+    """A backward whose forward ran when it was first asked for."""
+
+    def __init__(self, forward: Callable[[], Tensor], x: Tensors) -> None:
+        self.forward, self.x = forward, x
+        self.out: Tensor | None = None
+
+    def __call__(self) -> object:
+        if self.out is None:
+            self.out = self.forward()
+        return torch.autograd.grad(self.out, self.x.leaves, self.x.grad, retain_graph=True)
 
 
 if __name__ == "__main__":

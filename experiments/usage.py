@@ -19,7 +19,7 @@ EXPLAINED = {
     "windows": "packs that the numbers are means over",
     "seed": "of sampled lengths (plan, simulate), of the weights (train, sweep)",
     "figure": "FILE to draw the first window to: its plan (plan, one method), its timelines (simulate)",
-    "overlap": "of our kernel and the best efforts: none, staged, fused; auto is fused",
+    "overlap": "of our kernel and the best efforts: none, staged, fused; auto is staged",
     "gradient_bytes": "of a number of a KV gradient on our wire: 4 as it is, or 2",
     "cluster_file": "FILE like those of conf/cluster, instead of one of them",
     "kernel": "modelled, or measured: every rank's attention is run on the one device at hand",

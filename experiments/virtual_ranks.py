@@ -1,43 +1,41 @@
 """Ranks that are streams of one process: the one-sided exchange on one GPU, or on a CPU with a thread a rank.
 
-Every rank has its own transport, heap and receive buffers, and puts rows into the others' as processes do. What is
-missing is the handshake: one process agrees with itself. All ranks' rows leave before any rank computes.
+Every rank is a `ContextParallel` with its own transport, heap and receive buffers, and puts rows into the others' as
+processes do. What is missing is the handshake: one process agrees with itself. All ranks' rows leave before any rank
+computes. On a GPU the backward pass works as well: the host waits for nothing, so ranks need not take turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flashcp.comm.clock import Clock
-from flashcp.comm.exchanges import EXCHANGE_CLASSES
-from flashcp.comm.exchanges.base import Exchange, Job, Kept
-from flashcp.comm.fabrics.base import Fabric
+from flashcp.comm.choice import Connection
+from flashcp.comm.fabrics.base import Fabric, Region
 from flashcp.comm.fabrics.memory import virtual_memories
 from flashcp.comm.fabrics.shm import ShmFabric
 from flashcp.comm.heap import SymmetricHeap
 from flashcp.comm.one_sided import OneSided
-from flashcp.kernels.selection import select_attention
+from flashcp.context_parallel import ContextParallel
 from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["Result", "VirtualRanks"]
+__all__ = ["VirtualRanks", "check_connections"]
 
-
-class Result(NamedTuple):
-    """One rank's output and what its backward pass needs."""
-
-    out: Tensor
-    kept: Kept
+_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 class VirtualRanks:
-    """exchange, overlap, stages, backward, attention: as for `flashcp.ContextParallel`. throttle_gbps: GB/s at which
-    each rank's rows leave, 0 for no limit."""
+    """exchange, overlap, stages, backward, attention, timeout_s: as for `flashcp.ContextParallel`.
+
+    throttle_gbps: GB/s at which each rank's rows leave, 0 for no limit.
+
+    Raises ValueError where streams of several ranks would share a hardware queue of the GPU (`check_connections`).
+    """
 
     def __init__(
         self,
@@ -51,31 +49,64 @@ class VirtualRanks:
         throttle_gbps: float = 0.0,
         timeout_s: float = 20.0,
     ) -> None:
-        fabrics = _fabrics(world_size, device, timeout_s, throttle_gbps)
         self.device = device
-        self.streams = [torch.cuda.Stream(device) for _ in range(world_size)] if device.type == "cuda" else []
-        kernel = select_attention(attention, device)
-        self.job = Job(kernel, overlap, stages, backward == "refetch", Clock(), lambda: None)
-        self._exchanges: list[Exchange] = [
-            EXCHANGE_CLASSES[exchange](OneSided(fabric, SymmetricHeap(fabric, lambda: 0, lambda: None)))
-            for fabric in fabrics
+        self._retired: list[Region] = []
+        self._oldest = 0
+        if device.type == "cuda":
+            check_connections(world_size, os.environ)
+            self.streams = [torch.cuda.Stream(device) for _ in range(world_size)]
+            fabrics = _on_gpu(world_size, device, self._retired, timeout_s, throttle_gbps)
+        else:
+            self.streams = []
+            arrays = virtual_memories(world_size, lambda size: np.zeros(size, dtype=np.uint8))
+            fabrics = [ShmFabric(rank, world_size, arrays, timeout_s, throttle_gbps) for rank in range(world_size)]
+        self._transports = [
+            OneSided(fabric, SymmetricHeap(fabric, lambda: self._oldest, lambda: None)) for fabric in fabrics
         ]
+        self.ranks = [
+            ContextParallel(
+                Connection(transport, None, "ranks of one process"), exchange, overlap, attention, backward=backward,
+                timeout_s=timeout_s, stages=stages,
+            )
+            for transport in self._transports
+        ]  # fmt: skip
+
+    @property
+    def regions(self) -> int:
+        """Receive buffers that the first rank holds; the others hold as many."""
+        return len(self._transports[0].heap.regions)
 
     def forward(
-        self, plan: ShardingPlan, q: Sequence[Tensor], k: Sequence[Tensor], v: Sequence[Tensor], scale: float
-    ) -> list[Result]:
-        """Attention of every rank's rows, as `Exchange.forward`; q, k, v: one tensor a rank."""
-        flights = []
-        for rank, exchange in enumerate(self._exchanges):
+        self,
+        plan: ShardingPlan,
+        q: Sequence[Tensor],
+        k: Sequence[Tensor],
+        v: Sequence[Tensor],
+        softmax_scale: float | None = None,
+    ) -> list[Tensor]:
+        """Attention of every rank's rows; q, k, v: one tensor a rank. Where gradients are on, regions are kept for the
+        backward pass, as `ContextParallel` keeps them."""
+        if self._retired:
+            self.synchronize()
+            self._retired.clear()
+        # What headers tell between processes: once a call, so that all ranks choose the same regions.
+        self._oldest = min(transport.oldest for transport in self._transports)
+        handles, outs = [], []
+        for rank, cp in enumerate(self.ranks):
             with self._stream(rank):
-                flights.append(exchange.start(plan, k[rank], v[rank]))
-        results = []
-        for rank, exchange in enumerate(self._exchanges):
+                handles.append(cp.prefetch(k[rank], v[rank], plan))
+        for rank, handle in enumerate(handles):
             with self._stream(rank):
-                out = exchange.forward(plan, q[rank], k[rank], v[rank], flights[rank], self.job, scale)
-                results.append(Result(*out))
-        self._join()
-        return results
+                outs.append(handle.attention(q[rank], softmax_scale))
+        for stream in self.streams:
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+        return outs
+
+    def synchronize(self) -> None:
+        """Return when all ranks are done. Raises ExchangeError as `ContextParallel.synchronize` does."""
+        for rank, cp in enumerate(self.ranks):
+            with self._stream(rank):
+                cp.synchronize()
 
     def _stream(self, rank: int) -> AbstractContextManager[object]:
         """What is launched inside waits for what this process launched before."""
@@ -84,18 +115,41 @@ class VirtualRanks:
         self.streams[rank].wait_stream(torch.cuda.current_stream(self.device))
         return torch.cuda.stream(self.streams[rank])
 
-    def _join(self) -> None:
-        for stream in self.streams:
-            torch.cuda.current_stream(self.device).wait_stream(stream)
+
+def check_connections(ranks: int, environment: Mapping[str, str]) -> None:
+    """Raise ValueError where a GPU has fewer hardware queues than ranks of one process have streams.
+
+    Streams that share a queue wait for each other: a rank's wait for rows could stand before the put that it waits for.
+    """
+    streams = ranks * (ranks + 1) + 1  # each rank's puts to every rank, its own work, and the process's
+    queues = int(environment.get(_CONNECTIONS, "8"))
+    if streams > queues:
+        raise ValueError(
+            f"{ranks} ranks in one process use {streams} streams and {_CONNECTIONS}={queues} queues: expected no more "
+            f"streams than queues; set {_CONNECTIONS}=32, the most there are, before Python starts"
+        )
 
 
-def _fabrics(world_size: int, device: torch.device, timeout_s: float, throttle_gbps: float) -> list[Fabric]:
-    if device.type == "cpu":
-        arrays = virtual_memories(world_size, lambda size: np.zeros(size, dtype=np.uint8))
-        return [ShmFabric(rank, world_size, arrays, timeout_s, throttle_gbps) for rank in range(world_size)]
-    from flashcp.comm.fabrics.cuda import CudaFabric
+def _on_gpu(
+    world_size: int, device: torch.device, retired: list[Region], timeout_s: float, throttle_gbps: float
+) -> list[Fabric]:
+    """retired: where regions wait until the GPU has done with them."""
+    from flashcp.comm.fabrics.cuda import CudaFabric, RegionMemory
+    from flashcp.comm.fabrics.cuda_device import CudaDevice
 
-    tensors = virtual_memories(world_size, lambda size: torch.zeros(size, dtype=torch.uint8, device=device))
-    return [
-        CudaFabric("virtual", rank, world_size, device, tensors, timeout_s, throttle_gbps) for rank in range(world_size)
-    ]
+    def make(size: int) -> tuple[Tensor, torch.cuda.Event]:
+        return torch.zeros(size, dtype=torch.uint8, device=device), torch.cuda.current_stream(device).record_event()
+
+    made = virtual_memories(world_size, make)
+
+    def memories(index: int, size: int) -> RegionMemory:
+        tensors, zeroed = zip(*made(index, size), strict=True)
+        for event in zeroed:  # by another rank's stream, perhaps, and flags are raised by this one
+            torch.cuda.current_stream(device).wait_event(event)
+        return RegionMemory(tensors, None)
+
+    def fabric(rank: int) -> Fabric:
+        own = CudaDevice(device, timeout_s)
+        return CudaFabric("virtual", rank, world_size, own, memories, retired.append, timeout_s, throttle_gbps)
+
+    return [fabric(rank) for rank in range(world_size)]

@@ -11,19 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashcp.comm.choice import TRANSPORTS, TransportOptions, choose_transport
+from flashcp.comm.choice import TRANSPORTS, Connection, TransportOptions, connect
 from flashcp.comm.clock import Clock
 from flashcp.comm.errors import ExchangeError
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.exchanges.base import Exchange, Job
-from flashcp.comm.handshake import Handshake, Header, Posted
-from flashcp.comm.transport import Alone, Transport
+from flashcp.comm.handshake import Header, Posted
 from flashcp.kernels.inputs import check_inputs, default_scale
 from flashcp.kernels.selection import ATTENTION, AttentionKernel, select_attention, waits_inside
 from flashcp.kernels.tuning import Tuning
 from flashcp.operator import Call, Handle, scale_code
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.unshard import unshard
+from flashcp.unshard import local_rows, unshard
 
 __all__ = ["ContextParallel", "Handle"]
 
@@ -34,7 +33,9 @@ _GRACE_S = 5.0  # a rank with an error of its own waits this long for the others
 class ContextParallel:
     """Context-parallel attention over the ranks of a group.
 
-    group: a torch.distributed group; None: the default one, or this rank alone where none is initialised.
+    group: a torch.distributed group; None: the default one, or this rank alone where none is initialised. A
+    `Connection` (`flashcp/comm/choice.py`) that exists already, for ranks inside one process, stands for both group and
+    transport.
     exchange: `exact`, `compacted`, `all_gather`, `ring`, `ulysses`. overlap: `none` waits for all rows, `staged`
     computes local rows meanwhile and others as they arrive, in `stages` parts, `fused` waits inside its one launch,
     `auto` takes the best there is. attention: `auto` or an implementation's name. transport: `auto`, `shm` between
@@ -54,7 +55,7 @@ class ContextParallel:
 
     def __init__(
         self,
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | Connection | None = None,
         exchange: str = "exact",
         overlap: str = "auto",
         attention: str = "auto",
@@ -79,22 +80,13 @@ class ContextParallel:
         for field, value in (("heap_mib", heap_mib), ("region_mib", region_mib), ("throttle_gbps", throttle_gbps)):
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"{field}={value!r}: expected a number >= 0")
-        launched = dist.is_available() and dist.is_initialized()
-        if group is not None and (not launched or dist.get_rank(group) < 0):
-            raise ValueError("group: expected a torch.distributed group that this rank is a member of, or None")
         self.exchange = exchange
         self.attention_name, self.tuning = attention, tuning
         self.backward = backward
         self.stats = Clock()
-        self._handshake: Handshake | None = None
-        self._transport: Transport = Alone()
-        self.transport_reason = "one rank alone"
-        if launched and dist.get_world_size(group) > 1:
-            self._handshake = Handshake(group, timeout_s)
-            options = TransportOptions(timeout_s, heap_mib, region_mib, throttle_gbps)
-            self._transport, self.transport_reason = choose_transport(transport, group, self._handshake, options)
-        else:
-            _check_name("transport", transport, ("auto", "none"))
+        options = TransportOptions(timeout_s, heap_mib, region_mib, throttle_gbps)
+        connection = group if isinstance(group, Connection) else connect(group, transport, options)
+        self._transport, self._handshake, self.transport_reason = connection
         self.transport = self._transport.name
         self.rank, self.world_size = self._transport.rank, self._transport.world_size
         self._exchange: Exchange = EXCHANGE_CLASSES[exchange if self.world_size > 1 else "exact"](self._transport)
@@ -145,7 +137,7 @@ class ContextParallel:
         _check_dim("x", x, dim)
         if x.shape[dim] != plan.offsets[-1]:
             raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}: expected the pack's {plan.offsets[-1]}")
-        return x.index_select(dim, torch.from_numpy(plan.rows(self.rank)).to(x.device))
+        return x.index_select(dim, local_rows(plan, self.rank, x.device))
 
     def unshard(self, local: Tensor, plan: ShardingPlan, dim: int = 0) -> Tensor:
         """The whole pack along `dim` on every rank, from each rank's rows; differentiable."""
@@ -172,6 +164,21 @@ class ContextParallel:
             posted.check()
         rows = local.movedim(dim, 0).contiguous()
         return unshard(rows, plan, self._transport, self._handshake, agreed).movedim(0, dim)
+
+    def synchronize(self) -> None:
+        """Wait for what is under way on this rank, both passes, and raise what went wrong on the way.
+
+        On GPUs the host is ahead of the streams, and an error is known only when they come to it. Call this before an
+        optimizer step: gradients that were computed from rows which never came must not be taken.
+        Raises ExchangeError as the class says.
+        """
+        try:
+            self._transport.synchronize()
+        except ExchangeError as error:
+            if self._handshake is not None:
+                self._handshake.stopped = self._handshake.stopped or str(error)
+                self._handshake.abandon(self._calls)
+            raise
 
     def position_ids(self, plan: ShardingPlan) -> Tensor:
         """Position inside its document of each of this rank's rows, int64 [rank's tokens]."""
@@ -248,9 +255,10 @@ class ContextParallel:
                 f"overlap='fused' with exchange={self.exchange!r} over {self.transport}: expected one of auto, none, "
                 "staged; fused needs a one-sided transport and exact, compacted or all_gather"
             )
-        if asked != "auto":
-            return asked
-        return "staged" if at_once or self.attention_name != "triton" else "fused"
+        # Not `fused`, even where it could run: a program that waits inside the kernel keeps its SM from other tiles, so
+        # it hides a transfer behind the tiles that are ready and one wave more, `staged` behind all local tiles. Which
+        # is faster was never measured on a GPU; `python -m flashcp.experiments.campaign overlap` does.
+        return "staged" if asked == "auto" else asked
 
     def _check_plan(self, plan: ShardingPlan) -> None:
         if not isinstance(plan, ShardingPlan):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -11,9 +13,12 @@ from torch.autograd.function import once_differentiable
 from flashcp.comm.handshake import Handshake, Header, Step
 from flashcp.comm.rows import WholeRows
 from flashcp.comm.transport import Transport
+from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["unshard"]
+__all__ = ["local_rows", "unshard"]
+
+_PLANS = 8  # whose rows stay on a device
 
 
 def unshard(
@@ -25,6 +30,33 @@ def unshard(
     handshake, header: what the ranks compared before, and compare again before gradients move.
     """
     return _Unshard.apply(local, plan, transport, handshake, header)
+
+
+def local_rows(plan: ShardingPlan, rank: int, device: torch.device) -> Tensor:
+    """`plan.rows(rank)` on a device, int64; made once."""
+    return _local_rows(plan, rank, device).here()
+
+
+@lru_cache(maxsize=_PLANS)
+def _local_rows(plan: ShardingPlan, rank: int, device: torch.device) -> Uploaded:
+    return Uploaded(plan.rows(rank), device)
+
+
+@lru_cache(maxsize=_PLANS)
+def _order(plan: ShardingPlan, device: torch.device) -> Uploaded:
+    """Rows of the pack, rank by rank."""
+    return Uploaded(np.concatenate([plan.rows(rank) for rank in range(plan.world_size)]), device)
+
+
+@lru_cache(maxsize=_PLANS)
+def _places(plan: ShardingPlan, device: torch.device) -> Uploaded:
+    """Where each row of the pack lies among blocks of all ranks that are as long as the longest."""
+    places = np.empty(int(plan.offsets[-1]), dtype=np.int64)
+    most = int(plan.tokens.max())
+    for rank in range(plan.world_size):
+        rows = plan.rows(rank)
+        places[rows] = np.arange(len(rows)) + most * rank
+    return Uploaded(places, device)
 
 
 class _Unshard(torch.autograd.Function):
@@ -46,9 +78,7 @@ class _Unshard(torch.autograd.Function):
         arrival = transport.all_gather(WholeRows(block), inbox)
         arrival.wait()
         arrival.leave()
-        full = local.new_empty((int(plan.offsets[-1]), *local.shape[1:]))
-        for rank, rows in enumerate(inbox.rows.split(most)):
-            full[torch.from_numpy(plan.rows(rank))] = rows[: plan.tokens[rank]]
+        full = inbox.rows.index_select(0, _places(plan, local.device).here())
         transport.free(inbox.ticket)
         return full
 
@@ -58,12 +88,12 @@ class _Unshard(torch.autograd.Function):
         plan, transport = ctx.plan, ctx.transport
         if ctx.handshake is not None:
             ctx.handshake.compare(ctx.header._replace(step=Step.BACKWARD))
-        order = torch.cat([torch.from_numpy(plan.rows(rank)) for rank in range(plan.world_size)])
+        order = _order(plan, grad.device).here()
         tokens, ranks = plan.tokens.tolist(), plan.world_size
         own = tokens[transport.rank]
         inbox = transport.inbox(own * ranks, max(tokens) * ranks, grad.shape[1:], grad)
         offsets = [count * transport.rank for count in tokens]
-        arrival = transport.all_to_all(WholeRows(grad[order]), tokens, inbox, [own] * ranks, offsets)
+        arrival = transport.all_to_all(WholeRows(grad.index_select(0, order)), tokens, inbox, [own] * ranks, offsets)
         arrival.wait()
         arrival.leave()
         total = inbox.rows.unflatten(0, (ranks, own)).float().sum(0)

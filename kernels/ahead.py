@@ -21,8 +21,8 @@ from flashcp.kernels.backward_kv import backward_kv_kernel
 from flashcp.kernels.backward_q import backward_q_kernel
 from flashcp.kernels.backward_rows import ROWS, backward_rows_kernel
 from flashcp.kernels.forward import forward_kernel
-from flashcp.kernels.one_sided import get_rows_kernel, put_rows_kernel, signal_kernel, wait_kernel
-from flashcp.kernels.transfers import BLOCK_ROWS, WARPS
+from flashcp.kernels.one_sided import wait_kernel
+from flashcp.kernels.pack import BLOCK_ROWS, WARPS, pack_rows_kernel
 from flashcp.kernels.tuning import Blocks, Pass, padded
 
 __all__ = ["TARGETS", "TRANSFERS", "Build", "build", "build_rows", "build_transfer", "read"]
@@ -34,17 +34,15 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 KERNELS = {Pass.FORWARD: forward_kernel, Pass.BACKWARD_KV: backward_kv_kernel, Pass.BACKWARD_Q: backward_q_kernel}
-TRANSFERS = {"put": put_rows_kernel, "get": get_rows_kernel, "signal": signal_kernel, "wait": wait_kernel}
+TRANSFERS = {"pack": pack_rows_kernel, "wait": wait_kernel}
 _TRITON_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _NAMES = {
     "fp32": ("scale", "softmax_scale"),
     "*fp32": ("lse", "log_sum", "delta", "grad_k_received", "grad_v_received"),
-    "*i32": ("table", "ranges", "reach", "flags", "stuck", "index", "blocks", "expected", "done", "clear", "ready",
-             "ranks", "sources"),
-    "*i64": ("bases",),
-    "i64": ("region", "signals", "arrived"),
+    "*i32": ("table", "ranges", "reach", "flags", "flag", "stuck"),
+    "*i64": ("index",),
 }  # fmt: skip
-_WORD = re.compile(r"(.*_)?(row|head|rows)")  # int32, divisible by 16
+_WORD = re.compile(r"(.*_)?(row|head|rows|half)")  # int32, divisible by 16
 _NUMBER = re.compile(r"(.*_)?(epoch|spins|count|rank|heads)")  # int32
 _ANY = {"scale", "softmax_scale", "rows"}  # nothing is known of their values
 _TOTALS = {"out", "grad_k", "grad_v"}
@@ -97,7 +95,7 @@ def build_rows(target: str, head_dim: int, dtype: str) -> Build:
 
 
 def build_transfer(name: str, target: str, head_dim: int, dtype: str) -> Build:
-    """Compile one of the one-sided kernels, a key of TRANSFERS, for rows of heads of `head_dim`."""
+    """Compile one of the kernels beside attention, a key of TRANSFERS, for rows of heads of `head_dim`."""
     chosen = {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_ROWS": BLOCK_ROWS}
     return _compile(TRANSFERS[name], target, dtype, chosen, {"num_warps": WARPS})
 

@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -22,10 +21,11 @@ from flashcp.kernels.backward_q import backward_q_kernel
 from flashcp.kernels.backward_rows import ROWS, backward_rows_kernel
 from flashcp.kernels.cpu import KV, Gradients
 from flashcp.kernels.forward import forward_kernel
+from flashcp.kernels.one_sided import spins
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.tiles import key_tiles, query_tiles
-from flashcp.kernels.transfers import spins
 from flashcp.kernels.tuning import Blocks, Pass, Tuning, architecture, choose, padded
+from flashcp.kernels.uploads import to_device
 
 __all__ = ["TritonAttention"]
 
@@ -144,7 +144,7 @@ class TritonAttention:
             blocks = self.tuning.of(which) or choose(which, architecture(q.device), q.shape[2], q.dtype, schedule)
             make = key_tiles if which is Pass.BACKWARD_KV else partial(query_tiles, by_source=by_source)
             tiles = make(schedule, len(q), blocks.tile_rows(which))
-            table, ranges, reach = (_to_device(x, q.device) for x in (tiles.table, tiles.ranges, tiles.reach))
+            table, ranges, reach = (to_device(x, q.device) for x in (tiles.table, tiles.ranges, tiles.reach))
             second_kind = int(tiles.table[:, 0].sum()) if which is Pass.BACKWARD_KV else tiles.ready
             kept[key] = _Prepared(blocks, (table, ranges, reach), *tiles.rows, second_kind)
         return kept[key]
@@ -198,12 +198,6 @@ def _launch(
 def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, filled: bool) -> Tensor:
     """A tensor for results; zeros where the tiles do not fill all of it."""
     return (torch.empty if filled else torch.zeros)(tuple(shape), dtype=dtype, device=device)
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device; from pinned memory, so that the host does not wait for it."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _strides(*tensors: Tensor) -> tuple[int, ...]:

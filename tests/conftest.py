@@ -2,12 +2,58 @@
 
 from __future__ import annotations
 
-import pytest
-from hypothesis import HealthCheck, settings
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
 
-# A slow example says nothing on a busy machine; how long a test may take is pytest-timeout's business.
-settings.register_profile("flashcp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("flashcp")
+import pytest
+
+with suppress(ModuleNotFoundError):  # a machine lent for its GPU may lack it, and tests of kernels do without
+    from hypothesis import HealthCheck, settings
+
+    # A slow example says nothing on a busy machine; how long a test may take is pytest-timeout's business.
+    settings.register_profile("flashcp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("flashcp")
+
+
+LIBRARIES = (
+    "hydra",
+    "hypothesis",
+    "matplotlib",
+    "numba",
+    "omegaconf",
+    "pyarrow",
+    "tokenizers",
+    "tqdm",
+    "wandb",
+    "yaml",
+)
+"""What a machine lent for its GPU may lack."""
+
+
+class Module(pytest.Module):
+    """A test file, skipped whole where it imports one of LIBRARIES and that is not installed."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            library = (getattr(error.__cause__, "name", None) or "").partition(".")[0]
+            if library not in LIBRARIES or find_spec(library):
+                raise
+            # What was imported of it stays behind otherwise, and another file would find half of it.
+            for name in [
+                name for name, known in sys.modules.items() if getattr(known, "__file__", "") == str(self.path)
+            ]:
+                del sys.modules[name]
+            pytest.skip(f"needs {library}", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    """Test files are collected as `Module`."""
+    return Module.from_parent(parent, path=module_path)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -16,7 +16,10 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, TypeVar
 
+import numpy as np
+import pytest
 import torch
+import triton
 
 from tests.ranks import Pool
 
@@ -25,6 +28,7 @@ Result = TypeVar("Result")
 
 def interpreted(fn: Callable[..., Result], *args: Any) -> Result:
     """`fn(*args)` in the worker; its exceptions are raised here."""
+    _check()
     return _worker(0).submit(fn, *args).result()
 
 
@@ -33,6 +37,7 @@ def interpreted_together(fn: Callable[..., Result], count: int, *args: Any) -> l
 
     The first exception in rank order is raised here, when all have ended: fn must not wait for ever for the others.
     """
+    _check()
     workers = [_worker(rank) for rank in range(count)]
     running = [worker.submit(fn, rank, *args) for rank, worker in enumerate(workers)]
     wait(running)
@@ -43,8 +48,18 @@ def interpreted_cases(
     fn: Callable[..., Result], world_size: int, cases: Iterable[Sequence[Any]], timeout_s: float = 60.0
 ) -> list[list[Result]]:
     """`fn(*case)` for each case on every rank of one group, as `run_cases` does."""
+    _check()
     with _variable():
         return _ranks().run(partial(_poisoned, fn), world_size, list(cases), timeout_s)
+
+
+def _check() -> None:
+    """Skip the test on a combination whose interpreter cannot run our kernels."""
+    found = {name: tuple(map(int, of.__version__.split(".")[:2])) for name, of in (("triton", triton), ("numpy", np))}
+    if found["triton"] < (3, 7) and found["numpy"] >= (2, 4):
+        pytest.skip(
+            "the interpreter of triton 3.6 takes an array of one element for a loop's bound; numpy 2.4 does not"
+        )
 
 
 @cache

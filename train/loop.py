@@ -112,6 +112,8 @@ class Trainer:
                 loss = self.model.loss(here.tokens, here.labels, here.position_ids, here.plan)
             (loss / labelled).backward()
             share += loss.detach().double() / labelled
+        # Rows that never came are known only now where streams wait for them: before any rank adds up their gradients.
+        self.cp.synchronize()
         self.gradients.sum_over_ranks()
         norm = self.gradients.clip(self.optimizer_config.clip_norm)
         for group in self.optimizer.param_groups:

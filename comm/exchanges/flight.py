@@ -17,6 +17,7 @@ from torch import Tensor
 from flashcp.comm.rows import Inbox
 from flashcp.comm.transport import Arrival
 from flashcp.kernels.schedule import Schedule, build_schedule
+from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.plan import Segments, ShardingPlan
 
@@ -32,11 +33,11 @@ class Layout:
         self.received: Segments = EXCHANGES[exchange].received(plan, rank)
         self.sent: Segments = EXCHANGES[exchange].sent(plan, rank)
         self.schedule_of = lru_cache(maxsize=None)(self._schedule_of)
-        self.sent_index = lru_cache(maxsize=None)(self._sent_index)
+        self._sent_index = lru_cache(maxsize=None)(lambda device: Uploaded(self.sent.buffer_rows(), device))
 
-    def _sent_index(self, device: torch.device) -> Tensor:
+    def sent_index(self, device: torch.device) -> Tensor:
         """Local rows in the order they leave."""
-        return torch.from_numpy(self.sent.buffer_rows()).to(device)
+        return self._sent_index(device).here()
 
     @cached_property
     def schedule(self) -> Schedule:

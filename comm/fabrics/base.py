@@ -75,6 +75,9 @@ class Fabric(Protocol):
     def allocate(self, index: int, data_bytes: int) -> Region:
         """A region on every rank; all ranks call this together. Raises HeapError on all where one has no room."""
 
+    def retire(self, region: Region) -> None:
+        """The region is about to go; all ranks call this together. Returns when no rank reads or writes it any more."""
+
     def tensor(self, region: Region, rows: int, row: Sequence[int], dtype: torch.dtype, token: object) -> Tensor:
         """The first rows of this rank's region; the token lives as long as a tensor shares their memory."""
 
@@ -95,3 +98,9 @@ class Fabric(Protocol):
 
     def check(self, flags: Arrivals) -> None:
         """After a kernel that waited on flags: raises ExchangeTimeoutError when it waited in vain."""
+
+    def synchronize(self) -> None:
+        """Return when this rank's puts have landed and all that was asked to wait has waited.
+
+        The host waits. Raises an ExchangeError for whatever went wrong so far.
+        """

@@ -1,16 +1,22 @@
-"""GPUs that map each other's memory: copy engines move rows, kernels raise and await flags. Written, never run.
+"""GPUs that map each other's memory: streams move rows and flags, no kernel does. Never run on a GPU.
 
-Memory comes from torch's symmetric memory (NVLink or CUDA IPC, one host), or from one GPU for ranks that are streams of
-one process. Everything is ordered by streams: puts by one of this fabric's own, waits and acknowledgements by the
-stream that is current where they are asked for. The host waits for nothing; a wait that ends in vain is noted on the
-device, and raised at this rank's next call.
+A put is three operations on a stream of its target's own: wait until the target has freed the lease before, copy the
+rows, raise the flag behind them. Rows that must be picked are packed before, by one kernel on the stream that made
+them. An arrival is awaited by the stream that computes on it. None of this needs an SM, a later launch or the host, so
+no kernel can stand in its way, not even one that spins on a flag and holds every SM.
+
+The host waits for nothing. A wait that does not end is noticed by the device's watchdog, which notes who waited for
+whom and lets the streams go on, on garbage; the error is raised at this rank's next call, or by `synchronize`.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -20,32 +26,55 @@ from torch import Tensor
 from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeTimeoutError, HeapError
 from flashcp.comm.fabrics.base import NO_PUT, Put, Region, Ticking
+from flashcp.comm.fabrics.device import Device, Event, Stream
 from flashcp.kernels.arrivals import Arrivals
 
-__all__ = ["CudaFabric", "symmetric_memories"]
+__all__ = ["CudaFabric", "RegionMemory", "symmetric_memories"]
 
 _HEAD_BYTES = 4096  # two rows of flags, for up to 512 ranks
-_CYCLES = 20_000_000
-Memories = Callable[[int, int], list[Tensor]]
+_ARRIVED, _FREED = 0, 1  # rows of flags
+_PAST_ALL = 2**30  # an epoch that no exchange comes to: ends every wait
+
+
+class RegionMemory(NamedTuple):
+    """Bytes of one region, uint8.
+
+    tensors: those of every rank, as this rank addresses them. owner: whatever must live for them to stay mapped; the
+    tensors themselves may own nothing.
+    """
+
+    tensors: Sequence[Tensor]
+    owner: object
+
+
+Memories = Callable[[int, int], RegionMemory]
 
 
 @dataclass(frozen=True, eq=False)
 class CudaRegion(Region):
-    """memories: bytes of every rank, as this rank addresses them. bases: their addresses, int64 [N] on the device."""
+    """memory: of all ranks. flags: of all ranks, int32 [2, N]: arrived, freed."""
 
-    memories: list[Tensor]
-    bases: Tensor
+    memory: RegionMemory
+    flags: Sequence[Tensor] = field(init=False)
 
-    def flags(self, rank: int) -> Tensor:
-        """Arrived and freed, int32 [2, N], of a rank."""
-        ranks = len(self.memories)
-        return self.memories[rank][: 8 * ranks].view(torch.int32).view(2, ranks)
+    def __post_init__(self) -> None:
+        ranks = len(self.memory.tensors)
+        flags = [memory[: 8 * ranks].view(torch.int32).view(2, ranks) for memory in self.memory.tensors]
+        object.__setattr__(self, "flags", flags)
+
+    def word(self, rank: int, row: int, of: int) -> Tensor:
+        """One flag in a rank's memory, int32 [1]."""
+        return self.flags[rank][row, of : of + 1]
+
+    def data(self, rank: int, offset: int, size: int) -> Tensor:
+        """Bytes of a rank's receive buffer."""
+        return self.memory.tensors[rank][_HEAD_BYTES + offset : _HEAD_BYTES + offset + size]
 
 
 class CudaFabric:
-    """memories(index, size): that many zero bytes on every rank's GPU, as this rank addresses them.
+    """memories(index, size): that many bytes on every rank's device, their first 4,096 zero; all ranks call together.
 
-    throttle_gbps: GB/s at which rows leave, kept by a kernel that does nothing; 0: at once.
+    retire(region): see Fabric. throttle_gbps: GB/s at which rows leave; 0: at once.
     """
 
     def __init__(
@@ -53,8 +82,9 @@ class CudaFabric:
         name: str,
         rank: int,
         world_size: int,
-        device: torch.device,
+        device: Device,
         memories: Memories,
+        retire: Callable[[Region], None],
         timeout_s: float,
         throttle_gbps: float = 0.0,
     ) -> None:
@@ -62,126 +92,150 @@ class CudaFabric:
             raise ValueError(f"world_size={world_size}: expected at most {_HEAD_BYTES // 8} ranks over {name}")
         self.name, self.rank, self.world_size = name, rank, world_size
         self.sent_bytes, self.timeout_s, self.throttle_gbps = 0, timeout_s, throttle_gbps
-        self._device, self._memories = device, memories
-        self._stream = torch.cuda.Stream(device)
-        self._under_way: list[tuple[torch.cuda.Event, int]] = []
-        self._stuck = torch.zeros(1, dtype=torch.int32, device=device)
-        self._seen = torch.zeros(1, dtype=torch.int32).pin_memory()
-        self._cycles_per_s = _cycles_per_s() if throttle_gbps else 0.0
-        self._ranks = torch.arange(world_size, dtype=torch.int32, device=device)
+        self._device, self._memories, self._retire = device, memories, retire
+        self._streams: dict[int, Stream] = {}
+        self._rescue: Stream | None = None
+        self._under_way: list[tuple[list[Event], int]] = []
+        self._regions: WeakSet[CudaRegion] = WeakSet()
+        self._stuck = device.zeros(4).view(torch.int32)  # written by kernels that waited in vain
+        self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=self._stuck.is_cuda)
+        self._late = ""
+        self._lock = threading.Lock()
 
     @property
     def oldest_put(self) -> int:
         """See Fabric."""
-        self._under_way = [(event, epoch) for event, epoch in self._under_way if not event.query()]
+        self._under_way = [(events, epoch) for events, epoch in self._under_way if not all(e.query() for e in events)]
         return min((epoch for _, epoch in self._under_way), default=NO_PUT)
 
     def allocate(self, index: int, data_bytes: int) -> Region:
         """See Fabric."""
         try:
-            memories = self._memories(index, _HEAD_BYTES + data_bytes)
+            memory = self._memories(index, _HEAD_BYTES + data_bytes)
         except torch.OutOfMemoryError as error:
             raise HeapError(f"rank {self.rank}: no {data_bytes >> 20} MiB for receive buffers on its GPU") from error
-        bases = torch.tensor([memory.data_ptr() for memory in memories], device=self._device)
-        return CudaRegion(index, data_bytes, memories, bases)
+        region = CudaRegion(index, data_bytes, memory)
+        self._regions.add(region)
+        return region
+
+    def retire(self, region: Region) -> None:
+        """See Fabric. The host may be far ahead of the devices: what they still read and write must come first."""
+        self._retire(region)
 
     def tensor(self, region: Region, rows: int, row: Sequence[int], dtype: torch.dtype, token: object) -> Tensor:
         """See Fabric."""
         size = rows * int(np.prod(tuple(row), dtype=np.int64)) * dtype.itemsize
         if not size:
-            return torch.empty((rows, *row), dtype=dtype, device=self._device)
-        memory = _of(region).memories[self.rank][_HEAD_BYTES : _HEAD_BYTES + size]
-        return torch.as_tensor(_Held(memory, token), device=self._device).view(dtype).view(rows, *row)
+            return torch.empty((rows, *row), dtype=dtype, device=self._stuck.device)
+        held = (token, region)  # the region's memory, as long as a tensor shares it
+        return self._device.wrap(_of(region).data(self.rank, 0, size), held).view(dtype).view(rows, *row)
 
     def put(self, puts: Sequence[Put]) -> Ticking:
-        """See Fabric. Rows are packed once, then each rank's leave in one piece by a copy engine."""
-        self._raise_late()
-        current = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_stream(current)
-            if puts:
-                packed = puts[0].leaving.packed()
-                packed.record_stream(self._stream)
-                for put in puts:
-                    with span(f"send {put.leaving.what} to rank {put.to}"):
-                        self._carry(put, packed[put.start : put.stop])
-                self._note()
-            sent = self._stream.record_event()
-        self._under_way += [(sent, put.epoch) for put in puts[:1]]
-        return _Sent(sent)
+        """See Fabric. Rows are packed once, then each rank's leave in one piece."""
+        self._begin()
+        device, events = self._device, list[Event]()
+        if puts:
+            # Packed on the stream that made the rows: whoever writes to them, or takes their memory, comes behind it.
+            packed = puts[0].leaving.packed()
+            ready = device.record(device.current_stream())
+            for put in puts:
+                with span(f"send {put.leaving.what} to rank {put.to}"):
+                    stream = self._stream_to(put.to)
+                    device.wait_event(stream, ready)
+                    self._send(put, packed[put.start : put.stop], stream)
+                    device.keep(packed, stream)
+                    events.append(device.record(stream))
+            self._under_way.append((events, puts[0].epoch))
+        return _Sent(device, events)
 
-    def _carry(self, put: Put, rows: Tensor) -> None:
-        from flashcp.kernels import transfers
-
-        region, to = _of(put.region), self._ranks[put.to : put.to + 1]
-        transfers.wait(to, Arrivals(region.flags(self.rank)[1], put.after, self._stuck, self.timeout_s))
-        start = _HEAD_BYTES + put.offset
-        region.memories[put.to][start : start + rows.nbytes].copy_(rows.reshape(-1).view(torch.uint8))
+    def _send(self, put: Put, rows: Tensor, stream: Stream) -> None:
+        region, device = _of(put.region), self._device
+        what = f"rank {put.to} to free its receive buffer"
+        self._wait(region.word(self.rank, _FREED, put.to), put.after, stream, what)
+        device.copy(region.data(put.to, put.offset, rows.nbytes), rows.reshape(-1).view(torch.uint8), stream)
         if self.throttle_gbps and put.to != self.rank:
-            torch.cuda._sleep(int(rows.nbytes / self.throttle_gbps / 1e9 * self._cycles_per_s))
-        transfers.signal(to, region.bases, self.rank, 0, put.epoch)
+            device.delay(rows, self.throttle_gbps, stream)
+        device.write_value(region.word(put.to, _ARRIVED, self.rank), put.epoch, stream)
         self.sent_bytes += rows.nbytes * (put.to != self.rank)
 
     def wait(self, region: Region, source: int, epoch: int) -> None:
         """See Fabric."""
-        from flashcp.kernels import transfers
-
-        self._raise_late()
-        flags = self.flags(region, epoch)
-        transfers.wait(self._ranks[source : source + 1], flags)
-        self._note()
+        self._begin()
+        word = _of(region).word(self.rank, _ARRIVED, source)
+        self._wait(word, epoch, self._device.current_stream(), f"the rows of rank {source}")
 
     def free(self, region: Region, epoch: int) -> None:
         """See Fabric."""
-        from flashcp.kernels import transfers
-
-        transfers.signal(self._ranks, _of(region).bases, self.rank, 4 * self.world_size, epoch)
+        stream = self._device.current_stream()
+        for rank in range(self.world_size):
+            self._device.write_value(_of(region).word(rank, _FREED, self.rank), epoch, stream)
 
     def flags(self, region: Region, epoch: int) -> Arrivals:
         """See Fabric."""
-        return Arrivals(_of(region).flags(self.rank)[0], epoch, self._stuck, self.timeout_s)
+        self._begin()
+        return Arrivals(_of(region).flags[self.rank][_ARRIVED], epoch, self._stuck, self.timeout_s)
 
     def check(self, flags: Arrivals) -> None:
-        """See Fabric. What a kernel notes now is raised at the next call: the host does not wait for it."""
-        self._note()
-        self._raise_late()
-
-    def _note(self) -> None:
-        """Bring what kernels noted so far to the host, in stream order."""
+        """See Fabric. What the kernel notes is raised later: the host does not wait for it."""
         self._seen.copy_(self._stuck, non_blocking=True)
 
+    def synchronize(self) -> None:
+        """See Fabric."""
+        self._seen.copy_(self._stuck, non_blocking=True)
+        self._device.synchronize()
+        self._raise_late()
+
+    def _begin(self) -> None:
+        """Raise what went wrong since, and refuse what cannot work: epochs are numbers of this very call."""
+        self._raise_late()
+        if self._device.is_capturing():
+            raise RuntimeError(
+                f"transport={self.name!r} under CUDA graph capture: a replay would find the flags of this call up and "
+                "wait for nothing; expected transport='nccl'"
+            )
+
+    def _wait(self, word: Tensor, epoch: int, stream: Stream, what: str) -> None:
+        if epoch <= 0:
+            return  # a fresh region: nobody was there before
+        device = self._device
+        started = device.record(stream)
+        device.wait_value(word, epoch, stream)
+        device.watch(started, device.record(stream), partial(_give_up, self, f"{what} (epoch {epoch})"))
+
+    def give_up(self, what: str) -> None:
+        """Note that a wait took too long, and end all waits of this rank: nobody hangs, and nothing computed counts."""
+        with self._lock:
+            self._late = self._late or what
+            if self._rescue is None:
+                self._rescue = self._device.new_stream("end of all waits")
+            for region in list(self._regions):
+                for row in (_ARRIVED, _FREED):
+                    for rank in range(self.world_size):
+                        self._device.write_value(region.word(self.rank, row, rank), _PAST_ALL, self._rescue)
+
     def _raise_late(self) -> None:
-        if late := int(self._seen):
-            raise ExchangeTimeoutError(f"rank {self.rank} waited {self.timeout_s:g} s for the rows of rank {late - 1}")
+        source = int(self._seen)
+        what = self._late or (f"the rows of rank {source - 1}" if source else "")
+        if what:
+            raise ExchangeTimeoutError(f"rank {self.rank} waited {self.timeout_s:g} s for {what}")
+
+    def _stream_to(self, rank: int) -> Stream:
+        if rank not in self._streams:
+            self._streams[rank] = self._device.new_stream(f"puts to rank {rank}")
+        return self._streams[rank]
+
+
+def _give_up(fabric: CudaFabric, what: str) -> None:
+    fabric.give_up(what)
 
 
 class _Sent:
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self._event = event
+    def __init__(self, device: Device, events: Sequence[Event]) -> None:
+        self._device, self._events = device, events
 
     def leave(self) -> None:
-        torch.cuda.current_stream().wait_event(self._event)
-
-
-class _Held:
-    """Memory on a GPU that holds a token, for torch to wrap."""
-
-    def __init__(self, memory: Tensor, token: object) -> None:
-        self._memory, self._token = memory, token
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        return self._memory.__cuda_array_interface__
-
-
-def _cycles_per_s() -> float:
-    """Of the kernel that does nothing, measured once."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    torch.cuda._sleep(_CYCLES)
-    stop.record()
-    stop.synchronize()
-    return 1e3 * _CYCLES / start.elapsed_time(stop)
+        for event in self._events:
+            self._device.wait_event(self._device.current_stream(), event)
 
 
 def _of(region: Region) -> CudaRegion:
@@ -190,21 +244,26 @@ def _of(region: Region) -> CudaRegion:
 
 
 def symmetric_memories(
-    group: dist.ProcessGroup, device: torch.device, share: Callable[[bytes], list[bytes]]
+    symmetric: Any,
+    group: dist.ProcessGroup,
+    device: Device,
+    torch_device: torch.device,
+    barrier: Callable[[], object],
 ) -> Memories:
     """torch's symmetric memory over the ranks of a group, each with a GPU of its own or sharing one.
 
-    Ranks that share a GPU need TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1, and a gloo group.
+    symmetric: the module `torch.distributed._symmetric_memory`. Ranks that share a GPU need
+    TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1, and a gloo group.
     """
-    from torch.distributed import _symmetric_memory as symmetric
 
-    def memories(index: int, size: int) -> list[Tensor]:
-        own = symmetric.empty(size, dtype=torch.uint8, device=device)
+    def memories(index: int, size: int) -> RegionMemory:
+        own = symmetric.empty(size, dtype=torch.uint8, device=torch_device)
         handle = symmetric.rendezvous(own, group)
         own[:_HEAD_BYTES].zero_()
-        torch.cuda.synchronize(device)
-        share(b"+")  # nobody raises a flag before it was zeroed
-        ranks = range(dist.get_world_size(group))
-        return [handle.get_buffer(rank, (size,), torch.uint8) for rank in ranks]
+        device.synchronize()
+        barrier()  # nobody raises a flag before it was zeroed
+        tensors = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(handle.world_size)]
+        # Neither `handle` nor its buffers keep the allocation: `own` does, and the handle the mapping of the others'.
+        return RegionMemory(tensors, (own, handle))
 
     return memories

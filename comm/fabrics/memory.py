@@ -5,9 +5,10 @@ from __future__ import annotations
 import mmap
 import os
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from flashcp.comm.errors import HeapError
 __all__ = ["FOLDER", "shared_memories", "virtual_memories"]
 
 FOLDER = Path("/dev/shm")
+Memory = TypeVar("Memory")
 
 
 def shared_memories(rank: int, share: Callable[[bytes], list[bytes]]) -> Callable[[int, int], list[np.ndarray]]:
@@ -49,14 +51,16 @@ def shared_memories(rank: int, share: Callable[[bytes], list[bytes]]) -> Callabl
     return memories
 
 
-def virtual_memories(ranks: int, make: Callable[[int], Any]) -> Callable[[int, int], list[Any]]:
+def virtual_memories(ranks: int, make: Callable[[int], Memory]) -> Callable[[int, int], list[Memory]]:
     """For ranks inside one process: all that ask for one index get the same memories, `make(size)` of each rank."""
-    made: dict[int, list[Any]] = {}
+    made: dict[int, list[Memory]] = {}
+    asked: Counter[int] = Counter()
 
-    def memories(index: int, size: int) -> list[Any]:
+    def memories(index: int, size: int) -> list[Memory]:
         if index not in made:
             made[index] = [make(size) for _ in range(ranks)]
-        return made[index]
+        asked[index] += 1
+        return made.pop(index) if asked[index] == ranks else made[index]  # from then on they live with their regions
 
     return memories
 

@@ -80,6 +80,9 @@ class ShmFabric:
         """See Fabric."""
         return ShmRegion(index, data_bytes, self._memories(index, _head_bytes(self.world_size) + data_bytes))
 
+    def retire(self, region: Region) -> None:
+        """See Fabric. Each process has mapped it for itself."""
+
     def tensor(self, region: Region, rows: int, row: Sequence[int], dtype: torch.dtype, token: object) -> Tensor:
         """See Fabric."""
         assert isinstance(region, ShmRegion)
@@ -118,6 +121,10 @@ class ShmFabric:
         """See Fabric."""
         if source := int(flags.stuck):
             raise _late(self.rank, self.timeout_s, source - 1, flags.epoch)
+
+    def synchronize(self) -> None:
+        """See Fabric."""
+        self._courier.finish()
 
 
 @dataclass
@@ -167,6 +174,14 @@ class _Courier:
         """The least epoch of the puts that are not done."""
         with self._news:
             return min((put.epoch for errand in self._errands for put in errand.puts), default=NO_PUT)
+
+    def finish(self) -> None:
+        """Return when all errands are done. Raises what went wrong on the way."""
+        with self._news:
+            errands = list(self._errands)
+        for errand in errands:
+            errand.leave()
+        self.check()
 
     def check(self) -> None:
         """Raise what went wrong on the way."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from flashcp.experiments.calibration.fit import KernelSample, fit_kernel, kernel_us, total_features
 from flashcp.experiments.kernel_times import KernelTimer, RankSchedule, rank_schedule
+from flashcp.experiments.progress import bar
 from flashcp.kernels.schedule import Schedule
 from flashcp.sharding.cost import AttentionCost, AttentionShape, ReadFeatures, read_features
 from flashcp.sharding.strategies import plan, strategies
@@ -45,8 +45,8 @@ def time_attention(
 ) -> tuple[list[float], list[float]]:
     """Median us of each schedule with its heads, forward and backward."""
     both = list(zip(schedules, shapes, strict=True))
-    bar = tqdm(both, unit="schedule", desc="attention", delay=2.0)
-    forward, backward = zip(*(timer.times(one, shape) for one, shape in bar), strict=True)
+    shown = bar(both, unit="schedule", desc="attention", delay=2.0)
+    forward, backward = zip(*(timer.times(one, shape) for one, shape in shown), strict=True)
     return list(forward), list(backward)
 
 

@@ -28,15 +28,15 @@ class Stage(NamedTuple):
 
 def stages(numbers: Numbers, data: str, baseline: str) -> list[Stage]:
     """From a published method to ours."""
-    none, fused = (numbers.case(data, overlap) for overlap in ("none", "fused"))
+    none, staged = (numbers.case(data, overlap) for overlap in ("none", "staged"))
     times = [
         numbers(case, provider, "module_ms")
         for case, provider in (
             (none, baseline),
             (none, f"{baseline}_best_effort"),
-            (fused, f"{baseline}_best_effort"),
-            (fused, f"{BASELINES[baseline]}+exact"),
-            (fused, "flashcp"),
+            (staged, f"{baseline}_best_effort"),
+            (staged, f"{BASELINES[baseline]}+exact"),
+            (staged, "flashcp"),
         )
     ]
     before = [times[0], *times[:-1]]

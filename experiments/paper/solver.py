@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm import tqdm
 
+from flashcp.experiments.progress import bar
 from flashcp.sharding.exact import exact_plan
 from flashcp.sharding.strategies import plan
 
@@ -28,7 +28,7 @@ def solve_packs(
     out, `solved` the share of packs with no gap left. Raises ImportError without OR-tools.
     """
     found: dict[str, list[dict[str, float]]] = {name: [] for name in PROVIDERS}
-    for pack in tqdm(packs, unit="window", desc=label or None):
+    for pack in bar(packs, unit="window", desc=label or None):
         heuristic = plan(pack, world_size, "flashcp_paper")
         for name, made in (
             ("flashcp_paper", heuristic),

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from flashcp.experiments.progress import bar
 from flashcp.experiments.simulator.pack import Outcome, Price, simulate_plans
 from flashcp.experiments.simulator.planned import Planned, Setting
 from flashcp.experiments.simulator.variants import Variant
@@ -46,12 +46,12 @@ def simulate_packs(
     if workers < 1:
         raise ValueError(f"workers={workers}: expected a whole number >= 1")
     one = partial(_one, variants=variants, world_size=world_size, setting=setting, options=options or {}, price=price)
-    bar = partial(tqdm, total=len(packs), unit="window", desc=label or None, delay=QUIET_S)
+    shown = partial(bar, total=len(packs), unit="window", desc=label or None, delay=QUIET_S)
     if workers == 1:
-        rows = list(bar(map(one, packs)))
+        rows = list(shown(map(one, packs)))
     else:
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            rows = list(bar(pool.map(one, packs, chunksize=PACKS_AT_A_TIME)))
+            rows = list(shown(pool.map(one, packs, chunksize=PACKS_AT_A_TIME)))
     return {variant.name: Outcome(*np.array([row[place] for row in rows]).T) for place, variant in enumerate(variants)}
 
 

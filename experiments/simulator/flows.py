@@ -130,9 +130,12 @@ def _speed(
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    """`carry` as numba compiles it; what it compiled is kept on disk where that can be written."""
-    from numba import njit
-    from numba.extending import register_jitable
+    """`carry` as numba compiles it, kept on disk where that can be written; as it stands where there is no numba."""
+    try:
+        from numba import njit
+        from numba.extending import register_jitable
+    except ModuleNotFoundError:
+        return carry
 
     register_jitable(_speed)
     try:

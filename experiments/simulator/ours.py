@@ -130,10 +130,8 @@ def _fused(planned: Planned, timeline: Timeline, arrived: np.ndarray) -> None:
 
 
 def _pack_us(planned: Planned, exchange: str, moved: np.ndarray) -> np.ndarray:
-    """Rows that leave are picked and put side by side: read and written twice. A block is cleared before; `exact` does
-    it once a reader, and where they are put straight into the reader's memory the second time is the transfer."""
+    """Rows that leave are picked and put side by side once, a block cleared before and written twice."""
     copies = planned.setting.machine.copies
     if exchange != "exact":
         return copies.us(5 * moved.max(axis=1), launches=5) * (planned.ranks > 1)
-    times = 1 if planned.setting.overlap == "fused" else 2
-    return copies.us(2 * times * moved.sum(axis=1), launches=0) + 2 * times * copies.launch_us * (moved > 0).sum(axis=1)
+    return copies.us(2 * moved.sum(axis=1), launches=1) * (planned.ranks > 1)

@@ -28,7 +28,7 @@ class Setting:
 
     machine: Machine
     shape: AttentionShape = field(default_factory=AttentionShape)
-    overlap: str = "fused"
+    overlap: str = "staged"
     gradient_bytes: int = 4
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from flashcp.kernels.arrivals import Arrivals
 from flashcp.kernels.cpu import KV, Gradients, merge
 from flashcp.kernels.schedule import Schedule
+from flashcp.kernels.uploads import to_device
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel
 from flashcp.kernels.varlen.calls import Call, Rows, varlen_calls
 
@@ -128,8 +129,8 @@ class _Placed:
         self.turns: list[tuple[Tensor | None, Tensor]] = []
         if self.as_slice is None:
             for places, belongs in rows.turns:
-                self.turns.append((None if places is None else _to_device(places, device), _to_device(belongs, device)))
-            self.index = self.turns[0][1] if len(self.turns) == 1 else _to_device(rows.index, device)
+                self.turns.append((None if places is None else to_device(places, device), to_device(belongs, device)))
+            self.index = self.turns[0][1] if len(self.turns) == 1 else to_device(rows.index, device)
 
     def of(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.index) if self.as_slice is None else x[self.as_slice]
@@ -161,8 +162,8 @@ class _Prepared:
         self.queries = _Placed(call.queries, device)
         self.keys = _Placed(call.keys, device)
         query, key = call.query_lengths, call.key_lengths
-        cu_seqlens_q = _to_device(_cumulative(query), device)
-        cu_seqlens_k = cu_seqlens_q if call.causal else _to_device(_cumulative(key), device)
+        cu_seqlens_q = to_device(_cumulative(query), device)
+        cu_seqlens_k = cu_seqlens_q if call.causal else to_device(_cumulative(key), device)
         self.sequences = Sequences(cu_seqlens_q, cu_seqlens_k, int(query.max()), int(key.max()), call.causal)
 
 
@@ -190,8 +191,3 @@ class _Total:
 def _cumulative(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
 
-
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy on the device; from pinned memory, so that the host does not wait for it."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -30,9 +30,14 @@ class Wire:
 
 @contextmanager
 def watched() -> Iterator[Wire]:
-    """Watches torch.distributed's operations (headers aside, which carry a tag) and stores into others' memory."""
+    """Watches torch.distributed's operations (those that carry rows) and stores into others' memory."""
     wire, rank, ranks = Wire(), dist.get_rank(), dist.get_world_size()
-    all_to_all, all_gather, isend, copy = dist.all_to_all_single, dist.all_gather, dist.isend, _Courier._copy
+    all_to_all, all_gather, batch, copy = (
+        dist.all_to_all_single,
+        dist.all_gather,
+        dist.batch_isend_irecv,
+        _Courier._copy,
+    )
 
     def counted_all_to_all(into: Tensor, rows: Tensor, received: list[int], sent: list[int], **rest: Any) -> Any:
         wire.sent_bytes += sum(part.nbytes for to, part in enumerate(rows.split(sent)) if to != rank)
@@ -42,9 +47,9 @@ def watched() -> Iterator[Wire]:
         wire.sent_bytes += block.nbytes * (ranks - 1)
         return all_gather(into, block, **rest)
 
-    def counted_isend(rows: Tensor, **rest: Any) -> Any:
-        wire.sent_bytes += rows.nbytes * ("tag" not in rest)
-        return isend(rows, **rest)
+    def counted_batch(operations: list[dist.P2POp]) -> Any:
+        wire.sent_bytes += sum(each.tensor.nbytes for each in operations if each.op is dist.isend)
+        return batch(operations)
 
     def counted_copy(courier: _Courier, put: Put, into: Tensor) -> None:
         wire.sent_bytes += into.nbytes * (put.to != rank)
@@ -53,7 +58,7 @@ def watched() -> Iterator[Wire]:
     with (
         patch.object(dist, "all_to_all_single", counted_all_to_all),
         patch.object(dist, "all_gather", counted_all_gather),
-        patch.object(dist, "isend", counted_isend),
+        patch.object(dist, "batch_isend_irecv", counted_batch),
         patch.object(_Courier, "_copy", counted_copy),
     ):
         yield wire

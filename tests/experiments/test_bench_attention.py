@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from flashcp.experiments.attention_cases import Case, all_cases, exact_share, make_tensors, useful_share
-from flashcp.experiments.attention_peers import OURS, PEERS
-from flashcp.experiments.bench import keys as bench_keys
-from flashcp.experiments.bench_attention import (
-    LARGEST_ERROR,
-    Number,
-    attention_table,
-    draw,
-    in_turns,
-    main,
-    own_error,
-    to_row,
-)
-from flashcp.experiments.usage import config_keys
+from flashcp.experiments.attention_cases import Case, Tensors, all_cases, exact_share, make_tensors, useful_share
+from flashcp.experiments.attention_peers import OURS, PEERS, Forward
+from flashcp.experiments.bench_attention import attention_table, draw, measure
+from flashcp.experiments.numbers import Failure, Number, to_row
 from flashcp.kernels.reference import reference_attention
 from flashcp.kernels.schedule import build_schedule, whole_pack_schedule
 from flashcp.kernels.tuning import Blocks, Pass
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan
-from tests.checkout import ROOT
 from tests.packs import relative_error
 
 CPU = torch.device("cpu")
@@ -53,12 +43,8 @@ NONE_HERE = "attention is measured on a GPU, and torch sees none here"
 
 
 @no_gpu
-def test_without_a_gpu_it_says_so_in_one_line(
-    refused: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_gpu_it_says_so_in_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
     assert refused("bench", "attention", "out=here", "cases=pile", "minutes=1") == NONE_HERE
-    assert main(["--out", str(tmp_path / "here")]) == 2
-    assert capsys.readouterr().err == f"bench_attention: {NONE_HERE}\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -70,32 +56,24 @@ def test_it_refuses_what_leaves_nothing_to_measure(
     assert refused("bench", "attention", "zz=1") == "zz: no such override; expected one of minutes, cases, out"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert refused("bench", "attention", "cases=nope").startswith(
-        "cases='nope': expected a part of one of one_4k_32x32"
+        "cases='nope': expected a part of one of ceilings, one_16k_32x32"
     )
 
 
-def test_both_ways_to_start_it_take_the_same_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    keys = dict(config_keys(bench_keys(["attention"])))
-    assert keys == {"minutes": "8.0", "cases": "", "out": ""}
-    assert main([f"--{key}={value}" for key, value in (keys | {"minutes": "0"}).items()]) == 2
-    assert capsys.readouterr().err == "bench_attention: minutes=0.0: expected a number > 0\n"
-
-
-def test_it_runs_where_hydra_omegaconf_and_wandb_are_not() -> None:
-    script = (
-        "import sys; sys.modules.update(dict.fromkeys(('hydra', 'omegaconf', 'wandb'))); "
-        "from flashcp.experiments.bench_attention import main; main(['--minutes', '0'])"
-    )
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stderr == "bench_attention: minutes=0.0: expected a number > 0\n"
+def test_figures_of_both_passes(tmp_path: Path) -> None:
+    numbers = [Number(OURS, f"{which}_tflops", "TFLOP/s", 1, 2, 3) for which in ("forward", "backward")]
+    draw(tmp_path, [to_row("case", number, "a device") for number in numbers])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["backward.png", "forward.png"]
 
 
 def test_the_table_has_a_line_a_case() -> None:
     numbers = [Number(OURS, "relative_error", "1", None, 0.001, None)]
     numbers += [Number(OURS, f"{which}_tflops", "TFLOP/s", 1, n, 3) for which, n in (("forward", 2), ("backward", 4))]
     rows = [to_row(case, number, "a device") for case in ("first", "second") for number in numbers]
+    rows.append(to_row("ceilings", Number("copy", "copy_gbps", "GB/s", 1, 2.4, 3), "a device"))
     assert [line.split() for line in attention_table(rows).splitlines()] == [
-        [case, "error", "1.0e-03", OURS, "2/4"] for case in ("first", "second")
+        *([case, "error", "1.0e-03", OURS, "2/4"] for case in ("first", "second")),
+        ["ceilings", "copy", "2", "GB/s"],
     ]
 
 
@@ -111,13 +89,95 @@ def test_the_gate_agrees_with_the_reference() -> None:
 
 
 @pytest.mark.parametrize("case", [small(), share()], ids=["pack", "share"])
-def test_the_gate_lets_a_right_kernel_by_and_stops_a_wrong_one(case: Case) -> None:
-    x = make_tensors(case, torch.float32, CPU)
-    forward = PEERS[OURS](case, x)
-    assert forward is not None
-    assert own_error(case, x, forward) < 1e-5
-    assert own_error(case, x, lambda: 1.05 * forward()) > LARGEST_ERROR
-    assert own_error(case, x, lambda: forward() * float("nan")) == float("inf")
+def test_every_provider_is_checked_then_timed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(case: Case, x: Tensors) -> Forward:
+        calls = iter(range(3))
+
+        def forward() -> Tensor:
+            if next(calls, None) is None:
+                raise MemoryError("out of memory")
+            return ours()
+
+        ours = PEERS[OURS](case, x)
+        return forward
+
+    def raises(case: Case, x: Tensors) -> Forward:
+        raise RuntimeError("no kernel\nfor it")
+
+    def of(change: Callable[[Tensor], Tensor]) -> Callable[[Case, Tensors], Forward]:
+        def make(case: Case, x: Tensors) -> Forward:
+            forward = PEERS[OURS](case, x)
+            return lambda: change(forward())
+
+        return make
+
+    class NoBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            raise NotImplementedError("forward only")
+
+    others = {
+        "absent": lambda case, x: None,
+        "raises": raises,
+        "wrong": of(lambda out: 1.05 * out),
+        "nan": of(lambda out: out * float("nan")),
+        "gradient": of(lambda out: out + 0.1 * (out - out.detach())),
+        "no_backward": of(NoBackward.apply),
+        "no_grad": of(Tensor.detach),
+        "late": late,
+        "left_out": raises,
+    }
+    monkeypatch.setattr("flashcp.experiments.bench_attention.PEERS", {**others, OURS: PEERS[OURS]})
+    begun: list[str] = []
+    found = list(measure(case, CPU, {"left_out"}, begun.append, share_s=1e-9))
+    failures = {one.provider: one.reason for one in found if isinstance(one, Failure)}
+    wrong = "a wrong kernel is not timed"
+    assert failures.pop("wrong").endswith(wrong)
+    assert failures.pop("nan") == f"relative error inf: {wrong}"
+    assert failures.pop("gradient").startswith("backward: relative error")
+    assert failures == {
+        "raises": "no kernel for it",
+        "no_backward": "backward: forward only",
+        "late": "timing late/forward: out of memory",
+    }
+    timed = {(one.provider, one.metric) for one in found if isinstance(one, Number) and one.unit == "ms"}
+    forward_only = {(name, "forward_ms") for name in ("gradient", "no_backward", "no_grad")}
+    ours = {(OURS, f"{which}_ms") for which in ("forward", "backward", "forward_no_grad")}
+    assert timed == forward_only | ours
+    assert begun == [*(name for name in others if name != "left_out"), OURS, OURS, ""]
+    (error,) = (one.median for one in found if isinstance(one, Number) and one[:2] == (OURS, "relative_error"))
+    assert error < 1e-5
+
+
+def test_a_wrong_kernel_of_ours_costs_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = {OURS: lambda case, x: lambda: x.q * 0, "peer": PEERS[OURS]}
+    monkeypatch.setattr("flashcp.experiments.bench_attention.PEERS", peers)
+    found = list(measure(small(), CPU, share_s=1e-9))
+    assert [one.provider for one in found if isinstance(one, Failure)] == [OURS]
+    assert {one.provider for one in found if isinstance(one, Number)} == {"peer"}
+
+
+def test_flex_is_compiled_anew_for_every_case_and_never_left_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # a CPU's flex has no backward
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    many = [(Case("x", whole_pack_schedule(np.array([n])), n, 0, (n,), 2, 2, 16)) for n in (100, 200, 300)]
+
+    def run(case: Case) -> None:
+        x = make_tensors(case, torch.float32, CPU)
+        wanted = reference_attention(x.q, x.k, x.v, case.lengths)
+        with torch.no_grad():
+            detached = replace(x, **{name: getattr(x, name).detach() for name in ("q", "k", "v")})
+            assert relative_error(PEERS["flex"](case, detached)(), wanted) < 1e-5
+
+    for case in many:
+        run(case)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: None)
+    with pytest.raises(Exception, match=r"recompile_limit|fullgraph=True"):
+        run(many[0])
 
 
 def test_flex_gets_the_mask_of_the_documents() -> None:
@@ -163,14 +223,6 @@ def test_peers_leave_what_they_do_not_do() -> None:
     assert [name for name, make in PEERS.items() if make(share(), x) is not None] == [OURS]
     x = make_tensors(small(), torch.float32, CPU)
     assert PEERS["cudnn"](small(), x) is None
-
-
-@pytest.mark.gpu
-def test_timing_and_figures(tmp_path: Path) -> None:
-    device = torch.device("cuda")
-    x = torch.randn(2048, 2048, device=device)
-    times = in_turns({"small": lambda: x @ x, "large": lambda: [x @ x for _ in range(20)]}, device)
-    assert 0 < times["small"][0] <= times["small"][1] <= times["small"][2] < times["large"][1]
-    numbers = [Number(OURS, f"{which}_tflops", "TFLOP/s", 1, 2, 3) for which in ("forward", "backward")]
-    draw(tmp_path, [to_row("case", number, torch.cuda.get_device_name()) for number in numbers])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["backward.png", "forward.png"]
+    assert PEERS["fa3"](small(), x) is None
+    with pytest.raises(NotImplementedError, match="_cudnn_attention_forward"):  # there on a GPU alone
+        PEERS["cudnn_varlen"](small(), x)()

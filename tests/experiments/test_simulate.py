@@ -45,7 +45,7 @@ def test_every_method_with_every_field(simulate: Any) -> None:
     assert document["cluster"]["provenance"]
     assert document["kind"] == "simulated"
     overlaps = {name: method["overlap"] for name, method in methods.items()}
-    assert (overlaps["llama3"], overlaps["ring"], overlaps["flashcp"]) == ("none", "ring", "fused")
+    assert (overlaps["llama3"], overlaps["ring"], overlaps["flashcp"]) == ("none", "ring", "staged")
 
 
 def test_it_plans_what_plan_plans(simulate: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,9 +88,11 @@ def test_methods_pairs_and_options(simulate: Any) -> None:
 
 
 def test_overlap_is_of_ours_alone(simulate: Any) -> None:
-    none, fused = ({m["name"]: m for m in simulate(f"overlap={o}")["methods"]} for o in ("none", "fused"))
-    assert none["llama3"] == fused["llama3"]
+    levels = ("none", "staged", "fused", "auto")
+    none, staged, fused, auto = ({m["name"]: m for m in simulate(f"overlap={o}")["methods"]} for o in levels)
+    assert none["llama3"] == staged["llama3"] == fused["llama3"]
     assert none["flashcp"]["module_ms"] > fused["flashcp"]["module_ms"]
+    assert auto == staged
     assert none["flashcp"]["overlap"] == "none"
 
 

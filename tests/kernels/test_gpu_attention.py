@@ -8,10 +8,14 @@ import torch
 
 import flashcp
 from flashcp.kernels.schedule import whole_pack_schedule
-from tests.packs import AWKWARD, random_qkv, relative_error
+from tests.packs import AWKWARD, gradient_terms, random_qkv, relative_error
 
 pytestmark = pytest.mark.gpu
 LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Of an error next to the result, where that is not 0."""
+SHARE = {torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 1e-3}
+"""Of an error of dQ and dK next to their terms, also where these cancel (documents of one row: both are 0). fp32: 16
+roundings; products in fp32 lose 1e-8, one in tf32 2e-5 to 8e-5 (`tests/test_packs.py`)."""
 
 
 def run(lengths: tuple[int, ...], heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -30,10 +34,16 @@ def test_matches_the_reference_and_repeats(lengths: tuple[int, ...], head_dim: i
     *qkv, grad = random_qkv(sum(lengths), 4, 2, head_dim, dtype, seed=1)
     exact = [x.double().requires_grad_() for x in qkv]
     out = flashcp.reference_attention(*exact, lengths)
-    for value, wanted in zip(found, (out, *torch.autograd.grad(out, exact, grad.double())), strict=True):
-        assert relative_error(value.cpu(), wanted) < LIMIT[dtype]
+    wanted = (out, *torch.autograd.grad(out, exact, grad.double()))
+    for value, expected in zip(found, wanted, strict=True):
+        if expected.any():
+            assert relative_error(value.cpu(), expected) < LIMIT[dtype]
+    for value, expected, terms in zip(found[1:3], wanted[1:3], gradient_terms(qkv, grad, lengths), strict=True):
+        assert (value.cpu().double() - expected).norm() < SHARE[dtype] * terms.norm()
 
 
+# torch says so itself, once, when the mode is set
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_the_host_never_waits() -> None:
     run((100, 28), (4, 2), 64, torch.bfloat16)
     torch.cuda.set_sync_debug_mode("error")

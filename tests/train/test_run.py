@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import flashcp
+from flashcp.comm.errors import ExchangeTimeoutError
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.windows import NO_LABEL
 from flashcp.train.model import Decoder
@@ -72,6 +73,20 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
             assert torch.equal(value, second[name]), name
         else:
             assert value == second[name], name
+
+
+def test_no_optimizer_step_on_rows_that_never_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: steps.append(1))
+
+    def late(cp: flashcp.ContextParallel) -> None:
+        raise ExchangeTimeoutError("rank 0 waited 60 s for the rows of rank 1 (epoch 3)")
+
+    monkeypatch.setattr(flashcp.ContextParallel, "synchronize", late)
+    with pytest.raises(ExchangeTimeoutError, match="for the rows of rank 1"):
+        train(small(tmp_path))
+    assert not steps
+    monkeypatch.undo()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
+from flashcp.kernels.uploads import to_device
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.route import Route
 from flashcp.train.data.documents import Position
@@ -43,9 +44,9 @@ class Batch:
         """The same batch with its tensors on a device."""
         return replace(
             self,
-            tokens=self.tokens.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
+            tokens=to_device(self.tokens, device),
+            labels=to_device(self.labels, device),
+            position_ids=to_device(self.position_ids, device),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable
 from functools import cache
@@ -21,11 +22,19 @@ class Loops(NamedTuple):
 
 @cache
 def loops(compiled: bool) -> Loops:
-    """The plain functions, or their compiled twins; numba is imported here, and keeps what it compiled on disk."""
+    """The plain functions, or their compiled twins; numba is imported here, and keeps what it compiled on disk.
+
+    The plain ones, with a warning, where it is not installed: the same plan, after seconds for a big window.
+    """
+    plain = Loops(fill.fill, search.improve)
     if not compiled:
-        return Loops(fill.fill, search.improve)
-    from numba import njit
-    from numba.extending import register_jitable
+        return plain
+    try:
+        from numba import njit
+        from numba.extending import register_jitable
+    except ModuleNotFoundError:
+        warnings.warn("numba is not installed: big windows are planned uncompiled, slowly", stacklevel=2)
+        return plain
 
     functions = (
         *(fill.hold, fill.fill),

@@ -131,7 +131,7 @@ def test_changes_one_at_a_time_multiply_to_the_whole_speedup(folder: Path) -> No
         for baseline in BASELINES:
             found = stages(numbers, data, baseline)
             assert found[0].ms / found[-1].ms == pytest.approx(math.prod(stage.speedup for stage in found))
-            assert found[0].ms == numbers(numbers.case(data, "fused"), baseline, "module_ms")
+            assert found[0].ms == numbers(numbers.case(data, "staged"), baseline, "module_ms")
             assert found[1].speedup > 1  # copies cost something
             assert found[2].speedup > 1  # and so does waiting
         assert len({stages(numbers, data, baseline)[-1].ms for baseline in BASELINES}) == 1

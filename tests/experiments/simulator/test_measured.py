@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from flashcp.experiments.simulator.measured import MeasuredPlanned
 from flashcp.experiments.simulator.pack import simulate_plans
 from flashcp.experiments.simulator.planned import Planned, Setting
 from flashcp.experiments.simulator.variants import VARIANTS, Variant
-from flashcp.kernels import cpu
 from flashcp.sharding.cost import AttentionCost, AttentionShape, KernelCost
 from flashcp.sharding.exchanges import EXCHANGES
 
@@ -74,41 +72,6 @@ def test_a_schedule_of_some_sources_reads_their_rows_alone() -> None:
     for source, part in enumerate(parts):
         assert part is None or set(part.schedule.source.tolist()) == {source}
     assert rank_schedule(flashcp.plan(LENGTHS, 4, "contiguous"), 0, [3]) is None
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_kernels_of_this_machine_are_timed(device: str) -> None:
-    timer = KernelTimer(torch.device(device))
-    timer.check(SHAPE)
-    timer.check(SHAPE._replace(dtype_bytes=2))
-    lengths = (64, 2048) if device == "cpu" else (256, 65_536)
-    short, long = (timer.times(_share([length] * 2), SHAPE) for length in lengths)
-    assert min(short) > 0
-    assert all(more > 2 * less for less, more in zip(short, long, strict=True))
-
-
-def _share(lengths: list[int]) -> RankSchedule:
-    one = rank_schedule(flashcp.plan(lengths, 2, "per_document"), 1)
-    assert one is not None
-    return one
-
-
-@pytest.mark.parametrize("factor", [2.0, float("nan")])
-def test_a_wrong_kernel_is_not_timed(factor: float) -> None:
-    class Wrong:
-        """Forgets a factor in the backward, or returns no numbers."""
-
-        attend = staticmethod(cpu.attend)
-
-        @staticmethod
-        def gradients(*inputs: Any) -> cpu.Gradients:
-            found = cpu.gradients(*inputs)
-            return found._replace(q=factor * found.q)
-
-    timer = KernelTimer(torch.device("cpu"))
-    object.__setattr__(timer, "kernel", Wrong)
-    with pytest.raises(RuntimeError, match="a wrong kernel is not timed"):
-        timer.check(SHAPE)
 
 
 def test_simulate_with_measured_kernels(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,7 @@ def run(
 @pytest.mark.parametrize("overlap", ["none", "staged", "fused"])
 @pytest.mark.parametrize("exchange", ["exact", "compacted", "all_gather"])
 def test_what_is_copied(machine: Machine, exchange: str, overlap: str) -> None:
-    """A block is cleared and written whatever carries it; rows of `exact` are put where they are read, if one-sided.
+    """A block is cleared and written whatever carries it; rows of `exact` are packed once.
 
     Gradients of blocks are put side by side before they leave; what comes home is read and added to an fp32 sum.
     """
@@ -48,8 +48,7 @@ def test_what_is_copied(machine: Machine, exchange: str, overlap: str) -> None:
     if exchange == "exact":
         sent = rows.sent_rows * row_bytes
         others = (planned.reads.traffic > 0).sum(axis=1)
-        times = 1 if overlap == "fused" else 2
-        packed = copies.us(2 * times * sent, launches=0) + 2 * times * others * copies.launch_us
+        packed = copies.us(2 * sent, launches=1)
         back = copies.us(3 * 2 * sent, launches=0) + 2 * others * copies.launch_us
     else:
         block = EXCHANGES[exchange].block_rows(planned.plan) * row_bytes

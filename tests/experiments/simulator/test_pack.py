@@ -112,7 +112,7 @@ def test_staged_pays_for_the_merge(machine: Machine) -> None:
 
 def test_a_fused_kernel_is_as_good_as_its_tiles_in_order_of_arrival(machine: Machine) -> None:
     """Shard by shard, each after the rows it reads have come, on the rank that ends last."""
-    setting = Setting(machine)
+    setting = Setting(machine, overlap="fused")
     planned = Planned(flashcp.plan(PACK, RANKS, "flashcp"), setting)
     module = simulate_module(planned, VARIANTS["flashcp"])
     arrivals = {span.stop[0] for span in module.forward.spans if span.kind == "exchange"}

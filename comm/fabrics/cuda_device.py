@@ -1,0 +1,147 @@
+"""A CUDA device as the fabric sees it: torch's streams and events, the driver's stream memory operations. Never run.
+
+`cuStreamWaitValue32` and `cuStreamWriteValue32` are executed by the stream itself. They take no SM, so they go on while
+a kernel holds every one of them; the write comes after a fence for the whole system.
+https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEMOP.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcp.comm.fabrics.device import Event
+from flashcp.comm.watchdog import Watchdog
+
+__all__ = ["CudaDevice"]
+
+_SCRATCH_BYTES = 32 << 20  # what a throttled stream copies to the host, over and over
+
+
+class CudaDevice:
+    """See Device. timeout_s: after which `watch` calls. Raises RuntimeError where the driver refuses."""
+
+    def __init__(self, device: torch.device, timeout_s: float) -> None:
+        from cuda.bindings import driver
+
+        self.device, self._driver = device, driver
+        self._watchdog = Watchdog(timeout_s)
+        self._streams: list[torch.cuda.Stream] = []
+        self._host, self._host_gbps = self.zeros(0), 0.0
+        wait = driver.CUstreamWaitValue_flags
+        self._wait_flags = int(wait.CU_STREAM_WAIT_VALUE_GEQ)
+        # Rows come before the flag that tells of them: where several links may reorder writes, this one orders them.
+        if self._attribute("CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES"):
+            self._wait_flags |= int(wait.CU_STREAM_WAIT_VALUE_FLUSH)
+
+    def new_stream(self, name: str) -> torch.cuda.Stream:
+        """See Device."""
+        # The highest priority: copies that wait for an engine go before other streams' copies.
+        stream = torch.cuda.Stream(self.device, priority=-1)
+        self._streams.append(stream)
+        return stream
+
+    def current_stream(self) -> torch.cuda.Stream:
+        """See Device."""
+        return torch.cuda.current_stream(self.device)
+
+    def is_capturing(self) -> bool:
+        """See Device."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def zeros(self, size: int) -> Tensor:
+        """See Device."""
+        return torch.zeros(size, dtype=torch.uint8, device=self.device)
+
+    def wrap(self, memory: Tensor, token: object) -> Tensor:
+        """See Device."""
+        return torch.as_tensor(_Held(memory, token), device=self.device)
+
+    def copy(self, into: Tensor, source: Tensor, stream: torch.cuda.Stream) -> None:
+        """See Device."""
+        if source.nbytes:
+            self._call("cuMemcpyAsync", into.data_ptr(), source.data_ptr(), source.nbytes, stream.cuda_stream)
+
+    def wait_value(self, word: Tensor, value: int, stream: torch.cuda.Stream) -> None:
+        """See Device. The driver compares cyclically: right while epochs differ by less than 2^31."""
+        self._call("cuStreamWaitValue32", stream.cuda_stream, word.data_ptr(), value, self._wait_flags)
+
+    def write_value(self, word: Tensor, value: int, stream: torch.cuda.Stream) -> None:
+        """See Device."""
+        self._call("cuStreamWriteValue32", stream.cuda_stream, word.data_ptr(), value, 0)
+
+    def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        """See Device."""
+        return stream.record_event()
+
+    def wait_event(self, stream: torch.cuda.Stream, event: Event) -> None:
+        """See Device."""
+        assert isinstance(event, torch.cuda.Event)
+        stream.wait_event(event)
+
+    def keep(self, memory: Tensor, stream: torch.cuda.Stream) -> None:
+        """See Device. Memory of regions is no memory of torch's allocator: there this does nothing, leases do."""
+        memory.record_stream(stream)
+
+    def delay(self, rows: Tensor, gbps: float, stream: torch.cuda.Stream) -> None:
+        """See Device: as many bytes go to the host as take that long there."""
+        if not self._host_gbps:
+            self._measure_host()
+        left = int(rows.nbytes * self._host_gbps / gbps)
+        while left > 0:
+            size = min(left, _SCRATCH_BYTES)
+            self.copy(self._host[:size], self._scratch[:size], stream)
+            left -= size
+
+    def watch(self, started: Event, ended: Event, late: Callable[[], None]) -> None:
+        """See Device."""
+
+        def on_device() -> None:
+            with torch.cuda.device(self.device):  # a thread of its own has no device yet
+                late()
+
+        self._watchdog.watch(started, ended, on_device)
+
+    def synchronize(self) -> None:
+        """See Device. Waits that never end are ended by whoever watches them."""
+        for stream in (self.current_stream(), *self._streams):
+            stream.synchronize()
+
+    def _measure_host(self) -> None:
+        """Make pinned memory and measure how fast a copy to it is: the best of four."""
+        self._scratch = self.zeros(_SCRATCH_BYTES)
+        self._host = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, pin_memory=True)
+        stream, times = self.current_stream(), []
+        for _ in range(4):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(stream)
+            self.copy(self._host, self._scratch, stream)
+            stop.record(stream)
+            stop.synchronize()
+            times.append(start.elapsed_time(stop))
+        self._host_gbps = _SCRATCH_BYTES / min(times) / 1e6
+
+    def _attribute(self, name: str) -> int:
+        index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+        return int(self._call("cuDeviceGetAttribute", getattr(self._driver.CUdevice_attribute, name), index))
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """A function of the driver. Raises RuntimeError with the driver's own word for what went wrong."""
+        code, *results = getattr(self._driver, name)(*arguments)
+        if code != self._driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"{name} on {self.device}: {code.name}")
+        return results[0] if results else None
+
+
+class _Held:
+    """Memory on a GPU that holds a token, for torch to wrap."""
+
+    def __init__(self, memory: Tensor, token: object) -> None:
+        self._memory, self._token = memory, token
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return self._memory.__cuda_array_interface__

@@ -1,0 +1,132 @@
+"""Notices device work that does not end, from a thread of its own: no call of the host waits.
+
+On a GPU a wait for another rank is ordered by streams and blocks nobody who could look at a clock. So a thread looks
+at events: one that was recorded before the wait, one behind it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["Watchdog", "Watched"]
+
+_IDLE_S = 10.0  # a thread with nothing to watch ends
+_LOOK_S = 0.1  # at most between two looks; a tenth of a short time-out
+
+
+class Watched(Protocol):
+    """What torch.cuda.Event offers."""
+
+    def query(self) -> bool:
+        """Whether the device has come past it."""
+
+
+class Watchdog:
+    """See the module. One thread, from the first watch on until nothing has been watched for a while.
+
+    An event whose `query` raises counts as ended: the device has failed, every later call on it says so, and says it
+    better than a time-out. What `late` raises is printed like the error of any thread; the others stay watched.
+
+    Events may only be recorded outside of a CUDA graph's capture. A capture beside this thread is not disturbed by its
+    queries (`_query_beside_captures`); that part was never run.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._watched: list[_Watch] = []
+        self._news = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, started: Watched | None, ended: Watched, late: Callable[[], None]) -> None:
+        """`late` is called once, from the watchdog's thread, if `ended` has not come within timeout_s of `started`
+        (None: of this call).
+
+        Time counts from when `started` is seen done: a stream may be far behind the host. Events and `late` are
+        dropped when the work has ended or is late.
+        """
+        deadline = time.monotonic() + self.timeout_s if started is None else None
+        with self._news:
+            self._watched.append(_Watch(started, ended, late, deadline))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="flashcp-watchdog", daemon=True)
+                self._thread.start()
+            elif len(self._watched) == 1:
+                self._news.notify()
+
+    def close(self) -> None:
+        """Forget all that is watched; the thread ends. A later watch starts another."""
+        with self._news:
+            self._watched.clear()
+            self._thread = None
+            self._news.notify_all()
+
+    def _run(self) -> None:
+        _query_beside_captures()
+        while self._rest():
+            self._look()
+
+    def _rest(self) -> bool:
+        """Sleep until it is time for a look; False when this thread is to end."""
+        me = threading.current_thread()
+        with self._news:
+            if self._watched:
+                self._news.wait_for(lambda: self._thread is not me, min(_LOOK_S, self.timeout_s / 10))
+            elif not self._news.wait_for(lambda: self._watched or self._thread is not me, _IDLE_S):
+                self._thread = None
+            return self._thread is me
+
+    def _look(self) -> None:
+        with self._news:
+            watched = list(self._watched)
+        over = {watch for watch in watched if watch.is_over(self.timeout_s)}
+        with self._news:
+            if self._thread is not threading.current_thread():
+                return  # closed meanwhile
+            self._watched = [watch for watch in self._watched if watch not in over]
+        for watch in over:
+            watch.bark()
+
+
+@dataclass(eq=False)
+class _Watch:
+    """One piece of work. deadline: None until `started` was seen done."""
+
+    started: Watched | None
+    ended: Watched
+    late: Callable[[], None]
+    deadline: float | None
+    is_late: bool = False
+
+    def is_over(self, timeout_s: float) -> bool:
+        """Ended, late, or on a device that failed."""
+        now = time.monotonic()  # before the query: a thread that was held up blames nobody for it
+        try:
+            if self.ended.query():
+                return True
+            if self.deadline is None and (self.started is None or self.started.query()):
+                self.deadline = now + timeout_s
+        except Exception:
+            return True
+        self.is_late = self.deadline is not None and now > self.deadline
+        return self.is_late
+
+    def bark(self) -> None:
+        if self.is_late:
+            try:
+                self.late()
+            except Exception:
+                threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+
+
+def _query_beside_captures() -> None:
+    """A capture in mode `global`, torch's default, forbids event queries in all threads but those that opted out."""
+    with suppress(ImportError):
+        from cuda.bindings import runtime
+
+        runtime.cudaThreadExchangeStreamCaptureMode(runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)

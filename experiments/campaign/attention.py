@@ -1,0 +1,86 @@
+"""Our kernels beside every peer that is there, and the machine's own ceilings, in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+import torch
+
+from flashcp.experiments.attention_cases import Case as AttentionCase
+from flashcp.experiments.attention_cases import all_cases
+from flashcp.experiments.bench_attention import measure as measure_attention
+from flashcp.experiments.campaign.part import Case, Turn
+from flashcp.experiments.campaign.tools import NCU, case_of, profile
+from flashcp.experiments.numbers import Failure, Number
+from flashcp.experiments.timing import Work, in_turns_ms
+from flashcp.kernels.schedule import whole_pack_schedule
+
+__all__ = ["ABOUT", "KIND", "MINUTES", "cases", "measure"]
+
+ABOUT = "attention beside its peers, useful TFLOP/s"
+MINUTES = 4.0
+KIND = "measured"
+
+CEILINGS = "ceilings"
+COPIED_BYTES = 4 << 30
+PRODUCT = 8192
+SHARE_S = 1.5  # of timing, for each case
+SLOW_TO_BUILD = "flex"
+"""Compiled anew for every case, some 20 s each: in these cases alone."""
+BUILT = {f"{name}_32x32" for name in ("one_16k", "pile", "16x8k", "one_4k")}
+FIRST = ("one_16k", "pile", "16x8k", "wlb_llm", "one_4k", "one_32k", "rank_of_8_per_document", "redpajama")
+"""What the published numbers are about; the other cases follow, and grouped heads after both."""
+
+
+def cases(small: bool) -> list[Case]:
+    """The ceilings, the cases of `attention_cases` by value, and one call under ncu."""
+    found = [Case(CEILINGS, 5, 60)]
+    for case in _attention_cases(small).values():
+        slow = 45.0 if case.label in BUILT else 0.0
+        found.append(Case(case.label, 6 + slow, 120 + slow))  # the first one checks the candidate kernel on all
+    return [*found, *case_of(NCU)]
+
+
+def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
+    """See `bench_attention.measure`."""
+    if label == CEILINGS:
+        yield from ceilings(turn.device, turn.small)
+    elif label == NCU:
+        yield from profile(turn)
+    else:
+        built = turn.small or label in BUILT
+        left_out = turn.left_out if built else turn.left_out | {SLOW_TO_BUILD}
+        case = _attention_cases(turn.small)[label]
+        yield from measure_attention(case, turn.device, left_out, turn.begin, 0.1 if turn.small else SHARE_S)
+
+
+def ceilings(device: torch.device, small: bool) -> Iterator[Number]:
+    """What a copy moves, bytes read and written, and what a bf16 product of random matrices reaches."""
+    size, length = (256, 1 << 20) if small else (PRODUCT, COPIED_BYTES // 2)
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    source = torch.randn(length, device=device).half()
+    target = torch.empty_like(source)
+    work: dict[str, Work] = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
+    times = in_turns_ms(work, device, 1.0)
+    amounts = {"copy": 2 * source.nbytes / 1e6, "matmul": 2 * size**3 / 1e9}
+    for (name, spread), unit in zip(times.items(), ("GB/s", "TFLOP/s"), strict=True):
+        yield Number(name, f"{name}_ms", "ms", *spread)
+        low, middle, high = (amounts[name] / ms for ms in reversed(spread))
+        yield Number(name, f"{name}_{'gbps' if unit == 'GB/s' else 'tflops'}", unit, low, middle, high)
+
+
+@cache
+def _attention_cases(small: bool) -> dict[str, AttentionCase]:
+    if small:
+        lengths = (60, 1, 300, 129, 20)
+        tiny = AttentionCase("tiny", whole_pack_schedule(np.array(lengths)), sum(lengths), 0, lengths, 4, 2, 16)
+        return {tiny.label: tiny}
+    found = {case.label: case for case in all_cases()}
+    order = {name: place for place, name in enumerate(FIRST)}
+
+    def value(case: AttentionCase) -> tuple[bool, int]:
+        return case.query_heads != case.kv_heads, order.get(case.name, len(order))
+
+    return {case.label: case for case in sorted(found.values(), key=value)}

@@ -1,0 +1,45 @@
+"""The simulator's parameters of this machine (`bench_calibrate.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from flashcp.experiments.bench_calibrate import CalibrateBench, bench_calibrate, calibration_table, write_calibration
+from flashcp.experiments.calibration.times import DIRECTIONS, SPLITS, errors
+from flashcp.experiments.campaign.part import Case, Turn
+from flashcp.experiments.numbers import Failure, Number
+from flashcp.experiments.simulator.machine import parameters
+
+__all__ = ["ABOUT", "KIND", "MINUTES", "cases", "measure"]
+
+ABOUT = "the simulator's parameters, fitted on half of some random schedules and checked on the other"
+MINUTES = 1.5
+KIND = "measured"
+
+SHAPES = {
+    "32x32": CalibrateBench(60, 5, [16_384, 65_536, 131_072], [2, 4, 8], 32, 32, 128, "bf16"),
+    "32x8": CalibrateBench(60, 5, [16_384, 65_536, 131_072], [2, 4, 8], 32, 8, 128, "bf16"),
+}
+SMALL = {"tiny": CalibrateBench(10, 1, [256, 512], [2], 2, 2, 16, "fp32")}
+
+
+def cases(small: bool) -> list[Case]:
+    """With and without grouped heads."""
+    return [Case(label, 40, 180) for label in (SMALL if small else SHAPES)]
+
+
+def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
+    """Errors and parameters; the machine's file is written beside the rows."""
+    found = list(bench_calibrate((SMALL | SHAPES)[label]))
+    print(calibration_table(found), flush=True)
+    write_calibration(turn.folder / f"{label}.yaml", found)
+    (calibration,) = found
+    for direction in DIRECTIONS:
+        for split in SPLITS:
+            told = errors(calibration.times, direction, split)
+            for name in ("median", "p95"):
+                yield Number(
+                    "flashcp", f"{direction}_{split}_error_{name}", "1", None, float(getattr(told, name)), None
+                )
+    for name, value in parameters(calibration.machine).items():
+        yield Number("machine", name, name.rpartition("_")[2].rpartition(".")[2], None, float(value), None)

@@ -1,0 +1,75 @@
+"""Whole layers under every method: every rank's kernels run here, the exchange between them modelled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from importlib import resources
+
+import torch
+
+from flashcp.experiments.campaign.part import Case, Turn
+from flashcp.experiments.kernel_times import KernelTimer
+from flashcp.experiments.numbers import Failure, Number
+from flashcp.experiments.simulator.batch import make_plans
+from flashcp.experiments.simulator.cluster_file import read_cluster_file
+from flashcp.experiments.simulator.measured import MeasuredPlanned
+from flashcp.experiments.simulator.pack import Outcome, simulate_plans
+from flashcp.experiments.simulator.planned import Setting
+from flashcp.experiments.simulator.variants import VARIANTS
+from flashcp.sharding.cost import AttentionShape
+from flashcp.sharding.lengths import windows
+
+__all__ = ["ABOUT", "KIND", "MINUTES", "cases", "measure"]
+
+ABOUT = "an attention layer under every method, its kernels measured, its exchange modelled"
+MINUTES = 2.0
+KIND = "kernel=measured exchange=modelled"
+
+DATA = ("wlb_llm", "pile", "redpajama")
+WINDOWS = 2
+CONTEXT, RANKS = 131_072, 8
+UNITS = {"mib": "MiB", "ms": "ms", "rows": "rows", "saving": "share", "imbalance": "max/mean"}
+CLUSTERS = {"H100": "h100-nvlink", "H200": "h200-nvlink", "A100": "a100-nvlink"}
+"""Links and copies of the machines in `conf/cluster/`, by what a GPU's name holds."""
+
+
+def cases(small: bool) -> list[Case]:
+    """Some windows of each data set, in turn."""
+    if small:
+        return [Case("wlb_llm_window_0", 10, 120)]
+    return [Case(f"{data}_window_{number}", 25, 120) for number in range(WINDOWS) for data in DATA]
+
+
+def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
+    """Times, imbalance and saving of every method on one window."""
+    data, _, number = label.partition("_window_")
+    context, ranks = (512, 2) if turn.small else (CONTEXT, RANKS)
+    shape = AttentionShape(2, 2, 16, 4) if turn.small else AttentionShape()
+    timer = _timer(turn.device, shape)
+    pack = list(windows(data, context, int(number) + 1, 0))[-1]
+    setting = Setting(read_cluster_file(_cluster_file(turn.device)), shape)
+    variants = list(VARIANTS.values())
+    plans = make_plans(pack, variants, ranks, {})
+    for variant in variants:
+        turn.begin(variant.name)
+    outcomes = simulate_plans(plans, variants, setting, lambda plan, setting: MeasuredPlanned(plan, setting, timer))
+    for name, outcome in outcomes.items():
+        for metric in Outcome._fields:
+            unit = UNITS.get(metric.rpartition("_")[2], "1")
+            value = float(getattr(outcome, metric))
+            yield Number(name, metric, unit, None, value, None)
+
+
+@cache
+def _timer(device: torch.device, shape: AttentionShape) -> KernelTimer:
+    """Refuses a wrong kernel."""
+    timer = KernelTimer(device)
+    timer.check(shape)
+    return timer
+
+
+def _cluster_file(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = next((cluster for part, cluster in CLUSTERS.items() if part in name), "h100-nvlink")
+    return str(resources.files("flashcp.conf") / "cluster" / f"{known}.yaml")

@@ -1,0 +1,92 @@
+"""The search for block shapes (`tune_attention.py`), for every head_dim that ships."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+
+import torch
+
+from flashcp.experiments.campaign.part import Case, Turn
+from flashcp.experiments.numbers import Failure, Number, check_device, reason
+from flashcp.experiments.timing import in_turns_ms
+from flashcp.experiments.tune_attention import PACKS, compile_all, compilers, fit, grid, timed_work, tuned
+from flashcp.kernels.ahead import Build
+from flashcp.kernels.tuning import TABLE, Blocks, Pass, architecture, padded
+
+__all__ = ["ABOUT", "KIND", "MINUTES", "cases", "measure"]
+
+ABOUT = "block shapes beside those of the table"
+MINUTES = 3.0
+KIND = "measured"
+
+HEAD_DIMS = (128, 64, 96, 80, 256, 32, 16)  # by how many models have them
+DTYPE = "bfloat16"
+CASE_S = 25.0  # of one pass on one pack, most of it compiling
+FINALISTS = 5  # take turns with the table's own, after each was timed alone
+ALONE_S, TURNS_S = 0.05, 1.0
+
+
+def cases(small: bool) -> list[Case]:
+    """Each pass on a long document and on short ones."""
+    if small:
+        return [Case(f"32_{Pass.FORWARD.value}_long", 20, 120)]
+    labels = [f"{head_dim}_{which.value}_{pack}" for head_dim in HEAD_DIMS for pack in PACKS for which in Pass]
+    return [Case(label, CASE_S, 4 * CASE_S) for label in labels]
+
+
+def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
+    """Milliseconds of every candidate that fits, and of the best in turns with the table's; on a CPU registers only."""
+    head_dim_text, _, rest = label.partition("_")
+    which_text, _, pack = rest.rpartition("_")
+    head_dim, which = int(head_dim_text), Pass(which_text)
+    cuda = turn.device.type == "cuda"
+    arch = architecture(turn.device) if cuda else "sm_90"
+    until = time.monotonic() + min(CASE_S, turn.seconds)
+    shipped = TABLE[arch, padded(head_dim), getattr(torch, DTYPE).itemsize, which][list(PACKS).index(pack)]
+    fitting = _fitting(which, arch, head_dim, turn.small)
+    for blocks, found in fitting.items():
+        yield Number(blocks.to_text(), "registers", "registers", None, float(found.registers), None)
+    if not cuda:
+        return
+    best: dict[str, float] = {}
+    dtype = getattr(torch, DTYPE)
+    for blocks in dict.fromkeys([shipped, *fitting]):
+        if time.monotonic() > until - 2 * TURNS_S:
+            break
+        name = blocks.to_text()
+        turn.begin(name)
+        if name in turn.left_out:
+            continue
+        try:
+            ((_, median, _),) = in_turns_ms(
+                timed_work(which, [blocks], head_dim, dtype, pack), turn.device, ALONE_S
+            ).values()
+        except Exception as failure:
+            check_device(turn.device)
+            yield Failure(name, reason(failure))
+            continue
+        best[name] = median
+        yield Number(name, "alone_ms", "ms", None, median, None)
+    turn.begin("")
+    finalists = sorted(best, key=best.__getitem__)[:FINALISTS]
+    in_order = [Blocks.from_text(name) for name in dict.fromkeys([shipped.to_text(), *finalists]) if name in best]
+    for name, spread in in_turns_ms(timed_work(which, in_order, head_dim, dtype, pack), turn.device, TURNS_S).items():
+        yield Number(name, "shipped_ms" if name == shipped.to_text() else "candidate_ms", "ms", *spread)
+
+
+@cache
+def _fitting(which: Pass, arch: str, head_dim: int, small: bool) -> dict[Blocks, Build]:
+    """Candidates that spill nothing, fit the chip and use its tensor cores, with what the compiler made of them."""
+    candidates = list(grid(DTYPE))[:: 20 if small else 1]
+    kernels = [tuned(which, arch, head_dim, DTYPE, blocks) for blocks in candidates]
+    found = zip(candidates, kernels, compile_all(kernels, _pool()), strict=True)
+    return {blocks: one for blocks, kernel, one in found if isinstance(one, Build) and fit(one, kernel)}
+
+
+@cache
+def _pool() -> ProcessPoolExecutor:
+    return compilers(max(1, (os.cpu_count() or 2) - 2))

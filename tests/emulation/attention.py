@@ -1,0 +1,133 @@
+"""Attention as kernels of an emulated device: the CPU's arithmetic, in launches that hold every SM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashcp.kernels import cpu
+from flashcp.kernels.arrivals import Arrivals
+from flashcp.kernels.cpu import KV, Gradients
+from flashcp.kernels.schedule import Schedule
+from tests.emulation.device import EmulatedDevice
+from tests.emulation.world import Wait
+
+__all__ = ["EmulatedAttention"]
+
+
+class EmulatedAttention:
+    """As `kernels/cpu.py`. A grid is larger than the device: each launch takes all SMs and keeps them until it ends, so
+    that whatever it waits for must come without one."""
+
+    def __init__(self, device: EmulatedDevice) -> None:
+        self.device = device
+
+    def forward(
+        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, out: Tensor, lse: Tensor
+    ) -> None:
+        """See `kernels/cpu.py`."""
+
+        def run(q: Tensor, k: Tensor, v: Tensor, rk: Tensor, rv: Tensor, out: Tensor, lse: Tensor) -> None:
+            cpu.forward(q, KV(k, v), KV(rk, rv), schedule, scale, out, lse)
+
+        self._launch("attention", run, (q, *local, *received, out, lse))
+
+    def attend(
+        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, arrivals: Arrivals | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `kernels/cpu.py`. With arrivals: a kernel that spins."""
+        out, lse = self._empty(q.shape, q.dtype), self._empty(q.shape[:2], torch.float32)
+        tensors = (q, *local, *received, out, lse)
+        if arrivals is None:
+
+            def run(q: Tensor, k: Tensor, v: Tensor, rk: Tensor, rv: Tensor, out: Tensor, lse: Tensor) -> None:
+                for target, value in zip((out, lse), cpu.attend(q, KV(k, v), KV(rk, rv), schedule, scale), strict=True):
+                    target.copy_(value)
+
+            self._launch("attention", run, tensors)
+        else:
+            epoch = arrivals.epoch
+            self._launch(
+                "attention that spins",
+                lambda *x: _spin(*x, schedule=schedule, scale=scale, epoch=epoch),
+                (*tensors, arrivals.flags, arrivals.stuck),
+            )
+        return out, lse
+
+    def gradients(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        out: Tensor,
+        lse: Tensor,
+        schedule: Schedule,
+        scale: float,
+        local_dtype: torch.dtype | None = None,
+        leave: Callable[[Tensor], None] | None = None,
+    ) -> Gradients:
+        """See `kernels/cpu.py`. One launch for what goes home, one for the rest."""
+        back = self._empty((len(received.k), 2, *received.k.shape[1:]), torch.float32)
+        grad_q = self._empty(q.shape, q.dtype)
+        grad_local = KV(*(self._empty(x.shape, local_dtype or x.dtype) for x in local))
+        inputs = (grad_out, q, *local, *received, out, lse)
+
+        def all_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Gradients:
+            return cpu.gradients(grad, q, KV(k, v), KV(*rest[:2]), rest[2], rest[3], schedule, scale, local_dtype)
+
+        def first(*x: Tensor) -> None:
+            x[-1].copy_(all_gradients(*x[:-1]).received)
+
+        def second(*x: Tensor) -> None:
+            found = all_gradients(*x[:-3])
+            for target, value in zip(x[-3:], (found.q, *found.local), strict=True):
+                target.copy_(value)
+
+        self._launch("gradients of received rows", first, (*inputs, back))
+        if leave is not None:
+            leave(back)
+        self._launch("gradients of local rows", second, (*inputs, grad_q, *grad_local))
+        return Gradients(grad_q, grad_local, back)
+
+    def _launch(
+        self, what: str, run: Callable[..., Generator[Wait, bool, None] | None], tensors: tuple[Tensor, ...]
+    ) -> None:
+        @torch.no_grad()
+        def quietly(*x: Tensor) -> Generator[Wait, bool, None] | None:
+            return run(*x)
+
+        self.device.kernel(what, quietly, tensors, sms=self.device.sms)
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = int(np.prod(shape)) * dtype.itemsize
+        if not size:
+            return torch.empty(shape, dtype=dtype)
+        return self.device.new(size, "a result of attention").view(dtype).view(shape)
+
+
+def _spin(
+    q: Tensor, k: Tensor, v: Tensor, rk: Tensor, rv: Tensor, out: Tensor, lse: Tensor, flags: Tensor, stuck: Tensor,
+    *, schedule: Schedule, scale: float, epoch: int,
+) -> Generator[Wait, bool, None]:  # fmt: skip
+    """Local ranges, then those of each source once its flag is up; after a time-out nobody waits any more."""
+    total = torch.zeros(q.shape)
+    sums = torch.full(q.shape[:2], -torch.inf)
+    local, received = KV(k, v), KV(rk, rv)
+    cpu.forward(q, local, received, schedule.part(~schedule.received), scale, total, sums)
+    for source in np.unique(schedule.source[schedule.received]).tolist():
+        if not stuck[0]:
+            came = yield (
+                lambda source=source: int(flags[source]) >= epoch,
+                f"the rows of rank {source} (epoch {epoch})",
+            )
+            if not came:
+                stuck[0] = source + 1
+        part = schedule.part(schedule.received & (schedule.source == source))
+        with torch.no_grad():
+            cpu.forward(q, local, received, part, scale, total, sums)
+    out.copy_(total)
+    lse.copy_(sums)

@@ -1,0 +1,139 @@
+"""Ranks with emulated devices: `flashcp.ContextParallel` over the CUDA fabric, whole, without a GPU."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+import flashcp
+from flashcp import context_parallel
+from flashcp.comm.choice import Connection
+from flashcp.comm.fabrics.base import Region
+from flashcp.comm.fabrics.cuda import CudaFabric, symmetric_memories
+from flashcp.comm.heap import SymmetricHeap
+from flashcp.comm.one_sided import OneSided
+from tests.emulation.attention import EmulatedAttention
+from tests.emulation.device import EmulatedDevice, Memory
+from tests.emulation.hosts import EmulatedHandshake, Host, Mail, barrier, run_hosts
+from tests.emulation.world import World
+
+__all__ = ["Rank", "run_emulated"]
+
+
+class Rank:
+    """What a program of one rank is given."""
+
+    def __init__(self, device: EmulatedDevice, host: Host, connection: Connection) -> None:
+        self.device, self.host, self.connection = device, host, connection
+        self.rank = device.rank
+
+    def operator(self, **options: Any) -> flashcp.ContextParallel:
+        """A ContextParallel of this rank."""
+        return flashcp.ContextParallel(self.connection, **options)
+
+
+def run_emulated(
+    program: Callable[[Rank], Any],
+    world_size: int,
+    seed: int,
+    fabric: type[CudaFabric] = CudaFabric,
+    memories: Callable[..., Any] = symmetric_memories,
+    patient: bool = False,
+    **device_options: Any,
+) -> list[Any]:
+    """`program(rank)` on every rank, in an order that the seed draws -> results in rank order.
+
+    fabric, memories: what to run instead of the real ones. patient: waits that last for ever time out; else they raise
+    DeadlockError, which says who waits for what.
+    """
+    world, memory, mail, shared = World(seed, patient), Memory(), Mail(), _Rendezvous(world_size)
+
+    def start(rank: int) -> Callable[[Host], Any]:
+        def run(host: Host) -> Any:
+            device = EmulatedDevice(world, memory, rank, host, **device_options)
+            handshake = EmulatedHandshake(host, mail, rank, world_size)
+
+            def meet() -> None:
+                barrier(handshake)
+
+            def retire(region: Region) -> None:
+                device.synchronize()
+                meet()
+
+            symmetric = EmulatedSymmetricMemory(device, shared)
+            made = memories(symmetric, None, device, torch.device("cpu"), meet)
+            with device.launching(), _attention_of(device):
+                own = fabric("cuda_symmetric", rank, world_size, device, made, retire, 60.0)
+                heap = SymmetricHeap(own, lambda: handshake.oldest, handshake.settle)
+                result = program(Rank(device, host, Connection(OneSided(own, heap), handshake, "emulated")))
+                device.synchronize()
+                return result
+
+        return run
+
+    with patch.object(context_parallel, "select_attention", _attention_of_this_thread):
+        return run_hosts(world, [start(rank) for rank in range(world_size)])
+
+
+_ATTENTION: dict[str, EmulatedAttention] = {}
+
+
+@contextmanager
+def _attention_of(device: EmulatedDevice) -> Iterator[None]:
+    """Within, attention of this thread is that of a device."""
+    _ATTENTION[device.host.name] = EmulatedAttention(device)
+    try:
+        yield
+    finally:
+        del _ATTENTION[device.host.name]
+
+
+def _attention_of_this_thread(*_: Any) -> EmulatedAttention:
+    return _ATTENTION[threading.current_thread().name]
+
+
+class _Rendezvous:
+    """Allocations that ranks have brought together, in the order in which they came to it."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.brought: dict[int, dict[int, Any]] = defaultdict(dict)
+
+
+class EmulatedSymmetricMemory:
+    """`torch.distributed._symmetric_memory` as far as it is used.
+
+    An allocation lives as long as the tensor that `empty` returned; the handle's buffers own nothing.
+    """
+
+    def __init__(self, device: EmulatedDevice, shared: _Rendezvous) -> None:
+        self.device, self.shared, self.calls = device, shared, 0
+
+    def empty(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory of this rank's."""
+        return self.device.new_mapped(size, "a symmetric region").view(dtype)
+
+    def rendezvous(self, tensor: Tensor, group: object) -> _Handle:
+        """Return when all ranks have brought theirs."""
+        call, self.calls = self.calls, self.calls + 1
+        brought = self.shared.brought[call]
+        block = self.device.memory.find(tensor.data_ptr())
+        brought[self.device.rank] = block
+        self.device.host.wait(lambda: len(brought) == self.shared.world_size, "all ranks' symmetric memory")
+        return _Handle(brought, self.shared.world_size)
+
+
+class _Handle:
+    def __init__(self, blocks: dict[int, Any], world_size: int) -> None:
+        self.blocks, self.world_size = blocks, world_size
+
+    def get_buffer(self, rank: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        (size,) = sizes
+        return torch.from_numpy(self.blocks[rank].bytes[:size]).view(dtype)
