@@ -16,7 +16,7 @@ from flashcp.kernels.arrivals import Arrivals
 from flashcp.kernels.cpu import KV, Gradients, merge
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.uploads import Uploaded
-from flashcp.kernels.varlen.base import Sequences, VarlenKernel
+from flashcp.kernels.varlen.base import Sequences, VarlenKernel, aligned
 from flashcp.kernels.varlen.calls import Call, Rows, varlen_calls
 
 __all__ = ["VarlenAttention"]
@@ -27,7 +27,7 @@ class VarlenAttention:
 
     Partial outputs and gradients come from the kernel in the model's dtype; what several calls contribute to the same
     row is merged and added in fp32, in a fixed order.
-    gathered_bytes: what all calls so far have copied so that rows lie one behind the other.
+    gathered_bytes: what all calls so far have copied so that rows lie one behind the other, and as the kernel wants.
     """
 
     def __init__(self, kernel: VarlenKernel) -> None:
@@ -115,9 +115,14 @@ class VarlenAttention:
         return out, lse
 
     def _take(self, rows: _Placed, *tensors: Tensor) -> list[Tensor]:
-        taken = [rows.of(x) for x in tensors]
-        if rows.as_slice is None:
-            self.gathered_bytes += sum(x.numel() * x.element_size() for x in taken)
+        """The rows of each tensor, as the kernel wants them to lie; copies are counted."""
+        taken = []
+        for x in tensors:
+            where_they_lie = rows.of(x)
+            part = aligned(where_they_lie, self.kernel.alignment_bytes) if x.dim() == 3 else where_they_lie
+            if rows.as_slice is None or part is not where_they_lie:
+                self.gathered_bytes += part.numel() * part.element_size()
+            taken.append(part)
         return taken
 
 

@@ -172,6 +172,36 @@ def test_received_gradients_leave_before_local_ones_are_computed() -> None:
     assert order == ["32 keys", "gradients leave", "28 keys"]  # others', then its own
 
 
+class Particular(Sdpa):
+    """A kernel whose loads are vectors of 16 bytes, and no two rows in one place."""
+
+    alignment_bytes = 16
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
+        for x in (q, k, v):
+            assert x.data_ptr() % 16 == 0
+            assert all(stride and stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
+        return super().forward(q, k, v, sequences, scale)
+
+
+def test_rows_lie_as_the_kernel_wants_them() -> None:
+    q, k, v, _ = random_qkv(20, 4, 2, 8, torch.bfloat16, seed=0)
+    schedule = whole_pack_schedule(np.array([5, 15]))
+    wanted = VarlenAttention(Sdpa()).attend(q, KV(k, v), KV(k[:0], v[:0]), schedule, 0.3)
+    halves = torch.stack((k, v), dim=1)  # as rows are received: nothing to copy
+    odd = torch.cat((q, q[..., :1]), dim=-1)[..., :8]
+    shifted = torch.cat((q.flatten()[:1], q.flatten()))[1:].view_as(q)
+    for tensor, copied in ((q, 0), (odd, q.nbytes), (shifted, q.nbytes)):
+        attention = VarlenAttention(Particular())
+        found = attention.attend(tensor, KV(halves[:, 0], halves[:, 1]), KV(k[:0], v[:0]), schedule, 0.3)
+        assert all(map(torch.equal, found, wanted))
+        assert attention.gathered_bytes == copied
+    one_head = k[:, :1].expand_as(k)
+    attention = VarlenAttention(Particular())
+    attention.attend(q, KV(one_head, v), KV(k[:0], v[:0]), schedule, 0.3)
+    assert attention.gathered_bytes == k.nbytes
+
+
 def test_one_call_s_results_are_taken_as_they_are() -> None:
     """No fp32 copy, no merge: the kernel's own bits."""
     q, k, v, _ = random_qkv(60, 4, 2, 8, torch.bfloat16, seed=0)
