@@ -15,8 +15,8 @@ from torch import Tensor
 from flashcp.kernels.arrivals import Arrivals
 from flashcp.kernels.cpu import KV, Gradients, merge
 from flashcp.kernels.schedule import Schedule
-from flashcp.kernels.uploads import to_device
-from flashcp.kernels.varlen.base import Sequences, VarlenKernel
+from flashcp.kernels.uploads import Uploaded
+from flashcp.kernels.varlen.base import Sequences, VarlenKernel, aligned
 from flashcp.kernels.varlen.calls import Call, Rows, varlen_calls
 
 __all__ = ["VarlenAttention"]
@@ -27,7 +27,7 @@ class VarlenAttention:
 
     Partial outputs and gradients come from the kernel in the model's dtype; what several calls contribute to the same
     row is merged and added in fp32, in a fixed order.
-    gathered_bytes: what all calls so far have copied so that rows lie one behind the other.
+    gathered_bytes: what all calls so far have copied so that rows lie one behind the other, and as the kernel wants.
     """
 
     def __init__(self, kernel: VarlenKernel) -> None:
@@ -115,9 +115,14 @@ class VarlenAttention:
         return out, lse
 
     def _take(self, rows: _Placed, *tensors: Tensor) -> list[Tensor]:
-        taken = [rows.of(x) for x in tensors]
-        if rows.as_slice is None:
-            self.gathered_bytes += sum(x.numel() * x.element_size() for x in taken)
+        """The rows of each tensor, as the kernel wants them to lie; copies are counted."""
+        taken = []
+        for x in tensors:
+            where_they_lie = rows.of(x)
+            part = aligned(where_they_lie, self.kernel.alignment_bytes) if x.dim() == 3 else where_they_lie
+            if rows.as_slice is None or part is not where_they_lie:
+                self.gathered_bytes += part.numel() * part.element_size()
+            taken.append(part)
         return taken
 
 
@@ -126,14 +131,15 @@ class _Placed:
 
     def __init__(self, rows: Rows, device: torch.device) -> None:
         self.as_slice = rows.as_slice
-        self.turns: list[tuple[Tensor | None, Tensor]] = []
+        self._turns: list[tuple[Uploaded | None, Uploaded]] = []
         if self.as_slice is None:
             for places, belongs in rows.turns:
-                self.turns.append((None if places is None else to_device(places, device), to_device(belongs, device)))
-            self.index = self.turns[0][1] if len(self.turns) == 1 else to_device(rows.index, device)
+                where = None if places is None else Uploaded(places, device)
+                self._turns.append((where, Uploaded(belongs, device)))
+            self._index = self._turns[0][1] if len(self._turns) == 1 else Uploaded(rows.index, device)
 
     def of(self, x: Tensor) -> Tensor:
-        return x.index_select(0, self.index) if self.as_slice is None else x[self.as_slice]
+        return x.index_select(0, self._index.here()) if self.as_slice is None else x[self.as_slice]
 
     def are_all(self, rows: int) -> bool:
         return self.as_slice == slice(0, rows)
@@ -143,15 +149,16 @@ class _Placed:
         mine, mine_lse = self.of(out), self.of(lse)
         merge(mine, mine_lse, part, part_lse)
         if self.as_slice is None:
-            out.index_copy_(0, self.index, mine)
-            lse.index_copy_(0, self.index, mine_lse)
+            out.index_copy_(0, self._index.here(), mine)
+            lse.index_copy_(0, self._index.here(), mine_lse)
 
     def add_to(self, total: Tensor, part: Tensor) -> None:
         """Add a part to fp32 rows, turn after turn: within one every row comes once, so that the order is fixed."""
         if self.as_slice is not None:
             total[self.as_slice] += part
-        for places, belongs in self.turns:
-            total.index_add_(0, belongs, (part if places is None else part.index_select(0, places)).float())
+        for places, belongs in self._turns:
+            some = part if places is None else part.index_select(0, places.here())
+            total.index_add_(0, belongs.here(), some.float())
 
 
 class _Prepared:
@@ -161,10 +168,13 @@ class _Prepared:
         self.received = call.received
         self.queries = _Placed(call.queries, device)
         self.keys = _Placed(call.keys, device)
-        query, key = call.query_lengths, call.key_lengths
-        cu_seqlens_q = to_device(_cumulative(query), device)
-        cu_seqlens_k = cu_seqlens_q if call.causal else to_device(_cumulative(key), device)
-        self.sequences = Sequences(cu_seqlens_q, cu_seqlens_k, int(query.max()), int(key.max()), call.causal)
+        self._queries = Uploaded(_cumulative(call.query_lengths), device)
+        self._keys = self._queries if call.causal else Uploaded(_cumulative(call.key_lengths), device)
+        self._rest = int(call.query_lengths.max()), int(call.key_lengths.max()), call.causal
+
+    @property
+    def sequences(self) -> Sequences:
+        return Sequences(self._queries.here(), self._keys.here(), *self._rest)
 
 
 class _Total:
@@ -190,4 +200,3 @@ class _Total:
 
 def _cumulative(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Sequences", "VarlenKernel", "capability", "deterministic"]
+__all__ = ["Sequences", "VarlenKernel", "aligned", "capability", "deterministic"]
 
 
 class Sequences(NamedTuple):
@@ -33,15 +33,17 @@ class Sequences(NamedTuple):
 
 
 class VarlenKernel(ABC):
-    """A varlen kernel. q: [Q, H, D], k, v: [N, K, D], of one dtype, elements along D consecutive, other strides any.
+    """A varlen kernel. q: [Q, H, D], k, v: [N, K, D], of one dtype, elements along D consecutive.
 
-    name: what stands behind `varlen:`. dtypes, head_dim_multiple, longest_head_dim: what it computes.
+    name: what stands behind `varlen:`. dtypes, head_dim_multiple, longest_head_dim: what it computes. alignment_bytes:
+    rows and heads of all tensors begin at multiples of it; their strides are any such.
     """
 
     name: str
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     head_dim_multiple: int = 8
     longest_head_dim: int = 256
+    alignment_bytes: int = 16
 
     @abstractmethod
     def is_available(self, device: torch.device) -> bool:
@@ -83,6 +85,15 @@ class VarlenKernel(ABC):
                 f"head_dim={q.shape[-1]}: attention='varlen:{self.name}' expects a multiple of "
                 f"{self.head_dim_multiple} up to {self.longest_head_dim}"
             )
+
+
+def aligned(x: Tensor, to_bytes: int) -> Tensor:
+    """x [rows, heads, D], or a dense copy where a row or a head does not begin at a multiple of `to_bytes`, or lies
+    where another one does: vector loads and descriptors of tensors take neither."""
+    steps = [stride * x.element_size() for stride, size in zip(x.stride()[:2], x.shape, strict=False) if size > 1]
+    if x.data_ptr() % to_bytes == 0 and all(step and step % to_bytes == 0 for step in steps):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def capability(device: torch.device) -> int:

@@ -23,6 +23,7 @@ class Sdpa(VarlenKernel):
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     head_dim_multiple = 1
     longest_head_dim = 2**20  # the operator knows no limit
+    alignment_bytes = 1
 
     def is_available(self, device: torch.device) -> bool:
         """See VarlenKernel."""

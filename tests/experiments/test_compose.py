@@ -88,13 +88,13 @@ def test_block_shapes_reach_the_operator() -> None:
 def test_varlen_kernels_reach_the_operator() -> None:
     operator = read_run(compose("config", ["parallel.attention=varlen:sdpa"])).config.parallel.operator()
     assert (operator.attention_name, operator.overlap) == ("varlen:sdpa", "staged")
-    fused = ["attention=varlen", "parallel.overlap=fused", "parallel.transport=auto"]
-    run = read_run(compose("config", ["experiment=overlap", *fused]))
+    option = ["experiment=overlap", "attention=varlen", "parallel.transport=auto"]
+    run = read_run(compose("config", [*option, "parallel.overlap=staged"]))
     assert (run.config.parallel.attention, run.config.context) == ("varlen", 4096)
     with pytest.raises(
         ValueError, match=r"parallel\.overlap='fused' with attention='varlen': expected one of auto, none"
     ):
-        run.config.parallel.operator()
+        read_run(compose("config", [*option, "parallel.overlap=fused"]))
 
 
 def test_a_run_s_digest_is_of_what_decides_its_numbers() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from flashcp.kernels.schedule import whole_pack_schedule
 from flashcp.kernels.varlen.attention import VarlenAttention
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel
 from flashcp.kernels.varlen.sdpa import Sdpa
+from flashcp.sharding.plan import ShardingPlan
 from tests.kernels.test_triton_attention import Rank
 from tests.packs import AWKWARD, random_lengths, random_qkv, relative_error
 
@@ -150,6 +152,54 @@ def test_what_is_copied_is_counted() -> None:
     queries, local = (10 + 5) * 4 * row, (10 + 5) * 2 * 2 * row
     received = (10 + 30 + 5 + 15) * 2 * 2 * row
     assert attention.gathered_bytes == queries + local + received
+
+
+def test_received_gradients_leave_before_local_ones_are_computed() -> None:
+    plan = ShardingPlan.from_shards([40, 24], 2, [(0, 0, 32, 0), (0, 32, 40, 1), (1, 0, 20, 1), (1, 20, 24, 0)])
+    *qkv, grad = random_qkv(64, 2, 1, 8, torch.float32, seed=0)
+    state = Rank(plan, "exact", 1, qkv, grad)
+    order: list[str] = []
+
+    class Told(Sdpa):
+        def backward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+            order.append(f"{len(arguments[2])} keys")
+            return super().backward(*arguments)
+
+    attention, inputs = VarlenAttention(Told()), (state.q, state.local, state.from_others)
+    out, lse = attention.attend(*inputs, state.whole, 0.3)
+    state_of = state.grad, *inputs, out, lse, state.whole, 0.3
+    attention.gradients(*state_of, torch.float32, lambda rows: order.append("gradients leave"))
+    assert order == ["32 keys", "gradients leave", "28 keys"]  # others', then its own
+
+
+class Particular(Sdpa):
+    """A kernel whose loads are vectors of 16 bytes, and no two rows in one place."""
+
+    alignment_bytes = 16
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
+        for x in (q, k, v):
+            assert x.data_ptr() % 16 == 0
+            assert all(stride and stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
+        return super().forward(q, k, v, sequences, scale)
+
+
+def test_rows_lie_as_the_kernel_wants_them() -> None:
+    q, k, v, _ = random_qkv(20, 4, 2, 8, torch.bfloat16, seed=0)
+    schedule = whole_pack_schedule(np.array([5, 15]))
+    wanted = VarlenAttention(Sdpa()).attend(q, KV(k, v), KV(k[:0], v[:0]), schedule, 0.3)
+    halves = torch.stack((k, v), dim=1)  # as rows are received: nothing to copy
+    odd = torch.cat((q, q[..., :1]), dim=-1)[..., :8]
+    shifted = torch.cat((q.flatten()[:1], q.flatten()))[1:].view_as(q)
+    for tensor, copied in ((q, 0), (odd, q.nbytes), (shifted, q.nbytes)):
+        attention = VarlenAttention(Particular())
+        found = attention.attend(tensor, KV(halves[:, 0], halves[:, 1]), KV(k[:0], v[:0]), schedule, 0.3)
+        assert all(map(torch.equal, found, wanted))
+        assert attention.gathered_bytes == copied
+    one_head = k[:, :1].expand_as(k)
+    attention = VarlenAttention(Particular())
+    attention.attend(q, KV(one_head, v), KV(k[:0], v[:0]), schedule, 0.3)
+    assert attention.gathered_bytes == k.nbytes
 
 
 def test_one_call_s_results_are_taken_as_they_are() -> None:
