@@ -16,6 +16,8 @@ from flashcp.experiments.tune_attention import Kernel
 from flashcp.kernels.ahead import TARGETS, Build
 from flashcp.kernels.tuning import HEAD_DIMS
 
+METRICS = ("registers", "alone_ms", "shipped_ms", "candidate_ms")
+
 
 @pytest.fixture
 def turn(tmp_path: Path) -> Turn:
@@ -105,10 +107,21 @@ def test_published_figures_come_first() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be timed")
-def test_without_a_gpu_candidates_are_compiled_alone(turn: Turn) -> None:
-    found = list(tune.measure("32_forward_long", turn))
-    assert {one.metric for one in found if isinstance(one, Number)} == {"registers"}
-    assert len(found) > 1
+def test_the_best_candidates_take_turns_with_the_shipped_one(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for sm_90, computed by the CPU, which takes no block shapes."""
+    for case in tune.cases(small=True):
+        found = [one for one in tune.measure(case.label, turn) if isinstance(one, Number)]
+        names = {metric: [one.provider for one in found if one.metric == metric] for metric in METRICS}
+        assert len(names["registers"]) > 1
+        shipped, *others = names["alone_ms"]  # as many as there was time for
+        assert names["shipped_ms"] == [shipped]
+        assert others == names["registers"][: len(others)]
+        assert set(names["candidate_ms"]) == set(others)
+    monkeypatch.setattr(tune, "relative", lambda value, other: 0.1)
+    wrong = list(tune.measure("32_forward_long", turn))
+    assert {one.metric for one in wrong if isinstance(one, Number)} == {"registers"}
+    assert all("a wrong kernel is not timed" in one.reason for one in wrong if isinstance(one, Failure))
+    assert any(isinstance(one, Failure) for one in wrong)
     labels = [case.label for case in tune.cases(small=False)]
     assert {int(label.split("_")[0]) for label in labels} == set(HEAD_DIMS)
 
