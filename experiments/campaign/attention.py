@@ -41,7 +41,7 @@ def cases(small: bool) -> list[Case]:
     found = [Case(label, 6, 120) for label in labels]  # the first one has the candidate kernel checked on all
     built = [Case(f"{label}{OF_SLOW}", 45, 150) for label in (labels if small else BUILT)]
     plain = sum(not _attention_cases(small)[label].grouped for label in labels)
-    return [Case(CEILINGS, 5, 60), *found[:plain], *built, *found[plain:], *case_of(NCU)]
+    return [Case(CEILINGS, 5, 60), *found[:plain], *built, *found[plain:], case_of(NCU)]
 
 
 def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
