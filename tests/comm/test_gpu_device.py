@@ -76,6 +76,7 @@ def test_a_wait_for_ever_is_noticed() -> None:
 
 
 def test_a_delay_is_about_as_long_as_it_says() -> None:
+    """Never much shorter; longer where other tests copy beside it."""
     gpu = device()
     rows = torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
     stream = gpu.new_stream("puts")
@@ -86,4 +87,5 @@ def test_a_delay_is_about_as_long_as_it_says() -> None:
     gpu.delay(rows, 20.0, stream)
     stop.record(stream)
     gpu.synchronize()
-    assert start.elapsed_time(stop) == pytest.approx(rows.nbytes / 20e6, rel=0.5)
+    wanted_ms = rows.nbytes / 20e6
+    assert 0.7 * wanted_ms < start.elapsed_time(stop) < 20 * wanted_ms

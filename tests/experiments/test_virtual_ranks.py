@@ -38,7 +38,7 @@ def test_every_rank_gets_the_references_rows(device: str, overlap: str, exchange
 @pytest.mark.parametrize("exchange", ["exact", "compacted", "all_gather"])
 @pytest.mark.parametrize("backward", ["keep", "refetch"])
 def test_gradients_of_every_rank_on_a_gpu(exchange: str, overlap: str, backward: str) -> None:
-    ranks = VirtualRanks(3, torch.device("cuda"), exchange, overlap, backward=backward)
+    ranks = VirtualRanks(3, torch.device("cuda"), exchange, overlap, backward=backward, timeout_s=60)
     plan = flashcp.plan(LENGTHS, 3, "per_document")
     *qkv, grad = random_qkv(sum(LENGTHS), 4, 2, 64, torch.bfloat16, 0)
     rows = [torch.from_numpy(plan.rows(rank)) for rank in range(3)]
