@@ -102,14 +102,11 @@ def _fabric(name: str, group: dist.ProcessGroup | None, handshake: Handshake, op
     device = CudaDevice(gpu, options.timeout_s)
     ranks_of = group if group is not None else dist.distributed_c10d._get_default_group()
 
-    def barrier() -> None:
-        handshake.share(b"+")
-
     def retire(region: Region) -> None:
         device.synchronize()
-        barrier()
+        handshake.share(b"+")
 
-    memories = symmetric_memories(symmetric, ranks_of, device, gpu, barrier)
+    memories = symmetric_memories(symmetric, ranks_of, rank, device, gpu, handshake.share)
     return CudaFabric(name, rank, ranks, device, memories, retire, options.timeout_s, options.throttle_gbps)
 
 

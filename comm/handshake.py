@@ -27,11 +27,12 @@ _AHEAD = 8  # headers posted and not yet compared
 
 
 class Step(IntEnum):
-    """The moments of one call at which ranks compare notes."""
+    """The moments at which ranks compare notes: those of one call, and the end of all so far."""
 
     BEGIN = 0
     ATTENTION = 1
     BACKWARD = 2
+    SYNCHRONIZE = 3
 
 
 class Header(NamedTuple):

@@ -81,7 +81,7 @@ class Nvshmem(TwoSided):
     def inbox(self, rows: int, most: int, row: Sequence[int], like: Tensor, steps: int = 1) -> Inbox:
         """See Transport. The buffers grow here, where all ranks know the largest exchange."""
         size = most * like.element_size() * math.prod(row)
-        if size > len(self._arrived):
+        if size > len(self._arrived) or not len(self._arrived):  # an exchange of no rows wants a buffer, too
             self._grow(max(size, len(self._arrived) * 5 // 4, _LEAST_BYTES))
         return super().inbox(rows, most, row, like, steps)
 

@@ -72,8 +72,7 @@ class TwoSided:
         rows = block.packed()
         if not rows.numel():  # on no rank: blocks are equally large
             return self._arrival([], rows, inbox.rows, block.what)
-        blocks = list(_bytes(inbox.rows).chunk(self.world_size))
-        work = dist.all_gather(blocks, _bytes(rows), group=self.group, async_op=True)
+        work = dist.all_gather_into_tensor(_bytes(inbox.rows), _bytes(rows), group=self.group, async_op=True)
         self.sent_bytes += (self.world_size - 1) * rows.nbytes
         return self._arrival([work], rows, inbox.rows, block.what)
 

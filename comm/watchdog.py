@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,7 +33,7 @@ class Watchdog:
     better than a time-out. What `late` raises is printed like the error of any thread; the others stay watched.
 
     Events may only be recorded outside of a CUDA graph's capture. A capture beside this thread is not disturbed by its
-    queries (`_query_beside_captures`); that part was never run.
+    queries (`_context_of_this_thread`); that part was never run.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -54,7 +53,8 @@ class Watchdog:
         with self._news:
             self._watched.append(_Watch(started, ended, late, deadline))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="flashcp-watchdog", daemon=True)
+                arguments = (_context_of_this_thread(),)
+                self._thread = threading.Thread(target=self._run, args=arguments, name="flashcp-watchdog", daemon=True)
                 self._thread.start()
             elif len(self._watched) == 1:
                 self._news.notify()
@@ -66,8 +66,8 @@ class Watchdog:
             self._thread = None
             self._news.notify_all()
 
-    def _run(self) -> None:
-        _query_beside_captures()
+    def _run(self, enter: Callable[[], None]) -> None:
+        enter()
         while self._rest():
             self._look()
 
@@ -124,9 +124,21 @@ class _Watch:
                 threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
 
-def _query_beside_captures() -> None:
-    """A capture in mode `global`, torch's default, forbids event queries in all threads but those that opted out."""
-    with suppress(ImportError):
-        from cuda.bindings import runtime
+def _context_of_this_thread() -> Callable[[], None]:
+    """For another thread to call first: what it asks of CUDA is asked of the same GPU, and disturbs no capture.
 
-        runtime.cudaThreadExchangeStreamCaptureMode(runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+    A thread without a context makes one on GPU 0, whichever GPU its rank has. A capture in mode `global`, torch's
+    default, forbids event queries in all threads but those that opted out.
+    """
+
+    def enter() -> None:
+        driver.cuCtxSetCurrent(context)
+        driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+
+    try:
+        from cuda.bindings import driver
+
+        _, context = driver.cuCtxGetCurrent()
+    except (ImportError, RuntimeError):  # no such package, or no driver: nothing of CUDA is watched
+        return lambda: None
+    return enter

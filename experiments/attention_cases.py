@@ -44,6 +44,11 @@ class Case:
         return f"{self.name}_{self.query_heads}x{self.kv_heads}"
 
     @property
+    def grouped(self) -> bool:
+        """Whether several query heads share a KV head."""
+        return self.query_heads != self.kv_heads
+
+    @property
     def forward_flops(self) -> int:
         """Useful ones: causal pairs x 4 x heads x head_dim; the backward counts 2.5 times as many."""
         return self.schedule.pairs * 4 * self.query_heads * self.head_dim

@@ -143,20 +143,27 @@ def _try(kernel: Kernel) -> Build | str:
 
 def rank_by_time(which: Pass, candidates: Sequence[Blocks], head_dim: int, dtype: torch.dtype) -> None:
     """Time the candidates in turns on both packs; print the order."""
-    for pack in PACKS:
-        work = timed_work(which, candidates, head_dim, dtype, pack)
-        times = in_turns_ms(work, torch.device("cuda"), SECONDS)
+    device = torch.device("cuda")
+    for pack, lengths in PACKS.items():
+        times = in_turns_ms(timed_work(which, candidates, head_dim, dtype, lengths, device), device, SECONDS)
         for blocks, (low, median, high) in sorted(times.items(), key=lambda entry: entry[1][1]):
             print(f"{pack}: {median:.3f} ms ({low:.3f} to {high:.3f}) {blocks}")
 
 
 def timed_work(
-    which: Pass, candidates: Sequence[Blocks], head_dim: int, dtype: torch.dtype, pack: str
+    which: Pass,
+    candidates: Sequence[Blocks],
+    head_dim: int,
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+    device: torch.device,
 ) -> dict[str, Work]:
-    """For each candidate, by its text, the pass that uses it, on a pack of PACKS; dK and dV, and dQ, come together."""
-    lengths = PACKS[pack]
-    case = Case(pack, whole_pack_schedule(np.array(lengths)), sum(lengths), 0, tuple(lengths), 16, 16, head_dim)
-    x = make_tensors(case, dtype, torch.device("cuda"))
+    """For each candidate, by its text, what runs the pass that uses it on a pack and returns its results.
+
+    A backward is both passes: dK and dV, and dQ.
+    """
+    case = Case("", whole_pack_schedule(np.array(lengths)), sum(lengths), 0, tuple(lengths), 16, 16, head_dim)
+    x = make_tensors(case, dtype, device)
     work: dict[str, Work] = {}
     for blocks in candidates:
         forward = partial(varlen_attention, x.q, x.k, x.v, lengths, tuning=Tuning(**{which.value: blocks}))

@@ -16,7 +16,7 @@ from flashcp.comm.clock import Clock
 from flashcp.comm.errors import ExchangeError
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.exchanges.base import Exchange, Job
-from flashcp.comm.handshake import Header, Posted
+from flashcp.comm.handshake import Header, Posted, Step
 from flashcp.kernels.inputs import check_inputs, default_scale
 from flashcp.kernels.selection import ATTENTION, AttentionKernel, select_attention, waits_inside
 from flashcp.kernels.tuning import Tuning
@@ -166,19 +166,23 @@ class ContextParallel:
         return unshard(rows, plan, self._transport, self._handshake, agreed).movedim(0, dim)
 
     def synchronize(self) -> None:
-        """Wait for what is under way on this rank, both passes, and raise what went wrong on the way.
+        """Wait for what is under way, both passes, and raise what went wrong on the way, on all ranks or on none.
 
         On GPUs the host is ahead of the streams, and an error is known only when they come to it. Call this before an
-        optimizer step: gradients that were computed from rows which never came must not be taken.
-        Raises ExchangeError as the class says.
+        optimizer step, on all ranks at the same point: gradients that were computed from rows which never came must not
+        be taken by any rank. Raises ExchangeError as the class says.
         """
+        header = Header(call=self._calls, step=Step.SYNCHRONIZE)
         try:
             self._transport.synchronize()
         except ExchangeError as error:
             if self._handshake is not None:
                 self._handshake.stopped = self._handshake.stopped or str(error)
-                self._handshake.abandon(self._calls)
+                with suppress(ExchangeError):
+                    self._handshake.compare(header._replace(failed=1), _GRACE_S)
             raise
+        if self._handshake is not None:
+            self._handshake.compare(header._replace(oldest=self._transport.oldest))
 
     def position_ids(self, plan: ShardingPlan) -> Tensor:
         """Position inside its document of each of this rank's rows, int64 [rank's tokens]."""

@@ -35,16 +35,20 @@ TARGETS = {
 }
 KERNELS = {Pass.FORWARD: forward_kernel, Pass.BACKWARD_KV: backward_kv_kernel, Pass.BACKWARD_Q: backward_q_kernel}
 TRANSFERS = {"pack": pack_rows_kernel, "wait": wait_kernel}
-_TRITON_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-_NAMES = {
-    "fp32": ("scale", "softmax_scale"),
-    "*fp32": ("lse", "log_sum", "delta", "grad_k_received", "grad_v_received"),
-    "*i32": ("table", "ranges", "reach", "flags", "flag", "stuck"),
-    "*i64": ("index",),
+_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+_ROWS_OF = "the dtype that is asked for"
+_TYPES = {
+    **dict.fromkeys(("q", "k", "v", "k_received", "v_received", "packed"), _ROWS_OF),
+    **dict.fromkeys(("out", "grad_out", "grad_q", "grad_k", "grad_v"), _ROWS_OF),
+    **dict.fromkeys(("lse", "log_sum", "delta", "grad_k_received", "grad_v_received"), "*fp32"),
+    **dict.fromkeys(("table", "ranges", "reach", "mixed", "flags", "flag", "stuck"), "*i32"),
+    **dict.fromkeys(("scale", "softmax_scale"), "fp32"),
+    **dict.fromkeys(("tiles", "ready_tiles", "heads", "epoch", "spins", "count", "rows", "head_rows"), "i32"),
+    "packed_half": "i32",
+    "index": "*i64",
 }  # fmt: skip
-_WORD = re.compile(r"(.*_)?(row|head|rows|half)")  # int32, divisible by 16
-_NUMBER = re.compile(r"(.*_)?(epoch|spins|count|rank|heads)")  # int32
-_ANY = {"scale", "softmax_scale", "rows"}  # nothing is known of their values
+"""Types of the kernels' arguments; strides, whose names end in _row or _head, are i32."""
+_STRIDE = re.compile(r"\w+_(row|head)")
 _TOTALS = {"out", "grad_k", "grad_v"}
 
 
@@ -73,6 +77,7 @@ def build(
     group: int = 1,
     parallel: bool = False,
     fused: bool = False,
+    apart: bool = False,
 ) -> Build:
     """Compile one kernel. target: a key of TARGETS. dtype: a name of `kernels/tuning.py`'s DTYPES.
 
@@ -81,7 +86,7 @@ def build(
     """
     chosen = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_M": blocks.block_m,
               "BLOCK_N": blocks.block_n, "PRECISION": blocks.precision, "MERGE": parallel,
-              "FUSED": fused}  # fmt: skip
+              "FUSED": fused, "APART": apart}  # fmt: skip
     if not fused:
         chosen |= {"flags": None, "stuck": None}
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
@@ -108,16 +113,18 @@ def _compile(
     options: dict[str, int],
     totals: Set[str] = frozenset(),
 ) -> Build:
-    """Names of arguments tell their types; `totals` are tensors that are fp32 whatever the dtype."""
+    """`totals` are tensors that are fp32 whatever the dtype. Raises ValueError for an argument of unknown type."""
     signature, constexprs, attributes = {}, {}, {}
+    any_value = {kernel.arg_names[i] if isinstance(i, int) else i for i in kernel.do_not_specialize}
     for index, name in enumerate(kernel.arg_names):
         if name in chosen:
             signature[name], constexprs[(index,)] = "constexpr", chosen[name]
             continue
-        known = "*fp32" if name in totals else next((of for of, names in _NAMES.items() if name in names), None)
-        number = "i32" if _WORD.fullmatch(name) or _NUMBER.fullmatch(name) else None
-        signature[name] = known or number or f"*{_TRITON_NAMES[dtype]}"
-        if name not in _ANY and not _NUMBER.fullmatch(name):
+        kind = "i32" if _STRIDE.fullmatch(name) else _TYPES.get(name)
+        if kind is None:
+            raise ValueError(f"argument {name!r} of {kernel.__name__}: expected a name that _TYPES or _STRIDE knows")
+        signature[name] = "*fp32" if name in totals else kind.replace(_ROWS_OF, f"*{_DTYPES[dtype]}")
+        if kind != "fp32" and name not in any_value:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
     return read(triton.compile(source, target=TARGETS[target], options=options), target)

@@ -18,15 +18,12 @@ class Arrivals(NamedTuple):
     flags: int32 [N]; rows of rank r are here when flags[r] >= epoch, and epochs only grow. An epoch of 0 waits for
     nothing. stuck: int32 [1], 0; source + 1 of the first that did not come within timeout_s. From then on nobody waits
     any more, results mean nothing, and whoever launched the work raises an error that names the source.
-    programs: at most so many programs that wait are on the device at a time (a multiple of the heads; at least one
-    tile's); None: no such bound. See `kernels/forward.py` for who needs it.
     """
 
     flags: Tensor
     epoch: int
     stuck: Tensor
     timeout_s: float
-    programs: int | None = None
 
     def wait(self, source: int) -> None:
         """Wait on the host, flags and stuck in CPU memory: what `wait_until` does on the device."""

@@ -11,25 +11,87 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashcp.kernels.blocks import LOG2E, OWN, load_rows, load_tile, place, store_rows
+from flashcp.kernels.blocks import (
+    LOG2E,
+    OWN,
+    RANGE_COLUMNS,
+    is_mixed,
+    load_rows,
+    load_tile,
+    note_mixed,
+    place,
+    store_rows,
+)
 
 __all__ = ["backward_kv_kernel"]
 
 FAR = tl.constexpr(0x7FFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "heads"])
 def backward_kv_kernel(
     q, k, v, k_received, v_received, grad_out, log_sum, delta, grad_k, grad_v, grad_k_received, grad_v_received,
-    table, ranges, reach, scale,
+    table, ranges, reach, mixed, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
     grad_row, grad_head, head_rows, gk_row, gk_head, gv_row, gv_head, gkr_row, gkr_head, gvr_row, gvr_head,
+    tiles, heads,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, KV head). APART: the second launch that `kernels/blocks.py` speaks of, by a few programs."""
+    if APART:
+        for work in range(tl.program_id(0), tiles * heads * tl.load(mixed), tl.num_programs(0)):
+            tile, head = work % tiles, work // tiles
+            if is_mixed(mixed, tile, head, heads):
+                _, row, stop, range_first, range_stop = load_tile(table, tile)
+                first = row
+                while first < stop:
+                    past = tl.load(reach + first)
+                    dk, dv = _sums(
+                        q, k, v, k_received, v_received, grad_out, log_sum, delta, ranges, reach, scale,
+                        q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
+                        grad_row, grad_head, head_rows, 0, row, stop, range_first, range_stop, first, past, head,
+                        GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+                    )  # fmt: skip
+                    at_k = place(grad_k, row, gk_row, head, gk_head)
+                    at_v = place(grad_v, row, gv_row, head, gv_head)
+                    store_rows(at_k, gk_row, past - row, dk * (scale / LOG2E), HEAD_DIM, first - row)
+                    store_rows(at_v, gv_row, past - row, dv, HEAD_DIM, first - row)
+                    first = past
+    else:
+        tile, head = tl.program_id(0), tl.program_id(1)
+        received, row, stop, range_first, range_stop = load_tile(table, tile)
+        dk, dv = _sums(
+            q, k, v, k_received, v_received, grad_out, log_sum, delta, ranges, reach, scale,
+            q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
+            grad_row, grad_head, head_rows, received, row, stop, range_first, range_stop, None, None, head,
+            GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
+        # Read again rather than kept: the loops above need every register there is.
+        received, row, stop, _, _ = load_tile(table, tile, True)
+        if received != 0:
+            dk *= scale / LOG2E
+            store_rows(place(grad_k_received, row, gkr_row, head, gkr_head), gkr_row, stop - row, dk, HEAD_DIM)
+            store_rows(place(grad_v_received, row, gvr_row, head, gvr_head), gvr_row, stop - row, dv, HEAD_DIM)
+        else:
+            past = tl.load(reach + row)
+            if (past > row) & (past < stop):  # several documents share the tile
+                note_mixed(mixed, tile, head, heads, dk + dv)
+            dk *= scale / LOG2E
+            store_rows(place(grad_k, row, gk_row, head, gk_head), gk_row, stop - row, dk, HEAD_DIM)
+            store_rows(place(grad_v, row, gv_row, head, gv_head), gv_row, stop - row, dv, HEAD_DIM)
+
+
+@triton.jit
+def _sums(
+    q, k, v, k_received, v_received, grad_out, log_sum, delta, ranges, reach, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
+    grad_row, grad_head, head_rows, received, row, stop, range_first, range_stop, first, past, kv_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, KV head)."""
-    kv_head = tl.program_id(1)
-    received, row, stop, range_first, range_stop = load_tile(table, tl.program_id(0), False)
+    """Gradients of the keys, less a factor, and of the values, [N, D] each, from the queries from `first` (None: from
+    where the ranges begin) below `past`."""
     is_received = received != 0
     row_k = tl.where(is_received, kr_row, k_row)
     row_v = tl.where(is_received, vr_row, v_row)
@@ -42,10 +104,12 @@ def backward_kv_kernel(
 
     for j in range(GROUP * (range_stop - range_first)):
         head = kv_head * GROUP + j % GROUP
-        entry = ranges + 4 * (range_first + j // GROUP)
+        entry = ranges + RANGE_COLUMNS * (range_first + j // GROUP)
         is_own = tl.load(entry) == OWN
         start = tl.where(is_own, row, tl.load(entry + 1))
         end = tl.load(entry + 2)
+        if past is not None:
+            end = tl.minimum(end, past)
         # Query blocks beside the tile's own rows need the mask, those behind it do not, the last one may be cut off.
         beside = tl.where(is_own, tl.cdiv(stop - row, BLOCK_M), 0)
         behind = start + beside * BLOCK_M
@@ -56,47 +120,46 @@ def backward_kv_kernel(
         delta_at = delta + tl.cast(head, tl.int64) * head_rows
         dk, dv = _scatter(
             dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, delta_at, q_row, grad_row,
-            0, (full - behind) // BLOCK_M, behind, behind, end, row, stop, reach, is_own, scale,
+            0, (full - behind) // BLOCK_M, behind, behind, first, end, row, stop, reach, is_own, scale,
             HEAD_DIM, BLOCK_D, BLOCK_M, False, PRECISION,
         )  # fmt: skip
         dk, dv = _scatter(
             dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, delta_at, q_row, grad_row,
-            beside, beside + tl.where(full < end, 1, 0), start, full, end, row, stop, reach, is_own, scale,
+            beside, beside + tl.where(full < end, 1, 0), start, full, first, end, row, stop, reach, is_own, scale,
             HEAD_DIM, BLOCK_D, BLOCK_M, True, PRECISION,
         )  # fmt: skip
-
-    # Read again rather than kept: the loops above need every register there is.
-    received, row, stop, _, _ = load_tile(table, tl.program_id(0), True)
-    dk *= scale / LOG2E
-    if received != 0:
-        store_rows(place(grad_k_received, row, gkr_row, kv_head, gkr_head), gkr_row, stop - row, dk, HEAD_DIM)
-        store_rows(place(grad_v_received, row, gvr_row, kv_head, gvr_head), gvr_row, stop - row, dv, HEAD_DIM)
-    else:
-        store_rows(place(grad_k, row, gk_row, kv_head, gk_head), gk_row, stop - row, dk, HEAD_DIM)
-        store_rows(place(grad_v, row, gv_row, kv_head, gv_head), gv_row, stop - row, dv, HEAD_DIM)
+    return dk, dv
 
 
 @triton.jit
 def _scatter(
     dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, delta_at, q_row, grad_row,
-    beside, blocks, start, full, end, row, stop, reach, is_own, scale,
+    beside, blocks, start, full, first, end, row, stop, reach, is_own, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`beside` blocks of queries from `start` on, the others of `blocks` from `full` on.
 
-    MASKED: rows end at `end`, and a query of an own run counts for a key if key <= query < where the key's run ends.
+    MASKED: rows begin at `first` (None: anywhere) and end at `end`. A query of an own run counts for a
+    key if key <= query < where the key's run ends.
     """
     for b in range(blocks):
         m = full + (b - beside) * BLOCK_M
         if MASKED:
             m = tl.where(b < beside, start + b * BLOCK_M, m)
+        above = None
+        if first is not None:
+            above = first - m
         at = m + tl.arange(0, BLOCK_M)  # [M]
-        q_tile = load_rows(place(q_at, m, q_row, 0, 0), q_row, end - m, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
-        grad_tile = load_rows(place(grad_at, m, grad_row, 0, 0), grad_row, end - m, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED)
+        q_tile = load_rows(place(q_at, m, q_row, 0, 0), q_row, end - m, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED, above)
+        grad_rows = place(grad_at, m, grad_row, 0, 0)
+        grad_tile = load_rows(grad_rows, grad_row, end - m, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED, above)
         if MASKED:
-            log_sum_rows = tl.load(log_sum_at + at, mask=at < end, other=float("inf"))
-            delta_rows = tl.load(delta_at + at, mask=at < end, other=0.0)
+            there = at < end
+            if first is not None:
+                there &= at >= first
+            log_sum_rows = tl.load(log_sum_at + at, mask=there, other=float("inf"))
+            delta_rows = tl.load(delta_at + at, mask=there, other=0.0)
         else:
             log_sum_rows = tl.load(log_sum_at + at)
             delta_rows = tl.load(delta_at + at)
@@ -105,9 +168,9 @@ def _scatter(
         scores = tl.dot(k_tile, tl.trans(q_tile), nothing - log_sum_rows[None, :], input_precision=PRECISION)  # [N, M]
         if MASKED:
             key = row + tl.arange(0, k_tile.shape[0])  # [N]
-            first = tl.where(is_own, key, 0)
+            lowest = tl.where(is_own, key, 0)
             past_last = tl.load(reach + key, mask=is_own & (key < stop), other=FAR)
-            seen = (at[None, :] >= first[:, None]) & (at[None, :] < past_last[:, None])
+            seen = (at[None, :] >= lowest[:, None]) & (at[None, :] < past_last[:, None])
             scores = tl.where(seen, scores, float("-inf"))
         weights = tl.exp2(scores * scale)
         dv = tl.dot(weights.to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)

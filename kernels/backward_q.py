@@ -10,22 +10,72 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashcp.kernels.blocks import LOG2E, OWN, RECEIVED, load_rows, load_tile, place, store_rows
+from flashcp.kernels.blocks import (
+    LOG2E,
+    RANGE_COLUMNS,
+    is_mixed,
+    key_range,
+    load_rows,
+    load_tile,
+    note_mixed,
+    place,
+    store_rows,
+)
 
 __all__ = ["backward_q_kernel"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "heads"])
 def backward_q_kernel(
-    q, k, v, k_received, v_received, grad_out, log_sum, delta, grad_q, table, ranges, reach, scale,
+    q, k, v, k_received, v_received, grad_out, log_sum, delta, grad_q, table, ranges, reach, mixed, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
-    grad_row, grad_head, head_rows, gq_row, gq_head,
+    grad_row, grad_head, head_rows, gq_row, gq_head, tiles, heads,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, query head). APART: the second launch that `kernels/blocks.py` speaks of, by a few programs."""
+    if APART:
+        for work in range(tl.program_id(0), tiles * heads * tl.load(mixed), tl.num_programs(0)):
+            tile, head = work % tiles, work // tiles
+            if is_mixed(mixed, tile, head, heads):
+                _, row, stop, range_first, range_stop = load_tile(table, tile)
+                past = stop
+                while past > row:
+                    first = tl.load(reach + past - 1)
+                    acc = _sums(
+                        q, k, v, k_received, v_received, grad_out, log_sum, delta, ranges, reach, scale,
+                        q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
+                        grad_row, grad_head, head_rows, row, stop, range_first, range_stop, first, past, head,
+                        GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+                    )  # fmt: skip
+                    into = place(grad_q, row, gq_row, head, gq_head)
+                    store_rows(into, gq_row, past - row, acc * (scale / LOG2E), HEAD_DIM, first - row)
+                    past = first
+    else:
+        tile, head = tl.program_id(0), tl.program_id(1)
+        _, row, stop, range_first, range_stop = load_tile(table, tile)
+        acc = _sums(
+            q, k, v, k_received, v_received, grad_out, log_sum, delta, ranges, reach, scale,
+            q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
+            grad_row, grad_head, head_rows, row, stop, range_first, range_stop, None, stop, head,
+            GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
+        if tl.load(reach + stop - 1) > row:  # several documents share the tile
+            note_mixed(mixed, tile, head, heads, acc)
+        into = place(grad_q, row, gq_row, head, gq_head)
+        store_rows(into, gq_row, stop - row, acc * (scale / LOG2E), HEAD_DIM)
+
+
+@triton.jit
+def _sums(
+    q, k, v, k_received, v_received, grad_out, log_sum, delta, ranges, reach, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
+    grad_row, grad_head, head_rows, row, stop, range_first, range_stop, first, past, head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, query head)."""
-    head = tl.program_id(1)
-    _, row, stop, range_first, range_stop = load_tile(table, tl.program_id(0))
+    """Gradients of the scores times keys [M, D]; of its own rows the tile reads those from `first` (None: from where
+    its ranges begin) below `past`."""
     rows = row + tl.arange(0, BLOCK_M)
     lowest_key = tl.load(reach + rows, mask=rows < stop, other=0)  # [M]
     q_tile = load_rows(place(q, row, q_row, head, q_head), q_row, stop - row, BLOCK_M, HEAD_DIM, BLOCK_D, True)
@@ -37,41 +87,36 @@ def backward_q_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     for i in range(range_first, range_stop):
-        kind = tl.load(ranges + 4 * i)
-        start = tl.load(ranges + 4 * i + 1)
-        seen_by_all = tl.where(kind == OWN, row, tl.load(ranges + 4 * i + 2))
-        end = tl.where(kind == OWN, stop, seen_by_all)
-        full = start + (seen_by_all - start) // BLOCK_N * BLOCK_N
-        received = kind == RECEIVED
-        kv_head = head // GROUP
-        row_k = tl.where(received, kr_row, k_row)
-        row_v = tl.where(received, vr_row, v_row)
-        k_at = place(tl.where(received, k_received, k), 0, 0, kv_head, tl.where(received, kr_head, k_head))
-        v_at = place(tl.where(received, v_received, v), 0, 0, kv_head, tl.where(received, vr_head, v_head))
-        first_key = tl.where(kind == OWN, lowest_key, 0)  # [M]
-        last_key = tl.where(kind == OWN, rows, end - 1)  # [M]
-        acc = _gather(
-            acc, q_tile, grad_tile, log_sum_rows, delta_rows, k_at, v_at, row_k, row_v, start, full, end, first_key,
-            last_key, scale, HEAD_DIM, BLOCK_D, BLOCK_N, False, PRECISION,
+        k_at, v_at, row_k, row_v, start, full, end, first_key, last_key = key_range(
+            ranges + RANGE_COLUMNS * i, k, v, k_received, v_received,
+            k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
+            head // GROUP, row, past, rows, lowest_key, BLOCK_N,
         )  # fmt: skip
         acc = _gather(
-            acc, q_tile, grad_tile, log_sum_rows, delta_rows, k_at, v_at, row_k, row_v, full, end, end, first_key,
-            last_key, scale, HEAD_DIM, BLOCK_D, BLOCK_N, True, PRECISION,
+            acc, q_tile, grad_tile, log_sum_rows, delta_rows, k_at, v_at, row_k, row_v, start, full, first, end,
+            first_key, last_key, scale, HEAD_DIM, BLOCK_D, BLOCK_N, False, PRECISION,
         )  # fmt: skip
-    gradient = acc * (scale / LOG2E)
-    store_rows(place(grad_q, row, gq_row, head, gq_head), gq_row, stop - row, gradient, HEAD_DIM)
+        acc = _gather(
+            acc, q_tile, grad_tile, log_sum_rows, delta_rows, k_at, v_at, row_k, row_v, full, end, first, end,
+            first_key, last_key, scale, HEAD_DIM, BLOCK_D, BLOCK_N, True, PRECISION,
+        )  # fmt: skip
+    return acc
 
 
 @triton.jit
 def _gather(
-    acc, q_tile, grad_tile, log_sum_rows, delta_rows, k_at, v_at, row_k, row_v, start, stop, end, first_key, last_key,
-    scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    acc, q_tile, grad_tile, log_sum_rows, delta_rows, k_at, v_at, row_k, row_v, start, stop, first, end, first_key,
+    last_key, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of keys from `start` below `stop`; MASKED: only first_key <= key <= last_key count, rows end at `end`."""
+    """Blocks of keys from `start` below `stop`; MASKED: only first_key <= key <= last_key count, rows begin at
+    `first` (None: at `start`) and end at `end`."""
     for n in range(start, stop, BLOCK_N):
-        k_tile = load_rows(place(k_at, n, row_k, 0, 0), row_k, end - n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        v_tile = load_rows(place(v_at, n, row_v, 0, 0), row_v, end - n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        above = None
+        if first is not None:
+            above = first - n
+        k_tile = load_rows(place(k_at, n, row_k, 0, 0), row_k, end - n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, above)
+        v_tile = load_rows(place(v_at, n, row_v, 0, 0), row_v, end - n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, above)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [M, N]
         if MASKED:
             key = (n + tl.arange(0, BLOCK_N))[None, :]

@@ -8,11 +8,11 @@ FUSED: rows still arrive while this runs. Before a range that another rank sends
 raised its flag: between ranges only, never in the loops over key blocks, which stay pipelined. Ranges of local rows
 come first in a tile, and tiles that read nothing else come first in the order, so that they fill the time.
 
-Who waits must not keep out who is waited for. Rows that copy engines or another device bring need no SM of this one:
-nothing to do. Where kernels of this device send rows (`put_rows_kernel`), programs that wait can hold every SM while
-those kernels stand in line. A put that was started first has its place: enqueue it on a stream of higher priority,
-before this kernel, with a grid that fits beside it. Where that cannot be had, `Arrivals.programs` caps how many waiting
-programs there are at a time, and the rest of the device stays free. Were all this broken, the waits would still end.
+Who waits must not keep out who is waited for. Copy engines bring rows and stream memory operations raise the flags:
+neither needs a multiprocessor. But copies within one device may be kernels, and so is what other streams run, and
+programs that wait can hold every multiprocessor. So as many programs as fit beside each other, a few multiprocessors
+left free (`MARGIN` in `kernels/launch.py`), share all tiles in the tables' order. Were all this broken, the waits would
+still end.
 
 Shapes: M query rows (BLOCK_M), N key rows (BLOCK_N), D head_dim widened to a power of two (BLOCK_D).
 """
@@ -22,7 +22,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashcp.kernels.blocks import LN2, LOG2E, OWN, RECEIVED, load_rows, load_tile, place, store_rows
+from flashcp.kernels.blocks import (
+    LN2,
+    LOG2E,
+    RANGE_COLUMNS,
+    has_nan,
+    is_mixed,
+    key_range,
+    load_rows,
+    load_tile,
+    note_mixed,
+    place,
+    store_rows,
+)
 from flashcp.kernels.one_sided import wait_until
 
 __all__ = ["forward_kernel"]
@@ -30,30 +42,106 @@ __all__ = ["forward_kernel"]
 LOWEST = tl.constexpr(-3.0e38)  # a maximum before the first score: finite, so that differences are never NaN
 
 
-@triton.jit(do_not_specialize=["epoch", "spins"])
+@triton.jit(do_not_specialize=["tiles", "ready_tiles", "heads", "epoch", "spins"])
 def forward_kernel(
-    q, k, v, k_received, v_received, out, lse, table, ranges, reach, scale,
+    q, k, v, k_received, v_received, out, lse, table, ranges, reach, mixed, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row, out_head, lse_row,
-    flags, epoch, stuck, spins,
+    tiles, ready_tiles, heads, flags, epoch, stuck, spins,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MERGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr,
+    MERGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, query head). MERGE: go on from the fp32 `out` and `lse` of earlier ranges, not from nothing.
 
-    FUSED: wait until flags[source] >= epoch before a range that names its source; spins, stuck: see `wait_until`.
+    FUSED: a few programs share the tiles and heads, and wait until flags[source] >= epoch before a range that names its
+    source; the first `ready_tiles` of the `tiles` name none; spins, stuck: see `wait_until`.
+    APART: the second launch that `kernels/blocks.py` speaks of, by a few programs too. It waits for nobody any more.
     """
-    head = tl.program_id(1)
-    _, row, stop, range_first, range_stop = load_tile(table, tl.program_id(0))
+    if FUSED or APART:
+        count = tiles * heads
+        if APART:
+            count *= tl.load(mixed)
+        for work in tl.range(tl.program_id(0), count, tl.num_programs(0), disable_licm=True):
+            # Ready tiles go head by head, for tiles side by side find one head's KV in the cache; the others tile by
+            # tile, for no head shall wait for late rows before all heads have read the early ones.
+            behind = work >= ready_tiles * heads
+            tile = tl.where(behind, work // heads, work % tl.maximum(ready_tiles, 1))
+            head = tl.where(behind, work % heads, work // tl.maximum(ready_tiles, 1))
+            chosen = True
+            if APART:
+                chosen = is_mixed(mixed, tile, head, heads)
+            if chosen:
+                _tile(
+                    q, k, v, k_received, v_received, out, lse, table, ranges, reach, mixed, scale,
+                    q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
+                    out_row, out_head, lse_row, tile, head, heads, flags, epoch, stuck, spins,
+                    GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, MERGE, PRECISION, FUSED, APART,
+                )  # fmt: skip
+    else:
+        _tile(
+            q, k, v, k_received, v_received, out, lse, table, ranges, reach, mixed, scale,
+            q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
+            out_row, out_head, lse_row, tl.program_id(0), tl.program_id(1), heads, flags, epoch, stuck, spins,
+            GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, MERGE, PRECISION, False, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    q, k, v, k_received, v_received, out, lse, table, ranges, reach, mixed, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row, out_head, lse_row,
+    tile, head, heads, flags, epoch, stuck, spins,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MERGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """One tile and one query head."""
+    _, row, stop, range_first, range_stop = load_tile(table, tile)
+    out_at = place(out, row, out_row, head, out_head)
+    lse_at = lse + (row + tl.arange(0, BLOCK_M)).to(tl.int64) * lse_row + head
+    if APART:
+        past = stop
+        while past > row:
+            first = tl.load(reach + past - 1)
+            acc, total, maximum = _sums(
+                q, k, v, k_received, v_received, out_at, lse_at, ranges, reach, scale,
+                q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row,
+                row, stop, range_first, range_stop, first, past, head, flags, epoch, stuck, spins,
+                GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, MERGE, PRECISION, FUSED,
+            )  # fmt: skip
+            _finish(out_at, lse_at, acc, total, maximum, out_row, first - row, past - row, HEAD_DIM)
+            past = first
+    else:
+        acc, total, maximum = _sums(
+            q, k, v, k_received, v_received, out_at, lse_at, ranges, reach, scale,
+            q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row,
+            row, stop, range_first, range_stop, None, stop, head, flags, epoch, stuck, spins,
+            GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, MERGE, PRECISION, FUSED,
+        )  # fmt: skip
+        spoilt = False
+        if tl.load(reach + stop - 1) > row:  # several documents share the tile
+            note_mixed(mixed, tile, head, heads, acc)
+            if MERGE:  # what is to be merged again has to stay
+                spoilt = tl.sum(has_nan(acc), 0) > 0
+        if not spoilt:
+            _finish(out_at, lse_at, acc, total, maximum, out_row, None, stop - row, HEAD_DIM)
+
+
+@triton.jit
+def _sums(
+    q, k, v, k_received, v_received, out_at, lse_at, ranges, reach, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row,
+    row, stop, range_first, range_stop, first, past, head, flags, epoch, stuck, spins,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MERGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr,
+):  # fmt: skip
+    """Weighted values [M, D], sums of weights and largest scores [M]; of its own rows the tile reads those from `first`
+    (None: from where its ranges begin) below `past`."""
     rows = row + tl.arange(0, BLOCK_M)
     lowest_key = tl.load(reach + rows, mask=rows < stop, other=0)  # [M]
     q_tile = load_rows(place(q, row, q_row, head, q_head), q_row, stop - row, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-
-    out_at = place(out, row, out_row, head, out_head)
-    lse_at = lse + rows.to(tl.int64) * lse_row + head
     if MERGE:
         acc = load_rows(out_at, out_row, stop - row, BLOCK_M, HEAD_DIM, BLOCK_D, True)
         before = tl.load(lse_at, mask=rows < stop, other=float("-inf"))
-        total = tl.full([BLOCK_M], 1.0, tl.float32)  # where nothing came before, it fades at the first score
+        total = tl.where(before == float("-inf"), 0.0, 1.0)
         maximum = tl.maximum(before * LOG2E, LOWEST)
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -61,48 +149,50 @@ def forward_kernel(
         maximum = tl.full([BLOCK_M], LOWEST, tl.float32)
 
     for i in range(range_first, range_stop):
+        entry = ranges + RANGE_COLUMNS * i
         if FUSED:
-            source = tl.load(ranges + 4 * i + 3)
+            source = tl.load(entry + 3)
             if source >= 0:
                 wait_until(flags + source, epoch, spins, stuck, source)
-        kind = tl.load(ranges + 4 * i)
-        start = tl.load(ranges + 4 * i + 1)
-        seen_by_all = tl.where(kind == OWN, row, tl.load(ranges + 4 * i + 2))
-        end = tl.where(kind == OWN, stop, seen_by_all)
-        full = start + (seen_by_all - start) // BLOCK_N * BLOCK_N
-        received = kind == RECEIVED
-        kv_head = head // GROUP
-        row_k = tl.where(received, kr_row, k_row)
-        row_v = tl.where(received, vr_row, v_row)
-        k_at = place(tl.where(received, k_received, k), 0, 0, kv_head, tl.where(received, kr_head, k_head))
-        v_at = place(tl.where(received, v_received, v), 0, 0, kv_head, tl.where(received, vr_head, v_head))
-        first_key = tl.where(kind == OWN, lowest_key, 0)  # [M]
-        last_key = tl.where(kind == OWN, rows, end - 1)  # [M]
+        k_at, v_at, row_k, row_v, start, full, end, first_key, last_key = key_range(
+            entry, k, v, k_received, v_received, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
+            head // GROUP, row, past, rows, lowest_key, BLOCK_N,
+        )  # fmt: skip
         acc, total, maximum = _attend(
-            acc, total, maximum, q_tile, k_at, v_at, row_k, row_v, start, full, end, first_key, last_key, scale,
+            acc, total, maximum, q_tile, k_at, v_at, row_k, row_v, start, full, first, end, first_key, last_key, scale,
             HEAD_DIM, BLOCK_D, BLOCK_N, False, PRECISION,
         )  # fmt: skip
         acc, total, maximum = _attend(
-            acc, total, maximum, q_tile, k_at, v_at, row_k, row_v, full, end, end, first_key, last_key, scale,
+            acc, total, maximum, q_tile, k_at, v_at, row_k, row_v, full, end, first, end, first_key, last_key, scale,
             HEAD_DIM, BLOCK_D, BLOCK_N, True, PRECISION,
         )  # fmt: skip
+    return acc, total, maximum
 
-    empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    log_sum = tl.where(empty, float("-inf"), (maximum + tl.log2(tl.where(empty, 1.0, total))) * LN2)
-    store_rows(out_at, out_row, stop - row, acc, HEAD_DIM)
-    tl.store(lse_at, log_sum, mask=rows < stop)
+
+@triton.jit
+def _finish(out_at, lse_at, acc, total, maximum, out_row, first, past, HEAD_DIM: tl.constexpr):
+    """Store output and log-sum-exp of rows `first` (None: 0) to `past` of the tile."""
+    row = tl.arange(0, acc.shape[0])
+    there = row < past
+    if first is not None:
+        there &= row >= first
+    store_rows(out_at, out_row, past, acc * (1.0 / total)[:, None], HEAD_DIM, first)
+    tl.store(lse_at, (maximum + tl.log2(total)) * LN2, mask=there)
 
 
 @triton.jit
 def _attend(
-    acc, total, maximum, q_tile, k_at, v_at, row_k, row_v, start, stop, end, first_key, last_key, scale,
+    acc, total, maximum, q_tile, k_at, v_at, row_k, row_v, start, stop, first, end, first_key, last_key, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of keys from `start` below `stop`; MASKED: only first_key <= key <= last_key count, rows end at `end`."""
+    """Blocks of keys from `start` below `stop`; MASKED: only first_key <= key <= last_key count, rows begin at
+    `first` (None: at `start`) and end at `end`."""
     for n in range(start, stop, BLOCK_N):
-        k_tile = load_rows(place(k_at, n, row_k, 0, 0), row_k, end - n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        above = None
+        if first is not None:
+            above = first - n
+        k_tile = load_rows(place(k_at, n, row_k, 0, 0), row_k, end - n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, above)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [M, N]
         if MASKED:
             key = (n + tl.arange(0, BLOCK_N))[None, :]
@@ -112,6 +202,6 @@ def _attend(
         fade = tl.exp2(maximum - new_maximum)
         total = total * fade + tl.sum(weights, 1)
         maximum = new_maximum
-        v_tile = load_rows(place(v_at, n, row_v, 0, 0), row_v, end - n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        v_tile = load_rows(place(v_at, n, row_v, 0, 0), row_v, end - n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, above)
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * fade[:, None], input_precision=PRECISION)
     return acc, total, maximum

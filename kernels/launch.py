@@ -5,9 +5,8 @@ Shapes: T local rows, R received rows, H query heads, K KV heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -32,21 +31,34 @@ __all__ = ["TritonAttention"]
 _LOG2E = 1.4426950408889634
 
 
+MARGIN = 2
+"""Multiprocessors that a kernel which waits for rows leaves free. Copy engines and stream memory operations, which
+bring and announce the rows, need none; copies within one device may be kernels, and so may what others do beside us."""
+PROGRAMS_PER_SM = {8: 1, 4: 2}
+"""By warps: the kernels take up to 255 registers a thread, of the 65,536 that a multiprocessor has."""
+_INTERPRETED = 3  # programs of a small grid under the interpreter, which runs them one after another
+
+
 class _Prepared(NamedTuple):
-    """What a launch needs beside the tensors: block shapes, the tile tables on the device, rows that tiles cover, and
-    which tile is the first one after those of the first kind: tiles that wait for nobody (query tiles), of received
-    rows (key tiles)."""
+    """What a launch needs beside the tensors: block shapes, the tile tables on the device, rows that tiles cover, how
+    many tiles are of the first kind, which waits for nobody (query tiles) or is of received rows (key tiles), and
+    whether several documents share a tile of the other kind or, of query tiles, of any."""
 
     blocks: Blocks
     tables: tuple[Tensor, Tensor, Tensor]
     local_rows: int
     received_rows: int
-    second_kind: int
+    first_kind: int
+    shared: bool
 
-    def tiles(self, start: int, stop: int) -> _Prepared:
-        """Some of the tiles alone."""
+    def parts(self) -> tuple[_Prepared, _Prepared]:
+        """Key tiles of received rows, which no documents share, and those of local rows."""
         table, ranges, reach = self.tables
-        return self._replace(tables=(table[start:stop], ranges, reach))
+        received, local = table[: self.first_kind], table[self.first_kind :]
+        return (
+            self._replace(tables=(received, ranges, reach), shared=False),
+            self._replace(tables=(local, ranges, reach), first_kind=0),
+        )
 
 
 class TritonAttention:
@@ -69,12 +81,11 @@ class TritonAttention:
     def attend(
         self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, arrivals: Arrivals | None = None
     ) -> tuple[Tensor, Tensor]:
-        """See `kernels/cpu.py`. One launch (more if `arrivals` caps it), nothing in memory but the results."""
+        """See `kernels/cpu.py`. One launch for all ranges, nothing in memory but the results."""
         prepared = self._prepare(Pass.FORWARD, schedule, q, by_source=arrivals is not None)
         out = _empty(q.shape, q.dtype, q.device, prepared.local_rows == len(q))
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-        for launch in _launches(prepared, q.shape[1], arrivals):
-            self._forward(launch, q, local, received, scale, out, lse, merge=False, arrivals=arrivals)
+        self._forward(prepared, q, local, received, scale, out, lse, merge=False, arrivals=arrivals)
         return out, lse
 
     def gradients(
@@ -90,33 +101,30 @@ class TritonAttention:
         local_dtype: torch.dtype | None = None,
         leave: Callable[[Tensor], None] | None = None,
     ) -> Gradients:
-        """See `kernels/cpu.py`. Three launches whatever the schedule, four when `leave` is to be called."""
+        """See `kernels/cpu.py`. Three launches whatever the schedule, four when `leave` is to be called, and one more
+        behind each over tiles that documents share."""
+        keys, queries = (self._prepare(which, schedule, q) for which in (Pass.BACKWARD_KV, Pass.BACKWARD_Q))
         log_sum, delta = _row_terms(out, grad_out, lse, scale)
         inputs = (q, *local, *received, grad_out, log_sum, delta)
         strides = (*_strides(q, *local, *received, grad_out), log_sum.stride(0))
 
-        keys = self._prepare(Pass.BACKWARD_KV, schedule, q)
         dtype = local_dtype or local.k.dtype
         grad_local = KV(*(_empty(x.shape, dtype, q.device, keys.local_rows == len(x)) for x in local))
         shape = (len(received.k), 2, *received.k.shape[1:])
         back = _empty(shape, torch.float32, q.device, keys.received_rows == shape[0])
         outputs = (*grad_local, *back.unbind(1))
-
-        def scatter(part: _Prepared) -> None:
-            arguments = (*inputs, *outputs, *part.tables, scale * _LOG2E, *strides, *_strides(*outputs))
-            _launch(backward_kv_kernel, part, q, local, local.k.shape[1], arguments)
-
+        numbers = (scale * _LOG2E, *strides, *_strides(*outputs))
         if leave is None:
-            scatter(keys)
+            _launch(backward_kv_kernel, keys, q, local, local.k.shape[1], (*inputs, *outputs), numbers)
         else:
-            scatter(keys.tiles(0, keys.second_kind))
+            from_others, own = keys.parts()
+            _launch(backward_kv_kernel, from_others, q, local, local.k.shape[1], (*inputs, *outputs), numbers)
             leave(back)
-            scatter(keys.tiles(keys.second_kind, len(keys.tables[0])))
+            _launch(backward_kv_kernel, own, q, local, local.k.shape[1], (*inputs, *outputs), numbers)
 
-        queries = self._prepare(Pass.BACKWARD_Q, schedule, q)
         grad_q = _empty(q.shape, q.dtype, q.device, queries.local_rows == len(q))
-        arguments = (*inputs, grad_q, *queries.tables, scale * _LOG2E, *strides, *_strides(grad_q))
-        _launch(backward_q_kernel, queries, q, local, q.shape[1], arguments)
+        numbers = (scale * _LOG2E, *strides, *_strides(grad_q))
+        _launch(backward_q_kernel, queries, q, local, q.shape[1], (*inputs, grad_q), numbers)
         return Gradients(grad_q, grad_local, back)
 
     def _forward(
@@ -131,13 +139,16 @@ class TritonAttention:
         merge: bool,
         arrivals: Arrivals | None = None,
     ) -> None:
-        tensors = (q, *local, *received, out, lse, *prepared.tables)
-        strides = (*_strides(q, *local, *received, out), lse.stride(0))
-        waits = (None, 0, None, 0) if arrivals is None else (*arrivals[:3], spins(q.device, arrivals.timeout_s))
-        arguments = (*tensors, scale * _LOG2E, *strides, *waits)
-        _launch(forward_kernel, prepared, q, local, q.shape[1], arguments, MERGE=merge, FUSED=arrivals is not None)
+        tensors, strides = (q, *local, *received, out, lse), (*_strides(q, *local, *received, out), lse.stride(0))
+        waits = None if arrivals is None else (*arrivals[:3], spins(q.device, arrivals.timeout_s))
+        _launch(forward_kernel, prepared, q, local, q.shape[1], tensors, (scale * _LOG2E, *strides), waits, MERGE=merge)
 
     def _prepare(self, which: Pass, schedule: Schedule, q: Tensor, by_source: bool = False) -> _Prepared:
+        if q.device.type == "cpu" and q.dtype is torch.bfloat16:
+            raise ValueError(
+                "q is torch.bfloat16 on the CPU, where Triton's interpreter computes it wrongly: expected "
+                "torch.float32 or torch.float16, or attention='cpu'"
+            )
         kept = self._prepared.setdefault(schedule, {})
         key = (which, by_source, len(q), q.shape[2], q.dtype, q.device)
         if key not in kept:
@@ -145,19 +156,9 @@ class TritonAttention:
             make = key_tiles if which is Pass.BACKWARD_KV else partial(query_tiles, by_source=by_source)
             tiles = make(schedule, len(q), blocks.tile_rows(which))
             table, ranges, reach = (to_device(x, q.device) for x in (tiles.table, tiles.ranges, tiles.reach))
-            second_kind = int(tiles.table[:, 0].sum()) if which is Pass.BACKWARD_KV else tiles.ready
-            kept[key] = _Prepared(blocks, (table, ranges, reach), *tiles.rows, second_kind)
+            first_kind = int(tiles.table[:, 0].sum()) if which is Pass.BACKWARD_KV else tiles.ready
+            kept[key] = _Prepared(blocks, (table, ranges, reach), *tiles.rows, first_kind, tiles.shared)
         return kept[key]
-
-
-def _launches(prepared: _Prepared, heads: int, arrivals: Arrivals | None) -> Iterator[_Prepared]:
-    """All tiles at once, or those that wait for nobody first and behind them as many of the others as may wait."""
-    if arrivals is None or arrivals.programs is None:
-        yield prepared
-        return
-    count = len(prepared.tables[0])
-    for start, stop in pairwise([0, *range(prepared.second_kind, count, max(1, arrivals.programs // heads)), count]):
-        yield prepared.tiles(start, stop)
 
 
 def _row_terms(out: Tensor, grad_out: Tensor, lse: Tensor, scale: float) -> Tensor:
@@ -180,19 +181,45 @@ def _launch(
     q: Tensor,
     local: KV,
     heads: int,
-    arguments: tuple[object, ...],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[float, ...],
+    waits: tuple[Any, ...] | None = None,
     **constants: bool,
 ) -> None:
-    """One program per tile and head. Tiles run fastest: programs side by side find one head's KV in the cache."""
+    """One program per tile and head. Tiles run fastest: programs side by side find one head's KV in the cache.
+
+    Where programs wait, as many as fit beside each other share the tiles, and some of the device stays free.
+    """
     tiles, blocks, head_dim = len(prepared.tables[0]), prepared.blocks, q.shape[2]
     if tiles == 0:
         return
-    with torch.cuda.device_of(q):
-        kernel[(tiles, heads)](
-            *arguments, GROUP=q.shape[1] // local.k.shape[1], HEAD_DIM=head_dim, BLOCK_D=padded(head_dim),
-            BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n, PRECISION=blocks.precision, **constants,
+    # Where no documents share a tile nothing is noted, and any int32 will do.
+    mixed = q.new_zeros(1 + tiles * heads, dtype=torch.int32) if prepared.shared else prepared.tables[1]
+    few = (min(tiles * heads, _room(q.device, blocks.warps)),)
+    forward = kernel is forward_kernel
+
+    def start(grid: tuple[int, ...], waits: tuple[Any, ...] | None, apart: bool) -> None:
+        counts = (tiles, prepared.first_kind, heads, *(waits or (None, 0, None, 0))) if forward else (tiles, heads)
+        fused = {"FUSED": waits is not None} if forward else {}
+        kernel[grid](
+            *tensors, *prepared.tables, mixed, *numbers, *counts, GROUP=q.shape[1] // local.k.shape[1],
+            HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
+            PRECISION=blocks.precision, APART=apart, **fused, **constants,
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
+
+    with torch.cuda.device_of(q):
+        start((tiles, heads) if waits is None else few, waits, False)
+        if prepared.shared:
+            start(few, None, True)
+
+
+def _room(device: torch.device, warps: int) -> int:
+    """Programs that run at the same time and leave `MARGIN` multiprocessors free."""
+    if device.type == "cpu":
+        return _INTERPRETED
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, processors - MARGIN) * PROGRAMS_PER_SM.get(warps, 1)
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, filled: bool) -> Tensor:

@@ -48,12 +48,14 @@ class Tiles:
     waits for, -1 for none: for local rows, for key tiles, and unless query tiles are made `by_source`.
     reach [local rows]: where each row's own run begins (query tiles) or ends (key tiles): the other bound of the mask.
     rows: how many rows of the local tensor and of the receive buffer lie in a tile.
+    shared: whether several documents lie in one tile.
     """
 
     table: np.ndarray
     ranges: np.ndarray
     reach: np.ndarray
     rows: tuple[int, int]
+    shared: bool
 
     @property
     def ready(self) -> int:
@@ -168,7 +170,7 @@ def _cut(blocks: _Blocks, ranges: np.ndarray, rows: int, tile_rows: int, keys: b
 
     covered = np.bincount(blocks.received, blocks.stop - blocks.start, 2).astype(int)
     alone = (own == (blocks.stop if keys else blocks.start)) & (blocks.range_stop - blocks.range_first == 1)
-    _share_tiles(blocks, ranges, alone, tile_rows)
+    shared = _share_tiles(blocks, ranges, alone, tile_rows)
     count = -(-(blocks.stop - blocks.start) // tile_rows)
     block = np.repeat(np.arange(len(count), dtype=np.int32), count)
     received, start, block_stop, first, last, order = (column[block] for column in blocks)
@@ -181,17 +183,18 @@ def _cut(blocks: _Blocks, ranges: np.ndarray, rows: int, tile_rows: int, keys: b
     most = int(work.max(initial=0))
     sort = _order((order.astype(np.int64) << most.bit_length()) + (most - work))
     table = np.stack((received, row, stop, first, last), axis=1).take(sort, axis=0)
-    return Tiles(table, ranges, reach, (int(covered[0]), int(covered[1])))
+    return Tiles(table, ranges, reach, (int(covered[0]), int(covered[1])), shared)
 
 
-def _share_tiles(blocks: _Blocks, ranges: np.ndarray, alone: np.ndarray, tile_rows: int) -> None:
+def _share_tiles(blocks: _Blocks, ranges: np.ndarray, alone: np.ndarray, tile_rows: int) -> bool:
     """Join short blocks that only their own rows read and that touch, as long as they fit in one tile together.
 
-    The first of those that share a tile becomes all of them, in place, and the others become empty.
+    The first of those that share a tile becomes all of them, in place, and the others become empty. Returns whether
+    any do.
     """
     short = np.flatnonzero(alone & (blocks.stop - blocks.start <= tile_rows // 2))
     if len(short) < 2:
-        return
+        return False
     short = short[np.argsort(blocks.start[short])]
     start, stop = blocks.start[short], blocks.stop[short]
     gaps = np.append(np.flatnonzero(start[1:] != stop[:-1]) + 1, len(short))
@@ -203,3 +206,4 @@ def _share_tiles(blocks: _Blocks, ranges: np.ndarray, alone: np.ndarray, tile_ro
     leader, last = short[group], np.array([*group[1:], len(short)]) - 1
     blocks.stop[short] = start
     blocks.stop[leader] = ranges[blocks.range_first[leader], 2] = stop[last]
+    return len(group) < len(short)

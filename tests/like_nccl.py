@@ -57,7 +57,7 @@ def like_nccl(backend: str = "nccl") -> Iterator[Seen]:
 
         return patch.object(dist, name, run)
 
-    names = ("all_to_all_single", "all_gather", "batch_isend_irecv", "all_reduce")
+    names = ("all_to_all_single", "all_gather_into_tensor", "batch_isend_irecv", "all_reduce")
     with patch.object(dist, "get_backend", lambda group=None: backend):
         watches = [watched(name) for name in names]
         for watch in watches:

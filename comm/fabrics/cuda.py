@@ -24,9 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashcp.comm.clock import span
-from flashcp.comm.errors import ExchangeTimeoutError, HeapError
+from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, HeapError
 from flashcp.comm.fabrics.base import NO_PUT, Put, Region, Ticking
 from flashcp.comm.fabrics.device import Device, Event, Stream
+from flashcp.comm.fabrics.memory import agree, tried
 from flashcp.kernels.arrivals import Arrivals
 
 __all__ = ["CudaFabric", "RegionMemory", "symmetric_memories"]
@@ -94,17 +95,21 @@ class CudaFabric:
         self.sent_bytes, self.timeout_s, self.throttle_gbps = 0, timeout_s, throttle_gbps
         self._device, self._memories, self._retire = device, memories, retire
         self._streams: dict[int, Stream] = {}
-        self._rescue: Stream | None = None
+        self._rescue = device.new_stream("end of all waits")
         self._under_way: list[tuple[list[Event], int]] = []
         self._regions: WeakSet[CudaRegion] = WeakSet()
         self._stuck = device.zeros(4).view(torch.int32)  # written by kernels that waited in vain
         self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=self._stuck.is_cuda)
         self._late = ""
         self._lock = threading.Lock()
+        self.waiting = True  # False: nothing waits and nothing computed counts, so that kernels can be loaded
+        if throttle_gbps:
+            device.delay(self._stuck[:0], throttle_gbps, device.current_stream())  # measures what it needs to know
 
     @property
     def oldest_put(self) -> int:
         """See Fabric."""
+        self._refuse_capture()  # which a look at an event would end
         self._under_way = [(events, epoch) for events, epoch in self._under_way if not all(e.query() for e in events)]
         return min((epoch for _, epoch in self._under_way), default=NO_PUT)
 
@@ -115,7 +120,8 @@ class CudaFabric:
         except torch.OutOfMemoryError as error:
             raise HeapError(f"rank {self.rank}: no {data_bytes >> 20} MiB for receive buffers on its GPU") from error
         region = CudaRegion(index, data_bytes, memory)
-        self._regions.add(region)
+        with self._lock:
+            self._regions.add(region)
         return region
 
     def retire(self, region: Region) -> None:
@@ -152,7 +158,10 @@ class CudaFabric:
         region, device = _of(put.region), self._device
         what = f"rank {put.to} to free its receive buffer"
         self._wait(region.word(self.rank, _FREED, put.to), put.after, stream, what)
-        device.copy(region.data(put.to, put.offset, rows.nbytes), rows.reshape(-1).view(torch.uint8), stream)
+        into = region.data(put.to, put.offset, rows.nbytes)
+        if into.nbytes != rows.nbytes:  # ranks with other plans hear so of headers, which may come after the rows
+            raise ExchangeError(f"rank {self.rank}: {rows.nbytes} bytes do not fit the receive buffer of rank {put.to}")
+        device.copy(into, rows.reshape(-1).view(torch.uint8), stream)
         if self.throttle_gbps and put.to != self.rank:
             device.delay(rows, self.throttle_gbps, stream)
         device.write_value(region.word(put.to, _ARRIVED, self.rank), put.epoch, stream)
@@ -173,7 +182,7 @@ class CudaFabric:
     def flags(self, region: Region, epoch: int) -> Arrivals:
         """See Fabric."""
         self._begin()
-        return Arrivals(_of(region).flags[self.rank][_ARRIVED], epoch, self._stuck, self.timeout_s)
+        return Arrivals(_of(region).flags[self.rank][_ARRIVED], epoch * self.waiting, self._stuck, self.timeout_s)
 
     def check(self, flags: Arrivals) -> None:
         """See Fabric. What the kernel notes is raised later: the host does not wait for it."""
@@ -188,6 +197,9 @@ class CudaFabric:
     def _begin(self) -> None:
         """Raise what went wrong since, and refuse what cannot work: epochs are numbers of this very call."""
         self._raise_late()
+        self._refuse_capture()
+
+    def _refuse_capture(self) -> None:
         if self._device.is_capturing():
             raise RuntimeError(
                 f"transport={self.name!r} under CUDA graph capture: a replay would find the flags of this call up and "
@@ -195,8 +207,8 @@ class CudaFabric:
             )
 
     def _wait(self, word: Tensor, epoch: int, stream: Stream, what: str) -> None:
-        if epoch <= 0:
-            return  # a fresh region: nobody was there before
+        if epoch <= 0 or not self.waiting:
+            return  # of a fresh region: nobody was there before
         device = self._device
         started = device.record(stream)
         device.wait_value(word, epoch, stream)
@@ -206,8 +218,6 @@ class CudaFabric:
         """Note that a wait took too long, and end all waits of this rank: nobody hangs, and nothing computed counts."""
         with self._lock:
             self._late = self._late or what
-            if self._rescue is None:
-                self._rescue = self._device.new_stream("end of all waits")
             for region in list(self._regions):
                 for row in (_ARRIVED, _FREED):
                     for rank in range(self.world_size):
@@ -246,22 +256,25 @@ def _of(region: Region) -> CudaRegion:
 def symmetric_memories(
     symmetric: Any,
     group: dist.ProcessGroup,
+    rank: int,
     device: Device,
     torch_device: torch.device,
-    barrier: Callable[[], object],
+    share: Callable[[bytes], list[bytes]],
 ) -> Memories:
     """torch's symmetric memory over the ranks of a group, each with a GPU of its own or sharing one.
 
-    symmetric: the module `torch.distributed._symmetric_memory`. Ranks that share a GPU need
-    TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1, and a gloo group.
+    symmetric: the module `torch.distributed._symmetric_memory`. share: gives every rank's bytes to every rank. Ranks
+    that share a GPU need TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1, and a gloo group. What is returned raises
+    HeapError on all ranks when one of them has no memory.
     """
 
     def memories(index: int, size: int) -> RegionMemory:
-        own = symmetric.empty(size, dtype=torch.uint8, device=torch_device)
+        own, problem = tried(lambda: symmetric.empty(size, dtype=torch.uint8, device=torch_device), RuntimeError)
+        agree(share, f"rank {rank}: no {size >> 20} MiB for receive buffers on its GPU ({problem})" if problem else "")
         handle = symmetric.rendezvous(own, group)
         own[:_HEAD_BYTES].zero_()
         device.synchronize()
-        barrier()  # nobody raises a flag before it was zeroed
+        share(b"+")  # nobody raises a flag before it was zeroed
         tensors = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(handle.world_size)]
         # Neither `handle` nor its buffers keep the allocation: `own` does, and the handle the mapping of the others'.
         return RegionMemory(tensors, (own, handle))

@@ -7,8 +7,10 @@ https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEMOP.html
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,18 +31,21 @@ class CudaDevice:
 
         self.device, self._driver = device, driver
         self._watchdog = Watchdog(timeout_s)
-        self._streams: list[torch.cuda.Stream] = []
-        self._host, self._host_gbps = self.zeros(0), 0.0
+        self._streams: list[torch.cuda.ExternalStream] = []
+        torch.cuda.synchronize(device)  # makes the context, if nothing has yet
+        (self._context,) = driver.cuCtxGetCurrent()[1:]
+        self._threads = threading.local()
         wait = driver.CUstreamWaitValue_flags
         self._wait_flags = int(wait.CU_STREAM_WAIT_VALUE_GEQ)
         # Rows come before the flag that tells of them: where several links may reorder writes, this one orders them.
         if self._attribute("CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES"):
             self._wait_flags |= int(wait.CU_STREAM_WAIT_VALUE_FLUSH)
 
-    def new_stream(self, name: str) -> torch.cuda.Stream:
-        """See Device."""
-        # The highest priority: copies that wait for an engine go before other streams' copies.
-        stream = torch.cuda.Stream(self.device, priority=-1)
+    def new_stream(self, name: str) -> torch.cuda.ExternalStream:
+        """See Device. None of torch's: its streams come from a pool, and two that wait for each other may be one."""
+        _, highest = self._call("cuCtxGetStreamPriorityRange")
+        kind = int(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        stream = torch.cuda.ExternalStream(int(self._call("cuStreamCreateWithPriority", kind, highest)), self.device)
         self._streams.append(stream)
         return stream
 
@@ -87,42 +92,22 @@ class CudaDevice:
         memory.record_stream(stream)
 
     def delay(self, rows: Tensor, gbps: float, stream: torch.cuda.Stream) -> None:
-        """See Device: as many bytes go to the host as take that long there."""
-        if not self._host_gbps:
-            self._measure_host()
-        left = int(rows.nbytes * self._host_gbps / gbps)
+        """See Device: as many bytes go to the host as take that long there. All streams of a GPU share that way."""
+        link = _host_link(self.device)
+        left = int(rows.nbytes * link.gbps / gbps)
         while left > 0:
-            size = min(left, _SCRATCH_BYTES)
-            self.copy(self._host[:size], self._scratch[:size], stream)
+            size = min(left, len(link.host))
+            self.copy(link.host[:size], link.device[:size], stream)
             left -= size
 
     def watch(self, started: Event, ended: Event, late: Callable[[], None]) -> None:
         """See Device."""
-
-        def on_device() -> None:
-            with torch.cuda.device(self.device):  # a thread of its own has no device yet
-                late()
-
-        self._watchdog.watch(started, ended, on_device)
+        self._watchdog.watch(started, ended, late)
 
     def synchronize(self) -> None:
         """See Device. Waits that never end are ended by whoever watches them."""
         for stream in (self.current_stream(), *self._streams):
             stream.synchronize()
-
-    def _measure_host(self) -> None:
-        """Make pinned memory and measure how fast a copy to it is: the best of four."""
-        self._scratch = self.zeros(_SCRATCH_BYTES)
-        self._host = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, pin_memory=True)
-        stream, times = self.current_stream(), []
-        for _ in range(4):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(stream)
-            self.copy(self._host, self._scratch, stream)
-            stop.record(stream)
-            stop.synchronize()
-            times.append(start.elapsed_time(stop))
-        self._host_gbps = _SCRATCH_BYTES / min(times) / 1e6
 
     def _attribute(self, name: str) -> int:
         index = self.device.index if self.device.index is not None else torch.cuda.current_device()
@@ -130,10 +115,38 @@ class CudaDevice:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """A function of the driver. Raises RuntimeError with the driver's own word for what went wrong."""
+        if not getattr(self._threads, "bound", False):  # autograd and the watchdog come with threads of their own
+            self._driver.cuCtxSetCurrent(self._context)
+            self._threads.bound = True
         code, *results = getattr(self._driver, name)(*arguments)
         if code != self._driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"{name} on {self.device}: {code.name}")
-        return results[0] if results else None
+        return results[0] if len(results) == 1 else tuple(results)
+
+
+class _HostLink(NamedTuple):
+    """Memory of the host and of a GPU, uint8 of one size, and GB/s of a copy between them."""
+
+    host: Tensor
+    device: Tensor
+    gbps: float
+
+
+@cache
+def _host_link(device: torch.device) -> _HostLink:
+    """Measured once, the best of four, while nothing else is on the device."""
+    there = torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8, device=device)
+    host = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, pin_memory=True)
+    times = []
+    for _ in range(4):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        host.copy_(there, non_blocking=True)
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return _HostLink(host, there, _SCRATCH_BYTES / min(times) / 1e6)
 
 
 class _Held:

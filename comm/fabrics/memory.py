@@ -14,7 +14,7 @@ import numpy as np
 
 from flashcp.comm.errors import HeapError
 
-__all__ = ["FOLDER", "shared_memories", "virtual_memories"]
+__all__ = ["FOLDER", "agree", "shared_memories", "tried", "virtual_memories"]
 
 FOLDER = Path("/dev/shm")
 Memory = TypeVar("Memory")
@@ -27,23 +27,19 @@ def shared_memories(rank: int, share: Callable[[bytes], list[bytes]]) -> Callabl
     HeapError on all ranks when one of them has no memory.
     """
 
-    def agree(word: str, problem: str) -> list[str]:
-        text = f"-rank {rank}: no shared memory in {FOLDER} ({problem})" if problem else f"+{word}"
-        said = [words.decode(errors="replace") for words in share(text.encode())]
-        for words in said:
-            if not words.startswith("+"):
-                raise HeapError(words[1:])
-        return [words[1:] for words in said]
+    def blame(problem: str) -> str:
+        return f"rank {rank}: no shared memory in {FOLDER} ({problem})" if problem else ""
 
     def memories(index: int, size: int) -> list[np.ndarray]:
         path = FOLDER / f"flashcp-{uuid.uuid4().hex}"
         try:
-            own, problem = _tried(lambda: _map(path, size, make=True))
-            names = agree(path.name, problem)
-            seen, problem = _tried(
-                lambda: [own if other == rank else _map(FOLDER / name, size) for other, name in enumerate(names)]
+            own, problem = tried(lambda: _map(path, size, make=True), OSError)
+            names = agree(share, blame(problem), path.name)
+            seen, problem = tried(
+                lambda: [own if other == rank else _map(FOLDER / name, size) for other, name in enumerate(names)],
+                OSError,
             )
-            agree("", problem)
+            agree(share, blame(problem))
         finally:
             path.unlink(missing_ok=True)
         return seen
@@ -76,9 +72,18 @@ def _map(path: Path, size: int, make: bool = False) -> np.ndarray:
         os.close(descriptor)
 
 
-def _tried(make: Callable[[], Any]) -> tuple[Any, str]:
+def tried(make: Callable[[], Any], error: type[Exception]) -> tuple[Any, str]:
     """What it makes, or why it cannot."""
     try:
         return make(), ""
-    except OSError as error:
-        return None, str(error.strerror)
+    except error as problem:
+        return None, getattr(problem, "strerror", None) or str(problem).split("\n")[0] or type(problem).__name__
+
+
+def agree(share: Callable[[bytes], list[bytes]], problem: str, word: str = "") -> list[str]:
+    """Every rank's word; all ranks call this together. Raises HeapError on all where one has a problem."""
+    said = [words.decode(errors="replace") for words in share((f"-{problem}" if problem else f"+{word}").encode())]
+    for words in said:
+        if not words.startswith("+"):
+            raise HeapError(words[1:])
+    return [words[1:] for words in said]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 from flashcp.experiments.bench_calibrate import CalibrateBench, bench_calibrate, calibration_table, write_calibration
@@ -31,7 +32,7 @@ def cases(small: bool) -> list[Case]:
 def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
     """Errors and parameters; the machine's file is written beside the rows."""
     found = list(bench_calibrate((SMALL | SHAPES)[label]))
-    print(calibration_table(found), flush=True)
+    print(calibration_table(found), file=sys.stderr, flush=True)
     write_calibration(turn.folder / f"{label}.yaml", found)
     (calibration,) = found
     for direction in DIRECTIONS:

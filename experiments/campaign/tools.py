@@ -24,16 +24,15 @@ PROFILE = (
 CHECK = (SANITIZER, "--tool", "memcheck", "--error-exitcode", "9")
 
 
-def case_of(tool: str) -> list[Case]:
-    """Its case; none, and a line on standard error, where it is not installed."""
-    if shutil.which(tool):
-        return [Case(tool, 30, LIMIT_S + 15)]
-    print(f"{tool}: not on the PATH, left out", file=sys.stderr)
-    return []
+def case_of(tool: str) -> Case:
+    """Its case, which takes no time where it is not installed."""
+    return Case(tool, 30 if shutil.which(tool) else 0.1, LIMIT_S + 15)
 
 
 def profile(turn: Turn) -> Iterator[Number | Failure]:
     """What ncu's sections tell of the three kernels, on one document of 8K."""
+    if not _there(NCU):
+        return
     code, text = _run(PROFILE, ["--tokens", "300" if turn.small else "8192"], turn)
     found = list(counters(text))
     yield from found
@@ -43,6 +42,8 @@ def profile(turn: Turn) -> Iterator[Number | Failure]:
 
 def sanitize(turn: Turn) -> Iterator[Number | Failure]:
     """Whether memcheck finds reads and writes outside of what was allocated, on a few short documents."""
+    if not _there(SANITIZER):
+        return
     code, text = _run(CHECK, ["--tokens", "300"], turn)
     if code:
         yield Failure(SANITIZER, _last_line(text) or f"ended with code {code}")
@@ -61,6 +62,14 @@ def counters(text: str) -> Iterator[Number]:
             continue
         if value >= 0:
             yield Number(row["Kernel Name"].split("(")[0], row["Metric Name"], row["Metric Unit"], None, value, None)
+
+
+def _there(tool: str) -> bool:
+    """Whether it is installed; a line on standard error where it is not."""
+    found = shutil.which(tool) is not None
+    if not found:
+        print(f"{tool}: not on the PATH, nothing measured", file=sys.stderr)
+    return found
 
 
 def _run(tool: Sequence[str], arguments: Sequence[str], turn: Turn) -> tuple[int, str]:

@@ -6,10 +6,13 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
+from typing import cast
 
 import torch
+from torch import Tensor
 
+from flashcp.experiments.bench_attention import relative
 from flashcp.experiments.campaign.part import Case, Turn
 from flashcp.experiments.numbers import Failure, Number, check_device, reason
 from flashcp.experiments.timing import in_turns_ms
@@ -28,54 +31,63 @@ DTYPE = "bfloat16"
 CASE_S = 25.0  # of one pass on one pack, most of it compiling
 FINALISTS = 5  # take turns with the table's own, after each was timed alone
 ALONE_S, TURNS_S = 0.05, 1.0
+LARGEST_DIFFERENCE = 2e-2  # of two kernels in bf16
+SMALL = [30, 2]
 
 
 def cases(small: bool) -> list[Case]:
     """Each pass on a long document and on short ones."""
     if small:
-        return [Case(f"32_{Pass.FORWARD.value}_long", 20, 120)]
+        return [Case(f"32_{which.value}_long", 20, 120) for which in (Pass.FORWARD, Pass.BACKWARD_Q)]
     labels = [f"{head_dim}_{which.value}_{pack}" for head_dim in HEAD_DIMS for pack in PACKS for which in Pass]
     return [Case(label, CASE_S, 4 * CASE_S) for label in labels]
 
 
 def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
-    """Milliseconds of every candidate that fits, and of the best in turns with the table's; on a CPU registers only."""
+    """Milliseconds of every candidate that fits, and of the best in turns with the table's own."""
     head_dim_text, _, rest = label.partition("_")
     which_text, _, pack = rest.rpartition("_")
     head_dim, which = int(head_dim_text), Pass(which_text)
-    cuda = turn.device.type == "cuda"
-    arch = architecture(turn.device) if cuda else "sm_90"
-    until = time.monotonic() + min(CASE_S, turn.seconds)
-    shipped = TABLE[arch, padded(head_dim), getattr(torch, DTYPE).itemsize, which][list(PACKS).index(pack)]
+    arch = architecture(turn.device) if turn.device.type == "cuda" else "sm_90"
+    until = time.monotonic() + min(CASE_S, turn.seconds) - 2 * TURNS_S
+    dtype, lengths = getattr(torch, DTYPE), SMALL if turn.small else PACKS[pack]
+    work = partial(timed_work, which, head_dim=head_dim, dtype=dtype, lengths=lengths, device=turn.device)
+    shipped = TABLE[arch, padded(head_dim), dtype.itemsize, which][list(PACKS).index(pack)]
     fitting = _fitting(which, arch, head_dim, turn.small)
     for blocks, found in fitting.items():
         yield Number(blocks.to_text(), "registers", "registers", None, float(found.registers), None)
-    if not cuda:
-        return
-    best: dict[str, float] = {}
-    dtype = getattr(torch, DTYPE)
+    alone: dict[Blocks, float] = {}
+    expected: tuple[Tensor, ...] = ()
     for blocks in dict.fromkeys([shipped, *fitting]):
-        if time.monotonic() > until - 2 * TURNS_S:
-            break
         name = blocks.to_text()
-        turn.begin(name)
+        if time.monotonic() > until:
+            break
         if name in turn.left_out:
             continue
+        turn.begin(name)
         try:
-            ((_, median, _),) = in_turns_ms(
-                timed_work(which, [blocks], head_dim, dtype, pack), turn.device, ALONE_S
-            ).values()
+            (one,) = work([blocks]).values()
+            results = _results(one())
+            expected = expected or results
+            error = max(relative(value, other) for value, other in zip(results, expected, strict=True))
+            if not error <= LARGEST_DIFFERENCE:
+                raise RuntimeError(f"differs from {shipped.to_text()} by {error:.1e}: a wrong kernel is not timed")
+            alone[blocks] = in_turns_ms({name: one}, turn.device, ALONE_S)[name][1]
         except Exception as failure:
             check_device(turn.device)
             yield Failure(name, reason(failure))
             continue
-        best[name] = median
-        yield Number(name, "alone_ms", "ms", None, median, None)
+        yield Number(name, "alone_ms", "ms", None, alone[blocks], None)
     turn.begin("")
-    finalists = sorted(best, key=best.__getitem__)[:FINALISTS]
-    in_order = [Blocks.from_text(name) for name in dict.fromkeys([shipped.to_text(), *finalists]) if name in best]
-    for name, spread in in_turns_ms(timed_work(which, in_order, head_dim, dtype, pack), turn.device, TURNS_S).items():
+    best = sorted(alone, key=alone.__getitem__)[:FINALISTS]
+    finalists = [blocks for blocks in dict.fromkeys([shipped, *best]) if blocks in alone]
+    for name, spread in in_turns_ms(work(finalists), turn.device, TURNS_S).items():
         yield Number(name, "shipped_ms" if name == shipped.to_text() else "candidate_ms", "ms", *spread)
+
+
+def _results(found: object) -> tuple[Tensor, ...]:
+    """The output, or the gradients."""
+    return (found.detach(),) if isinstance(found, Tensor) else tuple(cast(tuple[Tensor, ...], found))
 
 
 @cache

@@ -34,7 +34,7 @@ def watched() -> Iterator[Wire]:
     wire, rank, ranks = Wire(), dist.get_rank(), dist.get_world_size()
     all_to_all, all_gather, batch, copy = (
         dist.all_to_all_single,
-        dist.all_gather,
+        dist.all_gather_into_tensor,
         dist.batch_isend_irecv,
         _Courier._copy,
     )
@@ -43,7 +43,7 @@ def watched() -> Iterator[Wire]:
         wire.sent_bytes += sum(part.nbytes for to, part in enumerate(rows.split(sent)) if to != rank)
         return all_to_all(into, rows, received, sent, **rest)
 
-    def counted_all_gather(into: list[Tensor], block: Tensor, **rest: Any) -> Any:
+    def counted_all_gather(into: Tensor, block: Tensor, **rest: Any) -> Any:
         wire.sent_bytes += block.nbytes * (ranks - 1)
         return all_gather(into, block, **rest)
 
@@ -57,7 +57,7 @@ def watched() -> Iterator[Wire]:
 
     with (
         patch.object(dist, "all_to_all_single", counted_all_to_all),
-        patch.object(dist, "all_gather", counted_all_gather),
+        patch.object(dist, "all_gather_into_tensor", counted_all_gather),
         patch.object(dist, "batch_isend_irecv", counted_batch),
         patch.object(_Courier, "_copy", counted_copy),
     ):

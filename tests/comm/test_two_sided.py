@@ -133,6 +133,13 @@ class Done:
         return True
 
 
+def until_noted(transport: TwoSided) -> None:
+    """Return when the watchdog has found something."""
+    deadline = time.monotonic() + 10
+    while transport.waits._error is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 def late_rows() -> list[str]:
     """What each call says after rows were late, in the stream, once."""
     marks = iter([Done(), Never()])
@@ -142,7 +149,7 @@ def late_rows() -> list[str]:
         ranks, block = transport.world_size, rows_of(0, 2)
         inbox = transport.inbox(2 * ranks, 2 * ranks, (3,), block)
         transport.all_gather(WholeRows(block, "queries"), inbox).wait()
-        time.sleep(0.5)
+        until_noted(transport)
         split = [2 * (rank == 0) for rank in range(ranks)]
         calls: list[Callable[[], object]] = [
             lambda: transport.all_to_all(WholeRows(block), split, inbox, split, [0] * ranks),
@@ -171,7 +178,8 @@ def late_in_training() -> list[str]:
         marks = iter([Done(), Never()])
         stack.enter_context(patch.object(StreamWaits, "_mark", lambda waits, home: next(marks, Done())))
         cp.attention(q, k, v, plan)
-        time.sleep(1.5)
+        assert isinstance(cp._transport, TwoSided)
+        until_noted(cp._transport)
         said = []
         for call in (cp._transport.synchronize, lambda: cp.attention(q, k, v, plan)):
             with pytest.raises(ExchangeError) as raised:

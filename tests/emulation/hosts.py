@@ -7,7 +7,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flashcp.comm.handshake import Handshake
@@ -140,9 +139,3 @@ class EmulatedHandshake(Handshake):
         if work is not None:
             self._host.wait(work.there, f"words of {what}")
             work.take()
-
-
-@torch.no_grad()
-def barrier(handshake: Handshake) -> None:
-    """Return when all ranks are here."""
-    handshake.share(b"+")

@@ -21,7 +21,7 @@ from flashcp.comm.heap import SymmetricHeap
 from flashcp.comm.one_sided import OneSided
 from tests.emulation.attention import EmulatedAttention
 from tests.emulation.device import EmulatedDevice, Memory
-from tests.emulation.hosts import EmulatedHandshake, Host, Mail, barrier, run_hosts
+from tests.emulation.hosts import EmulatedHandshake, Host, Mail, run_hosts
 from tests.emulation.world import World
 
 __all__ = ["Rank", "run_emulated"]
@@ -60,15 +60,12 @@ def run_emulated(
             device = EmulatedDevice(world, memory, rank, host, **device_options)
             handshake = EmulatedHandshake(host, mail, rank, world_size)
 
-            def meet() -> None:
-                barrier(handshake)
-
             def retire(region: Region) -> None:
                 device.synchronize()
-                meet()
+                handshake.share(b"+")
 
             symmetric = EmulatedSymmetricMemory(device, shared)
-            made = memories(symmetric, None, device, torch.device("cpu"), meet)
+            made = memories(symmetric, None, rank, device, torch.device("cpu"), handshake.share)
             with device.launching(), _attention_of(device):
                 own = fabric("cuda_symmetric", rank, world_size, device, made, retire, 60.0)
                 heap = SymmetricHeap(own, lambda: handshake.oldest, handshake.settle)

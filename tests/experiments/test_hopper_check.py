@@ -33,8 +33,8 @@ for number, label in list(enumerate(cases))[first:]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(hopper_check, "CASE_S", 0.5)
-    monkeypatch.setattr(hopper_check, "START_S", 4.0)
+    monkeypatch.setattr(hopper_check, "CASE_S", 1.5)
+    monkeypatch.setattr(hopper_check, "START_S", 10.0)
     hopper_check.passed.cache_clear()
     yield
     hopper_check.passed.cache_clear()
@@ -58,7 +58,7 @@ def test_all_come_through_and_nothing_is_said(
 @pytest.mark.parametrize(
     ("does", "why"),
     [
-        ("hangs", "no answer within 0.5 s"),
+        ("hangs", "no answer within 1.5 s"),
         ("fails", "differs by 3.0e-01"),
         ("dies", "its process ended by signal 9"),
         ("exits", "its process ended with code 3"),

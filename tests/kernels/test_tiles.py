@@ -119,6 +119,8 @@ def test_tiny_documents_share_tiles() -> None:
         tiles = make(schedule, 456, 64)
         assert sorted(tiles.table[:, 1].tolist()) == [0, 64, 128, 192, 256, 320, 384, 448]
         assert len(tiles.ranges) == 33  # no more than before: the first of a tile's documents stands for all
+        assert tiles.shared
+        assert not make(whole_pack_schedule(np.array([40] * 4)), 160, 64).shared
 
 
 def test_local_tiles_come_first_then_by_arrival_then_long_ones() -> None:
