@@ -35,6 +35,7 @@ def test_matches_the_reference(lengths: tuple[int, ...], heads: tuple[int, int],
 
 
 @BOTH
+@pytest.mark.timeout(900)  # seconds where nothing else runs, minutes where twenty others do
 def test_a_document_of_32k_tokens_fits(attention: str) -> None:
     tokens = 32_768
     q, k, v, grad = random_qkv(tokens, 1, 1, 16, torch.float32, seed=0)

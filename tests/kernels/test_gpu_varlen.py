@@ -13,7 +13,7 @@ import flashcp
 from flashcp.kernels.cpu import KV
 from flashcp.kernels.varlen import KERNELS
 from flashcp.kernels.varlen.attention import VarlenAttention
-from tests.kernels.test_triton_attention import Rank
+from tests.kernels.one_rank import Rank
 from tests.packs import random_qkv, relative_error
 
 LENGTHS = (13, 1, 300, 2, 197, 64)

@@ -20,7 +20,7 @@ from flashcp.kernels.varlen.attention import VarlenAttention
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel
 from flashcp.kernels.varlen.sdpa import Sdpa
 from flashcp.sharding.plan import ShardingPlan
-from tests.kernels.test_triton_attention import Rank
+from tests.kernels.one_rank import Rank
 from tests.packs import AWKWARD, random_lengths, random_qkv, relative_error
 
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
