@@ -23,6 +23,7 @@ DEVICE_S = 120  # for the first look at the device
 ASK = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "32",  # streams that share a hardware queue would wait for one another
+    "CUDA_MODULE_LOADING": "EAGER",  # a kernel loaded late waits for the GPU to be idle, and so do those behind it
     "GLOO_SOCKET_IFNAME": "lo",  # a machine lent for an hour may not resolve its own name
 }
 """What the measuring processes get where nobody set it: both are read when CUDA and gloo start."""
