@@ -24,9 +24,9 @@ ASK = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_availab
 ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "32",  # streams that share a hardware queue would wait for one another
     "CUDA_MODULE_LOADING": "EAGER",  # a kernel loaded late waits for the GPU to be idle, and so do those behind it
-    "GLOO_SOCKET_IFNAME": "lo",  # a machine lent for an hour may not resolve its own name
+    "GLOO_SOCKET_IFNAME": "lo",  # the machine may not resolve its own name
 }
-"""What the measuring processes get where nobody set it: both are read when CUDA and gloo start."""
+"""What the measuring processes get where nobody set it: they are read when CUDA and gloo start."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
