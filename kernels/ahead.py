@@ -40,10 +40,10 @@ _ROWS_OF = "the dtype that is asked for"
 _TYPES = {
     **dict.fromkeys(("q", "k", "v", "k_received", "v_received", "out", "grad_out", "grad_q", "grad_k", "grad_v", "x"),
                     _ROWS_OF),
-    **dict.fromkeys(("lse", "log_sum", "delta", "grad_k_received", "grad_v_received"), "*fp32"),
+    **dict.fromkeys(("lse", "log_sum", "minus_delta", "grad_k_received", "grad_v_received"), "*fp32"),
     **dict.fromkeys(("table", "ranges", "reach", "mixed", "flags", "stuck", "index", "blocks", "expected", "done",
                      "clear", "ready", "ranks", "sources"), "*i32"),
-    **dict.fromkeys(("scale", "softmax_scale"), "fp32"),
+    "scale": "fp32",
     **dict.fromkeys(("tiles", "ready_tiles", "heads", "epoch", "clear_epoch", "ready_epoch", "spins", "count", "rank",
                      "rows", "head_rows", "row", "head"), "i32"),
     **dict.fromkeys(("region", "signals", "arrived"), "i64"),
