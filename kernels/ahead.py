@@ -40,9 +40,9 @@ _ROWS_OF = "the dtype that is asked for"
 _TYPES = {
     **dict.fromkeys(("q", "k", "v", "k_received", "v_received", "packed"), _ROWS_OF),
     **dict.fromkeys(("out", "grad_out", "grad_q", "grad_k", "grad_v"), _ROWS_OF),
-    **dict.fromkeys(("lse", "log_sum", "delta", "grad_k_received", "grad_v_received"), "*fp32"),
+    **dict.fromkeys(("lse", "log_sum", "minus_delta", "grad_k_received", "grad_v_received"), "*fp32"),
     **dict.fromkeys(("table", "ranges", "reach", "mixed", "flags", "flag", "stuck"), "*i32"),
-    **dict.fromkeys(("scale", "softmax_scale"), "fp32"),
+    "scale": "fp32",
     **dict.fromkeys(("tiles", "ready_tiles", "heads", "epoch", "spins", "count", "rows", "head_rows"), "i32"),
     "packed_half": "i32",
     "index": "*i64",

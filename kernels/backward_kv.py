@@ -30,7 +30,7 @@ FAR = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit(do_not_specialize=["tiles", "heads"])
 def backward_kv_kernel(
-    q, k, v, k_received, v_received, grad_out, log_sum, delta, grad_k, grad_v, grad_k_received, grad_v_received,
+    q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, grad_k, grad_v, grad_k_received, grad_v_received,
     table, ranges, reach, mixed, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
     grad_row, grad_head, head_rows, gk_row, gk_head, gv_row, gv_head, gkr_row, gkr_head, gvr_row, gvr_head,
@@ -48,7 +48,7 @@ def backward_kv_kernel(
                 while first < stop:
                     past = tl.load(reach + first)
                     dk, dv = _sums(
-                        q, k, v, k_received, v_received, grad_out, log_sum, delta, ranges, reach, scale,
+                        q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale,
                         q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
                         grad_row, grad_head, head_rows, 0, row, stop, range_first, range_stop, first, past, head,
                         GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
@@ -62,7 +62,7 @@ def backward_kv_kernel(
         tile, head = tl.program_id(0), tl.program_id(1)
         received, row, stop, range_first, range_stop = load_tile(table, tile)
         dk, dv = _sums(
-            q, k, v, k_received, v_received, grad_out, log_sum, delta, ranges, reach, scale,
+            q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale,
             q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
             grad_row, grad_head, head_rows, received, row, stop, range_first, range_stop, None, None, head,
             GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
@@ -84,7 +84,7 @@ def backward_kv_kernel(
 
 @triton.jit
 def _sums(
-    q, k, v, k_received, v_received, grad_out, log_sum, delta, ranges, reach, scale,
+    q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
     grad_row, grad_head, head_rows, received, row, stop, range_first, range_stop, first, past, kv_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -117,14 +117,14 @@ def _sums(
         q_at = place(q, 0, 0, head, q_head)
         grad_at = place(grad_out, 0, 0, head, grad_head)
         log_sum_at = log_sum + tl.cast(head, tl.int64) * head_rows
-        delta_at = delta + tl.cast(head, tl.int64) * head_rows
+        minus_delta_at = minus_delta + tl.cast(head, tl.int64) * head_rows
         dk, dv = _scatter(
-            dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, delta_at, q_row, grad_row,
+            dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, minus_delta_at, q_row, grad_row,
             0, (full - behind) // BLOCK_M, behind, behind, first, end, row, stop, reach, is_own, scale,
             HEAD_DIM, BLOCK_D, BLOCK_M, False, PRECISION,
         )  # fmt: skip
         dk, dv = _scatter(
-            dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, delta_at, q_row, grad_row,
+            dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, minus_delta_at, q_row, grad_row,
             beside, beside + tl.where(full < end, 1, 0), start, full, first, end, row, stop, reach, is_own, scale,
             HEAD_DIM, BLOCK_D, BLOCK_M, True, PRECISION,
         )  # fmt: skip
@@ -133,7 +133,7 @@ def _sums(
 
 @triton.jit
 def _scatter(
-    dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, delta_at, q_row, grad_row,
+    dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, minus_delta_at, q_row, grad_row,
     beside, blocks, start, full, first, end, row, stop, reach, is_own, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -159,21 +159,22 @@ def _scatter(
             if first is not None:
                 there &= at >= first
             log_sum_rows = tl.load(log_sum_at + at, mask=there, other=float("inf"))
-            delta_rows = tl.load(delta_at + at, mask=there, other=0.0)
+            minus_delta_rows = tl.load(minus_delta_at + at, mask=there, other=0.0)
         else:
             log_sum_rows = tl.load(log_sum_at + at)
-            delta_rows = tl.load(delta_at + at)
-        # The terms of the rows are where the products start from: fewer registers than subtracting them later.
-        nothing = tl.zeros([k_tile.shape[0], BLOCK_M], tl.float32)
-        scores = tl.dot(k_tile, tl.trans(q_tile), nothing - log_sum_rows[None, :], input_precision=PRECISION)  # [N, M]
+            minus_delta_rows = tl.load(minus_delta_at + at)
+        # The log-sum-exp is subtracted after the product and loaded a block ahead of it, so that nobody waits for it;
+        # -delta is where the other product starts from, which is later and takes fewer registers.
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # [N, M]
         if MASKED:
             key = row + tl.arange(0, k_tile.shape[0])  # [N]
             lowest = tl.where(is_own, key, 0)
             past_last = tl.load(reach + key, mask=is_own & (key < stop), other=FAR)
             seen = (at[None, :] >= lowest[:, None]) & (at[None, :] < past_last[:, None])
             scores = tl.where(seen, scores, float("-inf"))
-        weights = tl.exp2(scores * scale)
+        weights = tl.exp2(scores * scale - log_sum_rows[None, :])
         dv = tl.dot(weights.to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
-        pull = tl.dot(v_tile, tl.trans(grad_tile), nothing - delta_rows[None, :], input_precision=PRECISION)  # [N, M]
+        start_from = tl.broadcast_to(minus_delta_rows[None, :], [k_tile.shape[0], BLOCK_M])
+        pull = tl.dot(v_tile, tl.trans(grad_tile), start_from, input_precision=PRECISION)  # [N, M]
         dk = tl.dot((weights * pull).to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     return dk, dv

@@ -27,7 +27,7 @@ __all__ = ["backward_q_kernel"]
 
 @triton.jit(do_not_specialize=["tiles", "heads"])
 def backward_q_kernel(
-    q, k, v, k_received, v_received, grad_out, log_sum, delta, grad_q, table, ranges, reach, mixed, scale,
+    q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, grad_q, table, ranges, reach, mixed, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
     grad_row, grad_head, head_rows, gq_row, gq_head, tiles, heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -43,7 +43,7 @@ def backward_q_kernel(
                 while past > row:
                     first = tl.load(reach + past - 1)
                     acc = _sums(
-                        q, k, v, k_received, v_received, grad_out, log_sum, delta, ranges, reach, scale,
+                        q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale,
                         q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
                         grad_row, grad_head, head_rows, row, stop, range_first, range_stop, first, past, head,
                         GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
@@ -55,7 +55,7 @@ def backward_q_kernel(
         tile, head = tl.program_id(0), tl.program_id(1)
         _, row, stop, range_first, range_stop = load_tile(table, tile)
         acc = _sums(
-            q, k, v, k_received, v_received, grad_out, log_sum, delta, ranges, reach, scale,
+            q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale,
             q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
             grad_row, grad_head, head_rows, row, stop, range_first, range_stop, None, stop, head,
             GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
@@ -68,7 +68,7 @@ def backward_q_kernel(
 
 @triton.jit
 def _sums(
-    q, k, v, k_received, v_received, grad_out, log_sum, delta, ranges, reach, scale,
+    q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
     grad_row, grad_head, head_rows, row, stop, range_first, range_stop, first, past, head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -83,7 +83,7 @@ def _sums(
     grad_tile = load_rows(grad_at, grad_row, stop - row, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     of_head = tl.cast(head, tl.int64) * head_rows
     log_sum_rows = tl.load(log_sum + of_head + rows, mask=rows < stop, other=float("inf"))
-    delta_rows = tl.load(delta + of_head + rows, mask=rows < stop, other=0.0)
+    minus_delta_rows = tl.load(minus_delta + of_head + rows, mask=rows < stop, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     for i in range(range_first, range_stop):
@@ -93,11 +93,11 @@ def _sums(
             head // GROUP, row, past, rows, lowest_key, BLOCK_N,
         )  # fmt: skip
         acc = _gather(
-            acc, q_tile, grad_tile, log_sum_rows, delta_rows, k_at, v_at, row_k, row_v, start, full, first, end,
+            acc, q_tile, grad_tile, log_sum_rows, minus_delta_rows, k_at, v_at, row_k, row_v, start, full, first, end,
             first_key, last_key, scale, HEAD_DIM, BLOCK_D, BLOCK_N, False, PRECISION,
         )  # fmt: skip
         acc = _gather(
-            acc, q_tile, grad_tile, log_sum_rows, delta_rows, k_at, v_at, row_k, row_v, full, end, first, end,
+            acc, q_tile, grad_tile, log_sum_rows, minus_delta_rows, k_at, v_at, row_k, row_v, full, end, first, end,
             first_key, last_key, scale, HEAD_DIM, BLOCK_D, BLOCK_N, True, PRECISION,
         )  # fmt: skip
     return acc
@@ -105,8 +105,9 @@ def _sums(
 
 @triton.jit
 def _gather(
-    acc, q_tile, grad_tile, log_sum_rows, delta_rows, k_at, v_at, row_k, row_v, start, stop, first, end, first_key,
-    last_key, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    acc, q_tile, grad_tile, log_sum_rows, minus_delta_rows, k_at, v_at, row_k, row_v, start, stop, first, end,
+    first_key, last_key, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Blocks of keys from `start` below `stop`; MASKED: only first_key <= key <= last_key count, rows begin at
@@ -121,8 +122,8 @@ def _gather(
         if MASKED:
             key = (n + tl.arange(0, BLOCK_N))[None, :]
             scores = tl.where((key >= first_key[:, None]) & (key <= last_key[:, None]), scores, float("-inf"))
-        weights = tl.exp2((scores - log_sum_rows[:, None]) * scale)
+        weights = tl.exp2(scores * scale - log_sum_rows[:, None])
         pull = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)  # [M, N]
-        grad_scores = weights * (pull - delta_rows[:, None])
+        grad_scores = weights * (pull + minus_delta_rows[:, None])
         acc = tl.dot(grad_scores.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
     return acc

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashcp.kernels.blocks import load_rows, place
+from flashcp.kernels.blocks import LOG2E, load_rows, place
 
 __all__ = ["ROWS", "backward_rows_kernel"]
 
@@ -18,12 +18,12 @@ ROWS = 32
 
 @triton.jit(do_not_specialize=["rows"])
 def backward_rows_kernel(
-    out, grad_out, lse, log_sum, delta, softmax_scale, rows,
+    out, grad_out, lse, log_sum, minus_delta, rows,
     out_row, out_head, grad_row, grad_head, lse_row, head_rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of rows, query head): delta = sum(out * grad_out) and log_sum = lse / softmax_scale, both fp32
-    [heads, head_rows]. Rows that read nothing lie in no tile, and nobody asks for theirs."""
+    """Program (block of rows, query head): minus_delta = -sum(out * grad_out) and log_sum = lse * log2(e), both fp32
+    [heads, head_rows], as the products need them. Rows that read nothing lie in no tile, and nobody asks for theirs."""
     row, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
     out_at = place(out, row, out_row, head, out_head)
     grad_at = place(grad_out, row, grad_row, head, grad_head)
@@ -32,5 +32,5 @@ def backward_rows_kernel(
     at = row + tl.arange(0, BLOCK_M)
     lse_rows = tl.load(lse + at.to(tl.int64) * lse_row + head, mask=at < rows, other=0.0)
     into = tl.cast(head, tl.int64) * head_rows + at
-    tl.store(log_sum + into, lse_rows / softmax_scale, mask=at < rows)
-    tl.store(delta + into, tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1), mask=at < rows)
+    tl.store(log_sum + into, lse_rows * LOG2E, mask=at < rows)
+    tl.store(minus_delta + into, -tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1), mask=at < rows)

@@ -104,8 +104,8 @@ class TritonAttention:
         """See `kernels/cpu.py`. Three launches whatever the schedule, four when `leave` is to be called, and one more
         behind each over tiles that documents share."""
         keys, queries = (self._prepare(which, schedule, q) for which in (Pass.BACKWARD_KV, Pass.BACKWARD_Q))
-        log_sum, delta = _row_terms(out, grad_out, lse, scale)
-        inputs = (q, *local, *received, grad_out, log_sum, delta)
+        log_sum, minus_delta = _row_terms(out, grad_out, lse)
+        inputs = (q, *local, *received, grad_out, log_sum, minus_delta)
         strides = (*_strides(q, *local, *received, grad_out), log_sum.stride(0))
 
         dtype = local_dtype or local.k.dtype
@@ -161,15 +161,15 @@ class TritonAttention:
         return kept[key]
 
 
-def _row_terms(out: Tensor, grad_out: Tensor, lse: Tensor, scale: float) -> Tensor:
-    """log_sum and delta of `backward_rows_kernel`, [2, H, T padded]; padded, for new lengths to compile nothing new."""
+def _row_terms(out: Tensor, grad_out: Tensor, lse: Tensor) -> Tensor:
+    """What `backward_rows_kernel` makes, [2, H, T padded]; padded, for new lengths to compile nothing new."""
     rows, heads, head_dim = out.shape
     blocks = triton.cdiv(rows, ROWS)
     terms = torch.empty((2, heads, blocks * ROWS), dtype=torch.float32, device=out.device)
     with torch.cuda.device_of(out):
         if blocks:
             backward_rows_kernel[(blocks, heads)](
-                out, grad_out, lse, *terms, scale, rows, *_strides(out, grad_out), lse.stride(0), blocks * ROWS,
+                out, grad_out, lse, *terms, rows, *_strides(out, grad_out), lse.stride(0), blocks * ROWS,
                 HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=ROWS,
             )  # fmt: skip
     return terms

@@ -95,6 +95,13 @@ def test_the_second_launch_over_shared_tiles_compiles(which: Pass) -> None:
     assert found.wgmma > 0
 
 
+def test_the_log_sum_exp_of_the_key_gradients_is_loaded_a_block_ahead() -> None:
+    """Beside K, V and two stages of Q and dO tiles shared memory holds a block of it: no product waits for it."""
+    blocks = TABLE["sm_90", 128, 2, KV][0]
+    rows = 2 * blocks.block_n + 2 * blocks.stages * blocks.block_m
+    assert built(KV, "sm_90", 128, "bfloat16", blocks).shared_bytes >= 2 * 128 * rows + 4 * blocks.block_m
+
+
 def test_grouped_heads_spill_nothing_either() -> None:
     for case in entries("sm_90", 128, "bfloat16"):
         assert build(*case, group=4).spilled_bytes == 0
