@@ -19,7 +19,7 @@ from torch import Tensor
 from flashcp.kernels.arrivals import Arrivals
 from flashcp.kernels.schedule import Schedule
 
-__all__ = ["KV", "Gradients", "attend", "forward", "gradients", "merge"]
+__all__ = ["KV", "Gradients", "attend", "attend_on_cpu", "forward", "gradients", "merge"]
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -102,8 +102,18 @@ def forward(q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float
         q_part = _heads(q[rows], group)
         for in_received, keys, masked in ranges:
             k_part, v_part = (_shared(x[:, keys], group) for x in buffers[in_received])
-            part, part_lse = _attend(q_part, k_part, v_part, 0.0, masked, scale=scale)
+            part, part_lse = attend_on_cpu(q_part, k_part, v_part, masked, scale)
             merge(out[rows], lse[rows], _rows(part), _rows(part_lse))
+
+
+def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """torch's operator on fp32 [G, K, t, D], and log-sum-exp [G, K, t]: what is no number in q stays none.
+
+    The operator gives zeros for a query row of NaN or infinity, as if nothing were wrong with it.
+    """
+    out, lse = _attend(q, k, v, 0.0, causal, scale=scale)
+    nothing = 0.0 * q.sum(-1)  # NaN for such a row
+    return out + nothing[..., None], lse + nothing
 
 
 def _add_gradients(

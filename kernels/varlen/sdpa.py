@@ -8,11 +8,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from flashcp.kernels.cpu import attend_on_cpu
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel
 
 __all__ = ["Sdpa"]
 
-_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
@@ -35,7 +35,7 @@ class Sdpa(VarlenKernel):
         group = q.shape[1] // k.shape[1]
         for queries, keys in _slices(sequences):
             inputs = _by_head(q[queries], group), _shared(k[keys], group), _shared(v[keys], group)
-            part, part_lse = _attend(*inputs, 0.0, sequences.causal, scale=scale)
+            part, part_lse = attend_on_cpu(*inputs, sequences.causal, scale)
             out[queries], lse[queries] = _rows(part), _rows(part_lse)
         return out, lse
 

@@ -93,3 +93,16 @@ def test_bad_input_is_named() -> None:
         flashcp.varlen_attention(x, x, x, [3])
     with pytest.raises(ValueError, match="multiple of KV heads"):
         flashcp.varlen_attention(torch.zeros(4, 3, 8), x, x, [4])
+
+
+@pytest.mark.parametrize("attention", ["cpu", "varlen"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_query_row_that_is_no_number_gives_none(attention: str, value: float) -> None:
+    q, k, v, grad = random_qkv(12, 2, 2, 8, torch.float32, 0)
+    q[2] = value
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = flashcp.varlen_attention(*leaves, (5, 7), attention=attention)
+    assert out.isnan().flatten(1).any(1).nonzero().flatten().tolist() == [2]
+    gradients = torch.autograd.grad(out, leaves, grad)
+    assert gradients[0][2].isnan().all()
+    assert all(x[5:].isfinite().all() for x in gradients)
