@@ -65,7 +65,7 @@ kernels-versions: $(STAMP) ## the same with triton 3.6.0 and the newest release,
 	done; exit $$status
 
 gpu-wheels: $(STAMP) ## fill gpu-wheels/ with wheels to carry to a GPU machine (Linux x86-64, Python 3.12): docs/gpu.md
-	rm -rf $(WHEELS)
+	mkdir -p $(WHEELS) && rm -f $(WHEELS)/*.whl
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
 		--python-version 3.12 --implementation cp -c constraints.txt --dest $(WHEELS) \
 		$(foreach minor,$(GLIBC),--platform manylinux_2_$(minor)_x86_64) --platform manylinux2014_x86_64 \

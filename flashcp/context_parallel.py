@@ -38,9 +38,9 @@ class ContextParallel:
     transport.
     exchange: `exact`, `compacted`, `all_gather`, `ring`, `ulysses`. overlap: `none` waits for all rows, `staged`
     computes local rows meanwhile and others as they arrive, in `stages` parts, `fused` waits inside its one launch,
-    `auto` takes the best there is. attention: `auto` or an implementation's name. transport: `auto`, `shm` between
-    processes of one host, or the group's backend. backward: `keep` holds received KV for the backward pass, `refetch`
-    brings it again. timeout_s: bound on every wait for another rank. tuning: block shapes for the Triton kernels
+    `auto` is `staged`. attention: `auto` or a name of docs/attention.md. transport: `auto`, `shm` between processes of
+    one host, the group's backend, `cuda_symmetric` or `nvshmem` (docs/exchange.md). backward: `keep` holds received KV
+    for the backward pass, `refetch` brings it again. timeout_s: bound on every wait for another rank. tuning: block shapes for the Triton kernels
     instead of the table's. heap_mib: most memory for receive buffers on a rank (one-sided transports; 0: no limit);
     region_mib: the least that one of them holds, so that plans can grow without a stop. throttle_gbps: GB/s at which
     rows leave over `shm`, to study overlap on one machine (0: at once).

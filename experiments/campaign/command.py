@@ -43,8 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.processes < 1:
             raise ValueError(f"processes={options.processes}: expected a whole number >= 1")
         chosen = [name for name in PARTS if name in parts] or list(PARTS)
+        labels = [case.label for name in chosen for case in load(PARTS[name]).cases(options.small)]
+        if not any(options.cases in label for label in labels):
+            raise ValueError(f"cases={options.cases!r}: no case of {', '.join(chosen)} holds it; --dry-run lists them")
         if options.dry_run:
-            return dry_run(chosen, options.processes)
+            return dry_run(chosen, options.processes, options.cases, options.small)
         return _sitting(chosen, options)
     except ValueError as error:
         print(f"campaign: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
@@ -19,23 +20,32 @@ __all__ = ["dry_run", "kernels"]
 ARCH = "sm_90"
 
 
-def dry_run(parts: Sequence[str], processes: int, chosen: Callable[[Kernel], bool] = lambda kernel: True) -> int:
+def dry_run(
+    parts: Sequence[str],
+    processes: int,
+    cases: str = "",
+    small: bool = False,
+    chosen: Callable[[Kernel], bool] = lambda kernel: True,
+) -> int:
     """Print cases, minutes and what the compiler refuses. Returns 0, or 1 where a kernel does not compile.
 
-    chosen: of `kernels`.
+    cases: those whose label holds this. small: the small ones. chosen: of `kernels`, all of which compile otherwise.
     """
     for name in parts:
         part = load(PARTS[name])
-        listed = part.cases(False)
+        listed = [case for case in part.cases(small) if cases in case.label]
         minutes = sum(case.expected_s for case in listed) / 60
         print(f"{name}: {part.ABOUT}; {len(listed)} cases, some {minutes:.0f} min for all, share {part.MINUTES:g}")
         for case in listed:
             print(f"  {case.label:<44} {case.expected_s:4.0f} s, at most {case.limit_s:.0f}")
     wanted = [kernel for kernel in kernels() if chosen(kernel)]
-    print(f"compiling {len(wanted)} kernels for {ARCH} with triton {triton.__version__}", flush=True)
+    about = f"compiling {len(wanted)} kernels for {ARCH} with triton {triton.__version__}"
+    print(f"{about}, a few seconds each on each of {processes} processes", flush=True)
     refused = unfit = 0
     with compilers(processes) as pool:
-        for kernel, found in zip(wanted, compile_all(wanted, pool), strict=True):
+        for count, (kernel, found) in enumerate(zip(wanted, compile_all(wanted, pool), strict=True)):
+            if count and count % 25 == 0:
+                print(f"  {count} of {len(wanted)}", file=sys.stderr, flush=True)
             if not isinstance(found, Build):
                 refused += 1
                 print(f"  {kernel.name}: {found}", flush=True)

@@ -134,11 +134,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run so many schedules; print how many, which, the largest error and how long it took. Returns 0, or 1."""
     from tqdm import tqdm
 
-    parser = argparse.ArgumentParser(prog="schedules", description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
-    parser.add_argument("--processes", type=int, default=2)
+    parser = argparse.ArgumentParser(prog="python -m tests.emulation.schedules", description=__doc__.split("\n")[0])
+    parser.add_argument("--count", type=int, default=1000, help="of schedules (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds (default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="that run them (default: %(default)s)")
     options = parser.parse_args(arguments)
+    for name, least in (("count", 1), ("seed", 0), ("processes", 1)):
+        if not least <= getattr(options, name) < 2**31:
+            print(f"schedules: {name}={getattr(options, name)}: expected a whole number >= {least}", file=sys.stderr)
+            return 2
     began, worst, wrong = time.monotonic(), 0.0, 0
     seeds = range(options.seed, options.seed + options.count)
     with ProcessPoolExecutor(options.processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -172,7 +172,7 @@ def test_a_dry_run_lists_and_compiles(capsys: pytest.CaptureFixture[str]) -> Non
     def few(kernel: Kernel) -> bool:
         return kernel.name.startswith("sm_90 64 bfloat16 forward") or "64 bfloat16 candidate group 1" in kernel.name
 
-    assert dry_run.dry_run(["attention", "overlap"], 1, few) == 0
+    assert dry_run.dry_run(["attention", "overlap"], 1, chosen=few) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[0] == "pile_32x32" for line in lines)
     assert lines[-1].endswith("kernels: 0 do not compile, 0 unfit")
