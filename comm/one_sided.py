@@ -135,6 +135,8 @@ class _Arrival:
             self._leaving.leave()
 
     def flags(self) -> Arrivals | None:
+        if not self._awaited:
+            return None  # nothing holds the region of an inbox without rows
         return self._fabric.flags(self._region, self._epoch)
 
     def check(self, flags: Arrivals) -> None:

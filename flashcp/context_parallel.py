@@ -27,6 +27,7 @@ from flashcp.unshard import local_rows, unshard
 __all__ = ["ContextParallel", "Handle"]
 
 OVERLAPS = ("none", "staged", "fused")
+LONGEST_S = 1e9  # what clocks and sockets take
 _GRACE_S = 5.0  # a rank with an error of its own waits this long for the others to hear of it
 
 
@@ -40,10 +41,10 @@ class ContextParallel:
     computes local rows meanwhile and others as they arrive, in `stages` parts, `fused` waits inside its one launch,
     `auto` is `staged`. attention: `auto` or a name of docs/attention.md. transport: `auto`, `shm` between processes of
     one host, the group's backend, `cuda_symmetric` or `nvshmem` (docs/exchange.md). backward: `keep` holds received KV
-    for the backward pass, `refetch` brings it again. timeout_s: bound on every wait for another rank. tuning: block shapes for the Triton kernels
-    instead of the table's. heap_mib: most memory for receive buffers on a rank (one-sided transports; 0: no limit);
-    region_mib: the least that one of them holds, so that plans can grow without a stop. throttle_gbps: GB/s at which
-    rows leave over `shm`, to study overlap on one machine (0: at once).
+    for the backward pass, `refetch` brings it again. timeout_s: bound on every wait for another rank. tuning: block
+    shapes for the Triton kernels instead of the table's. heap_mib: most memory for receive buffers on a rank (one-sided
+    transports; 0: no limit); region_mib: the least that one of them holds, so that plans can grow without a stop.
+    throttle_gbps: GB/s at which rows leave over `shm`, to study overlap on one machine (0: at once).
 
     cp.transport and cp.overlap tell what `auto` chose, cp.transport_reason why; cp.stats is a `Clock` of this rank's
     milliseconds.
@@ -73,8 +74,10 @@ class ContextParallel:
         _check_name("transport", transport, ("auto", "none", *TRANSPORTS))
         _check_name("attention", attention, ("auto", *ATTENTION))
         _check_name("backward", backward, ("keep", "refetch"))
-        if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
-            raise ValueError(f"timeout_s={timeout_s!r}: expected seconds > 0")
+        if not isinstance(timeout_s, int | float) or not 0.001 <= timeout_s <= LONGEST_S:
+            raise ValueError(f"timeout_s={timeout_s!r}: expected seconds from 0.001 to {LONGEST_S:.0e}")
+        if not isinstance(tuning, Tuning | None):
+            raise ValueError(f"tuning is a {type(tuning).__name__}: expected a flashcp.kernels.tuning.Tuning, or None")
         if not isinstance(stages, int) or stages < 1:
             raise ValueError(f"stages={stages!r}: expected a whole number >= 1")
         for field, value in (("heap_mib", heap_mib), ("region_mib", region_mib), ("throttle_gbps", throttle_gbps)):
@@ -174,6 +177,7 @@ class ContextParallel:
         """
         header = Header(call=self._calls, step=Step.SYNCHRONIZE)
         try:
+            self._check_together()
             self._transport.synchronize()
         except ExchangeError as error:
             if self._handshake is not None:
@@ -227,9 +231,7 @@ class ContextParallel:
 
         What they tell is compared now, but under a one-sided transport only before this rank reads their rows.
         """
-        if self._transport.one_sided and self._handshake is not None and self._handshake.stopped:
-            why = self._handshake.stopped
-            raise ExchangeError(f"ranks came apart at an earlier error, make a new ContextParallel: {why}")
+        self._check_together()
         self._calls += 1
         try:
             header = make_header()._replace(call=self._calls, oldest=self._transport.oldest)
@@ -244,6 +246,12 @@ class ContextParallel:
         if not self._transport.one_sided:
             posted.check()
         return header, posted
+
+    def _check_together(self) -> None:
+        """Raise where an earlier error left the ranks with different receive buffers."""
+        if self._transport.one_sided and self._handshake is not None and self._handshake.stopped:
+            why = self._handshake.stopped
+            raise ExchangeError(f"ranks came apart at an earlier error, make a new ContextParallel: {why}")
 
     def _choose_overlap(self, asked: str) -> str:
         """What `auto` stands for. Raises ValueError for `fused` where rows do not arrive source by source, and with a
@@ -281,8 +289,10 @@ def _check_name(field: str, name: str, legal: tuple[str, ...]) -> None:
 
 
 def _check_dim(name: str, x: Tensor, dim: int) -> None:
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name} is a {type(x).__name__}: expected a tensor")
+    if not isinstance(x, Tensor) or x.layout is not torch.strided:
+        raise ValueError(f"{name} is a {type(x).__name__}: expected a dense tensor")
+    if not isinstance(dim, int):
+        raise ValueError(f"dim={dim!r}: expected a whole number")
     if not -x.dim() <= dim < x.dim():
         raise ValueError(f"dim={dim}: expected an axis of {name}, which has {x.dim()}")
 

@@ -96,6 +96,7 @@ class _Unshard(torch.autograd.Function):
         arrival = transport.all_to_all(WholeRows(grad.index_select(0, order)), tokens, inbox, [own] * ranks, offsets)
         arrival.wait()
         arrival.leave()
-        total = inbox.rows.unflatten(0, (ranks, own)).float().sum(0)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = inbox.rows.unflatten(0, (ranks, own)).to(wide).sum(0)
         transport.free(inbox.ticket)
         return total.to(grad.dtype), None, None, None, None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flashcp.kernels.cpu import KV
+from flashcp.kernels.inputs import check_inputs, default_scale
 from flashcp.kernels.schedule import Schedule, whole_pack_schedule
 from flashcp.kernels.selection import AttentionKernel, select_attention
 from flashcp.kernels.tuning import Tuning
@@ -72,9 +73,10 @@ def attention(
     q: [T, H, D]. k, v: the local rows [T, K, D]. received: others' rows [R, 2 (K and V), K, D]. schedule: from
     `schedule_tensor` or `whole_pack`. implementation: a name of `kernels/selection.py`. tuning: `Tuning.to_text()`.
     Differentiable in q, k, v and received, not in the log-sum-exp. Raises ValueError for a schedule that reads rows
-    which are not there, and for names and tunings that do not fit.
+    which are not there, and for shapes, dtypes, scales, names and tunings that do not fit.
     """
     kernel, plan = _kernel(implementation, q, tuning), _read(schedule, q, k, received)
+    _check(q, k, v, received, softmax_scale)
     return kernel.attend(_dense(q), KV(_dense(k), _dense(v)), _halves(received), plan, softmax_scale)
 
 
@@ -99,6 +101,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `attention`: q's, k's and v's in their dtype, those of `received` in fp32 [R, 2, K, D]."""
     kernel, plan = _kernel(implementation, q, tuning), _read(schedule, q, k, received)
+    _check(q, k, v, received, softmax_scale)
     tensors = (_dense(grad_out), _dense(q), KV(_dense(k), _dense(v)), _halves(received), out, lse)
     gradients = kernel.gradients(*tensors, plan, softmax_scale)
     return gradients.q, *gradients.local, gradients.received
@@ -156,7 +159,17 @@ def _schedule(array: _Array) -> Schedule:
     return Schedule.from_array(array.array.copy())
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor, received: Tensor, softmax_scale: float) -> None:
+    check_inputs(q, k, v, len(q))
+    default_scale(q, softmax_scale)
+    if received.shape[1:] != (2, *k.shape[1:]) or received.dtype != k.dtype:
+        wanted = f"{k.dtype} [rows, 2, {k.shape[1]}, {k.shape[2]}]"
+        raise ValueError(f"received is {received.dtype} {list(received.shape)}: expected {wanted}")
+
+
 def _read(schedule: Tensor, q: Tensor, k: Tensor, received: Tensor) -> Schedule:
+    if schedule.dtype != torch.int64 or len(schedule) < Schedule.array_size(0, 0):
+        raise ValueError(f"schedule is {schedule.dtype} {list(schedule.shape)}: expected what `schedule_tensor` gives")
     read = _schedule(_Array(schedule.numpy()))
     for name, rows, there in zip(("q", "k and v", "received"), read.extent, (q, k, received), strict=True):
         if rows > len(there):

@@ -132,7 +132,7 @@ class CudaFabric:
         """See Fabric."""
         size = rows * int(np.prod(tuple(row), dtype=np.int64)) * dtype.itemsize
         if not size:
-            return torch.empty((rows, *row), dtype=dtype, device=self._stuck.device)
+            return self._stuck[:0].view(dtype).view(rows, *row)  # of this device, and of no region
         held = (token, region)  # the region's memory, as long as a tensor shares it
         return self._device.wrap(_of(region).data(self.rank, 0, size), held).view(dtype).view(rows, *row)
 

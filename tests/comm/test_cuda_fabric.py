@@ -320,6 +320,41 @@ def test_a_pass_in_which_nobody_waits_leaves_the_next_one_right() -> None:
         assert max(run_emulated(program, 2, seed)) < LIMIT
 
 
+def test_ranks_that_came_apart_stay_apart() -> None:
+    """Plans differ: every call after it raises on both, `synchronize` too."""
+
+    def program(rank: Rank) -> list[str]:
+        cp, said = rank.operator(), []
+        plan = flashcp.plan(LENGTHS, 2, ("per_document", "per_sequence")[rank.rank])
+        for call in (lambda: cp.attention(*rows_of(rank, cp, plan), plan), cp.synchronize, cp.synchronize):
+            with pytest.raises(ExchangeError) as raised:
+                call()
+            said.append(type(raised.value).__name__)
+        return said
+
+    for said in run_emulated(program, 2, 0, patient=True):
+        assert said == ["PlanMismatchError", "ExchangeError", "ExchangeError"]
+
+
+def test_a_launch_that_awaits_nobody_is_given_no_flags() -> None:
+    """Its inbox holds no rows, so nothing keeps the region until it runs."""
+
+    def program(rank: Rank) -> None:
+        cp = rank.operator(overlap="fused")
+        alone = flashcp.ShardingPlan.from_shards([6, 6], 2, [(0, 0, 6, 0), (1, 0, 6, 1)])
+        large = flashcp.plan((400,), 2, "per_document")
+        with torch.no_grad():
+            q, k, v = rows_of(rank, cp, alone)
+            handle = cp.prefetch(k, v, alone)
+            cp.synchronize()
+            other = cp.prefetch(*rows_of(rank, cp, large)[1:], large)
+            handle.attention(q)
+            del other
+        cp.synchronize()
+
+    run_until_fault(program, 6)
+
+
 def test_capture_is_refused_at_once() -> None:
     def program(rank: Rank) -> str:
         cp = rank.operator()

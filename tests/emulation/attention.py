@@ -103,10 +103,7 @@ class EmulatedAttention:
         self.device.kernel(what, quietly, tensors, sms=self.device.sms)
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        size = int(np.prod(shape)) * dtype.itemsize
-        if not size:
-            return torch.empty(shape, dtype=dtype)
-        return self.device.new(size, "a result of attention").view(dtype).view(shape)
+        return self.device.empty(shape, dtype, "a result of attention")
 
 
 def _spin(

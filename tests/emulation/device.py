@@ -130,6 +130,11 @@ class EmulatedDevice:
         """Poisoned bytes; they are freed, in stream order, when nothing on the host refers to them any more."""
         return self._owning(self.memory.new(size, f"{name} of {self.name}"))
 
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, name: str) -> Tensor:
+        """A poisoned tensor; one without elements lies on the device, too."""
+        count = int(np.prod(tuple(shape)))
+        return self.new(max(count * dtype.itemsize, 16), name).view(dtype)[:count].view(tuple(shape))
+
     def new_mapped(self, size: int, name: str) -> Tensor:
         """Poisoned bytes that are gone at once when the host drops them, whatever streams still do with them."""
         block = self.memory.new(size, f"{name} of {self.name}")
@@ -146,9 +151,7 @@ class EmulatedDevice:
     def upload(self, x: Tensor) -> Tensor:
         """A copy of a host's tensor."""
         source = x.clone()
-        if not x.numel():
-            return source
-        there = self.new(x.nbytes, "input").view(x.dtype).view(x.shape)
+        there = self.empty(x.shape, x.dtype, "input")
         self.queue(self._current, Work("upload", _on(there, self, "upload", lambda y: y.copy_(source))))
         return there
 
@@ -244,7 +247,7 @@ class EmulatedDevice:
 
     def holds(self, x: Tensor) -> bool:
         """Whether a tensor lies in a device's memory."""
-        return x.numel() > 0 and self.memory.find(x.untyped_storage().data_ptr()) is not None
+        return x.untyped_storage().nbytes() > 0 and self.memory.find(x.untyped_storage().data_ptr()) is not None
 
     def address(self, x: Tensor) -> _Address:
         """Where it lies."""
@@ -330,7 +333,7 @@ class _Launches(TorchDispatchMode):
             if not isinstance(x, Tensor):
                 return x
             if not x.numel():
-                return torch.empty(x.shape, dtype=x.dtype)
+                return self.device.empty(x.shape, x.dtype, f"a result of {func._schema.name}")
             size = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) + 1
             memory = self.device.new(size * x.dtype.itemsize, f"a result of {func._schema.name}")
             return memory.view(x.dtype).as_strided(x.shape, x.stride())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -141,3 +142,28 @@ def test_lengths_seen_in_inference_mode_can_be_trained_on() -> None:
     q, k, v = (x.requires_grad_() for x in qkv)
     flashcp.varlen_attention(q, k, v, [6, 7]).sum().backward()
     assert k.grad is not None
+
+
+def gradient_of_an_imaginary_part() -> bool:
+    cp = flashcp.ContextParallel()
+    plan = flashcp.plan((9, 4), cp.world_size, "per_document")
+    x = torch.randn(int(plan.tokens[cp.rank]), 2, dtype=torch.complex64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(cp.unshard(x, plan).imag.sum(), x)
+    return torch.equal(gradient, torch.full_like(gradient, 2j))  # one from each rank's copy
+
+
+def test_unshard_keeps_all_of_a_gradient() -> None:
+    assert all(run_ranks(gradient_of_an_imaginary_part, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"timeout_s": 1e15}, "expected seconds from 0.001 to 1e"),
+        ({"timeout_s": 1e-300}, "expected seconds from 0.001"),
+        ({"tuning": "forward=16x16x4x1"}, "tuning is a str: expected"),
+    ],
+)
+def test_arguments_that_do_not_fit(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        flashcp.ContextParallel(**options)

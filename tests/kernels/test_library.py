@@ -152,3 +152,23 @@ def test_a_schedule_that_does_not_fit_is_named() -> None:
         flashcp.varlen_attention(q, k, v, torch.tensor([41]))
     with pytest.raises(ValueError, match="expected whole numbers"):
         flashcp.varlen_attention(q, k, v, torch.tensor([40.0]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"v": torch.zeros(3, 2, 16)}, "expected equal tokens"),
+        ({"k": torch.zeros(7, 1, 16)}, "expected equal tokens and head_dim, and k and v of one shape"),
+        ({"q": torch.zeros(7, 3, 16)}, "expected query heads to be a multiple of KV heads"),
+        ({"received": torch.zeros(0, 2, 4, 16)}, r"received is torch.float32 \[0, 2, 4, 16\]: expected"),
+        ({"received": torch.zeros(0, 2, 16)}, "received is"),
+        ({"schedule": torch.zeros(0, dtype=torch.int64)}, "expected what `schedule_tensor` gives"),
+        ({"softmax_scale": -1.0}, "softmax_scale=-1.0: expected a positive number"),
+        (dict.fromkeys(("q", "k", "v"), torch.zeros(7, 2, 16, dtype=torch.float64)), "expected one of"),
+    ],
+)
+def test_the_operator_refuses_what_does_not_fit(changed: dict[str, object], said: str) -> None:
+    fitting: dict[str, object] = dict.fromkeys(("q", "k", "v"), torch.zeros(7, 2, 16))
+    fitting |= {"received": torch.zeros(0, 2, 2, 16), "schedule": whole_pack(torch.tensor([3, 4]), 7)}
+    with pytest.raises(ValueError, match=said):
+        attention(**{**fitting, "softmax_scale": SCALE, "implementation": "cpu", **changed})  # type: ignore[arg-type]
