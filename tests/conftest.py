@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-with suppress(ModuleNotFoundError):  # a machine lent for its GPU may lack it, and tests of kernels do without
+with suppress(ModuleNotFoundError):  # a machine with a GPU may lack it, and tests of kernels do without
     from hypothesis import HealthCheck, settings
 
     # A slow example says nothing on a busy machine; how long a test may take is pytest-timeout's business.
@@ -30,7 +30,7 @@ LIBRARIES = (
     "wandb",
     "yaml",
 )
-"""What a machine lent for its GPU may lack."""
+"""What a machine with a GPU may lack."""
 
 
 class Module(pytest.Module):
