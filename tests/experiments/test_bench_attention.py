@@ -163,7 +163,8 @@ def test_a_wrong_kernel_of_ours_costs_its_own_rows(monkeypatch: pytest.MonkeyPat
 
 def test_flex_is_compiled_anew_for_every_case_and_never_left_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # a CPU's flex has no backward
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    # Not by `setattr`, which would leave torch without the setting.
+    limited = torch._dynamo.config.patch(recompile_limit=1)
     many = [(Case("x", whole_pack_schedule(np.array([n])), n, 0, (n,), 2, 2, 16)) for n in (100, 200, 300)]
 
     def run(case: Case) -> None:
@@ -173,10 +174,11 @@ def test_flex_is_compiled_anew_for_every_case_and_never_left_uncompiled(monkeypa
             detached = replace(x, **{name: getattr(x, name).detach() for name in ("q", "k", "v")})
             assert relative_error(PEERS["flex"](case, detached)(), wanted) < 1e-5
 
-    for case in many:
-        run(case)
+    with limited:
+        for case in many:
+            run(case)
     monkeypatch.setattr(torch._dynamo, "reset", lambda: None)
-    with pytest.raises(Exception, match=r"recompile_limit|fullgraph=True"):
+    with limited, pytest.raises(Exception, match=r"recompile_limit|fullgraph=True"):
         run(many[0])
 
 
