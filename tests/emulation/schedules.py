@@ -54,8 +54,8 @@ def draw_program(seed: int) -> Program:
     others = ("ring", "ulysses") if heads else ("ring",)
     exchange = draw.choice(ONE_ARRIVAL if overlap == "fused" else (*ONE_ARRIVAL, *others))
     return Program(
-        ranks, exchange, overlap, draw.choice(("keep", "refetch")), draw.choice((1, 2, 3)), draw.choice((1, 1, 2)),
-        draw.choice((1, 1, 2, 3)), draw.choice((0, 1, 2)), draw.choice((0.0, 0.0, 0.3)), draw.choice((12, 20, 40)),
+        ranks, exchange, overlap, draw.choice(("keep", "refetch")), draw.choice((1, 2, 3)), draw.choice((1, 1, 1, 2)),
+        draw.choice((1, 1, 2)), draw.choice((0, 1, 2)), draw.choice((0.0, 0.0, 0.3)), draw.choice((12, 20, 40)),
         draw.choice((0, 0, 0, 1)),
     )  # fmt: skip
 
