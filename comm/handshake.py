@@ -92,6 +92,11 @@ class Handshake:
         self._posted.append(posted)
         return posted
 
+    def check_together(self) -> None:
+        """Raises ExchangeError where an earlier error may have left ranks at different points of the program."""
+        if self.stopped:
+            raise ExchangeError(f"ranks came apart at an earlier error, make a new ContextParallel: {self.stopped}")
+
     def settle(self) -> None:
         """Check all headers posted so far."""
         while self._posted:

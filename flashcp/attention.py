@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from flashcp.kernels.inputs import check_heads, check_inputs, default_scale
+from flashcp.kernels.inputs import check_inputs, default_scale
 from flashcp.kernels.library import attention as attention_operator
 from flashcp.kernels.library import whole_pack
 from flashcp.kernels.selection import attention_name
-from flashcp.kernels.tuning import Tuning
+from flashcp.kernels.tuning import Tuning, check_tuning
 from flashcp.sharding.documents import read_document_lengths
 
 __all__ = ["varlen_attention"]
@@ -36,10 +36,8 @@ def varlen_attention(
     over `flashcp.kernels.library.dynamic(torch.tensor(lengths))`, int64 on the CPU.
     Raises ValueError for shapes, dtypes, lengths and names that do not fit.
     """
-    check_heads(q, k, v)
-    check_inputs(q, k, v, len(q))
-    if not isinstance(tuning, Tuning | None):
-        raise ValueError(f"tuning is a {type(tuning).__name__}: expected a flashcp.kernels.tuning.Tuning, or None")
+    check_inputs(q, k, v)
+    check_tuning(tuning)
     lengths = document_lengths if isinstance(document_lengths, Tensor) else _tensor(document_lengths, len(q))
     empty = k.new_empty((0, 2, *k.shape[1:]))
     return attention_operator(

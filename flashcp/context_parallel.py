@@ -19,7 +19,7 @@ from flashcp.comm.exchanges.base import Exchange, Job
 from flashcp.comm.handshake import Header, Posted, Step
 from flashcp.kernels.inputs import check_inputs, default_scale
 from flashcp.kernels.selection import ATTENTION, AttentionKernel, select_attention, waits_inside
-from flashcp.kernels.tuning import Tuning
+from flashcp.kernels.tuning import Tuning, check_tuning
 from flashcp.operator import Call, Handle, scale_code
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.unshard import local_rows, unshard
@@ -76,8 +76,7 @@ class ContextParallel:
         _check_name("backward", backward, ("keep", "refetch"))
         if not isinstance(timeout_s, int | float) or not 0.001 <= timeout_s <= LONGEST_S:
             raise ValueError(f"timeout_s={timeout_s!r}: expected seconds from 0.001 to {LONGEST_S:.0e}")
-        if not isinstance(tuning, Tuning | None):
-            raise ValueError(f"tuning is a {type(tuning).__name__}: expected a flashcp.kernels.tuning.Tuning, or None")
+        check_tuning(tuning)
         if not isinstance(stages, int) or stages < 1:
             raise ValueError(f"stages={stages!r}: expected a whole number >= 1")
         for field, value in (("heap_mib", heap_mib), ("region_mib", region_mib), ("throttle_gbps", throttle_gbps)):
@@ -249,9 +248,8 @@ class ContextParallel:
 
     def _check_together(self) -> None:
         """Raise where an earlier error left the ranks with different receive buffers."""
-        if self._transport.one_sided and self._handshake is not None and self._handshake.stopped:
-            why = self._handshake.stopped
-            raise ExchangeError(f"ranks came apart at an earlier error, make a new ContextParallel: {why}")
+        if self._transport.one_sided and self._handshake is not None:
+            self._handshake.check_together()
 
     def _choose_overlap(self, asked: str) -> str:
         """What `auto` stands for. Raises ValueError for `fused` where rows do not arrive source by source, and with a

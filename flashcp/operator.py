@@ -41,8 +41,8 @@ class Call:
         local ones be computed before."""
         if self.handshake is None:
             return self
-        if self.exchange.transport.one_sided and self.handshake.stopped:
-            raise ExchangeError(f"ranks came apart at an earlier error: {self.handshake.stopped}")
+        if self.exchange.transport.one_sided:
+            self.handshake.check_together()
         oldest = self.exchange.transport.oldest
         posted = self.handshake.post(self.header._replace(step=step, oldest=oldest))
         if not self.exchange.transport.one_sided:

@@ -31,10 +31,11 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q on {q.device}, k on {k.device}, v on {v.device}: expected one device")
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, rows: int) -> None:
-    """What every fast implementation asks of its arguments: `check_heads`, `rows` rows, a dtype it computes in."""
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, rows: int | None = None) -> None:
+    """What every fast implementation asks of its arguments: `check_heads`, `rows` rows if
+    that is known, a dtype it computes in."""
     check_heads(q, k, v)
-    if len(q) != rows:
+    if rows is not None and len(q) != rows:
         raise ValueError(f"q has {len(q)} rows: expected {rows}, one for each token held here")
     if q.dtype not in _COMPUTED:
         raise ValueError(f"q is {q.dtype}: expected one of {', '.join(map(str, _COMPUTED))}")

@@ -160,7 +160,7 @@ def _schedule(array: _Array) -> Schedule:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, received: Tensor, softmax_scale: float) -> None:
-    check_inputs(q, k, v, len(q))
+    check_inputs(q, k, v)
     default_scale(q, softmax_scale)
     if received.shape[1:] != (2, *k.shape[1:]) or received.dtype != k.dtype:
         wanted = f"{k.dtype} [rows, 2, {k.shape[1]}, {k.shape[2]}]"

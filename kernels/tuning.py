@@ -24,6 +24,7 @@ __all__ = [
     "Pass",
     "Tuning",
     "architecture",
+    "check_tuning",
     "choose",
     "padded",
 ]
@@ -113,6 +114,12 @@ class Tuning:
                 raise ValueError(f"tuning {part!r}: expected one of {', '.join(f'{w.value}=' for w in Pass)}")
             chosen[name] = Blocks.from_text(blocks)
         return cls(**chosen)
+
+
+def check_tuning(tuning: object) -> None:
+    """Raises ValueError for what is neither a Tuning nor None."""
+    if not isinstance(tuning, Tuning | None):
+        raise ValueError(f"tuning is a {type(tuning).__name__}: expected a flashcp.kernels.tuning.Tuning, or None")
 
 
 _F, _KV, _Q = Pass.FORWARD, Pass.BACKWARD_KV, Pass.BACKWARD_Q

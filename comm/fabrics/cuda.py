@@ -212,7 +212,7 @@ class CudaFabric:
         device = self._device
         started = device.record(stream)
         device.wait_value(word, epoch, stream)
-        device.watch(started, device.record(stream), partial(_give_up, self, f"{what} (epoch {epoch})"))
+        device.watch(started, device.record(stream), partial(self.give_up, f"{what} (epoch {epoch})"))
 
     def give_up(self, what: str) -> None:
         """Note that a wait took too long, and end all waits of this rank: nobody hangs, and nothing computed counts."""
@@ -233,10 +233,6 @@ class CudaFabric:
         if rank not in self._streams:
             self._streams[rank] = self._device.new_stream(f"puts to rank {rank}")
         return self._streams[rank]
-
-
-def _give_up(fabric: CudaFabric, what: str) -> None:
-    fabric.give_up(what)
 
 
 class _Sent:

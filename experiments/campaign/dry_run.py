@@ -15,7 +15,7 @@ from flashcp.experiments.tune_attention import Kernel, compile_all, compilers, f
 from flashcp.kernels.ahead import TARGETS, TRANSFERS, Build, build, build_transfer, read
 from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, TABLE, Blocks, Pass, padded
 
-__all__ = ["dry_run", "kernels"]
+__all__ = ["compile_candidate", "dry_run", "kernels"]
 
 ARCH = "sm_90"
 
@@ -82,6 +82,11 @@ def _variant(kind: str, which: Pass, head_dim: int, dtype: str, blocks: Blocks, 
 
 
 def build_candidate(head_dim: int, dtype: str, group: int) -> Build:
+    """What the candidate for Hopper takes."""
+    return read(compile_candidate(head_dim, dtype, group), ARCH)
+
+
+def compile_candidate(head_dim: int, dtype: str, group: int) -> triton.compiler.CompiledKernel:
     """Compile `hopper_forward.py`, the candidate for Hopper."""
     import torch
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -103,4 +108,4 @@ def build_candidate(head_dim: int, dtype: str, group: int) -> Build:
             if not signature[name].startswith("tensordesc"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(kernel, signature, constants, attributes)
-    return read(triton.compile(source, target=TARGETS[ARCH], options=hopper_forward.OPTIONS), ARCH)
+    return triton.compile(source, target=TARGETS[ARCH], options=hopper_forward.OPTIONS)

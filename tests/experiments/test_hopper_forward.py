@@ -10,39 +10,18 @@ import pytest
 import torch
 import triton
 
-from flashcp.kernels.ahead import TARGETS, read
+from flashcp.kernels.ahead import read
 
 pytest.importorskip("triton.experimental.gluon", reason="this triton has no Gluon")
 
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.experimental.gluon._runtime import GluonASTSource
 
 from flashcp.experiments import hopper_check, hopper_forward
 from flashcp.experiments.attention_cases import all_cases
+from flashcp.experiments.campaign.dry_run import compile_candidate
 from flashcp.kernels.cpu import KV
 from flashcp.kernels.schedule import whole_pack_schedule
 from flashcp.kernels.tuning import SHARED_BYTES, architecture
-
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-def compiled(head_dim: int, dtype: torch.dtype, group: int) -> triton.compiler.CompiledKernel:
-    kernel, element = hopper_forward.hopper_forward_kernel, NAMES[dtype]
-    layout = hopper_forward.block_layout(head_dim, dtype)
-    chosen = {"GROUP": group, "STAGES": hopper_forward.STAGES}
-    types = dict.fromkeys(("table", "ranges", "reach"), "*i32") | {"lse": "*fp32", "scale": "fp32"}
-    for name in ("k", "v", "k_received", "v_received"):
-        types[name] = f"tensordesc<{element}[{hopper_forward.BLOCK_N}, 1, {head_dim}],{layout!r}>"
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in chosen:
-            signature[name], constants[(index,)] = "constexpr", chosen[name]
-        else:
-            signature[name] = types.get(name, "i32" if name.endswith(("_row", "_head")) else f"*{element}")
-            if not signature[name].startswith("tensordesc"):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    source = GluonASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=TARGETS["sm_90"], options=hopper_forward.OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +30,7 @@ def compiled(head_dim: int, dtype: torch.dtype, group: int) -> triton.compiler.C
     ids=str,
 )
 def test_it_compiles_to_what_it_is_meant_to_be(head_dim: int, dtype: torch.dtype, group: int, tmp_path: Path) -> None:
-    kernel = compiled(head_dim, dtype, group)
+    kernel = compile_candidate(head_dim, str(dtype).removeprefix("torch."), group)
     found = read(kernel, "sm_90")
     # Two warpgroups, each the products of the first block, of the loop (two) and of the last, of 16 deep.
     assert found.wgmma == 2 * 2 * (head_dim + hopper_forward.BLOCK_N) // 16
