@@ -74,7 +74,7 @@ def all_cases() -> Iterator[Case]:
     """Every case with 32:32 and 32:8 heads, the small ones first."""
     packs: dict[str, list[int]] = {f"one_{n // 1024}k": [n] for n in (4096, 16_384, 32_768, CONTEXT)}
     packs["16x8k"] = [8192] * 16
-    packs["4096x32"] = [32] * 4096
+    packs["1024x128"], packs["4096x32"] = [128] * 1024, [32] * 4096
     for data in LENGTH_DATA:
         packs[data] = next(windows(data, CONTEXT, 1, SEED)).tolist()
     for heads in HEADS:

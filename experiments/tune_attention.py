@@ -29,7 +29,7 @@ from flashcp.experiments.timing import Work, in_turns_ms
 from flashcp.kernels.ahead import TARGETS, Build, build, build_rows
 from flashcp.kernels.backward_rows import ROWS
 from flashcp.kernels.schedule import whole_pack_schedule
-from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, Tuning, architecture, padded
+from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, Tuning, architecture, table_dim
 
 __all__ = ["PACKS", "Kernel", "compile_all", "compilers", "fit", "grid", "main", "shipped", "timed_work", "tuned"]
 
@@ -75,22 +75,25 @@ class Kernel(NamedTuple):
     build: Callable[[], Build]
 
 
-def tuned(which: Pass, arch: str, head_dim: int, dtype: str, b: Blocks, group: int = 1) -> Kernel:
-    """A pass with its blocks. group: query heads a KV head."""
+def tuned(which: Pass, arch: str, head_dim: int, dtype: str, b: Blocks, group: int = 1, heads: int = 1) -> Kernel:
+    """A pass with its blocks. group: query heads a KV head. heads: how many of them share a query tile."""
     name = f"{arch} {head_dim} {dtype} {which.value} {b.block_m}x{b.block_n} w{b.warps} s{b.stages} {b.precision}"
     half = dtype != "float32"
-    work = partial(build, which, arch, head_dim, dtype, b, group)
-    return Kernel(name + (f" group {group}" if group > 1 else ""), arch, half, half, work)
+    work = partial(build, which, arch, head_dim, dtype, b, group, heads)
+    name += (f" group {group}" if group > 1 else "") + (f", {heads} a tile" if heads > 1 else "")
+    return Kernel(name, arch, half, half, work)
 
 
 def shipped() -> Iterator[Kernel]:
     """Every kernel of the table, and the one that has no entry there, for every head_dim and dtype."""
     for arch, head_dim, dtype in product(TARGETS, HEAD_DIMS, DTYPES):
         for which in Pass:
-            for blocks in dict.fromkeys(TABLE[arch, padded(head_dim), getattr(torch, dtype).itemsize, which]):
+            for blocks in dict.fromkeys(TABLE[arch, table_dim(head_dim), getattr(torch, dtype).itemsize, which]):
                 yield tuned(which, arch, head_dim, dtype, blocks)
                 if which is Pass.BACKWARD_KV:  # the only one that loops over the heads of a group
                     yield tuned(which, arch, head_dim, dtype, blocks, group=4)
+            if which is not Pass.BACKWARD_KV:
+                yield tuned(which, arch, head_dim, dtype, blocks, group=4, heads=4 if blocks.block_m >= 64 else 2)
         rows = partial(build_rows, arch, head_dim, dtype)
         yield Kernel(f"{arch} {head_dim} {dtype} backward_rows {ROWS}", arch, True, False, rows)
 

@@ -23,7 +23,7 @@ from flashcp.kernels.backward_rows import ROWS, backward_rows_kernel
 from flashcp.kernels.forward import forward_kernel
 from flashcp.kernels.one_sided import wait_kernel
 from flashcp.kernels.pack import BLOCK_ROWS, WARPS, pack_rows_kernel
-from flashcp.kernels.tuning import Blocks, Pass, padded
+from flashcp.kernels.tuning import Blocks, Pass
 
 __all__ = ["TARGETS", "TRANSFERS", "Build", "build", "build_rows", "build_transfer", "read"]
 
@@ -75,18 +75,20 @@ def build(
     dtype: str,
     blocks: Blocks,
     group: int = 1,
+    tile_heads: int = 1,
     parallel: bool = False,
     fused: bool = False,
     apart: bool = False,
 ) -> Build:
     """Compile one kernel. target: a key of TARGETS. dtype: a name of `kernels/tuning.py`'s DTYPES.
 
-    group: query heads a KV head. parallel: the variant under context parallelism: a forward that goes on from
-    earlier ranges, dK and dV in fp32. fused: the forward that waits for rows.
+    group: query heads a KV head. tile_heads: how many of them share a query tile. parallel: the variant under context
+    parallelism: a forward that goes on from earlier ranges, dK and dV in fp32. fused: the forward that waits for rows.
+    apart: the second launch over tiles that documents share.
     """
-    chosen = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_M": blocks.block_m,
+    chosen = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_M": blocks.block_m,
               "BLOCK_N": blocks.block_n, "PRECISION": blocks.precision, "MERGE": parallel,
-              "FUSED": fused, "APART": apart}  # fmt: skip
+              "FUSED": fused, "APART": apart, "TILE_HEADS": tile_heads}  # fmt: skip
     if not fused:
         chosen |= {"flags": None, "stuck": None}
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
@@ -95,13 +97,13 @@ def build(
 
 def build_rows(target: str, head_dim: int, dtype: str) -> Build:
     """Compile what runs before the gradients (`kernels/backward_rows.py`). Arguments as for `build`."""
-    chosen = {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_M": ROWS}
+    chosen = {"HEAD_DIM": head_dim, "BLOCK_M": ROWS}
     return _compile(backward_rows_kernel, target, dtype, chosen, {})
 
 
 def build_transfer(name: str, target: str, head_dim: int, dtype: str) -> Build:
     """Compile one of the kernels beside attention, a key of TRANSFERS, for rows of heads of `head_dim`."""
-    chosen = {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_ROWS": BLOCK_ROWS}
+    chosen = {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_ROWS": BLOCK_ROWS}
     return _compile(TRANSFERS[name], target, dtype, chosen, {"num_warps": WARPS})
 
 

@@ -3,7 +3,7 @@
 A program walks the ranges of query rows that read its tile and, for each, the query heads of its group. Every element
 is written by one program, sums run in a fixed order: two runs agree bit for bit.
 
-Shapes: N key rows (BLOCK_N), M query rows (BLOCK_M), D head_dim widened to a power of two (BLOCK_D).
+Shapes: N key rows (BLOCK_N), M query rows (BLOCK_M), W the width of a part of head_dim (`kernels/parts.py`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from flashcp.kernels.blocks import (
     OWN,
     RANGE_COLUMNS,
     is_mixed,
-    load_rows,
     load_tile,
     note_mixed,
     place,
-    store_rows,
 )
+from flashcp.kernels.parts import load_rows, outer, rows_dot, store_rows, sum_columns, times, zero_rows
 
 __all__ = ["backward_kv_kernel"]
 
@@ -35,7 +34,7 @@ def backward_kv_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
     grad_row, grad_head, head_rows, gk_row, gk_head, gv_row, gv_head, gkr_row, gkr_head, gvr_row, gvr_head,
     tiles, heads,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, KV head). APART: the second launch that `kernels/blocks.py` speaks of, by a few programs."""
@@ -51,11 +50,11 @@ def backward_kv_kernel(
                         q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale,
                         q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
                         grad_row, grad_head, head_rows, 0, row, stop, range_first, range_stop, first, past, head,
-                        GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+                        GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION,
                     )  # fmt: skip
                     at_k = place(grad_k, row, gk_row, head, gk_head)
                     at_v = place(grad_v, row, gv_row, head, gv_head)
-                    store_rows(at_k, gk_row, past - row, dk * (scale / LOG2E), HEAD_DIM, first - row)
+                    store_rows(at_k, gk_row, past - row, times(dk, scale / LOG2E), HEAD_DIM, first - row)
                     store_rows(at_v, gv_row, past - row, dv, HEAD_DIM, first - row)
                     first = past
     else:
@@ -65,19 +64,19 @@ def backward_kv_kernel(
             q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale,
             q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
             grad_row, grad_head, head_rows, received, row, stop, range_first, range_stop, None, None, head,
-            GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+            GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
         # Read again rather than kept: the loops above need every register there is.
         received, row, stop, _, _ = load_tile(table, tile, True)
         if received != 0:
-            dk *= scale / LOG2E
+            dk = times(dk, scale / LOG2E)
             store_rows(place(grad_k_received, row, gkr_row, head, gkr_head), gkr_row, stop - row, dk, HEAD_DIM)
             store_rows(place(grad_v_received, row, gvr_row, head, gvr_head), gvr_row, stop - row, dv, HEAD_DIM)
         else:
             past = tl.load(reach + row)
             if (past > row) & (past < stop):  # several documents share the tile
-                note_mixed(mixed, tile, head, heads, dk + dv)
-            dk *= scale / LOG2E
+                note_mixed(mixed, tile, head, heads, sum_columns(dk) + sum_columns(dv))
+            dk = times(dk, scale / LOG2E)
             store_rows(place(grad_k, row, gk_row, head, gk_head), gk_row, stop - row, dk, HEAD_DIM)
             store_rows(place(grad_v, row, gv_row, head, gv_head), gv_row, stop - row, dv, HEAD_DIM)
 
@@ -87,7 +86,7 @@ def _sums(
     q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
     grad_row, grad_head, head_rows, received, row, stop, range_first, range_stop, first, past, kv_head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys, less a factor, and of the values, [N, D] each, from the queries from `first` (None: from
@@ -97,10 +96,10 @@ def _sums(
     row_v = tl.where(is_received, vr_row, v_row)
     k_at = place(tl.where(is_received, k_received, k), row, row_k, kv_head, tl.where(is_received, kr_head, k_head))
     v_at = place(tl.where(is_received, v_received, v), row, row_v, kv_head, tl.where(is_received, vr_head, v_head))
-    k_tile = load_rows(k_at, row_k, stop - row, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    v_tile = load_rows(v_at, row_v, stop - row, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    k_tile = load_rows(k_at, row_k, stop - row, BLOCK_N, HEAD_DIM, True)
+    v_tile = load_rows(v_at, row_v, stop - row, BLOCK_N, HEAD_DIM, True)
+    dk = zero_rows(BLOCK_N, HEAD_DIM)
+    dv = zero_rows(BLOCK_N, HEAD_DIM)
 
     for j in range(GROUP * (range_stop - range_first)):
         head = kv_head * GROUP + j % GROUP
@@ -121,12 +120,12 @@ def _sums(
         dk, dv = _scatter(
             dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, minus_delta_at, q_row, grad_row,
             0, (full - behind) // BLOCK_M, behind, behind, first, end, row, stop, reach, is_own, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_M, False, PRECISION,
+            HEAD_DIM, BLOCK_M, False, PRECISION,
         )  # fmt: skip
         dk, dv = _scatter(
             dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, minus_delta_at, q_row, grad_row,
             beside, beside + tl.where(full < end, 1, 0), start, full, first, end, row, stop, reach, is_own, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_M, True, PRECISION,
+            HEAD_DIM, BLOCK_M, True, PRECISION,
         )  # fmt: skip
     return dk, dv
 
@@ -135,7 +134,7 @@ def _sums(
 def _scatter(
     dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, minus_delta_at, q_row, grad_row,
     beside, blocks, start, full, first, end, row, stop, reach, is_own, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`beside` blocks of queries from `start` on, the others of `blocks` from `full` on.
@@ -151,9 +150,9 @@ def _scatter(
         if first is not None:
             above = first - m
         at = m + tl.arange(0, BLOCK_M)  # [M]
-        q_tile = load_rows(place(q_at, m, q_row, 0, 0), q_row, end - m, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED, above)
+        q_tile = load_rows(place(q_at, m, q_row, 0, 0), q_row, end - m, BLOCK_M, HEAD_DIM, MASKED, above)
         grad_rows = place(grad_at, m, grad_row, 0, 0)
-        grad_tile = load_rows(grad_rows, grad_row, end - m, BLOCK_M, HEAD_DIM, BLOCK_D, MASKED, above)
+        grad_tile = load_rows(grad_rows, grad_row, end - m, BLOCK_M, HEAD_DIM, MASKED, above)
         if MASKED:
             there = at < end
             if first is not None:
@@ -165,16 +164,16 @@ def _scatter(
             minus_delta_rows = tl.load(minus_delta_at + at)
         # The log-sum-exp is subtracted after the product and loaded a block ahead of it, so that nobody waits for it;
         # -delta is where the other product starts from, which is later and takes fewer registers.
-        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)  # [N, M]
+        scores = rows_dot(k_tile, q_tile, None, PRECISION)  # [N, M]
         if MASKED:
-            key = row + tl.arange(0, k_tile.shape[0])  # [N]
+            key = row + tl.arange(0, k_tile[0].shape[0])  # [N]
             lowest = tl.where(is_own, key, 0)
             past_last = tl.load(reach + key, mask=is_own & (key < stop), other=FAR)
             seen = (at[None, :] >= lowest[:, None]) & (at[None, :] < past_last[:, None])
             scores = tl.where(seen, scores, float("-inf"))
         weights = tl.exp2(scores * scale - log_sum_rows[None, :])
-        dv = tl.dot(weights.to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
-        start_from = tl.broadcast_to(minus_delta_rows[None, :], [k_tile.shape[0], BLOCK_M])
-        pull = tl.dot(v_tile, tl.trans(grad_tile), start_from, input_precision=PRECISION)  # [N, M]
-        dk = tl.dot((weights * pull).to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+        dv = outer(weights, grad_tile, dv, PRECISION)
+        start_from = tl.broadcast_to(minus_delta_rows[None, :], [k_tile[0].shape[0], BLOCK_M])
+        pull = rows_dot(v_tile, grad_tile, start_from, PRECISION)  # [N, M]
+        dk = outer(weights * pull, q_tile, dk, PRECISION)
     return dk, dv

@@ -2,7 +2,7 @@
 
 Every element is written by one program, sums run in a fixed order: two runs agree bit for bit.
 
-Shapes: M query rows (BLOCK_M), N key rows (BLOCK_N), D head_dim widened to a power of two (BLOCK_D).
+Shapes: M query rows (BLOCK_M), N key rows (BLOCK_N), W the width of a part of head_dim (`kernels/parts.py`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from flashcp.kernels.blocks import (
     RANGE_COLUMNS,
     is_mixed,
     key_range,
-    load_rows,
     load_tile,
     note_mixed,
     place,
-    store_rows,
 )
+from flashcp.kernels.parts import load_rows, outer, rows_dot, store_rows, sum_columns, times, zero_rows
 
 __all__ = ["backward_q_kernel"]
 
@@ -30,13 +29,14 @@ def backward_q_kernel(
     q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, grad_q, table, ranges, reach, mixed, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
     grad_row, grad_head, head_rows, gq_row, gq_head, tiles, heads,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, query head). APART: the second launch that `kernels/blocks.py` speaks of, by a few programs."""
+    """Program (tile, TILE_HEADS query heads of one KV head). APART: the second launch that `kernels/blocks.py` speaks
+    of, by a few programs."""
     if APART:
-        for work in range(tl.program_id(0), tiles * heads * tl.load(mixed), tl.num_programs(0)):
-            tile, head = work % tiles, work // tiles
+        for work in range(tl.program_id(0), tiles * (heads // TILE_HEADS) * tl.load(mixed), tl.num_programs(0)):
+            tile, head = work % tiles, work // tiles * TILE_HEADS
             if is_mixed(mixed, tile, head, heads):
                 _, row, stop, range_first, range_stop = load_tile(table, tile)
                 past = stop
@@ -46,24 +46,25 @@ def backward_q_kernel(
                         q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale,
                         q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
                         grad_row, grad_head, head_rows, row, stop, range_first, range_stop, first, past, head,
-                        GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+                        GROUP, TILE_HEADS, HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION,
                     )  # fmt: skip
                     into = place(grad_q, row, gq_row, head, gq_head)
-                    store_rows(into, gq_row, past - row, acc * (scale / LOG2E), HEAD_DIM, first - row)
+                    acc = times(acc, scale / LOG2E)
+                    store_rows(into, gq_row, past - row, acc, HEAD_DIM, first - row, gq_head, TILE_HEADS)
                     past = first
     else:
-        tile, head = tl.program_id(0), tl.program_id(1)
+        tile, head = tl.program_id(0), tl.program_id(1) * TILE_HEADS
         _, row, stop, range_first, range_stop = load_tile(table, tile)
         acc = _sums(
             q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale,
             q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
             grad_row, grad_head, head_rows, row, stop, range_first, range_stop, None, stop, head,
-            GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+            GROUP, TILE_HEADS, HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
         if tl.load(reach + stop - 1) > row:  # several documents share the tile
-            note_mixed(mixed, tile, head, heads, acc)
+            note_mixed(mixed, tile, head, heads, sum_columns(acc))
         into = place(grad_q, row, gq_row, head, gq_head)
-        store_rows(into, gq_row, stop - row, acc * (scale / LOG2E), HEAD_DIM)
+        store_rows(into, gq_row, stop - row, times(acc, scale / LOG2E), HEAD_DIM, None, gq_head, TILE_HEADS)
 
 
 @triton.jit
@@ -71,20 +72,23 @@ def _sums(
     q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
     grad_row, grad_head, head_rows, row, stop, range_first, range_stop, first, past, head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the scores times keys [M, D]; of its own rows the tile reads those from `first` (None: from where
     its ranges begin) below `past`."""
-    rows = row + tl.arange(0, BLOCK_M)
+    i = tl.arange(0, BLOCK_M)
+    rows = row + i // TILE_HEADS
     lowest_key = tl.load(reach + rows, mask=rows < stop, other=0)  # [M]
-    q_tile = load_rows(place(q, row, q_row, head, q_head), q_row, stop - row, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    q_tile = load_rows(
+        place(q, row, q_row, head, q_head), q_row, stop - row, BLOCK_M, HEAD_DIM, True, None, q_head, TILE_HEADS
+    )
     grad_at = place(grad_out, row, grad_row, head, grad_head)
-    grad_tile = load_rows(grad_at, grad_row, stop - row, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-    of_head = tl.cast(head, tl.int64) * head_rows
+    grad_tile = load_rows(grad_at, grad_row, stop - row, BLOCK_M, HEAD_DIM, True, None, grad_head, TILE_HEADS)
+    of_head = (head + i % TILE_HEADS).to(tl.int64) * head_rows
     log_sum_rows = tl.load(log_sum + of_head + rows, mask=rows < stop, other=float("inf"))
     minus_delta_rows = tl.load(minus_delta + of_head + rows, mask=rows < stop, other=0.0)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = zero_rows(BLOCK_M, HEAD_DIM)
 
     for i in range(range_first, range_stop):
         k_at, v_at, row_k, row_v, start, full, end, first_key, last_key = key_range(
@@ -94,11 +98,11 @@ def _sums(
         )  # fmt: skip
         acc = _gather(
             acc, q_tile, grad_tile, log_sum_rows, minus_delta_rows, k_at, v_at, row_k, row_v, start, full, first, end,
-            first_key, last_key, scale, HEAD_DIM, BLOCK_D, BLOCK_N, False, PRECISION,
+            first_key, last_key, scale, HEAD_DIM, BLOCK_N, False, PRECISION,
         )  # fmt: skip
         acc = _gather(
             acc, q_tile, grad_tile, log_sum_rows, minus_delta_rows, k_at, v_at, row_k, row_v, full, end, first, end,
-            first_key, last_key, scale, HEAD_DIM, BLOCK_D, BLOCK_N, True, PRECISION,
+            first_key, last_key, scale, HEAD_DIM, BLOCK_N, True, PRECISION,
         )  # fmt: skip
     return acc
 
@@ -107,7 +111,7 @@ def _sums(
 def _gather(
     acc, q_tile, grad_tile, log_sum_rows, minus_delta_rows, k_at, v_at, row_k, row_v, start, stop, first, end,
     first_key, last_key, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Blocks of keys from `start` below `stop`; MASKED: only first_key <= key <= last_key count, rows begin at
@@ -116,14 +120,14 @@ def _gather(
         above = None
         if first is not None:
             above = first - n
-        k_tile = load_rows(place(k_at, n, row_k, 0, 0), row_k, end - n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, above)
-        v_tile = load_rows(place(v_at, n, row_v, 0, 0), row_v, end - n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, above)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [M, N]
+        k_tile = load_rows(place(k_at, n, row_k, 0, 0), row_k, end - n, BLOCK_N, HEAD_DIM, MASKED, above)
+        v_tile = load_rows(place(v_at, n, row_v, 0, 0), row_v, end - n, BLOCK_N, HEAD_DIM, MASKED, above)
+        scores = rows_dot(q_tile, k_tile, None, PRECISION)  # [M, N]
         if MASKED:
             key = (n + tl.arange(0, BLOCK_N))[None, :]
             scores = tl.where((key >= first_key[:, None]) & (key <= last_key[:, None]), scores, float("-inf"))
         weights = tl.exp2(scores * scale - log_sum_rows[:, None])
-        pull = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)  # [M, N]
+        pull = rows_dot(grad_tile, v_tile, None, PRECISION)  # [M, N]
         grad_scores = weights * (pull + minus_delta_rows[:, None])
-        acc = tl.dot(grad_scores.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+        acc = outer(grad_scores, k_tile, acc, PRECISION)
     return acc

@@ -5,7 +5,7 @@ tile of several documents in whose sums a NaN turns up is not stored. The progra
 second launch (APART) does the noted tiles again, document by document, with zeros for the rows of all others. Sums of
 other documents then hold the same numbers in the same order, bit for bit. Without a NaN the second launch ends at once.
 
-Shapes: M query rows, N key rows, D head_dim widened to a power of two.
+Shapes: M query rows, N key rows, W the width of a part of head_dim (`kernels/parts.py`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,11 @@ __all__ = [
     "LN2",
     "LOG2E",
     "OWN",
-    "has_nan",
     "is_mixed",
     "key_range",
-    "load_rows",
     "load_tile",
     "note_mixed",
     "place",
-    "store_rows",
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -41,38 +38,6 @@ RANGE_COLUMNS = tl.constexpr(tiles.RANGE_COLUMNS)
 def place(tensor, row, stride_row, head, stride_head):
     """Pointer to one row of one head; 64-bit, for 1M rows of 32 x 128 elements pass 2^31."""
     return tensor + tl.cast(row, tl.int64) * stride_row + tl.cast(head, tl.int64) * stride_head
-
-
-@triton.jit
-def load_rows(pointer, stride_row, rows_left, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-              BOUNDED: tl.constexpr, first=None):  # fmt: skip
-    """[ROWS, BLOCK_D] from `pointer` on; zeros beyond HEAD_DIM and, when BOUNDED, below row `first` (None: 0) and from
-    row `rows_left` on."""
-    row = tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK_D)[None, :]
-    pointers = pointer + (row * stride_row + column)
-    if BOUNDED:
-        there = row < rows_left
-        if first is not None:
-            there &= row >= first
-        if HEAD_DIM == BLOCK_D:
-            return tl.load(pointers, mask=there, other=0.0)
-        return tl.load(pointers, mask=there & (column < HEAD_DIM), other=0.0)
-    if HEAD_DIM == BLOCK_D:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=column < HEAD_DIM, other=0.0)
-
-
-@triton.jit
-def store_rows(pointer, stride_row, rows_left, value, HEAD_DIM: tl.constexpr, first=None):
-    """Store [ROWS, BLOCK_D] at `pointer`, leaving out rows below `first` (None: 0) and from `rows_left` on."""
-    row = tl.arange(0, value.shape[0])[:, None]
-    column = tl.arange(0, value.shape[1])[None, :]
-    pointers = pointer + (row * stride_row + column)
-    there = row < rows_left
-    if first is not None:
-        there &= row >= first
-    tl.store(pointers, value.to(pointer.dtype.element_ty), mask=there & (column < HEAD_DIM))
 
 
 @triton.jit
@@ -109,16 +74,10 @@ def key_range(
 
 
 @triton.jit
-def has_nan(x):
-    """Which rows [rows] of x [rows, D] hold a NaN, or infinities of both signs: one addition a number tells."""
-    total = tl.sum(x, 1)
-    return (total != total).to(tl.int32)
-
-
-@triton.jit
-def note_mixed(mixed, tile, head, heads, x):
-    """Note that a tile of several documents is to be done again, if its sums x [rows, D] hold a NaN."""
-    spoilt = has_nan(x) != 0
+def note_mixed(mixed, tile, head, heads, sums):
+    """Note that a tile of several documents is to be done again, if one of its rows' sums [rows] over all columns is
+    NaN: then the row holds a NaN, or infinities of both signs. One addition a number tells."""
+    spoilt = sums != sums
     nowhere = tl.zeros_like(spoilt).to(tl.int32)
     tl.store(mixed + nowhere, 1, mask=spoilt)
     tl.store(mixed + 1 + tile * heads + head + nowhere, 1, mask=spoilt)

@@ -14,7 +14,7 @@ programs that wait can hold every multiprocessor. So as many programs as fit bes
 left free (`MARGIN` in `kernels/launch.py`), share all tiles in the tables' order. Were all this broken, the waits would
 still end.
 
-Shapes: M query rows (BLOCK_M), N key rows (BLOCK_N), D head_dim widened to a power of two (BLOCK_D).
+Shapes: M query rows (BLOCK_M), N key rows (BLOCK_N), W the width of a part of head_dim (`kernels/parts.py`).
 """
 
 from __future__ import annotations
@@ -26,16 +26,14 @@ from flashcp.kernels.blocks import (
     LN2,
     LOG2E,
     RANGE_COLUMNS,
-    has_nan,
     is_mixed,
     key_range,
-    load_rows,
     load_tile,
     note_mixed,
     place,
-    store_rows,
 )
 from flashcp.kernels.one_sided import wait_until
+from flashcp.kernels.parts import load_rows, outer, rows_dot, store_rows, sum_columns, times, zero_rows
 
 __all__ = ["forward_kernel"]
 
@@ -47,25 +45,27 @@ def forward_kernel(
     q, k, v, k_received, v_received, out, lse, table, ranges, reach, mixed, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row, out_head, lse_row,
     tiles, ready_tiles, heads, flags, epoch, stuck, spins,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MERGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, query head). MERGE: go on from the fp32 `out` and `lse` of earlier ranges, not from nothing.
+    """Program (tile, TILE_HEADS query heads of one KV head).
 
+    MERGE: go on from the fp32 `out` and `lse` of earlier ranges, not from nothing.
     FUSED: a few programs share the tiles and heads, and wait until flags[source] >= epoch before a range that names its
     source; the first `ready_tiles` of the `tiles` name none; spins, stuck: see `wait_until`.
     APART: the second launch that `kernels/blocks.py` speaks of, by a few programs too. It waits for nobody any more.
     """
     if FUSED or APART:
-        count = tiles * heads
+        groups = heads // TILE_HEADS
+        count = tiles * groups
         if APART:
             count *= tl.load(mixed)
         for work in tl.range(tl.program_id(0), count, tl.num_programs(0), disable_licm=True):
             # Ready tiles go head by head, for tiles side by side find one head's KV in the cache; the others tile by
             # tile, for no head shall wait for late rows before all heads have read the early ones.
-            behind = work >= ready_tiles * heads
-            tile = tl.where(behind, work // heads, work % tl.maximum(ready_tiles, 1))
-            head = tl.where(behind, work % heads, work // tl.maximum(ready_tiles, 1))
+            behind = work >= ready_tiles * groups
+            tile = tl.where(behind, work // groups, work % tl.maximum(ready_tiles, 1))
+            head = tl.where(behind, work % groups, work // tl.maximum(ready_tiles, 1)) * TILE_HEADS
             chosen = True
             if APART:
                 chosen = is_mixed(mixed, tile, head, heads)
@@ -74,14 +74,15 @@ def forward_kernel(
                     q, k, v, k_received, v_received, out, lse, table, ranges, reach, mixed, scale,
                     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
                     out_row, out_head, lse_row, tile, head, heads, flags, epoch, stuck, spins,
-                    GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, MERGE, PRECISION, FUSED, APART,
+                    GROUP, TILE_HEADS, HEAD_DIM, BLOCK_M, BLOCK_N, MERGE, PRECISION, FUSED, APART,
                 )  # fmt: skip
     else:
         _tile(
             q, k, v, k_received, v_received, out, lse, table, ranges, reach, mixed, scale,
             q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
-            out_row, out_head, lse_row, tl.program_id(0), tl.program_id(1), heads, flags, epoch, stuck, spins,
-            GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, MERGE, PRECISION, False, False,
+            out_row, out_head, lse_row, tl.program_id(0), tl.program_id(1) * TILE_HEADS, heads,
+            flags, epoch, stuck, spins,
+            GROUP, TILE_HEADS, HEAD_DIM, BLOCK_M, BLOCK_N, MERGE, PRECISION, False, False,
         )  # fmt: skip
 
 
@@ -90,61 +91,67 @@ def _tile(
     q, k, v, k_received, v_received, out, lse, table, ranges, reach, mixed, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row, out_head, lse_row,
     tile, head, heads, flags, epoch, stuck, spins,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MERGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """One tile and one query head."""
+    """One tile and TILE_HEADS query heads from `head` on."""
     _, row, stop, range_first, range_stop = load_tile(table, tile)
     out_at = place(out, row, out_row, head, out_head)
-    lse_at = lse + (row + tl.arange(0, BLOCK_M)).to(tl.int64) * lse_row + head
+    i = tl.arange(0, BLOCK_M)
+    lse_at = lse + (row + i // TILE_HEADS).to(tl.int64) * lse_row + (head + i % TILE_HEADS)
     if APART:
         past = stop
         while past > row:
             first = tl.load(reach + past - 1)
             acc, total, maximum = _sums(
                 q, k, v, k_received, v_received, out_at, lse_at, ranges, reach, scale,
-                q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row,
+                q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row, out_head,
                 row, stop, range_first, range_stop, first, past, head, flags, epoch, stuck, spins,
-                GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, MERGE, PRECISION, FUSED,
+                GROUP, TILE_HEADS, HEAD_DIM, BLOCK_M, BLOCK_N, MERGE, PRECISION, FUSED,
             )  # fmt: skip
-            _finish(out_at, lse_at, acc, total, maximum, out_row, first - row, past - row, HEAD_DIM)
+            _finish(
+                out_at, lse_at, acc, total, maximum, out_row, out_head, first - row, past - row, TILE_HEADS, HEAD_DIM
+            )
             past = first
     else:
         acc, total, maximum = _sums(
             q, k, v, k_received, v_received, out_at, lse_at, ranges, reach, scale,
-            q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row,
+            q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row, out_head,
             row, stop, range_first, range_stop, None, stop, head, flags, epoch, stuck, spins,
-            GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, MERGE, PRECISION, FUSED,
+            GROUP, TILE_HEADS, HEAD_DIM, BLOCK_M, BLOCK_N, MERGE, PRECISION, FUSED,
         )  # fmt: skip
         spoilt = False
         if tl.load(reach + stop - 1) > row:  # several documents share the tile
-            note_mixed(mixed, tile, head, heads, acc)
+            sums = sum_columns(acc)
+            note_mixed(mixed, tile, head, heads, sums)
             if MERGE:  # what is to be merged again has to stay
-                spoilt = tl.sum(has_nan(acc), 0) > 0
+                spoilt = tl.sum((sums != sums).to(tl.int32), 0) > 0
         if not spoilt:
-            _finish(out_at, lse_at, acc, total, maximum, out_row, None, stop - row, HEAD_DIM)
+            _finish(out_at, lse_at, acc, total, maximum, out_row, out_head, None, stop - row, TILE_HEADS, HEAD_DIM)
 
 
 @triton.jit
 def _sums(
     q, k, v, k_received, v_received, out_at, lse_at, ranges, reach, scale,
-    q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row,
+    q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row, out_head,
     row, stop, range_first, range_stop, first, past, head, flags, epoch, stuck, spins,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MERGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """Weighted values [M, D], sums of weights and largest scores [M]; of its own rows the tile reads those from `first`
     (None: from where its ranges begin) below `past`."""
-    rows = row + tl.arange(0, BLOCK_M)
+    rows = row + tl.arange(0, BLOCK_M) // TILE_HEADS
     lowest_key = tl.load(reach + rows, mask=rows < stop, other=0)  # [M]
-    q_tile = load_rows(place(q, row, q_row, head, q_head), q_row, stop - row, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    q_tile = load_rows(
+        place(q, row, q_row, head, q_head), q_row, stop - row, BLOCK_M, HEAD_DIM, True, None, q_head, TILE_HEADS
+    )
     if MERGE:
-        acc = load_rows(out_at, out_row, stop - row, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+        acc = load_rows(out_at, out_row, stop - row, BLOCK_M, HEAD_DIM, True, None, out_head, TILE_HEADS)
         before = tl.load(lse_at, mask=rows < stop, other=float("-inf"))
         total = tl.where(before == float("-inf"), 0.0, 1.0)
         maximum = tl.maximum(before * LOG2E, LOWEST)
     else:
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        acc = zero_rows(BLOCK_M, HEAD_DIM)
         total = tl.zeros([BLOCK_M], tl.float32)
         maximum = tl.full([BLOCK_M], LOWEST, tl.float32)
 
@@ -160,30 +167,31 @@ def _sums(
         )  # fmt: skip
         acc, total, maximum = _attend(
             acc, total, maximum, q_tile, k_at, v_at, row_k, row_v, start, full, first, end, first_key, last_key, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_N, False, PRECISION,
+            HEAD_DIM, BLOCK_N, False, PRECISION,
         )  # fmt: skip
         acc, total, maximum = _attend(
             acc, total, maximum, q_tile, k_at, v_at, row_k, row_v, full, end, first, end, first_key, last_key, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_N, True, PRECISION,
+            HEAD_DIM, BLOCK_N, True, PRECISION,
         )  # fmt: skip
     return acc, total, maximum
 
 
 @triton.jit
-def _finish(out_at, lse_at, acc, total, maximum, out_row, first, past, HEAD_DIM: tl.constexpr):
+def _finish(out_at, lse_at, acc, total, maximum, out_row, out_head, first, past, TILE_HEADS: tl.constexpr,
+            HEAD_DIM: tl.constexpr):  # fmt: skip
     """Store output and log-sum-exp of rows `first` (None: 0) to `past` of the tile."""
-    row = tl.arange(0, acc.shape[0])
+    row = tl.arange(0, acc[0].shape[0]) // TILE_HEADS
     there = row < past
     if first is not None:
         there &= row >= first
-    store_rows(out_at, out_row, past, acc * (1.0 / total)[:, None], HEAD_DIM, first)
+    store_rows(out_at, out_row, past, times(acc, (1.0 / total)[:, None]), HEAD_DIM, first, out_head, TILE_HEADS)
     tl.store(lse_at, (maximum + tl.log2(total)) * LN2, mask=there)
 
 
 @triton.jit
 def _attend(
     acc, total, maximum, q_tile, k_at, v_at, row_k, row_v, start, stop, first, end, first_key, last_key, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Blocks of keys from `start` below `stop`; MASKED: only first_key <= key <= last_key count, rows begin at
@@ -192,8 +200,8 @@ def _attend(
         above = None
         if first is not None:
             above = first - n
-        k_tile = load_rows(place(k_at, n, row_k, 0, 0), row_k, end - n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, above)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [M, N]
+        k_tile = load_rows(place(k_at, n, row_k, 0, 0), row_k, end - n, BLOCK_N, HEAD_DIM, MASKED, above)
+        scores = rows_dot(q_tile, k_tile, None, PRECISION)  # [M, N]
         if MASKED:
             key = (n + tl.arange(0, BLOCK_N))[None, :]
             scores = tl.where((key >= first_key[:, None]) & (key <= last_key[:, None]), scores, float("-inf"))
@@ -202,6 +210,6 @@ def _attend(
         fade = tl.exp2(maximum - new_maximum)
         total = total * fade + tl.sum(weights, 1)
         maximum = new_maximum
-        v_tile = load_rows(place(v_at, n, row_v, 0, 0), row_v, end - n, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED, above)
-        acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * fade[:, None], input_precision=PRECISION)
+        v_tile = load_rows(place(v_at, n, row_v, 0, 0), row_v, end - n, BLOCK_N, HEAD_DIM, MASKED, above)
+        acc = outer(weights, v_tile, times(acc, fade[:, None]), PRECISION)
     return acc, total, maximum

@@ -23,7 +23,7 @@ from flashcp.kernels.forward import forward_kernel
 from flashcp.kernels.one_sided import spins
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.tiles import key_tiles, query_tiles
-from flashcp.kernels.tuning import Blocks, Pass, Tuning, architecture, choose, padded
+from flashcp.kernels.tuning import Blocks, Pass, Tuning, architecture, choose, tile_heads
 from flashcp.kernels.uploads import to_device
 
 __all__ = ["TritonAttention"]
@@ -40,11 +40,12 @@ _INTERPRETED = 3  # programs of a small grid under the interpreter, which runs t
 
 
 class _Prepared(NamedTuple):
-    """What a launch needs beside the tensors: block shapes, the tile tables on the device, rows that tiles cover, how
-    many tiles are of the first kind, which waits for nobody (query tiles) or is of received rows (key tiles), and
-    whether several documents share a tile of the other kind or, of query tiles, of any."""
+    """What a launch needs beside the tensors: block shapes, query heads of a query tile, the tile tables on the device,
+    rows that tiles cover, how many tiles are of the first kind, which waits for nobody (query tiles) or is of received
+    rows (key tiles), and whether several documents share a tile of the other kind or, of query tiles, of any."""
 
     blocks: Blocks
+    heads: int
     tables: tuple[Tensor, Tensor, Tensor]
     local_rows: int
     received_rows: int
@@ -75,14 +76,14 @@ class TritonAttention:
         self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, out: Tensor, lse: Tensor
     ) -> None:
         """See `kernels/cpu.py`."""
-        prepared = self._prepare(Pass.FORWARD, schedule, q)
+        prepared = self._prepare(Pass.FORWARD, schedule, q, local)
         self._forward(prepared, q, local, received, scale, out, lse, merge=True)
 
     def attend(
         self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, arrivals: Arrivals | None = None
     ) -> tuple[Tensor, Tensor]:
         """See `kernels/cpu.py`. One launch for all ranges, nothing in memory but the results."""
-        prepared = self._prepare(Pass.FORWARD, schedule, q, by_source=arrivals is not None)
+        prepared = self._prepare(Pass.FORWARD, schedule, q, local, by_source=arrivals is not None)
         out = _empty(q.shape, q.dtype, q.device, prepared.local_rows == len(q))
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
         self._forward(prepared, q, local, received, scale, out, lse, merge=False, arrivals=arrivals)
@@ -103,7 +104,7 @@ class TritonAttention:
     ) -> Gradients:
         """See `kernels/cpu.py`. Three launches whatever the schedule, four when `leave` is to be called, and one more
         behind each over tiles that documents share."""
-        keys, queries = (self._prepare(which, schedule, q) for which in (Pass.BACKWARD_KV, Pass.BACKWARD_Q))
+        keys, queries = (self._prepare(which, schedule, q, local) for which in (Pass.BACKWARD_KV, Pass.BACKWARD_Q))
         log_sum, minus_delta = _row_terms(out, grad_out, lse)
         inputs = (q, *local, *received, grad_out, log_sum, minus_delta)
         strides = (*_strides(q, *local, *received, grad_out), log_sum.stride(0))
@@ -143,21 +144,24 @@ class TritonAttention:
         waits = None if arrivals is None else (*arrivals[:3], spins(q.device, arrivals.timeout_s))
         _launch(forward_kernel, prepared, q, local, q.shape[1], tensors, (scale * _LOG2E, *strides), waits, MERGE=merge)
 
-    def _prepare(self, which: Pass, schedule: Schedule, q: Tensor, by_source: bool = False) -> _Prepared:
+    def _prepare(self, which: Pass, schedule: Schedule, q: Tensor, local: KV, by_source: bool = False) -> _Prepared:
         if q.device.type == "cpu" and q.dtype is torch.bfloat16:
             raise ValueError(
                 "q is torch.bfloat16 on the CPU, where Triton's interpreter computes it wrongly: expected "
                 "torch.float32 or torch.float16, or attention='cpu'"
             )
         kept = self._prepared.setdefault(schedule, {})
-        key = (which, by_source, len(q), q.shape[2], q.dtype, q.device)
+        group = q.shape[1] // local.k.shape[1]
+        key = (which, by_source, len(q), group, q.shape[2], q.dtype, q.device)
         if key not in kept:
-            blocks = self.tuning.of(which) or choose(which, architecture(q.device), q.shape[2], q.dtype, schedule)
+            arch = architecture(q.device)
+            blocks = self.tuning.of(which) or choose(which, arch, q.shape[2], q.dtype, schedule, group)
+            heads = tile_heads(which, blocks, schedule, group)
             make = key_tiles if which is Pass.BACKWARD_KV else partial(query_tiles, by_source=by_source)
-            tiles = make(schedule, len(q), blocks.tile_rows(which))
+            tiles = make(schedule, len(q), blocks.tile_rows(which) // heads)
             table, ranges, reach = (to_device(x, q.device) for x in (tiles.table, tiles.ranges, tiles.reach))
             first_kind = int(tiles.table[:, 0].sum()) if which is Pass.BACKWARD_KV else tiles.ready
-            kept[key] = _Prepared(blocks, (table, ranges, reach), *tiles.rows, first_kind, tiles.shared)
+            kept[key] = _Prepared(blocks, heads, (table, ranges, reach), *tiles.rows, first_kind, tiles.shared)
         return kept[key]
 
 
@@ -170,7 +174,7 @@ def _row_terms(out: Tensor, grad_out: Tensor, lse: Tensor) -> Tensor:
         if blocks:
             backward_rows_kernel[(blocks, heads)](
                 out, grad_out, lse, *terms, rows, *_strides(out, grad_out), lse.stride(0), blocks * ROWS,
-                HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=ROWS,
+                HEAD_DIM=head_dim, BLOCK_M=ROWS,
             )  # fmt: skip
     return terms
 
@@ -186,7 +190,7 @@ def _launch(
     waits: tuple[Any, ...] | None = None,
     **constants: bool,
 ) -> None:
-    """One program per tile and head. Tiles run fastest: programs side by side find one head's KV in the cache.
+    """One program per tile and its heads. Tiles run fastest: programs side by side find one head's KV in the cache.
 
     Where programs wait, as many as fit beside each other share the tiles, and some of the device stays free.
     """
@@ -195,21 +199,23 @@ def _launch(
         return
     # Where no documents share a tile nothing is noted, and any int32 will do.
     mixed = q.new_zeros(1 + tiles * heads, dtype=torch.int32) if prepared.shared else prepared.tables[1]
-    few = (min(tiles * heads, _room(q.device, blocks.warps)),)
+    programs = tiles, heads // prepared.heads
+    few = (min(tiles * programs[1], _room(q.device, blocks.warps)),)
     forward = kernel is forward_kernel
 
     def start(grid: tuple[int, ...], waits: tuple[Any, ...] | None, apart: bool) -> None:
         counts = (tiles, prepared.first_kind, heads, *(waits or (None, 0, None, 0))) if forward else (tiles, heads)
         fused = {"FUSED": waits is not None} if forward else {}
+        together = {} if kernel is backward_kv_kernel else {"TILE_HEADS": prepared.heads}
         kernel[grid](
             *tensors, *prepared.tables, mixed, *numbers, *counts, GROUP=q.shape[1] // local.k.shape[1],
-            HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
-            PRECISION=blocks.precision, APART=apart, **fused, **constants,
+            HEAD_DIM=head_dim, BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
+            PRECISION=blocks.precision, APART=apart, **fused, **together, **constants,
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 
     with torch.cuda.device_of(q):
-        start((tiles, heads) if waits is None else few, waits, False)
+        start(programs if waits is None else few, waits, False)
         if prepared.shared:
             start(few, None, True)
 

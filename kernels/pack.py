@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from flashcp.kernels.blocks import place
-from flashcp.kernels.tuning import padded
 
 __all__ = ["BLOCK_ROWS", "WARPS", "pack_rows", "pack_rows_kernel"]
 
@@ -24,7 +23,7 @@ def pack_rows(k: Tensor, v: Tensor, index: Tensor) -> Tensor:
         with torch.cuda.device_of(k):
             pack_rows_kernel[(triton.cdiv(rows, BLOCK_ROWS), heads)](
                 k, v, index, packed, rows, *strides, packed.stride(0), packed.stride(1),
-                HEAD_DIM=head_dim, BLOCK_D=padded(head_dim), BLOCK_ROWS=BLOCK_ROWS, num_warps=WARPS,
+                HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_ROWS=BLOCK_ROWS, num_warps=WARPS,
             )  # fmt: skip
     return packed
 

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
 import torch
 
 from flashcp.kernels.schedule import Schedule
@@ -26,7 +27,8 @@ __all__ = [
     "architecture",
     "check_tuning",
     "choose",
-    "padded",
+    "table_dim",
+    "tile_heads",
 ]
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
@@ -35,6 +37,8 @@ SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942":
 """Shared memory that one block may take, per architecture."""
 SHORT_SPEED = 0.8
 """Speed assumed of the tiles for short documents, next to the large ones on a long document (not measured)."""
+SHARING_GAIN = 0.9
+"""Heads share a tile where that leaves less than this share of the pairs to compute (a choice, not measured)."""
 
 
 _TEXT = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)(?:x(\w+))?")
@@ -124,34 +128,40 @@ def check_tuning(tuning: object) -> None:
 
 _F, _KV, _Q = Pass.FORWARD, Pass.BACKWARD_KV, Pass.BACKWARD_Q
 _SMALL = (16, 32, 64)
+_MIDDLE = (80, 96, 128)
 _ROWS: tuple[tuple[str, int, tuple[int, ...], Pass, Blocks, Blocks | None], ...] = (
     # architecture, bytes an element, head_dims, pass, blocks for long documents, for short ones (None: the same)
     ("sm_80", 2, _SMALL, _F, Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3)),
     ("sm_80", 2, _SMALL, _KV, Blocks(64, 64, 8, 2), None),
     ("sm_80", 2, _SMALL, _Q, Blocks(128, 32, 8, 3), Blocks(64, 32, 4, 2)),
-    ("sm_80", 2, (128,), _F, Blocks(128, 32, 8, 3), Blocks(64, 64, 4, 2)),
+    ("sm_80", 2, (80, 128), _F, Blocks(128, 32, 8, 3), Blocks(64, 64, 4, 2)),
+    ("sm_80", 2, (96,), _F, Blocks(128, 32, 8, 3), Blocks(64, 64, 8, 2)),
+    ("sm_80", 2, (80,), _KV, Blocks(32, 64, 8, 2), None),
+    ("sm_80", 2, (96,), _KV, Blocks(32, 64, 8, 3), None),
     ("sm_80", 2, (128,), _KV, Blocks(64, 64, 8, 2), None),
-    ("sm_80", 2, (128,), _Q, Blocks(128, 32, 8, 3), Blocks(64, 32, 4, 2)),
+    ("sm_80", 2, (80,), _Q, Blocks(128, 32, 8, 3), Blocks(64, 32, 8, 2)),
+    ("sm_80", 2, (96, 128), _Q, Blocks(128, 32, 8, 3), Blocks(64, 32, 4, 2)),
     ("sm_80", 2, (256,), _F, Blocks(64, 32, 8, 2), None),
     ("sm_80", 2, (256,), _KV, Blocks(32, 32, 8, 1), None),
     ("sm_80", 2, (256,), _Q, Blocks(64, 32, 8, 1), None),
-    ("sm_90", 2, (*_SMALL, 128), _F, Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3)),
-    ("sm_90", 2, (*_SMALL, 128), _KV, Blocks(64, 128, 8, 2), Blocks(64, 64, 8, 3)),
-    ("sm_90", 2, (*_SMALL, 128), _Q, Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 3)),
+    ("sm_90", 2, (*_SMALL, 80, 128), _F, Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3)),
+    ("sm_90", 2, (96,), _F, Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3)),
+    ("sm_90", 2, (*_SMALL, *_MIDDLE), _KV, Blocks(64, 128, 8, 2), Blocks(64, 64, 8, 3)),
+    ("sm_90", 2, (*_SMALL, *_MIDDLE), _Q, Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 3)),
     ("sm_90", 2, (256,), _F, Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
     ("sm_90", 2, (256,), _KV, Blocks(16, 64, 8, 2), None),
     ("sm_90", 2, (256,), _Q, Blocks(64, 32, 8, 2), None),
     ("sm_100", 2, (16,), _F, Blocks(128, 128, 8, 2), Blocks(64, 32, 4, 3)),
     ("sm_100", 2, (32, 64), _F, Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3)),
-    ("sm_100", 2, (128,), _F, Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3)),
-    ("sm_100", 2, (*_SMALL, 128), _KV, Blocks(64, 64, 8, 2), None),
-    ("sm_100", 2, (*_SMALL, 128), _Q, Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 3)),
+    ("sm_100", 2, _MIDDLE, _F, Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3)),
+    ("sm_100", 2, (*_SMALL, *_MIDDLE), _KV, Blocks(64, 64, 8, 2), None),
+    ("sm_100", 2, (*_SMALL, *_MIDDLE), _Q, Blocks(128, 64, 8, 3), Blocks(64, 32, 4, 3)),
     ("sm_100", 2, (256,), _F, Blocks(64, 32, 8, 2), None),
     ("sm_100", 2, (256,), _KV, Blocks(32, 32, 8, 2), None),
     ("sm_100", 2, (256,), _Q, Blocks(32, 32, 8, 2), None),
-    ("gfx942", 2, (*_SMALL, 128), _F, Blocks(128, 64, 8, 1), Blocks(64, 64, 4, 1)),
-    ("gfx942", 2, (*_SMALL, 128), _KV, Blocks(32, 64, 4, 1), None),
-    ("gfx942", 2, (*_SMALL, 128), _Q, Blocks(64, 32, 4, 1), None),
+    ("gfx942", 2, (*_SMALL, *_MIDDLE), _F, Blocks(128, 64, 8, 1), Blocks(64, 64, 4, 1)),
+    ("gfx942", 2, (*_SMALL, *_MIDDLE), _KV, Blocks(32, 64, 4, 1), None),
+    ("gfx942", 2, (*_SMALL, *_MIDDLE), _Q, Blocks(64, 32, 4, 1), None),
     ("gfx942", 2, (256,), _F, Blocks(64, 32, 4, 1), None),
     ("gfx942", 2, (256,), _KV, Blocks(16, 32, 4, 1), None),
     ("gfx942", 2, (256,), _Q, Blocks(32, 32, 4, 1), None),
@@ -162,9 +172,9 @@ _ROWS: tuple[tuple[str, int, tuple[int, ...], Pass, Blocks, Blocks | None], ...]
             (arch, 4, _SMALL, _F, Blocks(64, 32, 8, 2, fast), None),
             (arch, 4, _SMALL, _KV, Blocks(32, 32, 8, 1, fast), None),
             (arch, 4, _SMALL, _Q, Blocks(32, 32, 8, 1, fast), None),
-            (arch, 4, (128,), _F, Blocks(32, 32, 8, 1), None),
-            (arch, 4, (128,), _KV, Blocks(32, 32, 8, 1, fast), None),
-            (arch, 4, (128,), _Q, Blocks(32, 32, 8, 1), None),
+            (arch, 4, _MIDDLE, _F, Blocks(32, 32, 8, 1), None),
+            (arch, 4, _MIDDLE, _KV, Blocks(32, 32, 8, 1, fast), None),
+            (arch, 4, _MIDDLE, _Q, Blocks(32, 32, 8, 1), None),
             (arch, 4, (256,), _F, Blocks(16, 32, 8, 1), None),
             (arch, 4, (256,), _KV, Blocks(16, 32, 8, 1), None),
             (arch, 4, (256,), _Q, Blocks(16, 16, 8, 1), None),
@@ -174,12 +184,7 @@ _ROWS: tuple[tuple[str, int, tuple[int, ...], Pass, Blocks, Blocks | None], ...]
 TABLE: dict[tuple[str, int, int, Pass], tuple[Blocks, Blocks]] = {
     (arch, dim, size, which): (long, short or long) for arch, size, dims, which, long, short in _ROWS for dim in dims
 }
-"""(architecture, head_dim as the kernels pad it, bytes an element, pass) -> blocks for long and for short documents."""
-
-
-def padded(head_dim: int) -> int:
-    """The power of two that the kernels widen head_dim to."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+"""(architecture, one of HEAD_DIMS, bytes an element, pass) -> blocks for long and for short documents."""
 
 
 def architecture(device: torch.device) -> str:
@@ -192,21 +197,53 @@ def architecture(device: torch.device) -> str:
     return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
 
 
-def choose(which: Pass, arch: str, head_dim: int, dtype: torch.dtype, schedule: Schedule) -> Blocks:
-    """The table's blocks for a pass, for long or for short documents: whichever computes less for its speed."""
+def table_dim(head_dim: int) -> int:
+    """The head_dim of the table whose blocks serve this one: the next larger. Raises ValueError beyond the largest."""
+    for dim in HEAD_DIMS:
+        if head_dim <= dim:
+            return dim
+    raise ValueError(f"head_dim={head_dim}: expected at most {HEAD_DIMS[-1]} with attention='triton' on a GPU")
+
+
+def choose(which: Pass, arch: str, head_dim: int, dtype: torch.dtype, schedule: Schedule, group: int = 1) -> Blocks:
+    """The table's blocks for a pass, for long or for short documents: whichever computes less for its speed.
+
+    group: query heads a KV head.
+    """
     if arch == "cpu":
         return Blocks(32, 32, 4, 1)
-    long, short = TABLE[arch, padded(head_dim), dtype.itemsize, which]
-    large, small = (computed_pairs(schedule, blocks.tile_rows(which)) for blocks in (long, short))
+    long, short = TABLE[arch, table_dim(head_dim), dtype.itemsize, which]
+    large, small = (
+        computed_pairs(which, schedule, blocks, tile_heads(which, blocks, schedule, group)) for blocks in (long, short)
+    )
     return short if small < SHORT_SPEED * large else long
 
 
-def computed_pairs(schedule: Schedule, tile_rows: int) -> int:
-    """Query-key pairs that tiles of so many rows compute, about, the masked ones included."""
+def tile_heads(which: Pass, blocks: Blocks, schedule: Schedule, group: int) -> int:
+    """How many of the `group` query heads of a KV head share a query tile, which then holds fewer rows of each.
+
+    Several where documents are short: a tile of fewer rows computes fewer pairs that the mask throws away (known as
+    PackGQA). As many as divide the group and leave 16 rows; one unless they save a tenth of the pairs.
+    """
+    if which is Pass.BACKWARD_KV:
+        return 1
+    most = min(group & -group, blocks.block_m // 16)
+    alone, together = (computed_pairs(which, schedule, blocks, heads) for heads in (1, most))
+    return most if together < SHARING_GAIN * alone else 1
+
+
+def computed_pairs(which: Pass, schedule: Schedule, blocks: Blocks, heads: int = 1) -> int:
+    """Query-key pairs a head that the tiles of a pass compute, about, the masked ones included. heads: of a tile."""
+    tile_rows = blocks.tile_rows(which) // heads
+    step = blocks.block_m if which is Pass.BACKWARD_KV else blocks.block_n  # rows of a block of the other side
     length = schedule.query_stop - schedule.query_start
     keys = schedule.row_stop - schedule.row_start
     to_read = schedule.range_totals(keys * ~schedule.masked)
     own = schedule.range_totals(schedule.masked) > 0
-    rows = -(-length // tile_rows) * tile_rows
     shared = own & (to_read == 0) & (length <= tile_rows // 2)
-    return int((length * tile_rows)[shared].sum() + (rows * (to_read + own * (length + tile_rows) // 2))[~shared].sum())
+    # The tiles of a shard read 1, 2, 3, ... tiles of its own rows, in whole blocks.
+    tiles, tiles_a_block = -(-length // tile_rows), max(step // tile_rows, 1)
+    whole, rest = np.divmod(tiles, tiles_a_block)
+    own_keys = max(step, tile_rows) * (tiles_a_block * whole * (whole + 1) // 2 + rest * (whole + 1))
+    alone = tile_rows * (tiles * to_read + own * own_keys)
+    return int((length * max(step, tile_rows))[shared].sum() + alone[~shared].sum())

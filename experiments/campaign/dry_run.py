@@ -13,7 +13,7 @@ import triton
 from flashcp.experiments.campaign.part import PARTS, load
 from flashcp.experiments.tune_attention import Kernel, compile_all, compilers, fit, shipped
 from flashcp.kernels.ahead import TARGETS, TRANSFERS, Build, build, build_transfer, read
-from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, TABLE, Blocks, Pass, padded
+from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, TABLE, Blocks, Pass, table_dim
 
 __all__ = ["compile_candidate", "dry_run", "kernels"]
 
@@ -63,7 +63,7 @@ def kernels() -> Iterator[Kernel]:
     transfers, the candidate."""
     yield from (kernel for kernel in shipped() if kernel.arch == ARCH)
     for head_dim, dtype, which in product(HEAD_DIMS, DTYPES, Pass):
-        for blocks in dict.fromkeys(TABLE[ARCH, padded(head_dim), 4 if dtype == "float32" else 2, which]):
+        for blocks in dict.fromkeys(TABLE[ARCH, table_dim(head_dim), 4 if dtype == "float32" else 2, which]):
             yield _variant("parallel", which, head_dim, dtype, blocks, parallel=True)
             if which is Pass.FORWARD:
                 yield _variant("fused", which, head_dim, dtype, blocks, parallel=True, fused=True)

@@ -18,7 +18,7 @@ from flashcp.experiments.numbers import Failure, Number, check_device, reason
 from flashcp.experiments.timing import in_turns_ms
 from flashcp.experiments.tune_attention import PACKS, compile_all, compilers, fit, grid, timed_work, tuned
 from flashcp.kernels.ahead import Build
-from flashcp.kernels.tuning import TABLE, Blocks, Pass, architecture, padded
+from flashcp.kernels.tuning import TABLE, Blocks, Pass, architecture, table_dim
 
 __all__ = ["ABOUT", "KIND", "MINUTES", "cases", "measure"]
 
@@ -52,7 +52,7 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
     until = time.monotonic() + min(CASE_S, turn.seconds) - 2 * TURNS_S
     dtype, lengths = getattr(torch, DTYPE), SMALL if turn.small else PACKS[pack]
     work = partial(timed_work, which, head_dim=head_dim, dtype=dtype, lengths=lengths, device=turn.device)
-    shipped = TABLE[arch, padded(head_dim), dtype.itemsize, which][list(PACKS).index(pack)]
+    shipped = TABLE[arch, table_dim(head_dim), dtype.itemsize, which][list(PACKS).index(pack)]
     fitting = _fitting(which, arch, head_dim, turn.small)
     for blocks, found in fitting.items():
         yield Number(blocks.to_text(), "registers", "registers", None, float(found.registers), None)

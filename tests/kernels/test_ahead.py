@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from functools import cache
 from itertools import product
+from math import prod
 
 import pytest
 
 from flashcp.kernels.ahead import TARGETS, TRANSFERS, Build, build, build_rows, build_transfer
 from flashcp.kernels.launch import PROGRAMS_PER_SM
-from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, padded
+from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, table_dim
 
 pytest.importorskip("triton")
 F, KV, Q = Pass
@@ -25,13 +26,13 @@ def entries(arch: str, head_dim: int, dtype: str) -> list[tuple[Pass, str, int, 
     return [
         (which, arch, head_dim, dtype, blocks)
         for which in Pass
-        for blocks in dict.fromkeys(TABLE[arch, padded(head_dim), size, which])
+        for blocks in dict.fromkeys(TABLE[arch, table_dim(head_dim), size, which])
     ]
 
 
 def long_only(arch: str, head_dim: int, dtype: str) -> list[tuple[Pass, str, int, str, Blocks]]:
     size = 4 if dtype == "float32" else 2
-    return [(which, arch, head_dim, dtype, TABLE[arch, padded(head_dim), size, which][0]) for which in Pass]
+    return [(which, arch, head_dim, dtype, TABLE[arch, table_dim(head_dim), size, which][0]) for which in Pass]
 
 
 HOPPER = [*entries("sm_90", 128, "bfloat16"), *entries("sm_90", 64, "bfloat16"), *entries("sm_90", 128, "float16")]
@@ -60,7 +61,7 @@ def name(case: tuple[Pass, str, int, str, Blocks]) -> str:
 
 
 def test_the_table_is_whole() -> None:
-    keys = product(TARGETS, map(padded, HEAD_DIMS), (2, 4), Pass)
+    keys = product(TARGETS, HEAD_DIMS, (2, 4), Pass)
     assert set(TABLE) == set(keys)
     assert set(SHARED_BYTES) == set(TARGETS)
     assert set(DTYPES) == {"float32", "float16", "bfloat16"}
@@ -105,6 +106,31 @@ def test_the_log_sum_exp_of_the_key_gradients_is_loaded_a_block_ahead() -> None:
 def test_grouped_heads_spill_nothing_either() -> None:
     for case in entries("sm_90", 128, "bfloat16"):
         assert build(*case, group=4).spilled_bytes == 0
+
+
+def products(found: Build) -> int:
+    """Numbers that the tensor-core instructions of a kernel multiply, one each."""
+    shapes = re.findall(r"wgmma\.mma_async\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", found.listing)
+    return sum(prod(map(int, shape)) for shape in shapes)
+
+
+@pytest.mark.parametrize(("head_dim", "which"), list(product((80, 96), Pass)))
+def test_tensor_cores_compute_no_column_that_is_not_there(head_dim: int, which: Pass) -> None:
+    blocks = TABLE["sm_90", head_dim, 2, which][0]
+    some, all_of_them = (built(which, "sm_90", dim, "bfloat16", blocks) for dim in (head_dim, 128))
+    assert 128 * products(some) == head_dim * products(all_of_them) > 0
+    assert some.spilled_bytes == 0
+    assert some.shared_bytes < 0.8 * all_of_them.shared_bytes
+
+
+@pytest.mark.parametrize(("head_dim", "which"), list(product((80, 128), (F, Q))))
+def test_heads_that_share_a_tile_cost_the_loops_nothing(head_dim: int, which: Pass) -> None:
+    for blocks in dict.fromkeys(TABLE["sm_90", head_dim, 2, which]):
+        case = which, "sm_90", head_dim, "bfloat16", blocks
+        alone, together = built(*case), build(*case, group=4, tile_heads=4)
+        assert together.spilled_bytes == 0
+        for field in ("wgmma", "async_copies", "shared_bytes"):
+            assert getattr(together, field) == getattr(alone, field)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -8,6 +8,7 @@ import torch
 
 import flashcp
 from flashcp.kernels.schedule import whole_pack_schedule
+from flashcp.kernels.tuning import Pass, architecture, choose, tile_heads
 from tests.packs import AWKWARD, gradient_terms, random_qkv, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -29,9 +30,26 @@ def run(lengths: tuple[int, ...], heads: tuple[int, int], head_dim: int, dtype: 
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("lengths", [*AWKWARD, (1000, 24), (32,) * 40], ids=str)
 def test_matches_the_reference_and_repeats(lengths: tuple[int, ...], head_dim: int, dtype: torch.dtype) -> None:
-    found, again = run(lengths, (4, 2), head_dim, dtype), run(lengths, (4, 2), head_dim, dtype)
+    check_and_repeat(lengths, (4, 2), head_dim, dtype)
+
+
+@pytest.mark.parametrize("dtype", LIMIT, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("heads", [(8, 2), (8, 1), (6, 1)], ids=str)
+def test_heads_that_share_a_tile(heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+    lengths = (70, 66, 5, 3, 100, 17) * 6
+    schedule, group = whole_pack_schedule(np.array(lengths)), heads[0] // heads[1]
+    arch = architecture(torch.device("cuda"))
+    blocks = choose(Pass.BACKWARD_Q, arch, head_dim, dtype, schedule, group)
+    assert tile_heads(Pass.BACKWARD_Q, blocks, schedule, group) > 1
+    check_and_repeat(lengths, heads, head_dim, dtype)
+
+
+def check_and_repeat(lengths: tuple[int, ...], heads: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
+    """Values and gradients against float64, twice with the same bits."""
+    found, again = run(lengths, heads, head_dim, dtype), run(lengths, heads, head_dim, dtype)
     assert all(map(torch.equal, found, again))
-    *qkv, grad = random_qkv(sum(lengths), 4, 2, head_dim, dtype, seed=1)
+    *qkv, grad = random_qkv(sum(lengths), *heads, head_dim, dtype, seed=1)
     exact = [x.double().requires_grad_() for x in qkv]
     out = flashcp.reference_attention(*exact, lengths)
     wanted = (out, *torch.autograd.grad(out, exact, grad.double()))

@@ -12,8 +12,10 @@ from torch import Tensor
 
 import flashcp
 from flashcp.kernels.arrivals import Arrivals
+from flashcp.kernels.schedule import whole_pack_schedule
 from flashcp.kernels.selection import select_attention
-from flashcp.kernels.tuning import Tuning
+from flashcp.kernels.tiles import query_tiles
+from flashcp.kernels.tuning import Blocks, Pass, Tuning, tile_heads
 from flashcp.sharding.documents import document_offsets
 from tests.interpreter import interpreted
 from tests.kernels.one_rank import Rank
@@ -21,8 +23,10 @@ from tests.packs import random_qkv
 
 SMALL = "forward=32x16x4x1xieee,backward_kv=16x32x4x1xieee,backward_q=32x16x4x1xieee"
 WIDE = "forward=64x32x4x1xieee,backward_kv=32x64x4x1xieee,backward_q=16x64x4x1xieee"
+TOGETHER = "forward=64x16x4x1xieee,backward_kv=16x32x4x1xieee,backward_q=64x16x4x1xieee"
 INPUTS = ("q", "k", "v", "grad")
-ALL = tuple(product(INPUTS, (torch.nan, torch.inf, -torch.inf)))
+NOT_NUMBERS = (torch.nan, torch.inf, -torch.inf)
+ALL = tuple(product(INPUTS, NOT_NUMBERS))
 SOME = tuple(product(INPUTS, (torch.nan,)))
 
 
@@ -123,8 +127,15 @@ def check(case: Case, seed: int) -> int:
     return spoilt
 
 
+def test_heads_share_a_tile_where_a_case_says_so() -> None:
+    """And documents too: tiles of 16 rows of four heads, some of which hold several documents."""
+    schedule = whole_pack_schedule(np.array(FEW))
+    assert tile_heads(Pass.FORWARD, Blocks(64, 16, 4, 1), schedule, 4) == 4
+    assert query_tiles(schedule, sum(FEW), 16).shared
+
+
 fp32, fp16 = torch.float32, torch.float16
-MANY = (3, 9, 1, 7, 12, 2, 5)
+MANY, FEW = (3, 9, 1, 7, 12, 2, 5), (3, 9, 1, 7, 5)
 CASES = {
     "shared tiles": Case(MANY, 1, "contiguous", (2, 1), 16, fp32, SMALL, ALL),
     "shared tiles fp16, odd dim": Case(MANY, 1, "contiguous", (1, 1), 24, fp16, WIDE),
@@ -133,6 +144,8 @@ CASES = {
     "cut everywhere": Case((13, 1, 31, 2, 5), 2, "per_document", (1, 1), 16, fp16, SMALL, exchange="all_gather"),
     "staged": Case((*MANY, 29), 2, "per_sequence", (1, 1), 16, fp32, SMALL, how="staged"),
     "fused": Case((*MANY, 29), 2, "per_sequence", (2, 1), 16, fp32, SMALL, how="fused"),
+    "heads share a tile": Case(FEW, 1, "contiguous", (8, 2), 16, fp32, TOGETHER, tuple(product("kv", NOT_NUMBERS))),
+    "heads share a tile, fused, 80": Case((*FEW, 17), 2, "per_sequence", (4, 1), 80, fp32, TOGETHER, how="fused"),
 }
 
 

@@ -11,7 +11,7 @@ import flashcp
 from flashcp.kernels.cpu import KV
 from flashcp.kernels.schedule import Schedule, whole_pack_schedule
 from flashcp.kernels.selection import select_attention
-from flashcp.kernels.tuning import Blocks, Tuning
+from flashcp.kernels.tuning import Blocks, Pass, Tuning, tile_heads
 from flashcp.sharding.plan import ShardingPlan
 from tests.interpreter import interpreted
 from tests.kernels.one_rank import Rank
@@ -21,6 +21,8 @@ LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3}
 SMALL = "forward=32x16x4x1xieee,backward_kv=16x32x4x1xieee,backward_q=32x16x4x1xieee"
 WIDE = "forward=64x32x4x1xieee,backward_kv=32x64x4x1xieee,backward_q=16x64x4x1xieee"
 TALL = "forward=16x64x4x1xieee,backward_kv=64x16x4x1xieee,backward_q=64x16x4x1xieee"
+
+TOGETHER = "forward=64x16x4x1xieee,backward_kv=16x32x4x1xieee,backward_q=64x16x4x1xieee"
 
 
 def errors(lengths: tuple[int, ...], ranks: int, strategy: str, exchange: str, staged: bool, heads: tuple[int, int],
@@ -64,6 +66,12 @@ CASES = {
     "compacted": (random_lengths(3), 4, "flashcp_paper", "compacted", False, (2, 1), 16, fp32, SMALL),
     "ring by blocks": ((40, 7, 61), 3, "per_sequence", "sources", True, (2, 1), 16, fp32, SMALL),
     "fp16 staged": ((40, 31), 2, "contiguous", "exact", True, (2, 1), 32, fp16, TALL),
+    "dim 72, padded in its second part": ((33, 18), *ALONE, (2, 1), 72, fp32, SMALL),
+    "dim 192": ((19, 18), *ALONE, (2, 1), 192, fp32, SMALL),
+    "heads share a tile": ((20, 19, 7, 3, 30), *ALONE, (8, 2), 16, fp32, TOGETHER),
+    "two of six heads share a tile, 80": ((17, 20, 19), *ALONE, (6, 1), 80, fp32, TOGETHER),
+    "heads share a tile on three": ((13, 1, 53, 20, 47), 3, "per_document", "exact", False, (4, 1), 16, fp16, TOGETHER),
+    "heads share a tile, staged": ((13, 1, 53, 2, 47), 2, "per_document", "exact", True, (4, 1), 16, fp32, TOGETHER),
     "ulysses": ((40, 7, 61), 3, "per_document", "ulysses", False, (2, 1), 16, fp32, WIDE),
 }
 
@@ -72,6 +80,17 @@ CASES = {
 def test_matches_the_reference(case: tuple) -> None:
     found = interpreted(errors, *case)
     assert max(found.values()) < LIMIT[case[-2]], found
+
+
+@pytest.mark.parametrize("case", [x for x in CASES.values() if x[-1] == TOGETHER])
+def test_heads_share_a_tile_where_a_case_says_so(case: tuple) -> None:
+    lengths, ranks, strategy, exchange, _, (heads, kv_heads), head_dim, dtype, _ = case
+    plan = flashcp.plan(lengths, ranks, strategy)
+    *qkv, grad = random_qkv(sum(lengths), heads, kv_heads, head_dim, dtype, seed=0)
+    blocks = Blocks(64, 16, 4, 1)
+    for rank in range(ranks):
+        schedule = Rank(plan, exchange, rank, qkv, grad).whole
+        assert tile_heads(Pass.FORWARD, blocks, schedule, heads // kv_heads) in (2, 4)
 
 
 def nothing_to_read() -> None:

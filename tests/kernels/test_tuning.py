@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 
-from flashcp.kernels.schedule import whole_pack_schedule
+from flashcp.kernels.schedule import Schedule, whole_pack_schedule
 from flashcp.kernels.tiles import query_tiles
-from flashcp.kernels.tuning import TABLE, Blocks, Pass, Tuning, architecture, choose, computed_pairs, padded
+from flashcp.kernels.tuning import (
+    TABLE,
+    Blocks,
+    Pass,
+    Tuning,
+    architecture,
+    choose,
+    computed_pairs,
+    table_dim,
+    tile_heads,
+)
 
 
 def test_text_comes_back_as_the_tuning() -> None:
@@ -42,8 +54,10 @@ def test_blocks_that_cannot_be_built_are_named() -> None:
         Blocks(64, 64, 4, 2, "tf32")
 
 
-def test_head_dims_are_widened_to_powers_of_two() -> None:
-    assert [padded(d) for d in (1, 16, 17, 64, 80, 96, 128, 256)] == [16, 16, 32, 64, 128, 128, 128, 256]
+def test_the_table_serves_every_head_dim_up_to_its_largest() -> None:
+    assert [table_dim(d) for d in (1, 16, 17, 64, 72, 80, 96, 128, 192)] == [16, 16, 32, 64, 80, 80, 96, 128, 256]
+    with pytest.raises(ValueError, match="head_dim=257: expected at most 256"):
+        table_dim(257)
 
 
 def test_short_documents_get_small_tiles() -> None:
@@ -58,14 +72,44 @@ def test_short_documents_get_small_tiles() -> None:
     assert chosen(32_768, *[32] * 100) == long  # the long one is nearly all there is to compute
 
 
+def walked_pairs(schedule: Schedule, rows: int, blocks: Blocks, heads: int) -> int:
+    """Pairs a head that the forward's tiles compute, counted tile by tile; their shards read nothing before them."""
+    tile_rows = blocks.block_m // heads
+    tiles = query_tiles(schedule, rows, tile_rows)
+    keys = tiles.table[:, 2] - tiles.ranges[tiles.table[:, 3], 1]
+    return int((tile_rows * -(-keys // blocks.block_n) * blocks.block_n).sum())
+
+
 def test_computed_pairs_are_those_of_the_tiles() -> None:
     for lengths in ([1000], [64] * 10, [8] * 64, [300, 20, 20, 500]):
         schedule = whole_pack_schedule(np.array(lengths))
-        for tile_rows in (32, 64):
-            tiles = query_tiles(schedule, sum(lengths), tile_rows)
-            start = tiles.ranges[tiles.table[:, 3], 1]
-            walked = int((tile_rows * (tiles.table[:, 2] - start)).sum())
-            assert walked == pytest.approx(computed_pairs(schedule, tile_rows), rel=0.35)
+        for blocks, heads in product((Blocks(32, 32, 4, 1), Blocks(64, 32, 4, 1), Blocks(64, 64, 4, 1)), (1, 2, 4)):
+            if blocks.block_m // heads >= 16:
+                walked = walked_pairs(schedule, sum(lengths), blocks, heads)
+                counted = computed_pairs(Pass.FORWARD, schedule, blocks, heads)
+                assert walked == pytest.approx(counted, rel=0.35), (lengths, blocks, heads)
+
+
+def test_heads_share_a_tile_where_documents_are_short() -> None:
+    def heads(group: int, *lengths: int, which: Pass = Pass.FORWARD) -> int:
+        return tile_heads(which, Blocks(64, 64, 4, 3), whole_pack_schedule(np.array(lengths)), group)
+
+    short = [70] * 50
+    assert [heads(group, *short) for group in (1, 2, 3, 4, 6, 7, 8, 16)] == [1, 2, 1, 4, 2, 1, 4, 4]
+    assert heads(4, 8192, 8192) == 1  # long documents: hardly a pair is saved
+    assert heads(4, *[16] * 500) == 1  # so short that several share a tile, whose keys take a whole block anyway
+    assert heads(4, *short, which=Pass.BACKWARD_KV) == 1
+
+
+def test_heads_that_share_a_tile_save_a_tenth_of_the_pairs() -> None:
+    for length in (30, 64, 100, 200, 400, 1000, 4000):
+        schedule, blocks = whole_pack_schedule(np.array([length] * (8000 // length))), Blocks(64, 64, 4, 3)
+        rows = length * (8000 // length)
+        alone, together = (walked_pairs(schedule, rows, blocks, heads) for heads in (1, 4))
+        if tile_heads(Pass.FORWARD, blocks, schedule, 4) == 4:
+            assert together < 0.95 * alone
+        else:
+            assert together > 0.8 * alone
 
 
 def test_the_interpreter_has_an_architecture_of_its_own() -> None:
