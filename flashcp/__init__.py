@@ -6,7 +6,6 @@ The public names are loaded when they are first used: planning (`flashcp.plan`) 
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,12 +35,6 @@ _HOME = {
     "strategies": "flashcp.sharding",
     "varlen_attention": "flashcp.attention",
 }
-
-# In a checkout the other rooms (sharding/, kernels/, ...) lie beside this folder, not in it: without this,
-# `import flashcp` from the checkout's root finds this folder and then no flashcp.sharding.
-_CHECKOUT = Path(__file__).resolve().parent.parent
-if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "sharding").is_dir():
-    __path__.append(str(_CHECKOUT))
 
 
 def __getattr__(name: str) -> Any:
