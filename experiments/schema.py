@@ -139,7 +139,7 @@ class SimulateSettings:
 
 @dataclass
 class SolverSettings:
-    """The exact solver beside the strategies (`flashcp.sharding.exact`). granule 0: none. limit_s: of one window."""
+    """The exact solver beside the strategies (`flashcp.sharding.solver`). granule 0: none. limit_s: of one window."""
 
     granule: int = 0
     limit_s: float = 20.0

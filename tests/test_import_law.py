@@ -1,4 +1,4 @@
-"""The law of imports: which room may import which, and which libraries stay behind one door.
+"""The law of imports: which room may import which, no circles, and which libraries stay behind one door.
 
 Read from the syntax trees, so it also sees imports inside functions and under `if TYPE_CHECKING`.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ class Import(NamedTuple):
     line: int
     module: str  # absolute, as written: flashcp.sharding.plan
     late: bool  # inside a function
+    names: tuple[str, ...] = ()  # what is taken from it: modules, or things in it
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line} imports {self.module}"
@@ -71,7 +73,7 @@ def find_imports(file: str, tree: ast.AST, late: bool = False) -> Iterator[Impor
             if base == "flashcp":
                 yield from (Import(file, node.lineno, f"flashcp.{alias.name}", late) for alias in node.names)
             else:
-                yield Import(file, node.lineno, base, late)
+                yield Import(file, node.lineno, base, late, tuple(alias.name for alias in node.names))
         elif (
             isinstance(node, ast.Call)
             and ast.unparse(node.func).endswith("import_module")
@@ -104,6 +106,70 @@ def test_rooms_import_only_the_rooms_below() -> None:
 def test_rooms_are_imported_through_flashcp() -> None:
     bare = [str(imp) for imp in all_imports() if imp.module.split(".")[0] in MAY_IMPORT.keys() - {"flashcp"}]
     assert not bare
+
+
+def module_name(file: str) -> str:
+    """sharding/plan.py -> flashcp.sharding.plan, flashcp/__init__.py -> flashcp."""
+    parts = Path(file.removeprefix("flashcp/")).with_suffix("").parts
+    return ".".join(["flashcp", *(part for part in parts if part != "__init__")])
+
+
+def arrows(files: Iterable[str], imports: Iterable[Import]) -> dict[str, set[str]]:
+    """The modules that each module names in an import, wherever it stands.
+
+    A package's `__init__.py` runs before its modules without being named, and makes no arrow by that.
+    """
+    found: dict[str, set[str]] = {module_name(file): set() for file in files}
+    for imp in imports:
+        taken = [f"{imp.module}.{name}" for name in imp.names] or [imp.module]
+        found[module_name(imp.file)] |= {name if name in found else imp.module for name in taken} & found.keys()
+    return found
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import each other, the first one again at the end; empty where there are none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other() -> None:
+    files = [name for name in python_files() if name.split("/")[0] in MAY_IMPORT]
+    assert circle(arrows(files, all_imports())) == []
+
+
+@pytest.mark.parametrize(
+    "closing",
+    [
+        "from flashcp.sharding.plan import Shard",
+        "from flashcp.sharding import plan",
+        "from flashcp.sharding import METHODS, plan",
+        "import flashcp.sharding.plan",
+        "from .. import plan",
+        "from ..plan import Shard",
+        "def f():\n    from flashcp.sharding.plan import Shard",
+        "if TYPE_CHECKING:\n    from flashcp.sharding.plan import Shard",
+        "importlib.import_module('flashcp.sharding.plan')",
+    ],
+)
+def test_a_circle_is_found(closing: str) -> None:
+    sources = {
+        "sharding/plan.py": "from flashcp.sharding.route import Route",
+        "sharding/route.py": "from flashcp.sharding.exchanges import ring",
+        "sharding/exchanges/__init__.py": "from flashcp.sharding.exchanges import ring",
+        "sharding/exchanges/ring.py": "import numpy",
+    }
+
+    def found() -> list[str]:
+        return circle(
+            arrows(sources, (imp for name in sources for imp in find_imports(name, ast.parse(sources[name]))))
+        )
+
+    assert found() == []
+    sources["sharding/exchanges/ring.py"] = closing
+    assert set(found()) == {f"flashcp.sharding.{name}" for name in ("plan", "route", "exchanges.ring")}
 
 
 @pytest.mark.parametrize("library", BEHIND_ONE_DOOR)

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashcp.sharding.documents import read_document_lengths, read_world_size
-from flashcp.sharding.plan import ShardingPlan, ShardTable, shard_work
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.shards import ShardTable, shard_work
 
-__all__ = ["ExactPlan", "exact_plan"]
+__all__ = ["SolvedPlan", "solve_plan"]
 
 
 @dataclass(frozen=True)
-class ExactPlan:
+class SolvedPlan:
     """What the solver found: a plan, the rows it minimised, and a proven bound on them at this granularity."""
 
     plan: ShardingPlan
@@ -30,7 +31,7 @@ class ExactPlan:
         return self.rows == self.least_rows
 
 
-def exact_plan(
+def solve_plan(
     document_lengths: Iterable[int],
     world_size: int,
     *,
@@ -40,7 +41,7 @@ def exact_plan(
     limit_s: float = 20.0,
     workers: int = 1,
     hint: ShardingPlan | None = None,
-) -> ExactPlan:
+) -> SolvedPlan:
     """Fewest critical rows of `exact` (or largest non-last rows of a rank, what `compacted` pads to).
 
     Documents are cut at multiples of `granule` only. Ranks hold equal tokens if granules allow it (all lengths are
@@ -51,7 +52,7 @@ def exact_plan(
     try:
         from ortools.sat.python import cp_model
     except ImportError as error:
-        raise ImportError("exact_plan needs OR-tools: pip install flashcp[exact]") from error
+        raise ImportError("solve_plan needs OR-tools: pip install flashcp[exact]") from error
     lengths = read_document_lengths(document_lengths)
     tokens = int(lengths.sum())
     ranks = range(read_world_size(world_size, tokens))
@@ -116,7 +117,7 @@ def exact_plan(
         )
     rank = np.array([next(r for r in ranks if solver.value(held[i][r])) for i in pieces], dtype=np.int64)
     plan = ShardingPlan(lengths, world_size, ShardTable(document, start, stop, rank), "exact")
-    return ExactPlan(plan, round(solver.objective_value), int(np.ceil(solver.best_objective_bound - 1e-6)))
+    return SolvedPlan(plan, round(solver.objective_value), int(np.ceil(solver.best_objective_bound - 1e-6)))
 
 
 def _granules(lengths: np.ndarray, granule: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
