@@ -1,6 +1,6 @@
 """FlashCP: context parallelism on packed documents.
 
-The public names are loaded when they are first used: planning (`flashcp.plan`) never imports torch.
+The public names are loaded when they are first used: planning and simulating never import torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from flashcp.context_parallel import ContextParallel
     from flashcp.kernels.reference import reference_attention
     from flashcp.sharding import Shard, ShardingPlan, plan, strategies
+    from flashcp.simulation import simulate
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "ShardingPlan",
     "plan",
     "reference_attention",
+    "simulate",
     "strategies",
     "varlen_attention",
 ]
@@ -32,6 +34,7 @@ _HOME = {
     "ShardingPlan": "flashcp.sharding",
     "plan": "flashcp.sharding",
     "reference_attention": "flashcp.kernels.reference",
+    "simulate": "flashcp.simulation",
     "strategies": "flashcp.sharding",
     "varlen_attention": "flashcp.attention",
 }

@@ -20,11 +20,12 @@ from tests.checkout import ROOT, python_files
 # room -> the rooms it may import, itself included
 MAY_IMPORT = {
     "sharding": {"sharding"},
+    "simulator": {"sharding", "simulator"},
     "kernels": {"sharding", "kernels"},
     "comm": {"sharding", "kernels", "comm"},
-    "flashcp": {"sharding", "kernels", "comm", "flashcp"},
-    "train": {"sharding", "kernels", "comm", "flashcp", "train"},
-    "experiments": {"sharding", "kernels", "comm", "flashcp", "train", "experiments", "conf"},
+    "flashcp": {"sharding", "simulator", "kernels", "comm", "flashcp"},
+    "train": {"sharding", "simulator", "kernels", "comm", "flashcp", "train"},
+    "experiments": {"sharding", "simulator", "kernels", "comm", "flashcp", "train", "experiments", "conf"},
     "conf": set(),
 }
 # library -> the only places (folders or files) that may import it
@@ -32,10 +33,13 @@ BEHIND_ONE_DOOR = {
     "hydra": ("experiments/",),
     "omegaconf": ("experiments/",),
     "wandb": ("train/tracker.py",),
+    "yaml": ("flashcp/clusters.py",),
 }
-# What sharding/ may use besides the standard library: at import time, and inside functions.
-SHARDING_LIBRARIES = {"numpy"}
-SHARDING_LATE_LIBRARIES = {"numpy", "numba", "ortools"}
+# room -> what it may use besides the standard library: at import time, and inside functions
+FEW_LIBRARIES = {
+    "sharding": ({"numpy"}, {"numpy", "numba", "ortools"}),
+    "simulator": ({"numpy"}, {"numpy", "numba"}),
+}
 READS_FILES = {"fileinput", "glob", "io", "mmap", "pathlib", "pkgutil", "shutil", "tempfile"}
 
 
@@ -181,22 +185,25 @@ def test_library_stays_behind_its_door(library: str) -> None:
     assert not broken
 
 
-def test_sharding_needs_numpy_only() -> None:
-    for imp in (imp for imp in all_imports() if imp.file.startswith("sharding/")):
+@pytest.mark.parametrize("room", FEW_LIBRARIES)
+def test_a_room_that_needs_few_libraries(room: str) -> None:
+    at_import, late = FEW_LIBRARIES[room]
+    found = [imp for imp in all_imports() if imp.file.startswith(f"{room}/")]
+    assert found
+    for imp in found:
         library = imp.module.split(".")[0]
         if library in sys.stdlib_module_names or library == "flashcp":
             continue
-        assert library in (SHARDING_LATE_LIBRARIES if imp.late else SHARDING_LIBRARIES), imp
+        assert library in (late if imp.late else at_import), imp
 
 
-def test_sharding_reads_no_files() -> None:
-    for name in (name for name in python_files() if name.startswith("sharding/")):
+@pytest.mark.parametrize("room", FEW_LIBRARIES)
+def test_a_room_that_reads_no_files(room: str) -> None:
+    for name in (name for name in python_files() if name.startswith(f"{room}/")):
         calls = [node for node in ast.walk(syntax(name)) if isinstance(node, ast.Call)]
         assert not [call.lineno for call in calls if ast.unparse(call.func) == "open"], name
     broken = [
-        str(imp)
-        for imp in all_imports()
-        if imp.file.startswith("sharding/") and imp.module.split(".")[0] in READS_FILES
+        str(imp) for imp in all_imports() if imp.file.startswith(f"{room}/") and imp.module.split(".")[0] in READS_FILES
     ]
     assert not broken
 

@@ -11,10 +11,10 @@ from flashcp.experiments.campaign import attention, correct, dry_run, hybrid, to
 from flashcp.experiments.campaign.part import PARTS, Turn, load
 from flashcp.experiments.campaign.tools import counters
 from flashcp.experiments.numbers import Failure, Number
-from flashcp.experiments.simulator.variants import VARIANTS
 from flashcp.experiments.tune_attention import Kernel
 from flashcp.kernels.ahead import TARGETS, Build
 from flashcp.kernels.tuning import HEAD_DIMS
+from flashcp.simulator.variants import VARIANTS
 
 METRICS = ("registers", "alone_ms", "shipped_ms", "candidate_ms")
 
