@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,19 +50,32 @@ class Machine:
 
 def check_machine(machine: Machine, name: str = "cluster") -> None:
     """Raise ValueError, naming value, field and what is legal, for parameters that make no machine."""
-    for key, value in parameters(machine).items():
-        if isinstance(value, int):
-            if not 1 <= value <= LARGEST:
-                raise ValueError(f"{name}.{key}={value}: expected a whole number >= 1 and <= {LARGEST}")
-            continue
-        optional = key.endswith(("_us", "merge_gbps"))
-        if value < 0 or (value == 0 and not optional) or not math.isfinite(value):
-            raise ValueError(f"{name}.{key}={value}: expected a number {'>= 0' if optional else '> 0'}")
-    if machine.attention.tile_queries % machine.attention.tile_keys:
+    for key, kind, value in _fields(machine, f"{name}."):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if kind is int:
+            if not isinstance(value, int) or not number or not 1 <= value <= LARGEST:
+                raise ValueError(f"{key}={value!r}: expected a whole number >= 1 and <= {LARGEST}")
+        elif kind is float:
+            optional = key.endswith(("_us", "merge_gbps"))
+            if not number or not math.isfinite(value) or value < 0 or (value == 0 and not optional):
+                raise ValueError(f"{key}={value!r}: expected a number {'>= 0' if optional else '> 0'}")
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and not isinstance(value, kind):
+            raise ValueError(f"{key}={value!r}: expected a {kind.__name__}")
+    tiles = machine.attention
+    if tiles.tile_queries % tiles.tile_keys:
         raise ValueError(
-            f"{name}.attention.tile_keys={machine.attention.tile_keys}: expected a divisor of "
-            f"tile_queries={machine.attention.tile_queries}"
+            f"{name}.attention.tile_keys={tiles.tile_keys}: expected a divisor of tile_queries={tiles.tile_queries}"
         )
+
+
+def _fields(section: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name, type and value of every field; of a section before those in it."""
+    hints = typing.get_type_hints(type(section))
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        yield f"{prefix}{item.name}", hints[item.name], value
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, f"{prefix}{item.name}.")
 
 
 def parameters(section: Any, prefix: str = "") -> dict[str, float]:
