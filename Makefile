@@ -9,7 +9,6 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
-ROOMS := comm conf experiments kernels sharding train
 ARGS ?=
 # What a machine with torch, triton and numpy alone lacks; WITH="fa3-fwd==0.0.3" adds to it, e.g. a peer of 28 MB.
 WHEELS ?= gpu-wheels
@@ -31,15 +30,9 @@ demo: $(STAMP) ## train the same model under every method on 2 CPU ranks; print 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-# mypy follows folders, not setuptools' package-dir: give it the installed layout as links, and hand its
-# messages back with the paths of the checkout.
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
-	@rm -rf .venv/typed && mkdir -p .venv/typed/flashcp
-	@ln -s $(CURDIR)/flashcp/* $(addprefix $(CURDIR)/,$(ROOMS)) .venv/typed/flashcp/
-	cd .venv/typed && ../bin/mypy --config-file $(CURDIR)/pyproject.toml \
-		--cache-dir $(CURDIR)/.mypy_cache -p flashcp \
-		| sed -E 's#^flashcp/($(subst $() ,|,$(ROOMS)))/#\1/#'
+	$(BIN)/mypy -p flashcp
 
 paper: $(STAMP) ## the paper's figures from the simulator: rows, pictures, experiments/PAPER_RESULTS.md (some 15 min)
 	for figure in paper_fig3 paper_fig5 paper_fig6 paper_fig7 paper_table2 demo_predicted speedup_parts \

@@ -1,15 +1,20 @@
-"""What the attention benchmark runs on: packs on one device, and the shares of a pack that plans give to one rank."""
+"""What the attention benchmark runs on: packs on one device, and the shares of a pack that plans give to one rank.
+
+Here too what other kernels are compared with: ours, and the exact result.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flashcp.attention import varlen_attention
+from flashcp.kernels.library import attention, schedule_tensor
 from flashcp.kernels.schedule import Schedule, build_schedule, whole_pack_schedule
 from flashcp.kernels.tiles import OWN, key_tiles, query_tiles
 from flashcp.kernels.tuning import Blocks, Pass
@@ -17,7 +22,10 @@ from flashcp.sharding.documents import expand_ranges
 from flashcp.sharding.lengths import LENGTH_DATA, windows
 from flashcp.sharding.strategies import plan
 
-__all__ = ["Case", "Tensors", "all_cases", "exact_share", "make_tensors", "useful_share"]
+__all__ = ["OURS", "Case", "Forward", "Tensors", "all_cases", "exact_share", "make_tensors", "ours", "useful_share"]
+
+Forward = Callable[[], Tensor]
+OURS = "flashcp"
 
 CONTEXT = 131_072
 HEADS = ((32, 32), (32, 8))
@@ -129,6 +137,15 @@ def make_tensors(case: Case, dtype: torch.dtype, device: torch.device) -> Tensor
     for x in (q, k, v, received):
         x.requires_grad_()
     return Tensors(q, k, v, received, draw(case.rows, *queries))
+
+
+def ours(case: Case, x: Tensors) -> Forward:
+    """The Triton kernels: `varlen_attention` on packs, the operator under it on a rank's share."""
+    if case.lengths is not None:
+        lengths = torch.tensor(case.lengths)
+        return lambda: varlen_attention(x.q, x.k, x.v, lengths)
+    schedule = schedule_tensor(case.schedule)
+    return lambda: attention(x.q, x.k, x.v, x.received, schedule, case.head_dim**-0.5)[0]
 
 
 def exact_share(case: Case, tensors: Tensors, kv_head: int, block: int = 1024) -> dict[str, Tensor]:

@@ -14,32 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashcp.attention import varlen_attention
-from flashcp.experiments.attention_cases import Case, Tensors
-from flashcp.kernels.library import attention, schedule_tensor
+from flashcp.experiments.attention_cases import OURS, Case, Forward, Tensors, ours
+from flashcp.experiments.hopper_check import candidate, passed
 from flashcp.kernels.tuning import architecture
 
-__all__ = ["OURS", "PEERS", "Forward"]
-
-Forward = Callable[[], Tensor]
-OURS = "flashcp"
-
-
-def ours(case: Case, x: Tensors) -> Forward:
-    """The Triton kernels: `varlen_attention` on packs, the operator under it on a rank's share."""
-    if case.lengths is not None:
-        lengths = torch.tensor(case.lengths)
-        return lambda: varlen_attention(x.q, x.k, x.v, lengths)
-    schedule = schedule_tensor(case.schedule)
-    return lambda: attention(x.q, x.k, x.v, x.received, schedule, case.head_dim**-0.5)[0]
+__all__ = ["PEERS"]
 
 
 def gluon(case: Case, x: Tensors) -> Forward | None:
     """The candidate of `hopper_forward.py`, forward only: on Hopper, for cases that `hopper_check.py` came through."""
     if architecture(x.q.device) != "sm_90":
         return None
-    from flashcp.experiments.hopper_check import candidate, passed
-
     return candidate(case, x) if case.label in passed() else None
 
 

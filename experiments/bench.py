@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from flashcp.experiments.compose import compose, register_config
 from flashcp.experiments.folders import check_file
 from flashcp.experiments.launch import RanksFailedError
-from flashcp.train.schema import read_dataclass
+from flashcp.schema import read_dataclass
 
 __all__ = ["BENCHES", "Bench", "keys", "main"]
 

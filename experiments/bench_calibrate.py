@@ -21,11 +21,11 @@ from flashcp.experiments.calibration.attention import fit_attention, random_sche
 from flashcp.experiments.calibration.fit import fit_line
 from flashcp.experiments.calibration.links import copy_us, layer_tflops, link_us
 from flashcp.experiments.calibration.times import DIRECTIONS, SPLITS, TimeRow, errors, write_times
+from flashcp.experiments.cluster_text import cluster_text
 from flashcp.experiments.kernel_times import KernelTimer
-from flashcp.experiments.simulator.cluster_file import cluster_text
-from flashcp.experiments.simulator.machine import Machine, PublishedCopies
 from flashcp.experiments.timing import own_clock
-from flashcp.sharding.cost import AttentionShape, CopyCost, Link, Links
+from flashcp.simulator.cost import AttentionShape, CopyCost, Link, Links
+from flashcp.simulator.machine import Machine, PublishedCopies
 
 __all__ = ["BESIDE", "CalibrateBench", "Calibration", "bench_calibrate", "calibration_table", "write_calibration"]
 

@@ -25,7 +25,7 @@ from flashcp.experiments.folders import check_out
 from flashcp.experiments.launch import BAD_INPUT, RanksFailedError, leave_no_trace, start_ranks
 from flashcp.experiments.provenance import commit, versions_text
 from flashcp.experiments.rows import Row, read_rows, write_rows
-from flashcp.experiments.text import table
+from flashcp.text import table
 from flashcp.train.ranks import exit_code, world
 from flashcp.train.summary import versions
 

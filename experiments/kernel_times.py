@@ -18,8 +18,8 @@ from flashcp.kernels.cpu import KV
 from flashcp.kernels.reference import reference_attention
 from flashcp.kernels.schedule import Schedule, whole_pack_schedule
 from flashcp.kernels.selection import AttentionKernel, select_attention
-from flashcp.sharding.cost import AttentionShape
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.simulator.cost import AttentionShape
 
 __all__ = ["DTYPES", "KernelTimer", "RankSchedule", "gathered_schedule", "rank_schedule", "whole_schedule"]
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from flashcp.experiments.schema import LengthsData, SampledData
+from flashcp.schema import read_dataclass
 from flashcp.sharding.lengths import LENGTH_DATA, length_stream
 from flashcp.sharding.packing import OVERFLOWS, Window, pack_lengths
 from flashcp.train.data.documents import read_documents
 from flashcp.train.data.sources import SOURCES, DataConfig, open_source
 from flashcp.train.data.tokenizer import load_tokenizer
 from flashcp.train.data.windows import LONGEST_CONTEXT, encode_documents
-from flashcp.train.schema import read_dataclass
 
 __all__ = ["read_packs"]
 

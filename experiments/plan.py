@@ -17,9 +17,9 @@ from flashcp.experiments.compose import compose
 from flashcp.experiments.options import naming_options
 from flashcp.experiments.packs import read_packs
 from flashcp.experiments.schema import GROUPS
-from flashcp.experiments.text import table
 from flashcp.sharding.methods import METHODS, Method
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.text import table
 
 __all__ = ["chosen_methods", "heading", "main", "measure", "plannable", "strategy_options"]
 

@@ -19,8 +19,8 @@ from flashcp.experiments.paper.figures import FIGURES, publish_figure
 from flashcp.experiments.paper.page import PAGE as PAPER_PAGE
 from flashcp.experiments.paper.page import paper_folders, write_paper_page
 from flashcp.experiments.rows import RESULTS, Row, read_rows
-from flashcp.experiments.text import table
 from flashcp.sharding.methods import METHODS
+from flashcp.text import table
 
 __all__ = ["FIGURE", "PAGE", "main", "publish", "read_baseline"]
 

@@ -17,17 +17,17 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from flashcp.experiments.simulator.machine import machine_schema
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.lengths import LENGTH_DATA, SIGMA
 from flashcp.sharding.methods import METHODS
 from flashcp.sharding.strategies import STRATEGIES
+from flashcp.simulator.machine import Machine
+from flashcp.simulator.step import ModelShape
 from flashcp.train.data.sources import SOURCES, DataConfig
 
 __all__ = [
     "GROUPS",
     "LengthsData",
-    "ModelShape",
     "PlanSettings",
     "SampledData",
     "SimulateSettings",
@@ -96,18 +96,6 @@ class PlanSettings:
 
 
 @dataclass
-class ModelShape:
-    """What of a model decides a layer's time. ffn_dim 0: 8/3 of the width, rounded up to a multiple of 64 (SwiGLU)."""
-
-    query_heads: int = 32
-    kv_heads: int = 32
-    head_dim: int = 128
-    dtype_bytes: int = 2
-    layers: int = 32
-    ffn_dim: int = 0
-
-
-@dataclass
 class SimulateSettings:
     """`flashcp simulate`. methods: names to simulate, best efforts and pairs SHARDING+EXCHANGE among them; empty: all,
     or the pair that is chosen.
@@ -139,7 +127,7 @@ class SimulateSettings:
 
 @dataclass
 class SolverSettings:
-    """The exact solver beside the strategies (`flashcp.sharding.exact`). granule 0: none. limit_s: of one window."""
+    """The exact solver beside the strategies (`flashcp.sharding.solver`). granule 0: none. limit_s: of one window."""
 
     granule: int = 0
     limit_s: float = 20.0
@@ -170,7 +158,7 @@ def register() -> None:
     for method in METHODS.values():
         parts = [{"override /sharding": method.sharding}, {"override /exchange": method.exchange}]
         store(group="method", name=method.name, package="_global_", node={"defaults": parts, "method": method.name})
-    store(group="cluster", name="cluster_schema", node=machine_schema())
+    store(group="cluster", name="cluster_schema", node=_thawed(Machine))
     store(name="plan_schema", node=PlanSettings)
     store(name="simulate_schema", node=SimulateSettings)
     store(name="simulations_schema", node=SimulationsSettings)
@@ -203,3 +191,20 @@ def _sharding(name: str, function: Any) -> Any:
 
 def _takes_function(hint: Any) -> bool:
     return any(part is Callable or typing.get_origin(part) is Callable for part in (hint, *typing.get_args(hint)))
+
+
+def _thawed(kind: type[Any]) -> type[Any]:
+    """A frozen dataclass as Hydra can compose it: the same fields in dataclasses that are not frozen."""
+    hints = typing.get_type_hints(kind)
+    columns = []
+    for item in dataclasses.fields(kind):
+        hint = hints[item.name]
+        if dataclasses.is_dataclass(hint):
+            inner = _thawed(typing.cast(type[Any], hint))
+            columns.append((item.name, inner, field(default_factory=inner)))
+        elif item.default_factory is not dataclasses.MISSING:
+            columns.append((item.name, hint, field(default_factory=item.default_factory)))
+        else:
+            default = "???" if item.default is dataclasses.MISSING else item.default
+            columns.append((item.name, hint, field(default=default)))
+    return dataclasses.make_dataclass(kind.__name__, columns)

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from flashcp.experiments.compose import compose
 from flashcp.experiments.options import naming_options
 from flashcp.experiments.packs import read_packs
 from flashcp.experiments.plan import heading, plannable, strategy_options
+from flashcp.experiments.progress import bar
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.simulate_choices import (
     Kernels,
@@ -23,16 +25,17 @@ from flashcp.experiments.simulate_choices import (
     read_kernels,
     read_setting,
 )
-from flashcp.experiments.simulator.batch import Options, simulate_packs
-from flashcp.experiments.simulator.planned import Setting
-from flashcp.experiments.simulator.summary import BASELINE, Summary, recommendation, summarise
-from flashcp.experiments.simulator.variants import VARIANTS, Variant
-from flashcp.experiments.text import table
 from flashcp.sharding.strategies import plan
+from flashcp.simulation import summary_table
+from flashcp.simulator.batch import Options
+from flashcp.simulator.planned import Setting
+from flashcp.simulator.summary import BASELINE, Summary, recommendation, simulate_methods
+from flashcp.simulator.variants import Variant
 
-__all__ = ["Simulated", "main", "simulate", "summary_table"]
+__all__ = ["Simulated", "main", "simulate"]
 
 CONFIG = "simulate"
+QUIET_S = 2.0  # a run shorter than this shows no bar
 ABOUT = (
     "The table, means over windows: imbalance, work of the busiest rank over the mean; saving, 1 - KV rows on the "
     "critical rank over the all-gather's; module ms, one layer's attention module, forward and backward, which is "
@@ -80,7 +83,7 @@ def simulate(settings: Mapping[str, Any], label: str = "") -> Simulated:
     """Run a configuration. label: of the bar. Raises ValueError naming value, field and what is legal."""
     options = strategy_options(settings)
     setting, model = read_setting(settings)
-    variants = chosen_variants(settings, model)
+    variants = chosen_variants(settings, setting.shape)
     packs = plannable(
         read_packs(settings["data"], settings["context"], settings["windows"], settings["seed"]),
         settings["world_size"],
@@ -92,43 +95,18 @@ def simulate(settings: Mapping[str, Any], label: str = "") -> Simulated:
     kernels = read_kernels(settings, setting)
     if kernels.device == "cpu":
         check_cpu_work(packs, setting.shape)
-    outcomes = simulate_packs(
+    summaries = simulate_methods(
         packs,
-        list(dict.fromkeys([VARIANTS[BASELINE], *variants])),
+        variants,
         settings["world_size"],
         setting,
+        model,
         options=of_strategy,
         price=kernels.price,
         workers=settings["workers"],
-        label=label,
+        watch=partial(bar, total=len(packs), unit="window", desc=label or None, delay=QUIET_S),
     )
-    rows = float(np.mean([pack.sum() for pack in packs])) / settings["world_size"]
-    summaries = [summarise(variant, outcomes, setting, model, rows) for variant in variants]
     return Simulated(setting, packs, variants, summaries, of_strategy, kernels)
-
-
-def summary_table(summaries: Sequence[Summary]) -> str:
-    """The numbers people ask for first, one line a method."""
-    head = ["method", "imbalance", "saving", "attention ms", "copies", "exposed", "module ms", "p50", "p95"]
-    head += [f"speedup over {BASELINE}", "step ms", "KV GiB"]
-    rows = [
-        [
-            one.name,
-            f"{one.imbalance:.3f}",
-            f"{one.saving:.3f}",
-            f"{one.attention_ms:.2f}",
-            f"{one.copies_ms:.2f}",
-            f"{one.exposed_exchange_ms:.2f}",
-            f"{one.module_ms:.2f}",
-            f"{one.module_ms_p50:.2f}",
-            f"{one.module_ms_p95:.2f}",
-            f"{one.speedup:.2f}",
-            f"{one.step_ms:.0f}",
-            f"{one.kv_buffer_mib / 1024:.1f}",
-        ]
-        for one in summaries
-    ]
-    return table(head, rows)
 
 
 def _document(settings: Mapping[str, Any], found: Simulated) -> dict[str, Any]:

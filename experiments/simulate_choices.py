@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from flashcp.clusters import read_cluster_file, read_machine
 from flashcp.experiments.plan import chosen_methods
-from flashcp.experiments.schema import ModelShape
-from flashcp.experiments.simulator.cluster_file import read_cluster_file
-from flashcp.experiments.simulator.machine import Machine, read_machine
-from flashcp.experiments.simulator.pack import Price
-from flashcp.experiments.simulator.planned import Planned, Setting
-from flashcp.experiments.simulator.variants import VARIANTS, Variant
-from flashcp.sharding.cost import AttentionShape
-from flashcp.sharding.exchanges import EXCHANGES
-from flashcp.sharding.strategies import STRATEGIES
-from flashcp.train.schema import read_dataclass
+from flashcp.schema import read_dataclass
+from flashcp.simulator.choices import choose_variants, make_setting, read_ranks
+from flashcp.simulator.cost import AttentionShape
+from flashcp.simulator.machine import Machine
+from flashcp.simulator.pack import Price
+from flashcp.simulator.planned import Planned, Setting
+from flashcp.simulator.step import ModelShape
+from flashcp.simulator.variants import VARIANTS, Variant, without_ulysses
 
 __all__ = [
     "Kernels",
@@ -31,10 +29,8 @@ __all__ = [
     "read_setting",
 ]
 
-OVERLAPS = ("auto", "none", "staged", "fused")
 KERNELS = ("modelled", "measured")
 MOST_CPU_WORK = 1e11  # causal pairs x query heads x head_dim that are run on a CPU: some 20 minutes
-MOST_RANKS = 1024
 
 
 class Kernels(NamedTuple):
@@ -51,23 +47,10 @@ class Kernels(NamedTuple):
 
 def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
     """Machine, heads and overlap. Raises ValueError naming value, field and what is legal."""
-    if not 1 <= settings["world_size"] <= MOST_RANKS:
-        raise ValueError(f"world_size={settings['world_size']}: expected a whole number >= 1 and <= {MOST_RANKS}")
-    for field, value in (("overlap", OVERLAPS), ("gradient_bytes", (2, 4))):
-        if settings[field] not in value:
-            raise ValueError(f"{field}={settings[field]!r}: expected one of {', '.join(map(str, value))}")
+    read_ranks(settings["world_size"])
     model = read_dataclass(ModelShape, settings["model"], "model")
-    for name, number in asdict(model).items():
-        if number < (0 if name == "ffn_dim" else 1):
-            raise ValueError(f"model.{name}={number}: expected a whole number >= {0 if name == 'ffn_dim' else 1}")
-    if model.query_heads % model.kv_heads:
-        raise ValueError(
-            f"model.query_heads={model.query_heads}: expected a multiple of model.kv_heads={model.kv_heads}"
-        )
-    shape = AttentionShape(model.query_heads, model.kv_heads, model.head_dim, model.dtype_bytes)
-    # As in `ContextParallel`: `fused` is taken by name alone until a GPU has shown that it is faster.
-    overlap = "staged" if settings["overlap"] == "auto" else settings["overlap"]
-    return Setting(chosen_machine(settings), shape, overlap, settings["gradient_bytes"]), model
+    machine = chosen_machine(settings)
+    return make_setting(machine, model, settings["overlap"], settings["gradient_bytes"], prefix="model."), model
 
 
 def read_kernels(settings: Mapping[str, Any], setting: Setting) -> Kernels:
@@ -87,7 +70,7 @@ def read_kernels(settings: Mapping[str, Any], setting: Setting) -> Kernels:
     import torch
 
     from flashcp.experiments.kernel_times import KernelTimer
-    from flashcp.experiments.simulator.measured import MeasuredPlanned
+    from flashcp.experiments.measured import MeasuredPlanned
 
     torch.set_num_threads(1)  # as a rank on a CPU has
     timer = KernelTimer(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -120,29 +103,16 @@ def check_cluster_file(settings: Mapping[str, Any], overrides: Sequence[str]) ->
         raise ValueError(f"cluster_file={settings['cluster_file']!r} and {given}: expected one or the other")
 
 
-def chosen_variants(settings: Mapping[str, Any], model: ModelShape) -> list[Variant]:
+def chosen_variants(settings: Mapping[str, Any], shape: AttentionShape) -> list[Variant]:
     """The methods that were named, the pair that was chosen, or all. Left out with a word: what heads do not allow."""
-    ranks = settings["world_size"]
     named, pair = settings["methods"], settings["method"] or settings["sharding"] or settings["exchange"]
     if named and pair:
         raise ValueError("methods and method, sharding or exchange: expected one or the other")
-    chosen = [_variant(name) for name in dict.fromkeys(named)] or list(VARIANTS.values())
+    chosen = choose_variants(named)
     if pair:
         (method,) = chosen_methods(settings)
         chosen = [VARIANTS.get(method.name, Variant(*method))]
-    split = [variant for variant in chosen if variant.exchange == "ulysses"]
-    if ranks < 1 or not split or not (model.query_heads % ranks or model.kv_heads % ranks):
-        return chosen
-    why = f"model.query_heads={model.query_heads}, model.kv_heads={model.kv_heads} are no multiples of {ranks} ranks"
-    if len(split) == len(chosen):
-        raise ValueError(f"{split[0].name}: {why}")
-    print(f"left out: ulysses, for {why}", file=sys.stderr)
-    return [variant for variant in chosen if variant.exchange != "ulysses"]
-
-
-def _variant(name: str) -> Variant:
-    """A method, or a pair of a strategy and an exchange under our implementation. Raises ValueError for others."""
-    strategy, plus, exchange = name.partition("+")
-    if name not in VARIANTS and not (plus and strategy in STRATEGIES and exchange in EXCHANGES):
-        raise ValueError(f"methods: {name!r}: expected one of {', '.join(VARIANTS)}, or a pair SHARDING+EXCHANGE")
-    return VARIANTS.get(name) or Variant(name, strategy, exchange)
+    kept, why = without_ulysses(chosen, shape, settings["world_size"], "model.")
+    if why:
+        print(f"left out: ulysses, for {why}", file=sys.stderr)
+    return kept

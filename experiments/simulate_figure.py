@@ -14,10 +14,10 @@ from matplotlib.ticker import MaxNLocator
 
 from flashcp.experiments.figure import INK, PARTS
 from flashcp.experiments.folders import check_file
-from flashcp.experiments.simulator.batch import Options, make_plans
-from flashcp.experiments.simulator.pack import Price, simulate_module
-from flashcp.experiments.simulator.planned import Module, Planned, Setting
-from flashcp.experiments.simulator.variants import Variant
+from flashcp.simulator.batch import Options, make_plans
+from flashcp.simulator.pack import Price, simulate_module
+from flashcp.simulator.planned import Module, Planned, Setting
+from flashcp.simulator.variants import Variant
 
 __all__ = ["check_figure", "draw_timelines"]
 

@@ -24,9 +24,10 @@ from flashcp.experiments.paper.solver import solve_packs
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.rows import WINDOWS, Row, write_rows
 from flashcp.experiments.schema import committed
-from flashcp.experiments.simulate import simulate, summary_table
+from flashcp.experiments.simulate import simulate
 from flashcp.experiments.simulate_choices import check_cluster_file, chosen_machine, read_setting
-from flashcp.experiments.simulator.summary import Summary
+from flashcp.simulation import summary_table
+from flashcp.simulator.summary import Summary
 
 __all__ = ["case_name", "is_simulation", "main"]
 

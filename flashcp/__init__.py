@@ -1,12 +1,11 @@
 """FlashCP: context parallelism on packed documents.
 
-The public names are loaded when they are first used: planning (`flashcp.plan`) never imports torch.
+The public names are loaded when they are first used: planning and simulating never import torch.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from flashcp.context_parallel import ContextParallel
     from flashcp.kernels.reference import reference_attention
     from flashcp.sharding import Shard, ShardingPlan, plan, strategies
+    from flashcp.simulation import simulate
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "ShardingPlan",
     "plan",
     "reference_attention",
+    "simulate",
     "strategies",
     "varlen_attention",
 ]
@@ -33,15 +34,10 @@ _HOME = {
     "ShardingPlan": "flashcp.sharding",
     "plan": "flashcp.sharding",
     "reference_attention": "flashcp.kernels.reference",
+    "simulate": "flashcp.simulation",
     "strategies": "flashcp.sharding",
     "varlen_attention": "flashcp.attention",
 }
-
-# In a checkout the other rooms (sharding/, kernels/, ...) lie beside this folder, not in it: without this,
-# `import flashcp` from the checkout's root finds this folder and then no flashcp.sharding.
-_CHECKOUT = Path(__file__).resolve().parent.parent
-if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "sharding").is_dir():
-    __path__.append(str(_CHECKOUT))
 
 
 def __getattr__(name: str) -> Any:

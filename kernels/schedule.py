@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from flashcp.sharding.documents import document_offsets, expand_ranges
-from flashcp.sharding.plan import Segments
+from flashcp.sharding.shards import Segments
 
 __all__ = ["Schedule", "build_schedule", "whole_pack_schedule"]
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.assignment import Assignment
+from flashcp.sharding.route import Route
 
 __all__ = ["Certificate", "certificate", "certify", "least_largest_work", "study_ceiling"]
 
@@ -62,9 +61,9 @@ class Certificate:
         return "\n".join(lines)
 
 
-def certify(plan: ShardingPlan) -> Certificate:
+def certify(plan: Assignment) -> Certificate:
     """The window's bounds at the imbalance this plan reached (at least 1.01), with the plan's own numbers."""
-    route = plan.route("exact")
+    route = Route(plan, "exact")
     bounds = certificate(plan.document_lengths, plan.world_size, max(TOLERANCE, plan.imbalance))
     return Certificate(
         bounds.tolerance,

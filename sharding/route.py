@@ -7,8 +7,9 @@ from functools import cached_property
 
 import numpy as np
 
+from flashcp.sharding.assignment import Assignment
 from flashcp.sharding.exchanges import EXCHANGES
-from flashcp.sharding.plan import Segments, ShardingPlan
+from flashcp.sharding.shards import Segments
 
 __all__ = ["Route"]
 
@@ -17,7 +18,7 @@ __all__ = ["Route"]
 class Route:
     """The traffic of one plan under one exchange. Raises ValueError for an exchange it does not know."""
 
-    plan: ShardingPlan
+    plan: Assignment
     exchange: str
 
     def __post_init__(self) -> None:
@@ -57,17 +58,17 @@ class Route:
 
     def received(self, rank: int) -> Segments:
         """What lies where in a rank's receive buffer; `rank` of a segment is the owner of its rows."""
-        self.plan._check_rank(rank)
+        self.plan.check_rank(rank)
         return EXCHANGES[self.exchange].received(self.plan, rank)
 
     def sent(self, rank: int) -> Segments:
         """Which local rows of a rank leave, in order; `rank` of a segment is the reader, where there is one."""
-        self.plan._check_rank(rank)
+        self.plan.check_rank(rank)
         return EXCHANGES[self.exchange].sent(self.plan, rank)
 
     def segments(self, source: int, destination: int) -> list[tuple[int, int, int]]:
         """Row ranges (document, start, stop) that one rank gets from another, in buffer order."""
-        self.plan._check_rank(source)
+        self.plan.check_rank(source)
         arriving = self.received(destination)
         chosen = arriving.take((arriving.rank == source) & (arriving.rank != destination))
         return list(zip(*(column.tolist() for column in chosen[:3]), strict=True))

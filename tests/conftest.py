@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.checkout import ROOT
 
 with suppress(ModuleNotFoundError):  # a machine with a GPU may lack it, and tests of kernels do without
     from hypothesis import HealthCheck, settings
@@ -54,6 +56,18 @@ class Module(pytest.Module):
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
     """Test files are collected as `Module`."""
     return Module.from_parent(parent, path=module_path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_file_is_one_module() -> Iterator[None]:
+    """A file that is reached by two paths must not become two modules, each with classes and registries of its own."""
+    yield
+    names: dict[Path, list[str]] = {}
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and file.startswith(str(ROOT)):
+            names.setdefault(Path(file).resolve(), []).append(name)
+    assert {str(file): known for file, known in names.items() if len(known) > 1} == {}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

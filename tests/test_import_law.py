@@ -1,4 +1,4 @@
-"""The law of imports: which room may import which, and which libraries stay behind one door.
+"""The law of imports: which room may import which, no circles, and which libraries stay behind one door.
 
 Read from the syntax trees, so it also sees imports inside functions and under `if TYPE_CHECKING`.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +20,12 @@ from tests.checkout import ROOT, python_files
 # room -> the rooms it may import, itself included
 MAY_IMPORT = {
     "sharding": {"sharding"},
+    "simulator": {"sharding", "simulator"},
     "kernels": {"sharding", "kernels"},
     "comm": {"sharding", "kernels", "comm"},
-    "flashcp": {"sharding", "kernels", "comm", "flashcp"},
-    "train": {"sharding", "kernels", "comm", "flashcp", "train"},
-    "experiments": {"sharding", "kernels", "comm", "flashcp", "train", "experiments", "conf"},
+    "flashcp": {"sharding", "simulator", "kernels", "comm", "flashcp"},
+    "train": {"sharding", "simulator", "kernels", "comm", "flashcp", "train"},
+    "experiments": {"sharding", "simulator", "kernels", "comm", "flashcp", "train", "experiments", "conf"},
     "conf": set(),
 }
 # library -> the only places (folders or files) that may import it
@@ -31,10 +33,13 @@ BEHIND_ONE_DOOR = {
     "hydra": ("experiments/",),
     "omegaconf": ("experiments/",),
     "wandb": ("train/tracker.py",),
+    "yaml": ("flashcp/clusters.py",),
 }
-# What sharding/ may use besides the standard library: at import time, and inside functions.
-SHARDING_LIBRARIES = {"numpy"}
-SHARDING_LATE_LIBRARIES = {"numpy", "numba", "ortools"}
+# room -> what it may use besides the standard library: at import time, and inside functions
+FEW_LIBRARIES = {
+    "sharding": ({"numpy"}, {"numpy", "numba", "ortools"}),
+    "simulator": ({"numpy"}, {"numpy", "numba"}),
+}
 READS_FILES = {"fileinput", "glob", "io", "mmap", "pathlib", "pkgutil", "shutil", "tempfile"}
 
 
@@ -43,6 +48,7 @@ class Import(NamedTuple):
     line: int
     module: str  # absolute, as written: flashcp.sharding.plan
     late: bool  # inside a function
+    names: tuple[str, ...] = ()  # what is taken from it: modules, or things in it
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line} imports {self.module}"
@@ -71,7 +77,7 @@ def find_imports(file: str, tree: ast.AST, late: bool = False) -> Iterator[Impor
             if base == "flashcp":
                 yield from (Import(file, node.lineno, f"flashcp.{alias.name}", late) for alias in node.names)
             else:
-                yield Import(file, node.lineno, base, late)
+                yield Import(file, node.lineno, base, late, tuple(alias.name for alias in node.names))
         elif (
             isinstance(node, ast.Call)
             and ast.unparse(node.func).endswith("import_module")
@@ -106,6 +112,70 @@ def test_rooms_are_imported_through_flashcp() -> None:
     assert not bare
 
 
+def module_name(file: str) -> str:
+    """sharding/plan.py -> flashcp.sharding.plan, flashcp/__init__.py -> flashcp."""
+    parts = Path(file.removeprefix("flashcp/")).with_suffix("").parts
+    return ".".join(["flashcp", *(part for part in parts if part != "__init__")])
+
+
+def arrows(files: Iterable[str], imports: Iterable[Import]) -> dict[str, set[str]]:
+    """The modules that each module names in an import, wherever it stands.
+
+    A package's `__init__.py` runs before its modules without being named, and makes no arrow by that.
+    """
+    found: dict[str, set[str]] = {module_name(file): set() for file in files}
+    for imp in imports:
+        taken = [f"{imp.module}.{name}" for name in imp.names] or [imp.module]
+        found[module_name(imp.file)] |= {name if name in found else imp.module for name in taken} & found.keys()
+    return found
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import each other, the first one again at the end; empty where there are none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other() -> None:
+    files = [name for name in python_files() if name.split("/")[0] in MAY_IMPORT]
+    assert circle(arrows(files, all_imports())) == []
+
+
+@pytest.mark.parametrize(
+    "closing",
+    [
+        "from flashcp.sharding.plan import Shard",
+        "from flashcp.sharding import plan",
+        "from flashcp.sharding import METHODS, plan",
+        "import flashcp.sharding.plan",
+        "from .. import plan",
+        "from ..plan import Shard",
+        "def f():\n    from flashcp.sharding.plan import Shard",
+        "if TYPE_CHECKING:\n    from flashcp.sharding.plan import Shard",
+        "importlib.import_module('flashcp.sharding.plan')",
+    ],
+)
+def test_a_circle_is_found(closing: str) -> None:
+    sources = {
+        "sharding/plan.py": "from flashcp.sharding.route import Route",
+        "sharding/route.py": "from flashcp.sharding.exchanges import ring",
+        "sharding/exchanges/__init__.py": "from flashcp.sharding.exchanges import ring",
+        "sharding/exchanges/ring.py": "import numpy",
+    }
+
+    def found() -> list[str]:
+        return circle(
+            arrows(sources, (imp for name in sources for imp in find_imports(name, ast.parse(sources[name]))))
+        )
+
+    assert found() == []
+    sources["sharding/exchanges/ring.py"] = closing
+    assert set(found()) == {f"flashcp.sharding.{name}" for name in ("plan", "route", "exchanges.ring")}
+
+
 @pytest.mark.parametrize("library", BEHIND_ONE_DOOR)
 def test_library_stays_behind_its_door(library: str) -> None:
     doors = BEHIND_ONE_DOOR[library]
@@ -115,22 +185,25 @@ def test_library_stays_behind_its_door(library: str) -> None:
     assert not broken
 
 
-def test_sharding_needs_numpy_only() -> None:
-    for imp in (imp for imp in all_imports() if imp.file.startswith("sharding/")):
+@pytest.mark.parametrize("room", FEW_LIBRARIES)
+def test_a_room_that_needs_few_libraries(room: str) -> None:
+    at_import, late = FEW_LIBRARIES[room]
+    found = [imp for imp in all_imports() if imp.file.startswith(f"{room}/")]
+    assert found
+    for imp in found:
         library = imp.module.split(".")[0]
         if library in sys.stdlib_module_names or library == "flashcp":
             continue
-        assert library in (SHARDING_LATE_LIBRARIES if imp.late else SHARDING_LIBRARIES), imp
+        assert library in (late if imp.late else at_import), imp
 
 
-def test_sharding_reads_no_files() -> None:
-    for name in (name for name in python_files() if name.startswith("sharding/")):
+@pytest.mark.parametrize("room", FEW_LIBRARIES)
+def test_a_room_that_reads_no_files(room: str) -> None:
+    for name in (name for name in python_files() if name.startswith(f"{room}/")):
         calls = [node for node in ast.walk(syntax(name)) if isinstance(node, ast.Call)]
         assert not [call.lineno for call in calls if ast.unparse(call.func) == "open"], name
     broken = [
-        str(imp)
-        for imp in all_imports()
-        if imp.file.startswith("sharding/") and imp.module.split(".")[0] in READS_FILES
+        str(imp) for imp in all_imports() if imp.file.startswith(f"{room}/") and imp.module.split(".")[0] in READS_FILES
     ]
     assert not broken
 

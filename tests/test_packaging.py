@@ -1,12 +1,14 @@
-"""Installing: package list, pins, and the same imports from a checkout, an editable install and a wheel."""
+"""Installing: links, pins, and the same imports from a checkout, an editable install, a wheel and an sdist's wheel."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+import stat
 import subprocess
 import sys
+import tarfile
 import time
 import tomllib
 import venv
@@ -16,12 +18,13 @@ from pathlib import Path
 
 import numpy
 import pytest
+from setuptools import find_packages
 
 import flashcp
-from tests.checkout import ROOT, checkout_files, python_files
+from tests.checkout import ROOT, checkout_files, checkout_links, python_files
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-ROOMS = ("comm", "experiments", "kernels", "sharding", "train")
+ROOMS = sorted({name.split("/")[0] for name in python_files() if "/" in name} - {"flashcp", "tests"})
 IMPORT_ALL = f"import {', '.join(f'flashcp.{room}' for room in ROOMS)}, flashcp; print(flashcp.__file__)"
 PLAN = "import sys, flashcp; flashcp.plan([100, 28], 4); assert 'torch' not in sys.modules"
 
@@ -40,12 +43,18 @@ def names_in(requirements: list[str]) -> set[str]:
 # --- what pyproject.toml says
 
 
-def test_every_folder_with_code_is_a_listed_package() -> None:
-    rooms = PROJECT["tool"]["setuptools"]["package-dir"]
-    folders = {str(Path(name).parent) for name in python_files() if name.split("/")[0] in rooms.values()}
-    packages = {f"flashcp.{folder.replace('/', '.')}" for folder in folders - {"flashcp"}} | {"flashcp"}
-    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(packages)
-    assert [folder for folder in folders if not (ROOT / folder / "__init__.py").is_file()] == []
+def test_the_package_links_to_every_room_and_to_nothing_else() -> None:
+    assert ROOMS
+    links = {name: str((ROOT / name).readlink()) for name in checkout_links()}
+    assert links == {f"flashcp/{room}": f"../{room}" for room in ROOMS}
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    folders = {str(Path(name).parent) for name in python_files() if name.split("/")[0] in ROOMS}
+    packages = {f"flashcp.{folder.replace('/', '.')}" for folder in folders} | {"flashcp"}
+    found = PROJECT["tool"]["setuptools"]["packages"]["find"]
+    assert found == {"include": ["flashcp*"], "namespaces": False}
+    assert sorted(find_packages(str(ROOT), include=found["include"])) == sorted(packages)
 
 
 def test_every_requirement_is_pinned_and_every_pin_is_portable() -> None:
@@ -72,7 +81,7 @@ def test_public_names() -> None:
         flashcp.plans  # noqa: B018
 
 
-# --- the four ways to import
+# --- the five ways to import
 
 
 def scratch(folder: Path) -> Path:
@@ -89,11 +98,11 @@ def scratch(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the files that git would keep: building leaves folders behind."""
+    """A copy of the files and links that git would keep: building leaves folders behind."""
     folder = tmp_path_factory.mktemp("source")
-    for name in checkout_files():
+    for name in [*checkout_files(), *checkout_links()]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
+        shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
     return folder
 
 
@@ -110,12 +119,30 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    run(sys.executable, "-c", build, cwd=source)
+    return next(folder.glob("flashcp-*.tar.gz"))
+
+
+def install(wheel: Path, folder: Path) -> Path:
     """The bin folder of an environment with the wheel in it."""
-    folder = tmp_path_factory.mktemp("installed")
     python = scratch(folder / "env")
     pip(python, "install", wheel, cwd=folder)
     return python.parent
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(wheel, tmp_path_factory.mktemp("installed"))
+
+
+@pytest.fixture(scope="module")
+def installed_from_sdist(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("installed_from_sdist")
+    pip(Path(sys.executable), "wheel", sdist, "-w", folder, cwd=folder)
+    return install(next(folder.glob("flashcp-*.whl")), folder)
 
 
 def test_import_from_the_checkout(tmp_path: Path) -> None:
@@ -136,26 +163,50 @@ def test_import_from_an_editable_install(source: Path, tmp_path: Path) -> None:
     assert run(python, "-c", IMPORT_ALL, cwd=source).strip() == str(source / "flashcp/__init__.py")
 
 
-def test_import_from_a_wheel(installed: Path, tmp_path: Path) -> None:
-    found = run(installed / "python", "-c", IMPORT_ALL, cwd=tmp_path).strip()
-    assert found.startswith(str(installed.parent)), found
-    run(installed / "python", "-c", PLAN, cwd=tmp_path)
+@pytest.mark.parametrize("environment", ["installed", "installed_from_sdist"])
+def test_import_from_a_wheel(environment: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    bin_folder: Path = request.getfixturevalue(environment)
+    found = run(bin_folder / "python", "-c", IMPORT_ALL, cwd=tmp_path).strip()
+    assert found.startswith(str(bin_folder.parent)), found
+    run(bin_folder / "python", "-c", PLAN, cwd=tmp_path)
+
+
+def packaged() -> dict[str, bytes]:
+    """What of the checkout is installed: code and configurations, by their path below site-packages."""
+    kept = re.compile(rf"(?:flashcp|{'|'.join(ROOMS)})/.*\.py|conf/.*\.yaml|flashcp/py\.typed")
+    names = [name for name in checkout_files() if kept.fullmatch(name)]
+    return {f"flashcp/{name.removeprefix('flashcp/')}": (ROOT / name).read_bytes() for name in names}
 
 
 def test_wheel_holds_the_code_and_the_configs_and_nothing_else(wheel: Path) -> None:
-    rooms = PROJECT["tool"]["setuptools"]["package-dir"].values()
-    kept = re.compile(rf"(?:{'|'.join(rooms)})/.*\.py|conf/.*\.yaml|flashcp/py\.typed")
-    expected = {name for name in checkout_files() if kept.fullmatch(name)}
-    held = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    assert {name if name in expected else name.removeprefix("flashcp/") for name in held} == expected
+    with zipfile.ZipFile(wheel) as archive:
+        entries = [entry for entry in archive.infolist() if ".dist-info/" not in entry.filename]
+        assert [entry.filename for entry in entries if stat.S_ISLNK(entry.external_attr >> 16)] == []
+        held = {entry.filename: archive.read(entry) for entry in entries}
+    assert sorted(held) == sorted(packaged())
+    assert held == packaged()
 
 
-# --- the command, from the wheel
+def test_sdist_holds_the_same_as_real_files_and_what_builds_them(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        members = [member for member in archive if not member.isdir()]
+        assert [member.name for member in members if not member.isreg()] == []
+        files = {member.name.partition("/")[2]: archive.extractfile(member) for member in members}
+        held = {name: file.read() for name, file in files.items() if file}
+    beside = {"LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg"}
+    held = {name: data for name, data in held.items() if "flashcp.egg-info/" not in name and name not in beside}
+    assert sorted(held) == sorted(packaged())
+    assert held == packaged()
 
 
-def test_command_from_the_wheel(installed: Path, tmp_path: Path) -> None:
-    assert "sweep" in run(installed / "flashcp", "--help", cwd=tmp_path)
-    plans = run(installed / "flashcp", "plan", "--json", "world_size=2", "context=1024", cwd=tmp_path)
+# --- the command, from a wheel
+
+
+@pytest.mark.parametrize("environment", ["installed", "installed_from_sdist"])
+def test_command_from_a_wheel(environment: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    command = request.getfixturevalue(environment) / "flashcp"
+    assert "sweep" in run(command, "--help", cwd=tmp_path)
+    plans = run(command, "plan", "--json", "world_size=2", "context=1024", cwd=tmp_path)
     assert "llama3" in {method["name"] for method in json.loads(plans)["methods"]}
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flashcp.schema import read_dataclass
 from flashcp.train.checkpoint import CheckpointConfig
 from flashcp.train.data.sources import DataConfig
 from flashcp.train.data.windows import LONGEST_CONTEXT
@@ -15,7 +16,6 @@ from flashcp.train.loop import LoopConfig
 from flashcp.train.model import ModelConfig
 from flashcp.train.optimizer import OptimizerConfig
 from flashcp.train.parallel import ParallelConfig
-from flashcp.train.schema import read_dataclass
 from flashcp.train.tracker import TrackerConfig
 
 __all__ = ["TrainConfig"]

@@ -19,7 +19,8 @@ from flashcp.comm.transport import Arrival
 from flashcp.kernels.schedule import Schedule, build_schedule
 from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.exchanges import EXCHANGES
-from flashcp.sharding.plan import Segments, ShardingPlan
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.shards import Segments
 
 __all__ = ["Flight", "Layout", "OneArrival"]
 

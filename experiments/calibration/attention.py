@@ -10,8 +10,8 @@ from flashcp.experiments.calibration.fit import KernelSample, fit_kernel, kernel
 from flashcp.experiments.kernel_times import KernelTimer, RankSchedule, rank_schedule
 from flashcp.experiments.progress import bar
 from flashcp.kernels.schedule import Schedule
-from flashcp.sharding.cost import AttentionCost, AttentionShape, ReadFeatures, read_features
 from flashcp.sharding.strategies import plan, strategies
+from flashcp.simulator.cost import AttentionCost, AttentionShape, ReadFeatures, read_features
 
 __all__ = ["fit_attention", "random_schedule", "random_shape", "schedule_features", "time_attention"]
 

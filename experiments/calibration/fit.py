@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashcp.sharding.cost import AttentionCost, AttentionShape, KernelCost, ReadFeatures
+from flashcp.simulator.cost import AttentionCost, AttentionShape, KernelCost, ReadFeatures
 
 __all__ = ["KernelSample", "fit_kernel", "fit_line", "fit_rates", "kernel_us", "total_features"]
 

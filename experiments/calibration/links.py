@@ -17,11 +17,11 @@ from torch import Tensor
 from flashcp.context_parallel import ContextParallel
 from flashcp.experiments.exchange_times import in_turns, moving, ranks_max
 from flashcp.experiments.kernel_times import DTYPES
-from flashcp.experiments.simulator.step import layer_flops
 from flashcp.experiments.timing import Clock, median_us
-from flashcp.sharding.cost import AttentionShape
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan
+from flashcp.simulator.cost import AttentionShape
+from flashcp.simulator.step import layer_flops
 from flashcp.train.model import Block, ModelConfig, Rotary
 from flashcp.train.ranks import Ranks
 

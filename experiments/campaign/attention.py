@@ -8,10 +8,10 @@ from functools import cache
 import numpy as np
 import torch
 
+from flashcp.experiments.attention_cases import OURS, all_cases
 from flashcp.experiments.attention_cases import Case as AttentionCase
-from flashcp.experiments.attention_cases import all_cases
-from flashcp.experiments.attention_peers import OURS, PEERS
-from flashcp.experiments.bench_attention import measure as measure_attention
+from flashcp.experiments.attention_peers import PEERS
+from flashcp.experiments.attention_times import measure as measure_attention
 from flashcp.experiments.campaign.part import Case, Turn
 from flashcp.experiments.campaign.tools import NCU, case_of, profile
 from flashcp.experiments.numbers import Failure, Number
@@ -45,7 +45,7 @@ def cases(small: bool) -> list[Case]:
 
 
 def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
-    """See `bench_attention.measure`."""
+    """See `attention_times.measure`."""
     if label == CEILINGS:
         yield from ceilings(turn.device, turn.small)
     elif label == NCU:

@@ -9,7 +9,7 @@ from flashcp.experiments.bench_calibrate import CalibrateBench, bench_calibrate,
 from flashcp.experiments.calibration.times import DIRECTIONS, SPLITS, errors
 from flashcp.experiments.campaign.part import Case, Turn
 from flashcp.experiments.numbers import Failure, Number
-from flashcp.experiments.simulator.machine import parameters
+from flashcp.simulator.machine import parameters
 
 __all__ = ["ABOUT", "KIND", "MINUTES", "cases", "measure"]
 

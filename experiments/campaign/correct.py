@@ -14,10 +14,10 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 
+from flashcp.experiments.accuracy import relative_error
+from flashcp.experiments.attention_cases import OURS, exact_share, make_tensors
 from flashcp.experiments.attention_cases import Case as AttentionCase
-from flashcp.experiments.attention_cases import exact_share, make_tensors
-from flashcp.experiments.attention_peers import OURS, PEERS
-from flashcp.experiments.bench_attention import relative
+from flashcp.experiments.attention_peers import PEERS
 from flashcp.experiments.campaign.part import Case, Turn
 from flashcp.experiments.campaign.tools import SANITIZER, case_of, sanitize
 from flashcp.experiments.numbers import Failure, Number, check_device, reason
@@ -97,7 +97,7 @@ def largest_error(case: AttentionCase, dtype: torch.dtype, device: torch.device)
     wanted = {name: torch.stack([share[name] for share in shares], -2) for name in ("k", "v", "received")}
     wanted |= {name: torch.cat([share[name] for share in shares], 1) for name in ("out", "q")}
     names = ("out", "q", "k", "v", "received")
-    return max(relative(value.detach(), wanted[name]) for name, value in zip(names, found, strict=False))
+    return max(relative_error(value.detach(), wanted[name]) for name, value in zip(names, found, strict=False))
 
 
 def run_tests(file: str, turn: Turn) -> Iterator[Number | Failure]:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from importlib import resources
 
 import torch
 
+from flashcp.clusters import read_cluster
 from flashcp.experiments.campaign.part import Case, Turn
 from flashcp.experiments.kernel_times import KernelTimer
+from flashcp.experiments.measured import MeasuredPlanned
 from flashcp.experiments.numbers import Failure, Number
-from flashcp.experiments.simulator.batch import make_plans
-from flashcp.experiments.simulator.cluster_file import read_cluster_file
-from flashcp.experiments.simulator.measured import MeasuredPlanned
-from flashcp.experiments.simulator.pack import Outcome, simulate_plans
-from flashcp.experiments.simulator.planned import Setting
-from flashcp.experiments.simulator.variants import VARIANTS
-from flashcp.sharding.cost import AttentionShape
 from flashcp.sharding.lengths import windows
+from flashcp.simulator.batch import make_plans
+from flashcp.simulator.cost import AttentionShape
+from flashcp.simulator.pack import Outcome, simulate_plans
+from flashcp.simulator.planned import Setting
+from flashcp.simulator.variants import VARIANTS
 
 __all__ = ["ABOUT", "KIND", "MINUTES", "cases", "measure"]
 
@@ -48,7 +47,7 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
     shape = AttentionShape(2, 2, 16, 4) if turn.small else AttentionShape()
     timer = _timer(turn.device, shape)
     pack = list(windows(data, context, int(number) + 1, 0))[-1]
-    setting = Setting(read_cluster_file(_cluster_file(turn.device)), shape)
+    setting = Setting(read_cluster(_cluster(turn.device)), shape)
     variants = list(VARIANTS.values())
     plans = make_plans(pack, variants, ranks, {})
     for variant in variants:
@@ -69,7 +68,6 @@ def _timer(device: torch.device, shape: AttentionShape) -> KernelTimer:
     return timer
 
 
-def _cluster_file(device: torch.device) -> str:
+def _cluster(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = next((cluster for part, cluster in CLUSTERS.items() if part in name), "h100-nvlink")
-    return str(resources.files("flashcp.conf") / "cluster" / f"{known}.yaml")
+    return next((cluster for part, cluster in CLUSTERS.items() if part in name), "h100-nvlink")

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flashcp.experiments.bench_attention import relative
+from flashcp.experiments.accuracy import relative_error
 from flashcp.experiments.campaign.part import Case, Turn
 from flashcp.experiments.numbers import Failure, Number, check_device, reason
 from flashcp.experiments.timing import in_turns_ms
@@ -69,7 +69,7 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
             (one,) = work([blocks]).values()
             results = _results(one())
             expected = expected or results
-            error = max(relative(value, other) for value, other in zip(results, expected, strict=True))
+            error = max(relative_error(value, other) for value, other in zip(results, expected, strict=True))
             if not error <= LARGEST_DIFFERENCE:
                 raise RuntimeError(f"differs from {shipped.to_text()} by {error:.1e}: a wrong kernel is not timed")
             alone[blocks] = in_turns_ms({name: one}, turn.device, ALONE_S)[name][1]

@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flashcp.experiments.cluster_text import cluster_text
 from flashcp.experiments.paper.values import BREAKDOWN, Breakdown
 from flashcp.experiments.provenance import commit
-from flashcp.experiments.simulator.cluster_file import cluster_text
-from flashcp.experiments.simulator.machine import Machine, PublishedCopies
-from flashcp.experiments.simulator.planned import Planned, Setting
-from flashcp.sharding.cost import AttentionCost, AttentionShape, CopyCost, KernelCost, Link, Links
 from flashcp.sharding.lengths import windows
 from flashcp.sharding.strategies import plan
+from flashcp.simulator.cost import AttentionCost, AttentionShape, CopyCost, KernelCost, Link, Links
+from flashcp.simulator.machine import Machine, PublishedCopies
+from flashcp.simulator.planned import Planned, Setting
 
 __all__ = ["Fit", "PaperFit", "fit_machine", "fit_rows", "fit_table", "fit_weight", "write_fit"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flashcp.experiments.progress import bar
-from flashcp.sharding.exact import exact_plan
+from flashcp.sharding.solver import solve_plan
 from flashcp.sharding.strategies import plan
 
 __all__ = ["METRICS", "PROVIDERS", "solve_packs"]
@@ -50,7 +50,7 @@ def _solve(pack: np.ndarray, world_size: int, granule: int, limit_s: float) -> d
     share = int(pack.sum()) / world_size
     for tolerance in TOLERANCES:
         try:
-            solved = exact_plan(
+            solved = solve_plan(
                 pack,
                 world_size,
                 granule=granule,

@@ -6,47 +6,43 @@ padded to the largest rank's, and all-gathered: rank r's block begins at buffer 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from flashcp.sharding.plan import Segments, ShardingPlan
+from flashcp.sharding.assignment import Assignment
+from flashcp.sharding.shards import Segments
 
 __all__ = ["block_rows", "received", "rows", "sent"]
 
 
-def travels(plan: ShardingPlan) -> np.ndarray:
+def travels(plan: Assignment) -> np.ndarray:
     """Which shards leave their rank: all but the last of each document, bool [shards]."""
     return plan.table.stop < plan.document_lengths[plan.table.document]
 
 
-def block_rows(plan: ShardingPlan) -> int:
+def block_rows(plan: Assignment) -> int:
     """Rows of one rank's padded block: the most non-last rows on a rank."""
     return int(_travelling_rows(plan, travels(plan)).max())
 
 
-def rows(plan: ShardingPlan) -> tuple[np.ndarray, np.ndarray]:
+def rows(plan: Assignment) -> tuple[np.ndarray, np.ndarray]:
     """Rows sent and received per rank, int64: N - 1 padded blocks each way."""
     moved = np.full(plan.world_size, (plan.world_size - 1) * block_rows(plan), dtype=np.int64)
     return moved, moved
 
 
-def received(plan: ShardingPlan, rank: int) -> Segments:
+def received(plan: Assignment, rank: int) -> Segments:
     """What lies in the receive buffer of a rank: the travelling shards of all others, block by block."""
     return gathered(plan, rank, travels(plan), block_rows(plan))
 
 
-def sent(plan: ShardingPlan, rank: int) -> Segments:
+def sent(plan: Assignment, rank: int) -> Segments:
     """The local rows of a rank that leave, once: the all-gather copies them. `rank` is the rank itself."""
     local = plan.local(rank)
     return local.take(local.stop < plan.document_lengths[local.document])
 
 
-def gathered(plan: ShardingPlan, rank: int, travelling: np.ndarray, block: int) -> Segments:
+def gathered(plan: Assignment, rank: int, travelling: np.ndarray, block: int) -> Segments:
     """Segments of an all-gather of the shards that travel, in blocks of `block` rows."""
-    from flashcp.sharding.plan import Segments
-
     shard = np.flatnonzero(travelling)
     shard = shard[np.argsort(plan.table.rank[shard], kind="stable")]
     document, start, stop, owner = (column[shard] for column in plan.table)
@@ -58,7 +54,7 @@ def gathered(plan: ShardingPlan, rank: int, travelling: np.ndarray, block: int) 
     return segments.take(owner != rank)
 
 
-def _travelling_rows(plan: ShardingPlan, travelling: np.ndarray) -> np.ndarray:
+def _travelling_rows(plan: Assignment, travelling: np.ndarray) -> np.ndarray:
     total = np.zeros(plan.world_size, dtype=np.int64)
     np.add.at(total, plan.table.rank[travelling], (plan.table.stop - plan.table.start)[travelling])
     return total

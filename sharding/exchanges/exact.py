@@ -7,14 +7,13 @@ The receive buffer holds the rows of rank 0, then those of rank 1, and so on, ea
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from flashcp.sharding.assignment import Assignment
 from flashcp.sharding.documents import expand_ranges
-
-if TYPE_CHECKING:
-    from flashcp.sharding.plan import Segments, ShardingPlan
+from flashcp.sharding.shards import Segments
 
 __all__ = ["received", "rows", "sent", "traffic"]
 
@@ -27,12 +26,12 @@ class Ends(NamedTuple):
     stop: np.ndarray
 
 
-def cut_documents(plan: ShardingPlan) -> np.ndarray:
+def cut_documents(plan: Assignment) -> np.ndarray:
     """Which documents have more than one shard, bool [documents]: the only ones with anything to send."""
     return np.bincount(plan.table.document, minlength=len(plan.document_lengths)) > 1
 
 
-def ends(plan: ShardingPlan) -> Ends:
+def ends(plan: Assignment) -> Ends:
     """The ends of every cut document of a plan."""
     cut = cut_documents(plan)[plan.table.document]
     document, _, stop, rank = (column[cut] for column in plan.table)
@@ -44,7 +43,7 @@ def ends(plan: ShardingPlan) -> Ends:
     return Ends(document[chosen], rank[chosen], stop[chosen])
 
 
-def rows(plan: ShardingPlan) -> tuple[np.ndarray, np.ndarray]:
+def rows(plan: Assignment) -> tuple[np.ndarray, np.ndarray]:
     """Rows sent and received per rank, int64, counted without listing a single pair of ranks."""
     cut = cut_documents(plan)[plan.table.document]
     document, start, stop, rank = (column[cut] for column in plan.table)
@@ -67,10 +66,8 @@ def rows(plan: ShardingPlan) -> tuple[np.ndarray, np.ndarray]:
     return sent_rows, received_rows
 
 
-def received(plan: ShardingPlan, rank: int) -> Segments:
+def received(plan: Assignment, rank: int) -> Segments:
     """What lies in the receive buffer of a rank: for each cut document it holds, others' rows below its end."""
-    from flashcp.sharding.plan import Segments
-
     mine = ends(plan)
     held = mine.rank == rank
     document, end = mine.document[held], mine.stop[held]
@@ -86,7 +83,7 @@ def received(plan: ShardingPlan, rank: int) -> Segments:
     return Segments(document, start, stop, owner, np.cumsum(count) - count)
 
 
-def sent(plan: ShardingPlan, rank: int) -> Segments:
+def sent(plan: Assignment, rank: int) -> Segments:
     """Which local rows of a rank leave, reader by reader: each reader's in the order of its receive buffer."""
     local, readers = plan.local(rank), ends(plan)
     first = np.searchsorted(readers.document, local.document)
@@ -100,7 +97,7 @@ def sent(plan: ShardingPlan, rank: int) -> Segments:
     return local.take(shard)._replace(rank=readers.rank[reader])
 
 
-def traffic(plan: ShardingPlan) -> np.ndarray:
+def traffic(plan: Assignment) -> np.ndarray:
     """Rows that go from each rank (first axis) to each other (second axis), int64 [world_size, world_size]."""
     cut = cut_documents(plan)[plan.table.document]
     document, start, stop, rank = (column[cut] for column in plan.table)

@@ -6,17 +6,15 @@ owner's rows: nothing is padded. The receive buffer holds the blocks in order of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from flashcp.sharding.plan import Segments, ShardingPlan
+from flashcp.sharding.assignment import Assignment
+from flashcp.sharding.shards import Segments
 
 __all__ = ["received", "rows", "sent"]
 
 
-def rows(plan: ShardingPlan) -> tuple[np.ndarray, np.ndarray]:
+def rows(plan: Assignment) -> tuple[np.ndarray, np.ndarray]:
     """Rows sent and received per rank, int64: every block but the next rank's goes out, all others' come in."""
     total = plan.offsets[-1]
     if plan.world_size == 1:
@@ -24,10 +22,8 @@ def rows(plan: ShardingPlan) -> tuple[np.ndarray, np.ndarray]:
     return total - np.roll(plan.tokens, -1), total - plan.tokens
 
 
-def received(plan: ShardingPlan, rank: int) -> Segments:
+def received(plan: Assignment, rank: int) -> Segments:
     """What lies in the receive buffer of a rank: the block of rank - 1, then that of rank - 2, and so on."""
-    from flashcp.sharding.plan import Segments
-
     step = (rank - plan.table.rank) % plan.world_size
     shard = np.flatnonzero(step > 0)
     shard = shard[np.argsort(step[shard], kind="stable")]
@@ -36,6 +32,6 @@ def received(plan: ShardingPlan, rank: int) -> Segments:
     return Segments(document, start, stop, owner, np.cumsum(count) - count)
 
 
-def sent(plan: ShardingPlan, rank: int) -> Segments:
+def sent(plan: Assignment, rank: int) -> Segments:
     """The local rows of a rank that go round: all of them, once. `rank` is the rank itself."""
     return plan.local(rank)

@@ -7,33 +7,29 @@ the heads of the N - 1 others, so 2 T (N - 1) / N rows leave and as many arrive.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from flashcp.sharding.plan import Segments, ShardingPlan
+from flashcp.sharding.assignment import Assignment
+from flashcp.sharding.shards import Segments
 
 __all__ = ["received", "rows", "sent"]
 
 
-def rows(plan: ShardingPlan) -> tuple[np.ndarray, np.ndarray]:
+def rows(plan: Assignment) -> tuple[np.ndarray, np.ndarray]:
     """Rows sent and received per rank, float64 (a head is a fraction of a row)."""
     ranks, others = plan.world_size, plan.offsets[-1] - plan.tokens
     own = plan.tokens * (ranks - 1)
     return (3 * own + others) / (2 * ranks), (3 * others + own) / (2 * ranks)
 
 
-def received(plan: ShardingPlan, rank: int) -> Segments:
+def received(plan: Assignment, rank: int) -> Segments:
     """What a rank computes on: every shard of the pack, its own too, the rows of rank 0 first, then rank 1's."""
-    from flashcp.sharding.plan import Segments
-
     shard = np.argsort(plan.table.rank, kind="stable")
     document, start, stop, owner = (column[shard] for column in plan.table)
     count = stop - start
     return Segments(document, start, stop, owner, np.cumsum(count) - count)
 
 
-def sent(plan: ShardingPlan, rank: int) -> Segments:
+def sent(plan: Assignment, rank: int) -> Segments:
     """The local rows of a rank that leave, once: all of them, each rank taking its heads."""
     return plan.local(rank)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from flashcp.sharding.documents import read_document_lengths, read_world_size
-from flashcp.sharding.plan import ShardingPlan, ShardTable
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies.contiguous import contiguous
 from flashcp.sharding.strategies.flashcp import flashcp
 from flashcp.sharding.strategies.flashcp_paper import flashcp_paper

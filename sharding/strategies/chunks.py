@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flashcp.sharding.plan import ShardTable
+from flashcp.sharding.shards import ShardTable
 
 __all__ = ["head_tail_chunks", "head_tail_sizes", "piece_table", "striped_pieces"]
 

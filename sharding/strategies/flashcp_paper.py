@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashcp.sharding.plan import ShardTable, shard_work
+from flashcp.sharding.shards import ShardTable, shard_work
 from flashcp.sharding.strategies.chunks import head_tail_chunks
 
 __all__ = ["SINGLE_STEPS", "TARGET_IMBALANCE", "Attempt", "attempt_table", "flashcp_paper", "try_cut"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashcp.sharding.plan import ShardTable
+from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies.chunks import head_tail_chunks
 
 __all__ = ["per_document"]

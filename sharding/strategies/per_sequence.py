@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from flashcp.sharding.documents import document_offsets
-from flashcp.sharding.plan import ShardTable
+from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies.chunks import head_tail_chunks
 
 __all__ = ["per_sequence"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashcp.sharding.plan import ShardTable
+from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies.per_document import per_document
 from flashcp.sharding.strategies.per_sequence import per_sequence
 from flashcp.sharding.throughput import relative_time

@@ -12,9 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashcp.experiments.attention_cases import Case, Tensors, all_cases, exact_share, make_tensors, useful_share
-from flashcp.experiments.attention_peers import OURS, PEERS, Forward
-from flashcp.experiments.bench_attention import attention_table, draw, measure
+from flashcp.experiments.attention_cases import (
+    OURS,
+    Case,
+    Forward,
+    Tensors,
+    all_cases,
+    exact_share,
+    make_tensors,
+    useful_share,
+)
+from flashcp.experiments.attention_peers import PEERS
+from flashcp.experiments.attention_times import measure
+from flashcp.experiments.bench_attention import attention_table, draw
 from flashcp.experiments.numbers import Failure, Number, to_row
 from flashcp.kernels.reference import reference_attention
 from flashcp.kernels.schedule import build_schedule, whole_pack_schedule
@@ -131,7 +141,7 @@ def test_every_provider_is_checked_then_timed(case: Case, monkeypatch: pytest.Mo
         "late": late,
         "left_out": raises,
     }
-    monkeypatch.setattr("flashcp.experiments.bench_attention.PEERS", {**others, OURS: PEERS[OURS]})
+    monkeypatch.setattr("flashcp.experiments.attention_times.PEERS", {**others, OURS: PEERS[OURS]})
     begun: list[str] = []
     found = list(measure(case, CPU, {"left_out"}, begun.append, share_s=1e-9))
     failures = {one.provider: one.reason for one in found if isinstance(one, Failure)}
@@ -155,7 +165,7 @@ def test_every_provider_is_checked_then_timed(case: Case, monkeypatch: pytest.Mo
 
 def test_a_wrong_kernel_of_ours_costs_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     peers = {OURS: lambda case, x: lambda: x.q * 0, "peer": PEERS[OURS]}
-    monkeypatch.setattr("flashcp.experiments.bench_attention.PEERS", peers)
+    monkeypatch.setattr("flashcp.experiments.attention_times.PEERS", peers)
     found = list(measure(small(), CPU, share_s=1e-9))
     assert [one.provider for one in found if isinstance(one, Failure)] == [OURS]
     assert {one.provider for one in found if isinstance(one, Number)} == {"peer"}

@@ -7,7 +7,7 @@ import pytest
 
 from flashcp.experiments import bench_awkward
 from flashcp.experiments.bench_awkward import AwkwardBench, awkward_table, hard_windows
-from flashcp.sharding.plan import ShardTable
+from flashcp.sharding.shards import ShardTable
 
 
 def test_every_window_stands_beside_its_bound() -> None:

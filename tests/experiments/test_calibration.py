@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from flashcp.clusters import read_cluster_file
 from flashcp.experiments.bench_calibrate import CalibrateBench, Calibration, bench_calibrate, calibration_table
 from flashcp.experiments.calibration.attention import fit_attention, random_schedule, random_shape
 from flashcp.experiments.calibration.fit import KernelSample, fit_kernel, fit_line, fit_rates, kernel_us, total_features
 from flashcp.experiments.calibration.links import layer_tflops
 from flashcp.experiments.calibration.times import TimeRow, errors, read_times, write_times
 from flashcp.experiments.cli import main
-from flashcp.experiments.simulator.cluster_file import read_cluster_file
 from flashcp.experiments.timing import median_us
-from flashcp.sharding.cost import AttentionCost, AttentionShape, CopyCost, KernelCost, read_features
+from flashcp.simulator.cost import AttentionCost, AttentionShape, CopyCost, KernelCost, read_features
 from tests.checkout import ROOT
 
 SHAPE = AttentionShape(8, 2, 64, 4)

@@ -10,7 +10,7 @@ import torch
 import flashcp
 from flashcp.experiments.kernel_times import KernelTimer, RankSchedule, rank_schedule
 from flashcp.kernels import cpu
-from flashcp.sharding.cost import AttentionShape
+from flashcp.simulator.cost import AttentionShape
 
 SHAPE = AttentionShape(4, 4, 16, 4)
 

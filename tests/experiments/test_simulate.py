@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flashcp.experiments.cli import main
-from flashcp.experiments.simulator.variants import VARIANTS
+from flashcp.simulator.variants import VARIANTS
 from tests.checkout import ROOT
 
 SMALL = ["windows=3", "context=8192", "world_size=4"]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from flashcp.sharding.bounds import certificate, certify, least_largest_work, smallest_end, study_ceiling
-from flashcp.sharding.plan import ShardingPlan, ShardTable
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies import STRATEGIES
 from flashcp.sharding.strategies.flashcp import flashcp
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import flashcp
-from flashcp.sharding.plan import Shard, ShardingPlan
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.shards import Shard
 
 LENGTHS = [5, 3]
 SHARDS = [(0, 0, 2, 0), (0, 2, 5, 1), (1, 0, 2, 0), (1, 2, 3, 1)]

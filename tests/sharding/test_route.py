@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import flashcp
 from flashcp.sharding.exchanges import EXCHANGES
-from flashcp.sharding.plan import Segments, ShardingPlan
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.shards import Segments
 
 
 @st.composite

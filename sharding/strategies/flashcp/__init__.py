@@ -12,7 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 from flashcp.sharding.bounds import FEW_ROWS, TOLERANCE, least_largest_work
-from flashcp.sharding.plan import ShardingPlan, ShardTable
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies.flashcp.compiled import Loops, loops
 from flashcp.sharding.strategies.flashcp.members import best_member, largest_work, members
 from flashcp.sharding.strategies.flashcp.rows import exchange_rows

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flashcp.sharding.plan import ShardingPlan, ShardTable, shard_work
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.shards import ShardTable, shard_work
 from flashcp.sharding.strategies.contiguous import contiguous
 from flashcp.sharding.strategies.flashcp_paper import (
     SINGLE_STEPS,

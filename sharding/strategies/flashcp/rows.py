@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from flashcp.sharding.documents import document_offsets, expand_ranges
-from flashcp.sharding.plan import ShardTable
+from flashcp.sharding.shards import ShardTable
 
 __all__ = ["exchange_rows"]
 

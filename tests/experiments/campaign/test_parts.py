@@ -11,10 +11,10 @@ from flashcp.experiments.campaign import attention, correct, dry_run, hybrid, to
 from flashcp.experiments.campaign.part import PARTS, Turn, load
 from flashcp.experiments.campaign.tools import counters
 from flashcp.experiments.numbers import Failure, Number
-from flashcp.experiments.simulator.variants import VARIANTS
 from flashcp.experiments.tune_attention import Kernel
 from flashcp.kernels.ahead import TARGETS, Build
 from flashcp.kernels.tuning import HEAD_DIMS
+from flashcp.simulator.variants import VARIANTS
 
 METRICS = ("registers", "alone_ms", "shipped_ms", "candidate_ms")
 
@@ -117,7 +117,7 @@ def test_the_best_candidates_take_turns_with_the_shipped_one(turn: Turn, monkeyp
         assert names["shipped_ms"] == [shipped]
         assert others == names["registers"][: len(others)]
         assert set(names["candidate_ms"]) == set(others)
-    monkeypatch.setattr(tune, "relative", lambda value, other: 0.1)
+    monkeypatch.setattr(tune, "relative_error", lambda value, other: 0.1)
     wrong = list(tune.measure("32_forward_long", turn))
     assert {one.metric for one in wrong if isinstance(one, Number)} == {"registers"}
     assert all("a wrong kernel is not timed" in one.reason for one in wrong if isinstance(one, Failure))

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from flashcp.clusters import read_cluster_file, read_machine
 from flashcp.experiments.cli import main
 from flashcp.experiments.compose import compose
 from flashcp.experiments.paper.fit import PaperFit, fit_rows, fit_table
 from flashcp.experiments.paper.values import BREAKDOWN
-from flashcp.experiments.simulator.cluster_file import read_cluster_file
-from flashcp.experiments.simulator.machine import read_machine
 
 
 def test_the_committed_parameters_are_the_fit_s() -> None:

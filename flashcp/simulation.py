@@ -1,0 +1,173 @@
+"""`flashcp.simulate`: what packs, or plans of them, would cost on a cluster, before anyone rents it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flashcp.clusters import clusters, read_cluster
+from flashcp.sharding.documents import read_document_lengths, read_world_size
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.simulator.batch import Pack
+from flashcp.simulator.choices import choose_variants, make_setting, read_ranks
+from flashcp.simulator.machine import Machine, check_machine
+from flashcp.simulator.step import ModelShape
+from flashcp.simulator.summary import BASELINE, Summary, recommendation, simulate_methods
+from flashcp.simulator.variants import without_ulysses
+from flashcp.text import table
+
+__all__ = ["Simulation", "simulate", "summary_table"]
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A table: one `Summary` a method, in the order of `methods`. `print` shows it.
+
+    machine: what was simulated. windows: packs that the numbers are means over. left_out: methods that these heads do
+    not allow, and why; empty where there are none.
+    """
+
+    methods: tuple[Summary, ...]
+    machine: Machine
+    world_size: int
+    windows: int
+    left_out: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The methods' names: the rows of the table."""
+        return tuple(one.name for one in self.methods)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The fields of a `Summary`: what `column` takes."""
+        return Summary._fields
+
+    @property
+    def recommendation(self) -> str:
+        """Which method to take, in a sentence."""
+        return recommendation(self.methods)
+
+    def column(self, name: str) -> dict[str, float | str]:
+        """One field of every method, by the methods' names. Raises ValueError for a field that there is not."""
+        if name not in self.columns:
+            raise ValueError(f"column {name!r}: expected one of {', '.join(self.columns)}")
+        return {one.name: getattr(one, name) for one in self.methods}
+
+    def __getitem__(self, method: str) -> Summary:
+        """A method's numbers. Raises KeyError for a method that was not simulated."""
+        found = next((one for one in self.methods if one.name == method), None)
+        if found is None:
+            raise KeyError(f"method {method!r}: expected one of {', '.join(self.names)}")
+        return found
+
+    def __iter__(self) -> Iterator[Summary]:
+        return iter(self.methods)
+
+    def __len__(self) -> int:
+        return len(self.methods)
+
+    def __str__(self) -> str:
+        plural = "window" if self.windows == 1 else "windows"
+        head = f"{self.windows} {plural}, {self.world_size} ranks; simulated on {self.machine.name}"
+        left_out = f"; left out: ulysses, for {self.left_out}" if self.left_out else ""
+        return f"{head}{left_out}\n{summary_table(self.methods)}"
+
+
+def simulate(
+    packs: object,
+    world_size: int | None = None,
+    *,
+    cluster: str | Machine = "h100-nvlink",
+    methods: str | Iterable[str] = (),
+    overlap: str = "auto",
+    gradient_bytes: int = 4,
+    query_heads: int = 32,
+    kv_heads: int = 32,
+    head_dim: int = 128,
+    dtype_bytes: int = 2,
+    layers: int = 32,
+    ffn_dim: int = 0,
+    workers: int = 1,
+) -> Simulation:
+    """Simulate an attention layer, forward and backward, under each method; nothing is run and nothing measured.
+
+    packs: document lengths of one pack, or of each of several; or a plan, or several plans of as many ranks.
+    world_size: ranks; plans know their own.
+    cluster: a name of `conf/cluster/`, or a `flashcp.simulator.machine.Machine` (see `flashcp.clusters`).
+    methods: names of methods (`llama3`, `llama3_best_effort`, `flashcp`, ...) and pairs `SHARDING+EXCHANGE`, which
+        are priced as our implementation runs them; none: all methods. Plans are compared with them under the name
+        `plan`, or `plan+EXCHANGE`.
+    overlap: of our implementation and of best efforts: `auto`, `none`, `staged` or `fused`.
+    gradient_bytes: of one number of a KV gradient that travels in our implementation, 2 or 4.
+    query_heads, kv_heads, head_dim, dtype_bytes: of one attention layer.
+    layers, ffn_dim: of the model, for `step_ms` and for buffers; ffn_dim 0: 8/3 of the width.
+    workers: processes that share the packs.
+
+    Returns a table with a row for each method. Times are milliseconds, speedups over `llama3` as published.
+    Raises ValueError naming value, field and what is legal.
+    """
+    read, ranks = _read_packs(packs, world_size)
+    if isinstance(cluster, Machine):
+        check_machine(cluster)
+        machine = cluster
+    elif isinstance(cluster, str):
+        machine = read_cluster(cluster)
+    else:
+        raise ValueError(f"cluster={cluster!r}: expected one of {', '.join(clusters())}, or a Machine")
+    model = ModelShape(query_heads, kv_heads, head_dim, dtype_bytes, layers, ffn_dim)
+    setting = make_setting(machine, model, overlap, gradient_bytes)
+    named = [methods] if isinstance(methods, str) else list(methods)
+    chosen = choose_variants(named, given_plan=isinstance(read[0], ShardingPlan))
+    variants, left_out = without_ulysses(chosen, setting.shape, ranks)
+    summaries = simulate_methods(read, variants, ranks, setting, model, workers=workers)
+    return Simulation(tuple(summaries), machine, ranks, len(read), left_out)
+
+
+def _read_packs(packs: object, world_size: int | None) -> tuple[list[Pack], int]:
+    """Plans or document lengths, and the ranks they are for."""
+    given = [packs] if isinstance(packs, ShardingPlan) else packs
+    if not isinstance(given, Sequence | np.ndarray) or isinstance(given, str) or not len(given):
+        raise ValueError(f"packs={packs!r}: expected document lengths of a pack or of several, or plans")
+    if not isinstance(given[0], ShardingPlan):
+        ranks = read_ranks(world_size)
+        many = given if isinstance(given[0], Sequence | np.ndarray) else [given]
+        lengths = [read_document_lengths(pack) for pack in many]
+        for pack in lengths:
+            read_world_size(ranks, int(pack.sum()))
+        return list(lengths), ranks
+    for plan in given:
+        if not isinstance(plan, ShardingPlan):
+            raise ValueError(f"packs holds a plan and {plan!r}: expected plans alone, or document lengths alone")
+    sizes = {plan.world_size for plan in given} | ({world_size} if world_size is not None else set())
+    if len(sizes) > 1:
+        told = "" if world_size is None else f"world_size={world_size!r} with "
+        found = ", ".join(map(str, sorted({plan.world_size for plan in given})))
+        raise ValueError(f"{told}plans for {found} ranks: expected one number of ranks")
+    return list(given), read_ranks(given[0].world_size)
+
+
+def summary_table(summaries: Sequence[Summary]) -> str:
+    """The numbers people ask for first, one line a method."""
+    head = ["method", "imbalance", "saving", "attention ms", "copies", "exposed", "module ms", "p50", "p95"]
+    head += [f"speedup over {BASELINE}", "step ms", "KV GiB"]
+    rows = [
+        [
+            one.name,
+            f"{one.imbalance:.3f}",
+            f"{one.saving:.3f}",
+            f"{one.attention_ms:.2f}",
+            f"{one.copies_ms:.2f}",
+            f"{one.exposed_exchange_ms:.2f}",
+            f"{one.module_ms:.2f}",
+            f"{one.module_ms_p50:.2f}",
+            f"{one.module_ms_p95:.2f}",
+            f"{one.speedup:.2f}",
+            f"{one.step_ms:.0f}",
+            f"{one.kv_buffer_mib / 1024:.1f}",
+        ]
+        for one in summaries
+    ]
+    return table(head, rows)

@@ -1,0 +1,140 @@
+"""An assignment says which rank holds which rows of one pack: arrays, checked, and what follows by counting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Integral
+
+import numpy as np
+
+from flashcp.sharding.documents import document_offsets, expand_ranges, read_document_lengths, read_world_size
+from flashcp.sharding.shards import Segments, Shard, ShardTable, ShardView, shard_work
+
+__all__ = ["Assignment"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Assignment:
+    """Which rank holds which rows of one pack. `ShardingPlan` is one; exchanges and bounds look at no more than this.
+
+    On construction touching shards of one document on one rank become one, shards are sorted by document and
+    start, and every row of every document is checked to lie on exactly one rank (ValueError otherwise).
+
+    document_lengths: int64 [documents], tokens. world_size: ranks. table: the shards, int64 arrays.
+    """
+
+    document_lengths: np.ndarray
+    world_size: int
+    table: ShardTable
+
+    def __post_init__(self) -> None:
+        lengths = read_document_lengths(self.document_lengths)
+        world_size = read_world_size(self.world_size, int(lengths.sum()))
+        table = _merge_touching(_sorted_table(self.table))
+        _check_cover(lengths, world_size, table)
+        for column in table:
+            column.flags.writeable = False
+        object.__setattr__(self, "document_lengths", lengths)
+        object.__setattr__(self, "world_size", world_size)
+        object.__setattr__(self, "table", table)
+
+    @property
+    def shards(self) -> ShardView:
+        """Every shard, sorted by document and start."""
+        return ShardView(self.table)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """Row of the pack where each document starts, int64 [documents + 1]."""
+        offsets = document_offsets(self.document_lengths)
+        offsets.flags.writeable = False
+        return offsets
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """Rows each rank holds, int64 [world_size]."""
+        return self._per_rank(self.table.stop - self.table.start)
+
+    @cached_property
+    def work(self) -> np.ndarray:
+        """Causal query-key pairs each rank computes, int64 [world_size]."""
+        return self._per_rank(shard_work(self.table.start, self.table.stop))
+
+    @property
+    def imbalance(self) -> float:
+        """Largest work of a rank over the mean, >= 1."""
+        return int(self.work.max()) * self.world_size / int(self.work.sum())
+
+    def local(self, rank: int) -> Segments:
+        """The shards of a rank and the local row where each begins (local order is pack order)."""
+        self.check_rank(rank)
+        mine = np.flatnonzero(self.table.rank == rank)
+        document, start, stop, owner = (column[mine] for column in self.table)
+        ends = np.cumsum(stop - start)
+        return Segments(document, start, stop, owner, ends - (stop - start))
+
+    def rows(self, rank: int) -> np.ndarray:
+        """Row of the pack of every local row of a rank, in local order, int64 [tokens[rank]]."""
+        mine = self.local(rank)
+        return expand_ranges(self.offsets[mine.document] + mine.start, mine.stop - mine.start)
+
+    def positions(self, rank: int) -> np.ndarray:
+        """Position inside its document of every local row of a rank, int64 [tokens[rank]]."""
+        mine = self.local(rank)
+        return expand_ranges(mine.start, mine.stop - mine.start)
+
+    def check_rank(self, rank: int) -> None:
+        """Raise ValueError for a rank that there is not."""
+        if not isinstance(rank, Integral) or not 0 <= rank < self.world_size:
+            raise ValueError(f"rank={rank!r}: expected 0 to {self.world_size - 1}")
+
+    def _per_rank(self, amount: np.ndarray) -> np.ndarray:
+        total = np.zeros(self.world_size, dtype=np.int64)
+        np.add.at(total, self.table.rank, amount)
+        total.flags.writeable = False
+        return total
+
+
+def _sorted_table(table: ShardTable) -> ShardTable:
+    columns = [np.asarray(column) for column in table]
+    if len({column.shape for column in columns}) != 1 or columns[0].ndim != 1:
+        raise ValueError(f"shard arrays of shapes {[column.shape for column in columns]}: expected one length")
+    if any(column.size and column.dtype.kind not in "iu" for column in columns):
+        raise ValueError("shard arrays: expected whole numbers")
+    order = np.lexsort((columns[1], columns[0]))
+    return ShardTable(*(column.astype(np.int64)[order] for column in columns))
+
+
+def _merge_touching(table: ShardTable) -> ShardTable:
+    document, start, stop, rank = table
+    joined = (document[1:] == document[:-1]) & (rank[1:] == rank[:-1]) & (start[1:] == stop[:-1])
+    first = np.concatenate(([True], ~joined))[: len(document)]
+    last = np.concatenate((~joined, [True]))[: len(document)]
+    return ShardTable(document[first], start[first], stop[last], rank[first])
+
+
+def _check_cover(lengths: np.ndarray, world_size: int, table: ShardTable) -> None:
+    document, start, stop, rank = table
+    for name, column, limit in (("document", document, len(lengths)), ("rank", rank, world_size)):
+        wrong = (column < 0) | (column >= limit)
+        if wrong.any():
+            raise ValueError(f"shard {name}={column[np.argmax(wrong)]}: expected 0 to {limit - 1}")
+    if (stop <= start).any():
+        where = int(np.argmax(stop <= start))
+        raise ValueError(f"shard {Shard(*(int(c[where]) for c in table))}: expected start < stop")
+    held = np.unique(document)
+    if len(held) != len(lengths):
+        raise ValueError(f"document {np.setdiff1d(np.arange(len(lengths)), held)[0]} is on no rank")
+    opens = np.concatenate(([True], document[1:] != document[:-1]))
+    expected_start = np.where(opens, 0, np.concatenate(([0], stop[:-1])))
+    closes = np.concatenate((opens[1:], [True]))
+    wrong = (start != expected_start) | (closes & (stop != lengths[document]))
+    if wrong.any():
+        where = int(np.argmax(wrong))
+        shard = Shard(*(int(c[where]) for c in table))
+        raise ValueError(
+            f"rows of document {shard.document} ({lengths[shard.document]} tokens) are not each on exactly one rank: "
+            f"shard {shard} should start at {expected_start[where]}"
+            + (f" and end at {lengths[shard.document]}" if closes[where] else "")
+        )

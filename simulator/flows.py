@@ -1,0 +1,144 @@
+"""Transfers that share ports, event by event: when does each arrive?
+
+Every rank has four ports: to its node and to the network, in and out, and a queue of transfers for each level. Queues
+start their transfers in order, so many at a time; a port shares its rate evenly between the transfers that pass it, and
+a transfer runs at the lesser of its two shares. Events are the ends of transfers and the moments they may start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from flashcp.simulator.cost import Links
+
+__all__ = ["carry", "carry_all"]
+
+
+AT_ONCE = 8
+"""Transfers of one queue under way together: one would leave ports idle while sources are busy with others."""
+
+
+def carry_all(moved_bytes: np.ndarray, links: Links, *, pull: bool, release_us: np.ndarray) -> np.ndarray:
+    """When what rank i sends to rank j has arrived, us [N, N] (source, destination); 0 where nothing is sent.
+
+    moved_bytes: [N, N]. pull: queues are the destinations', which fetch from rank - 1, rank - 2, ...; else the
+    sources', which send to them in that order. release_us [N, N]: when a transfer may start.
+    """
+    ranks = len(moved_bytes)
+    owner = np.repeat(np.arange(ranks), ranks - 1)
+    other = (owner - 1 - np.arange(len(owner)) % max(1, ranks - 1)) % ranks
+    node = links.nodes(ranks)
+    near = node[owner] == node[other]
+    queue = 2 * owner + near
+    order = np.argsort(queue, kind="stable")
+    order = order[moved_bytes[other, owner][order] > 0] if pull else order[moved_bytes[owner, other][order] > 0]
+    arrived = np.zeros((ranks, ranks))
+    if not len(order):
+        return arrived
+    queue, owner, other, near = (column[order] for column in (queue, owner, other, near))
+    source, destination = (other, owner) if pull else (owner, other)
+    release = release_us[source, destination]
+    rate = np.array([links.network.gbps, links.node.gbps]) * 1e3
+    latency = np.where(near, links.node.latency_us, links.network.latency_us)
+    moved = moved_bytes[source, destination].astype(np.float64)
+    first = np.searchsorted(queue, np.arange(2 * ranks + 1))
+    done = _compiled()(first, source, destination, near, moved, release, rate, links.multicast, AT_ONCE)
+    arrived[source, destination] = done + latency
+    return arrived
+
+
+def carry(
+    first: np.ndarray,
+    source: np.ndarray,
+    destination: np.ndarray,
+    near: np.ndarray,
+    moved: np.ndarray,
+    release: np.ndarray,
+    rate: np.ndarray,
+    multicast: bool,
+    at_once: int,
+) -> np.ndarray:
+    """When the last byte of each transfer has left, us; transfers of queue q stand at first[q] : first[q + 1].
+
+    near: within a node. rate: bytes a microsecond of a port to the network and to the node. multicast: within a node
+    what leaves is not shared, for the switch makes the copies.
+    """
+    queues, count = len(first) - 1, len(source)
+    left = moved.copy()
+    done = np.zeros(count)
+    state = np.zeros(count, np.int64)  # 0 waiting, 1 under way, 2 done
+    head = first[:-1].copy()  # of each queue: the first transfer not yet started
+    flying = np.zeros(queues, np.int64)
+    out_use = np.zeros((2, queues // 2), np.int64)  # transfers through each port, by level and rank
+    in_use = np.zeros((2, queues // 2), np.int64)
+    now = 0.0
+    finished = 0
+    while finished < count:
+        following = np.inf
+        for q in range(queues):
+            while head[q] < first[q + 1] and flying[q] < at_once and release[head[q]] <= now:
+                i = head[q]
+                state[i] = 1
+                out_use[int(near[i]), source[i]] += 1
+                in_use[int(near[i]), destination[i]] += 1
+                flying[q] += 1
+                head[q] += 1
+            if head[q] < first[q + 1] and flying[q] < at_once:
+                following = min(following, release[head[q]])
+        step = following - now
+        for q in range(queues):
+            for i in range(first[q], head[q]):
+                if state[i] == 1:
+                    step = min(step, left[i] / _speed(i, source, destination, near, rate, multicast, out_use, in_use))
+        for q in range(queues):
+            for i in range(first[q], head[q]):
+                if state[i] == 1:
+                    left[i] -= step * _speed(i, source, destination, near, rate, multicast, out_use, in_use)
+        now += step
+        for q in range(queues):
+            for i in range(first[q], head[q]):
+                if state[i] == 1 and left[i] <= 1e-6 * moved[i]:
+                    state[i] = 2
+                    done[i] = now
+                    out_use[int(near[i]), source[i]] -= 1
+                    in_use[int(near[i]), destination[i]] -= 1
+                    flying[q] -= 1
+                    finished += 1
+    return done
+
+
+def _speed(
+    i: int,
+    source: np.ndarray,
+    destination: np.ndarray,
+    near: np.ndarray,
+    rate: np.ndarray,
+    multicast: bool,
+    out_use: np.ndarray,
+    in_use: np.ndarray,
+) -> float:
+    level = int(near[i])
+    sharing = in_use[level, destination[i]]
+    if not (multicast and level == 1):
+        sharing = max(sharing, out_use[level, source[i]])
+    return rate[level] / sharing
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    """`carry` as numba compiles it, kept on disk where that can be written; as it stands where there is no numba."""
+    try:
+        from numba import njit
+        from numba.extending import register_jitable
+    except ModuleNotFoundError:
+        return carry
+
+    register_jitable(_speed)
+    try:
+        return njit(cache=True)(carry)
+    except RuntimeError:
+        return njit(carry)

@@ -1,0 +1,137 @@
+"""Our implementation under any exchange: rows are read where they lie, and travel while attention is computed.
+
+Forward, overlap `none`: everything arrives, one kernel. `staged`: a kernel on local rows meanwhile, another on the
+received ones, merged in fp32. `fused`: one kernel; query tiles come in the order in which the last rows they read
+arrive. Backward: gradients of received rows first, they leave together, those of local rows meanwhile (`none`: when the
+others have come home), then the owner adds up what came.
+
+`fused` is one-sided: every rank puts its rows into its readers' memory. Else `all_gather` and `compacted` are a
+collective there; gradients of their blocks come home directly in any case.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flashcp.simulator.flows import carry_all
+from flashcp.simulator.our_ring import our_ring
+from flashcp.simulator.planned import Module, Planned
+from flashcp.simulator.timeline import Timeline
+from flashcp.simulator.ulysses import ulysses
+
+__all__ = ["attend", "ours"]
+
+
+def ours(planned: Planned, exchange: str) -> Module:
+    """One layer under our implementation."""
+    if exchange == "ulysses":
+        return ulysses(planned, copies=1, in_order=False)
+    if exchange == "ring":
+        return our_ring(planned)
+    there = _bytes(planned, exchange)
+    back = there.T * (planned.setting.gradient_bytes / planned.shape.dtype_bytes)
+    still = np.zeros(planned.ranks)
+    alone = _arrivals(planned, exchange, there, still).max() + _homecoming(planned, back, still).max()
+    forward, backward = _forward(planned, exchange, there), _backward(planned, exchange, back)
+    kept, coming = float(there.sum(axis=0).max()), float(back.sum(axis=0).max())
+    if exchange != "exact":
+        kept += float(there.max())  # its own block lies among the others
+    working = kept * 4 / planned.shape.dtype_bytes + coming  # gradients of the buffer, in fp32, and those coming home
+    working += float(back.sum(axis=1).max()) * (exchange != "exact")  # side by side, to leave
+    return Module(forward, backward, float(alone), kept, working)
+
+
+def _forward(planned: Planned, exchange: str, there: np.ndarray) -> Timeline:
+    timeline = Timeline(planned.ranks)
+    timeline.run("copies", _pack_us(planned, exchange, there))
+    arrived = _arrivals(planned, exchange, there, timeline.now)
+    timeline.beside("exchange", timeline.now, arrived.max(axis=0))
+    attend(planned, timeline, arrived)
+    if planned.setting.overlap == "staged":  # the fp32 sum is cleared before and narrowed after
+        numbers = planned.plan.tokens * (planned.shape.query_heads * planned.shape.head_dim)
+        timeline.run("copies", planned.setting.machine.copies.us(numbers * 10.0, launches=2))
+    timeline.wait(arrived.max(axis=0))  # also for rows that nobody reads here
+    return timeline
+
+
+def attend(planned: Planned, timeline: Timeline, arrived: np.ndarray) -> None:
+    """The forward's launches. arrived: when rows have come from source to destination [N, N]."""
+    overlap, last = planned.setting.overlap, arrived.max(axis=0)
+    if overlap == "none":
+        timeline.wait(last)
+        timeline.run("attention", planned.first_us(False) + planned.local_us(False))
+    elif overlap == "staged":
+        timeline.run("attention", np.diagonal(planned.step_us(False)) + planned.merge_us(planned.plan.tokens))
+        timeline.wait(last)
+        timeline.run("attention", planned.remote_us(False) + planned.merge_us(planned.remote_rows))
+    else:
+        _fused(planned, timeline, arrived)
+
+
+def _backward(planned: Planned, exchange: str, back: np.ndarray) -> Timeline:
+    timeline = Timeline(planned.ranks)
+    timeline.run("attention", planned.first_us(True))
+    if exchange != "exact" and planned.ranks > 1:
+        timeline.run(
+            "copies", planned.setting.machine.copies.us(2 * back.sum(axis=1))
+        )  # all blocks but its own, side by side
+    leave = timeline.now
+    home = _homecoming(planned, back, leave).max(axis=0)
+    timeline.beside("exchange", leave, home)
+    if planned.setting.overlap == "none":
+        timeline.wait(home)
+    timeline.run("attention", planned.local_us(True))
+    timeline.wait(home)
+    readers = (back > 0).sum(axis=0)  # K and V of each are added by themselves
+    timeline.run("copies", planned.sum_us(back.sum(axis=0), planned.setting.gradient_bytes, 2 * readers))
+    return timeline
+
+
+def _bytes(planned: Planned, exchange: str) -> np.ndarray:
+    """K and V from source to destination [N, N]."""
+    if exchange == "exact":
+        return planned.reads.traffic * float(planned.shape.kv_bytes)
+    blocks = np.full((planned.ranks, planned.ranks), planned.block_bytes(exchange))
+    np.fill_diagonal(blocks, 0)
+    return blocks
+
+
+def _arrivals(planned: Planned, exchange: str, moved: np.ndarray, ready: np.ndarray) -> np.ndarray:
+    """When bytes have arrived from source to destination [N, N], which ranks have ready at a time [N]."""
+    if exchange != "exact" and planned.setting.overlap != "fused":
+        links, block = planned.setting.machine.links, float(moved.max())
+        return np.full(moved.shape, ready.max() + links.collective_us(block, planned.ranks)) * (moved > 0)
+    release = np.broadcast_to(ready[:, None], moved.shape)
+    return carry_all(moved, planned.setting.machine.links, pull=True, release_us=release)
+
+
+def _homecoming(planned: Planned, moved: np.ndarray, leave: np.ndarray) -> np.ndarray:
+    """When gradients have come from reader to owner [N, N], which leave each reader together at a time [N]."""
+    release = np.broadcast_to(leave[:, None], moved.shape)
+    return carry_all(moved, planned.setting.machine.links, pull=False, release_us=release)
+
+
+def _fused(planned: Planned, timeline: Timeline, arrived: np.ndarray) -> None:
+    """One launch whose query tiles come in the order of arrival. arrived: [N, N] (source, destination)."""
+    ranks, reads = planned.ranks, planned.reads
+    order = np.argsort(arrived, axis=0, kind="stable")  # [place, destination] -> source
+    place = 1 + np.argsort(order, axis=0).T
+    np.fill_diagonal(place, 0)  # local rows are there
+    last = np.where(reads.before > 0, place[reads.rank], 0).max(axis=1)
+    shard_us = planned.own_us(False) + planned.read_us(False).sum(axis=1)
+    us = np.bincount(reads.rank * (ranks + 1) + last, shard_us, ranks * (ranks + 1))
+    groups = us.reshape(ranks, ranks + 1).T
+    timeline.run("attention", groups[0] + planned.cost.launch_us())
+    in_order = np.take_along_axis(arrived, order, axis=0)
+    for group, when in zip(groups[1:], in_order, strict=True):
+        if group.any():
+            timeline.wait(np.where(group > 0, when, 0.0))
+            timeline.run("attention", group)
+
+
+def _pack_us(planned: Planned, exchange: str, moved: np.ndarray) -> np.ndarray:
+    """Rows that leave are picked and put side by side once, a block cleared before and written twice."""
+    copies = planned.setting.machine.copies
+    if exchange != "exact":
+        return copies.us(5 * moved.max(axis=1), launches=5) * (planned.ranks > 1)
+    return copies.us(2 * moved.sum(axis=1), launches=1) * (planned.ranks > 1)

@@ -1,0 +1,181 @@
+"""A plan with its prices: what every read of every shard costs on a machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from flashcp.sharding.exchanges import EXCHANGES
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.simulator.cost import AttentionCost, AttentionShape, ReadFeatures, read_features
+from flashcp.simulator.machine import Machine
+from flashcp.simulator.reads import plan_reads
+from flashcp.simulator.timeline import Timeline
+
+__all__ = ["Module", "Planned", "Setting"]
+
+MERGE_BYTES = 12
+"""Per number of O: a kernel's result, the fp32 sum read and written."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how a plan runs. overlap: of our implementation, `none`, `staged` or `fused`. gradient_bytes: of one
+    number of a K or V gradient on our wire (our gradients come home in fp32)."""
+
+    machine: Machine
+    shape: AttentionShape = field(default_factory=AttentionShape)
+    overlap: str = "staged"
+    gradient_bytes: int = 4
+
+
+class Module(NamedTuple):
+    """One attention layer's forward and backward. exchange_us: of both, with nothing beside them.
+
+    kept_bytes: KV from other ranks that a rank keeps from forward to backward; working_bytes: buffers of KV and of its
+    gradients that live during one layer's pass only. The most of any rank.
+    """
+
+    forward: Timeline
+    backward: Timeline
+    exchange_us: float
+    kept_bytes: float
+    working_bytes: float
+
+
+class Planned:
+    """A plan under a setting; times in us, of the forward or the backward. Its arrays are not to be written to."""
+
+    def __init__(self, plan: ShardingPlan, setting: Setting) -> None:
+        self.plan, self.setting = plan, setting
+        self.ranks = plan.world_size
+        self.reads = plan_reads(plan)
+        self.cost, self.shape = setting.machine.attention, setting.shape
+        self._holds = (np.arange(self.ranks)[:, None] == self.reads.rank).astype(np.float64)
+        self.own_us, self.read_us, self.source_us = map(cache, (self._own_us, self._read_us, self._source_us))
+        self.whole_us, self.step_us, self.remote_us = map(cache, (self._whole_us, self._step_us, self._remote_us))
+        self.heads_us = cache(self._heads_us)
+
+    def by_rank(self, values: np.ndarray) -> np.ndarray:
+        """Sum over the shards of each rank, [S] -> [N], [S, M] -> [N, M]."""
+        return self._holds @ values
+
+    def query_us(self, backward: bool) -> np.ndarray:
+        """Each shard's Q in and O out, once a kernel [S]."""
+        return self.cost.query_us(self.reads.rows, self.shape, backward)
+
+    def _own_us(self, backward: bool) -> np.ndarray:
+        """Each shard's queries on its own rows, with its Q in and its O out [S]."""
+        return self.cost.read_us(self._own, self.shape, backward) + self.query_us(backward)
+
+    def _read_us(self, backward: bool) -> np.ndarray:
+        """Each shard's queries on the rows before it, by the rank that holds them [S, N]."""
+        return self.cost.read_us(self._read, self.shape, backward)
+
+    def _source_us(self, backward: bool) -> np.ndarray:
+        """Each rank's queries on the rows of each other rank and on earlier ones of its own [N, N]."""
+        return self.by_rank(self.read_us(backward))
+
+    def first_us(self, backward: bool) -> np.ndarray:
+        """Each rank's queries on the rows of others, as the first part of a launch [N]."""
+        source_us = self.source_us(backward)
+        return source_us.sum(axis=1) - np.diagonal(source_us) + self.cost.launch_us(backward)
+
+    def merge_us(self, rows: np.ndarray) -> np.ndarray:
+        """What a forward kernel adds that leaves its results in an fp32 sum, for so many query rows."""
+        numbers = rows * (self.shape.query_heads * self.shape.head_dim)
+        return self.setting.machine.copies.us(numbers * MERGE_BYTES, launches=0)
+
+    def sum_us(self, moved: np.ndarray | float, wire: int, launches: np.ndarray | float = 1) -> np.ndarray:
+        """Gradients of `wire` bytes a number added to an fp32 sum: they are read, it is read and written."""
+        copies = self.setting.machine.copies
+        return copies.us(np.asarray(moved) * (wire + 8) / wire, 0) + copies.launch_us * np.asarray(launches)
+
+    def hop_us(self, block: float) -> np.ndarray:
+        """A block from each rank's predecessor over their one link [N]."""
+        rate, latency = self.setting.machine.links.neighbour(self.ranks)
+        return block / rate + latency
+
+    def local_us(self, backward: bool) -> np.ndarray:
+        """Each rank's queries on its own rows, as a part of a launch [N]."""
+        return self.by_rank(self.own_us(backward)) + np.diagonal(self.source_us(backward))
+
+    def _whole_us(self, backward: bool) -> np.ndarray:
+        """One kernel over everything a rank reads, all of it in document order [N]."""
+        return self.priced(self.cost, backward)
+
+    def _step_us(self, backward: bool) -> np.ndarray:
+        """A kernel of its own on the rows of each rank [N, N] (reader, owner); 0 where nothing is read."""
+        rows = self.reading_rows
+        steps = self.source_us(backward) + self.cost.query_us(rows, self.shape, backward)
+        steps += (rows > 0) * self.cost.launch_us(backward)
+        np.fill_diagonal(steps, self.local_us(backward) + self.cost.launch_us(backward))
+        return steps
+
+    def _remote_us(self, backward: bool) -> np.ndarray:
+        """A kernel of its own on all rows of others [N]; 0 where nothing is read."""
+        source_us, rows = self.source_us(backward), self.remote_rows
+        reads = source_us.sum(axis=1) - np.diagonal(source_us) + self.cost.query_us(rows, self.shape, backward)
+        return reads + (rows > 0) * self.cost.launch_us(backward)
+
+    def _heads_us(self, backward: bool, in_order: bool) -> float:
+        """A kernel on the whole pack for one rank's share of the heads.
+
+        in_order: by documents; else its shards lie rank by rank, as they came. Raises ValueError where ranks cannot
+        share out the heads evenly.
+        """
+        lengths, own = self.plan.document_lengths, self.heads_shape
+        documents = read_features(lengths, lengths, self.cost.tiles, masked=True)
+        parts = [documents] if in_order else [self._own, self._read]
+        reads = sum(float(self.cost.read_us(part, own, backward).sum()) for part in parts)
+        query = float(self.cost.query_us(lengths, own, backward).sum())
+        return reads + query + self.cost.launch_us(backward)
+
+    @property
+    def heads_shape(self) -> AttentionShape:
+        """Of one rank's share of the heads. Raises ValueError where ranks cannot share them out evenly."""
+        ranks, shape = self.ranks, self.shape
+        if shape.query_heads % ranks or shape.kv_heads % ranks:
+            raise ValueError(
+                f"query_heads={shape.query_heads}, kv_heads={shape.kv_heads}: ulysses expects multiples of "
+                f"world_size={ranks}"
+            )
+        return shape._replace(query_heads=shape.query_heads // ranks, kv_heads=shape.kv_heads // ranks)
+
+    def priced(self, cost: AttentionCost, backward: bool) -> np.ndarray:
+        """What that kernel would cost under other prices for the same tiles [N]."""
+        reads = (cost.read_us(features, self.shape, backward) for features in (self._prefix, self._own))
+        query = cost.query_us(self.reads.rows, self.shape, backward)
+        return self.by_rank(sum(reads) + query) + cost.launch_us(backward)
+
+    @cached_property
+    def reading_rows(self) -> np.ndarray:
+        """Rows of each rank's shards that read any row of each rank, [N, N]."""
+        return self.by_rank((self.reads.before > 0) * self.reads.rows[:, None])
+
+    @cached_property
+    def remote_rows(self) -> np.ndarray:
+        """Rows of each rank's shards that read any row of another rank [N]."""
+        reads = self.reads
+        others = reads.before.sum(axis=1) > reads.before[np.arange(len(reads.rank)), reads.rank]
+        return self.by_rank(others * reads.rows)
+
+    def block_bytes(self, exchange: str) -> float:
+        """K and V in one rank's block of an exchange that moves blocks: padded, or for a ring the largest."""
+        rows = self.plan.tokens.max() if exchange == "ring" else EXCHANGES[exchange].block_rows(self.plan)
+        return float(rows) * self.shape.kv_bytes
+
+    @cached_property
+    def _own(self) -> ReadFeatures:
+        return read_features(self.reads.rows, self.reads.rows, self.cost.tiles, masked=True)
+
+    @cached_property
+    def _read(self) -> ReadFeatures:
+        return read_features(self.reads.rows[:, None], self.reads.before, self.cost.tiles, ranges=self.reads.ranges)
+
+    @cached_property
+    def _prefix(self) -> ReadFeatures:
+        return read_features(self.reads.rows, self.reads.start, self.cost.tiles)

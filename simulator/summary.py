@@ -1,0 +1,152 @@
+"""Many packs' outcomes as the numbers people ask for, and what they say to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.simulator.batch import Options, Outcomes, Pack, Watch, simulate_packs
+from flashcp.simulator.pack import Price
+from flashcp.simulator.planned import Planned, Setting
+from flashcp.simulator.step import ModelShape, gemm_ms
+from flashcp.simulator.variants import VARIANTS, Variant
+
+__all__ = ["BASELINE", "Summary", "overlap_of", "recommendation", "simulate_methods"]
+
+BASELINE = "llama3"
+"""Speedups are over this method as published."""
+TIE = 1.02
+"""Times that differ by less are called the same: the model tells no more."""
+
+
+class Summary(NamedTuple):
+    """One method over all packs; means where nothing else is said.
+
+    overlap: `ring` and `none` are the published methods' own. speedup: the baseline's summed module_ms over this
+    method's; of a whole step, step_speedup. speedup_p50, _p95: of single packs. forward_*: of the forward alone.
+    layer_ms: the module with the layer's matrix products; step_ms: of all layers, without embeddings, loss and
+    optimizer. kv_buffer_mib: others' KV that all layers keep for the backward, and one layer's buffers; the most of
+    any pack.
+    """
+
+    name: str
+    sharding: str
+    exchange: str
+    implementation: str
+    overlap: str
+    imbalance: float
+    imbalance_max: float
+    critical_rows: float
+    saving: float
+    attention_ms: float
+    attention_forward_ms: float
+    exchange_ms: float
+    exposed_exchange_ms: float
+    copies_ms: float
+    module_ms: float
+    module_ms_p50: float
+    module_ms_p95: float
+    speedup: float
+    speedup_p50: float
+    speedup_p95: float
+    forward_ms: float
+    forward_speedup: float
+    layer_ms: float
+    step_ms: float
+    step_speedup: float
+    kv_buffer_mib: float
+
+
+def simulate_methods(
+    packs: Sequence[Pack],
+    variants: Sequence[Variant],
+    world_size: int,
+    setting: Setting,
+    model: ModelShape,
+    *,
+    options: Options | None = None,
+    price: Price = Planned,
+    workers: int = 1,
+    watch: Watch = iter,
+) -> list[Summary]:
+    """The numbers of each method over all packs; arguments as `simulate_packs` takes them."""
+    simulated = list(dict.fromkeys([VARIANTS[BASELINE], *variants]))
+    outcomes = simulate_packs(
+        packs, simulated, world_size, setting, options=options, price=price, workers=workers, watch=watch
+    )
+    tokens = [pack.offsets[-1] if isinstance(pack, ShardingPlan) else pack.sum() for pack in packs]
+    rows = float(np.mean(tokens)) / world_size
+    return [_summarise(variant, outcomes, setting, model, rows) for variant in variants]
+
+
+def _summarise(variant: Variant, outcomes: Outcomes, setting: Setting, model: ModelShape, rows: float) -> Summary:
+    """The numbers of one method. rows: of a rank, on average."""
+    one, base = outcomes[variant.name], outcomes[BASELINE]
+    gemm = gemm_ms(setting.machine, setting.shape, model.ffn_dim, rows)
+    module, base_module = float(np.mean(one.module_ms)), float(np.mean(base.module_ms))
+    singly = np.asarray(base.module_ms) / one.module_ms
+    return Summary(
+        name=variant.name,
+        sharding=variant.sharding,
+        exchange=variant.exchange,
+        implementation=variant.implementation,
+        overlap=overlap_of(variant, setting),
+        imbalance=float(np.mean(one.imbalance)),
+        imbalance_max=float(np.max(one.imbalance)),
+        critical_rows=float(np.mean(one.critical_rows)),
+        saving=float(np.mean(one.saving)),
+        attention_ms=float(np.mean(one.attention_ms)),
+        attention_forward_ms=float(np.mean(one.attention_forward_ms)),
+        exchange_ms=float(np.mean(one.exchange_ms)),
+        exposed_exchange_ms=max(0.0, float(np.mean(one.exposed_exchange_ms))),
+        copies_ms=float(np.mean(one.copies_ms)),
+        module_ms=module,
+        module_ms_p50=float(np.percentile(one.module_ms, 50)),
+        module_ms_p95=float(np.percentile(one.module_ms, 95)),
+        speedup=base_module / module,
+        speedup_p50=float(np.percentile(singly, 50)),
+        speedup_p95=float(np.percentile(singly, 95)),
+        forward_ms=float(np.mean(one.forward_ms)),
+        forward_speedup=float(np.mean(base.forward_ms) / np.mean(one.forward_ms)),
+        layer_ms=module + gemm,
+        step_ms=model.layers * (module + gemm),
+        step_speedup=(base_module + gemm) / (module + gemm),
+        kv_buffer_mib=float(np.max(model.layers * np.asarray(one.kept_mib) + one.working_mib)),
+    )
+
+
+def overlap_of(variant: Variant, setting: Setting) -> str:
+    """What hides transfers: the published rings have their own, our ring no fused kernel, ulysses nothing."""
+    if variant.exchange == "ulysses":
+        return "none"
+    if variant.published:
+        return "ring" if variant.exchange == "ring" else "none"
+    staged = variant.implementation == "ours" and variant.exchange == "ring" and setting.overlap == "fused"
+    return "staged" if staged else setting.overlap
+
+
+def recommendation(summaries: Sequence[Summary]) -> str:
+    """The fastest method that somebody's code runs, what is as fast, what comes next, and best efforts beyond it."""
+    runs = [one for one in summaries if one.implementation != "best effort"] or list(summaries)
+    best, *others = sorted(runs, key=lambda one: one.module_ms)
+    text = f"fastest: {_named(best)}"
+    if best.implementation == "ours":
+        text += f" (sharding={best.sharding} exchange={best.exchange} overlap={best.overlap})"
+    text += f", {best.speedup:.2f}x over {BASELINE} as published, {best.step_speedup:.2f}x for a whole step"
+    ties = [one for one in others if one.module_ms <= TIE * best.module_ms]
+    if ties:
+        text += f"; as fast within {TIE - 1:.0%}: {', '.join(map(_named, ties))}"
+    rival = next((one for one in others if one not in ties and one.name != BASELINE), None)
+    if rival is not None:
+        text += f"; {rival.module_ms / best.module_ms:.2f}x over {_named(rival)}, which comes next"
+    beyond = min((one for one in summaries if one not in runs), key=lambda one: one.module_ms, default=best)
+    if beyond.module_ms * TIE < best.module_ms:
+        text += f"; {beyond.name} would be {best.module_ms / beyond.module_ms:.2f}x faster, if somebody's code did it"
+    return text
+
+
+def _named(one: Summary) -> str:
+    return one.name + (" as published" if one.implementation == "published" else "")
