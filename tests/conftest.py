@@ -65,7 +65,7 @@ def every_file_is_one_module() -> Iterator[None]:
     names: dict[Path, list[str]] = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if file and file.startswith(str(ROOT)):
+        if file and Path(file).is_relative_to(ROOT) and not Path(file).is_relative_to(ROOT / ".venv"):
             names.setdefault(Path(file).resolve(), []).append(name)
     assert {str(file): known for file, known in names.items() if len(known) > 1} == {}
 
