@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,14 +27,23 @@ __all__ = ["TRANSPORTS", "Connection", "TransportOptions", "choose_transport", "
 TRANSPORTS = ("shm", "gloo", "nccl", "cuda_symmetric", "nvshmem")
 
 
-class TransportOptions(NamedTuple):
-    """timeout_s: bound on every wait. heap_mib: most memory for receive buffers on a rank, 0 for no limit.
-    region_mib: the least that one receive buffer holds. throttle_gbps: GB/s of the puts of `shm`, 0 for no limit."""
+@dataclass(frozen=True)
+class TransportOptions:
+    """What few need to say about a one-sided transport. Raises ValueError for what is no number >= 0.
 
-    timeout_s: float
+    heap_mib: most memory for receive buffers on a rank; 0: no limit.
+    region_mib: the least that one receive buffer holds, so that plans can grow without a stop.
+    throttle_gbps: GB/s at which rows leave, to study overlap on one machine; 0: at once.
+    """
+
     heap_mib: float = 0.0
     region_mib: float = 0.0
     throttle_gbps: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field, value in vars(self).items():
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{field}={value!r}: expected a number >= 0")
 
 
 class Connection(NamedTuple):
@@ -46,8 +57,10 @@ class Connection(NamedTuple):
     reason: str
 
 
-def connect(group: dist.ProcessGroup | None, name: str, options: TransportOptions) -> Connection:
+def connect(group: dist.ProcessGroup | None, name: str, timeout_s: float, options: TransportOptions) -> Connection:
     """This rank's connection over a group; None: the default one, or this rank alone where none is initialised.
+
+    timeout_s: bound on every wait.
 
     All ranks of the group call this together. Raises ValueError for names that do not fit and groups that this rank is
     no member of.
@@ -59,7 +72,7 @@ def connect(group: dist.ProcessGroup | None, name: str, options: TransportOption
         if name not in ("auto", "none"):
             raise ValueError(f"transport={name!r}: expected one of auto, none")
         return Connection(Alone(), None, "one rank alone")
-    handshake = Handshake(group, options.timeout_s)
+    handshake = Handshake(group, timeout_s)
     transport, why = choose_transport(name, group, handshake, options)
     return Connection(transport, handshake, why)
 
@@ -79,9 +92,9 @@ def choose_transport(
         where = "one host" if hosts == 1 else f"{hosts} hosts"
         raise ValueError(f"transport={name!r} over {backend} on {where}: expected one of auto, {', '.join(legal)}")
     if chosen == backend:
-        return TwoSided(group, options.timeout_s), why
+        return TwoSided(group, handshake.timeout_s), why
     if chosen == "nvshmem":
-        return Nvshmem(group, options.timeout_s, torch.device("cuda", torch.cuda.current_device())), why
+        return Nvshmem(group, handshake.timeout_s, torch.device("cuda", torch.cuda.current_device())), why
     fabric = _fabric(chosen, group, handshake, options)
     start_bytes, limit_bytes = int(options.region_mib * MIB), int(options.heap_mib * MIB)
     heap = SymmetricHeap(fabric, lambda: handshake.oldest, handshake.settle, start_bytes, limit_bytes)
@@ -89,17 +102,17 @@ def choose_transport(
 
 
 def _fabric(name: str, group: dist.ProcessGroup | None, handshake: Handshake, options: TransportOptions) -> Fabric:
-    rank, ranks = handshake.rank, handshake.world_size
+    rank, ranks, timeout_s = handshake.rank, handshake.world_size, handshake.timeout_s
     if name == "shm":
         shared = shared_memories(rank, handshake.share)
-        return ShmFabric(rank, ranks, shared, options.timeout_s, options.throttle_gbps)
+        return ShmFabric(rank, ranks, shared, timeout_s, options.throttle_gbps)
     from torch.distributed import _symmetric_memory as symmetric
 
     from flashcp.comm.fabrics.cuda import CudaFabric, symmetric_memories
     from flashcp.comm.fabrics.cuda_device import CudaDevice
 
     gpu = torch.device("cuda", torch.cuda.current_device())
-    device = CudaDevice(gpu, options.timeout_s)
+    device = CudaDevice(gpu, timeout_s)
     ranks_of = group if group is not None else dist.distributed_c10d._get_default_group()
 
     def retire(region: Region) -> None:
@@ -107,7 +120,7 @@ def _fabric(name: str, group: dist.ProcessGroup | None, handshake: Handshake, op
         handshake.share(b"+")
 
     memories = symmetric_memories(symmetric, ranks_of, rank, device, gpu, handshake.share)
-    return CudaFabric(name, rank, ranks, device, memories, retire, options.timeout_s, options.throttle_gbps)
+    return CudaFabric(name, rank, ranks, device, memories, retire, timeout_s, options.throttle_gbps)
 
 
 def _legal(backend: str, hosts: int) -> tuple[str, ...]:

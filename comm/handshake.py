@@ -20,7 +20,7 @@ from torch import Tensor
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, PeerFailedError, PlanMismatchError
 from flashcp.comm.waits import bounded
 
-__all__ = ["Handshake", "Header", "Step"]
+__all__ = ["Handshake", "Header", "PendingHeader", "Step"]
 
 _TAG, _SHARE_TAG = 7701, 7702  # keep headers apart from rows on the same pair of ranks
 _AHEAD = 8  # headers posted and not yet compared
@@ -73,7 +73,7 @@ class Handshake:
         self.timeout_s = timeout_s
         self.oldest = 0
         self.stopped = ""
-        self._posted: deque[Posted] = deque()
+        self._posted: deque[PendingHeader] = deque()
         self._last_words: list[dist.Work | None] = []
 
     def compare(self, header: Header, timeout_s: float | None = None) -> None:
@@ -84,11 +84,11 @@ class Handshake:
         """
         self.post(header, timeout_s).check()
 
-    def post(self, header: Header, timeout_s: float | None = None) -> Posted:
+    def post(self, header: Header, timeout_s: float | None = None) -> PendingHeader:
         """Send a header; `check` of what is returned waits for the others' and raises as `compare` does."""
         while len(self._posted) >= _AHEAD:
             self._posted[0].check()
-        posted = Posted(self, header, self.timeout_s if timeout_s is None else timeout_s)
+        posted = PendingHeader(self, header, self.timeout_s if timeout_s is None else timeout_s)
         self._posted.append(posted)
         return posted
 
@@ -136,7 +136,7 @@ class Handshake:
                 work.wait(limit)
 
 
-class Posted:
+class PendingHeader:
     """A header that was sent, and the others' on their way."""
 
     def __init__(self, handshake: Handshake, header: Header, timeout_s: float) -> None:
@@ -145,8 +145,8 @@ class Posted:
         self._headers[handshake.rank] = torch.tensor(header)
         own = self._headers[handshake.rank]
         with bounded(timeout_s, handshake.rank, "headers to leave"):
-            self._arrivals = {rank: handshake._receive(self._headers[rank], rank, _TAG) for rank in handshake._others}
-            self._departures = [handshake._send(own, rank, _TAG) for rank in handshake._others]
+            self._receives = {rank: handshake._receive(self._headers[rank], rank, _TAG) for rank in handshake._others}
+            self._sends = [handshake._send(own, rank, _TAG) for rank in handshake._others]
 
     def check(self) -> None:
         """Wait for the others' headers, earlier ones first, and compare; done once. Raises as `Handshake.compare`."""
@@ -162,9 +162,9 @@ class Posted:
         handshake, header = self._handshake, self._header
         deadline = time.monotonic() + self._timeout_s
         missing = []
-        for rank, arrival in self._arrivals.items():
+        for rank, receive in self._receives.items():
             try:
-                handshake._wait(arrival, deadline, f"rank {rank}")
+                handshake._wait(receive, deadline, f"rank {rank}")
             except ExchangeError:
                 if time.monotonic() < deadline:
                     raise
@@ -177,10 +177,10 @@ class Posted:
         try:
             _judge(self._headers, header)
         except ExchangeError:
-            handshake._last_words += self._departures  # who has failed does not fetch them
+            handshake._last_words += self._sends  # who has failed does not fetch them
             raise
-        for departure in self._departures:
-            handshake._wait(departure, deadline, "headers to leave")
+        for send in self._sends:
+            handshake._wait(send, deadline, "headers to leave")
         handshake.oldest = int(self._headers[:, -1].min())
         if header.failed and not self._headers[:, 0].all():
             handshake.stopped = handshake.stopped or f"rank {handshake.rank} failed alone (call {header.call})"

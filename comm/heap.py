@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from flashcp.comm.errors import HeapError
 from flashcp.comm.fabrics.base import Fabric, Region
 
-__all__ = ["Lease", "SymmetricHeap", "Token"]
+__all__ = ["Lease", "LeaseToken", "SymmetricHeap"]
 
 MIB = 1 << 20
 
 
-class Token:
+class LeaseToken:
     """Lives as long as the memory of a lease: its end is noticed."""
 
 
@@ -81,9 +81,9 @@ class SymmetricHeap:
         self._alive.add(lease.first)
         return lease
 
-    def token(self, lease: Lease) -> Token:
+    def token(self, lease: Lease) -> LeaseToken:
         """For the memory of a lease to hold: with it the lease ends on this rank."""
-        token = Token()
+        token = LeaseToken()
         weakref.finalize(token, self._alive.discard, lease.first)
         return token
 

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from torch import Tensor
 
 from flashcp.comm.clock import span
-from flashcp.comm.fabrics.base import Fabric, Put, Ticking
-from flashcp.comm.heap import Lease, SymmetricHeap
-from flashcp.comm.rows import Inbox, Leaving
-from flashcp.comm.transport import Arrival
+from flashcp.comm.fabrics.base import Fabric, Put
+from flashcp.comm.heap import SymmetricHeap
+from flashcp.comm.rows import Inbox, OutgoingRows
+from flashcp.comm.transport import Transfer, Transport
 from flashcp.kernels.interface import WaitFlags
 
 __all__ = ["OneSided"]
 
 
-class OneSided:
+class OneSided(Transport):
     """See the module."""
 
     one_sided = True
@@ -32,112 +33,81 @@ class OneSided:
 
     @property
     def sent_bytes(self) -> int:
-        """See Transport."""
         return self.fabric.sent_bytes
 
     @property
     def receive_bytes(self) -> int:
-        """See Transport."""
         return self.heap.total_bytes
 
     @property
     def oldest(self) -> int:
-        """See Transport."""
         return min(self.heap.oldest_alive, self.fabric.oldest_put)
 
     def inbox(self, rows: int, most: int, row: Sequence[int], like: Tensor, steps: int = 1) -> Inbox:
-        """See Transport. Raises HeapError past the heap's limit."""
+        """Raises HeapError past the heap's limit."""
         lease = self.heap.take(most * math.prod(row) * like.element_size(), steps)
         token = self.heap.token(lease)  # without rows nothing holds it
         return Inbox(self.fabric.tensor(lease.region, rows, row, like.dtype, token), lease.first)
 
     def is_open(self, ticket: int) -> bool:
-        """See Transport."""
         return ticket == 0 or self.heap.find(ticket) is not None
 
     def free(self, ticket: int) -> None:
-        """See Transport."""
         if lease := self.heap.find(ticket):
             self.heap.free(lease)
 
     def all_to_all(
-        self, leaving: Leaving, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int]
-    ) -> Arrival:
-        """See Transport. The next rank's rows leave first, and so on round: no rank is everybody's first."""
+        self, outgoing: OutgoingRows, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int]
+    ) -> Transfer:
         stops = np.cumsum(sent)
-        targets = [(self.rank + i) % self.world_size for i in range(1, self.world_size + 1)]
-        parts = [(int(stops[to] - sent[to]), int(stops[to]), to, int(offsets[to])) for to in targets if sent[to]]
-        sources = [source for source, rows in enumerate(received) if rows]
-        return self._put(leaving, parts, inbox, sources)
+        parts = [(int(stops[to] - sent[to]), int(stops[to]), to, int(offsets[to])) for to in self._round() if sent[to]]
+        return self._put(outgoing, parts, inbox, [source for source, rows in enumerate(received) if rows])
 
-    def all_gather(self, block: Leaving, inbox: Inbox) -> Arrival:
-        """See Transport."""
+    def all_gather(self, block: OutgoingRows, inbox: Inbox) -> Transfer:
         rows = len(block)
-        targets = [(self.rank + i) % self.world_size for i in range(1, self.world_size + 1)] if rows else []
+        targets = self._round() if rows else []
         return self._put(block, [(0, rows, to, rows * self.rank) for to in targets], inbox, sorted(targets))
 
-    def shift(self, leaving: Leaving, inbox: Inbox, step: int, into: slice, offset: int) -> Arrival:
-        """See Transport."""
-        rows, to = len(leaving), (self.rank + 1) % self.world_size
+    def shift(self, outgoing: OutgoingRows, inbox: Inbox, step: int, into: slice, offset: int) -> Transfer:
+        rows, to = len(outgoing), (self.rank + 1) % self.world_size
         sources = [(self.rank - 1) % self.world_size] if into.stop > into.start else []
-        return self._put(leaving, [(0, rows, to, offset)] if rows else [], inbox, sources, step)
+        return self._put(outgoing, [(0, rows, to, offset)] if rows else [], inbox, sources, step)
+
+    def check(self, flags: WaitFlags) -> None:
+        self.fabric.check(flags)
 
     def synchronize(self) -> None:
-        """See Transport."""
         self.fabric.synchronize()
+
+    def _round(self) -> list[int]:
+        """All ranks, the next one first and this one last: no rank is everybody's first."""
+        return [(self.rank + i) % self.world_size for i in range(1, self.world_size + 1)]
 
     def _put(
         self,
-        leaving: Leaving,
+        outgoing: OutgoingRows,
         parts: Sequence[tuple[int, int, int, int]],
         inbox: Inbox,
         sources: Sequence[int],
         step: int = 0,
-    ) -> Arrival:
+    ) -> Transfer:
+        """parts: (first row, stop, to which rank, row of its inbox) of what leaves."""
         lease = self.heap.find(inbox.ticket)
         assert lease is not None, "rows were sent to an inbox that is free"
-        row, like = tuple(inbox.rows.shape[1:]), inbox.rows
-        row_bytes = math.prod(row) * like.element_size()
-        puts = [
-            Put(
-                lease.region,
-                leaving,
-                start,
-                stop,
-                to,
-                offset * row_bytes,
-                row,
-                like.dtype,
-                lease.after,
-                lease.first + step,
-            )
+        region, epoch, what, fabric = lease.region, lease.first + step, outgoing.what, self.fabric
+        row, dtype = tuple(inbox.rows.shape[1:]), inbox.rows.dtype
+        row_bytes = math.prod(row) * dtype.itemsize
+        leave = fabric.put([
+            Put(region, outgoing, start, stop, to, offset * row_bytes, row, dtype, lease.after, epoch)
             for start, stop, to, offset in parts
-        ]
-        return _Arrival(self.fabric, lease, lease.first + step, sources, self.fabric.put(puts), leaving.what)
+        ])  # fmt: skip
 
+        def await_rows(source: int) -> None:
+            with span(f"wait for {what} of rank {source}"):
+                fabric.wait(region, source, epoch)
 
-class _Arrival:
-    def __init__(
-        self, fabric: Fabric, lease: Lease, epoch: int, sources: Sequence[int], leaving: Ticking, what: str
-    ) -> None:
-        self._fabric, self._region, self._epoch = fabric, lease.region, epoch
-        self._awaited, self._leaving, self._what = list(sources), leaving, what
+        def await_left() -> None:
+            with span(f"wait until {what} have left"):
+                leave()
 
-    def wait(self, source: int | None = None) -> None:
-        for each in list(self._awaited) if source is None else [source]:
-            if each in self._awaited:
-                with span(f"wait for {self._what} of rank {each}"):
-                    self._fabric.wait(self._region, each, self._epoch)
-                self._awaited.remove(each)
-
-    def leave(self) -> None:
-        with span(f"wait until {self._what} have left"):
-            self._leaving.leave()
-
-    def flags(self) -> WaitFlags | None:
-        if not self._awaited:
-            return None  # nothing holds the region of an inbox without rows
-        return self._fabric.flags(self._region, self._epoch)
-
-    def check(self, flags: WaitFlags) -> None:
-        self._fabric.check(flags)
+        return Transfer(sources, await_rows, await_left, partial(fabric.flags, region, epoch))

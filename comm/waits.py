@@ -7,7 +7,6 @@ at a clock but the watchdog: what it finds is raised at this rank's next call, a
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,15 +17,16 @@ from typing import Any
 import torch
 
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError
-from flashcp.comm.watchdog import Watchdog, Watched
+from flashcp.comm.watchdog import Watchdog
 
-__all__ = ["HostWaits", "StreamWaits", "Waits", "bounded"]
+__all__ = ["HostWaits", "StreamWaits", "bounded"]
 
 _LOOK_S = 2e-4  # between two looks at an event that the host waits for
 
 
-class Waits(ABC):
-    """Waits of one rank. An error that was noted raises at every later call."""
+class HostWaits:
+    """Waits of one rank: the host waits, and passes the time-out on. An error that was noted raises at every later
+    call."""
 
     def __init__(self, rank: int, timeout_s: float) -> None:
         self.rank, self.timeout_s = rank, timeout_s
@@ -45,29 +45,21 @@ class Waits(ABC):
         if self._error is not None:
             raise self._error
 
-    @abstractmethod
     def wait(self, works: Sequence[Any], what: str, home: torch.cuda.Stream | None) -> None:
         """Return when the works are done, or when the current stream does nothing more before they are.
 
         home: of the memory that the works read and write, see `home`. Raises ExchangeTimeoutError, ExchangeError.
         """
+        with bounded(self.timeout_s, self.rank, f"{what} of another rank") as limit:
+            for work in works:
+                work.wait(limit)
 
     def synchronize(self) -> None:
         """Return when all that was waited for so far has come. Raises what went wrong."""
         self.check()
 
 
-class HostWaits(Waits):
-    """The host waits, and passes the time-out on."""
-
-    def wait(self, works: Sequence[Any], what: str, home: torch.cuda.Stream | None) -> None:
-        """See Waits. works: torch.distributed's."""
-        with bounded(self.timeout_s, self.rank, f"{what} of another rank") as limit:
-            for work in works:
-                work.wait(limit)
-
-
-class StreamWaits(Waits):
+class StreamWaits(HostWaits):
     """The current stream waits, within the time-out of a watchdog. Written for NCCL and NVSHMEM, never run on a GPU.
 
     NCCL's `Work.wait()` makes the current stream wait and lets go of the tensors that it held for the operation. With
@@ -80,10 +72,10 @@ class StreamWaits(Waits):
     def __init__(self, rank: int, timeout_s: float) -> None:
         super().__init__(rank, timeout_s)
         self._watchdog = Watchdog(timeout_s)
-        self._awaited: deque[Watched] = deque()  # by streams, in the order in which this rank asked
+        self._awaited: deque[torch.cuda.Event] = deque()  # by streams, in the order in which this rank asked
 
     def wait(self, works: Sequence[Any], what: str, home: torch.cuda.Stream | None) -> None:
-        """See Waits. works: with a `wait()` that orders the current stream. Raises what was noted before."""
+        """works: with a `wait()` that orders the current stream. Raises what was noted before."""
         started = self._mark(home)
         for work in works:
             work.wait()
@@ -98,14 +90,13 @@ class StreamWaits(Waits):
         self.check()
 
     def synchronize(self) -> None:
-        """See Waits."""
         while not self._has_come():
             self.check()
             time.sleep(_LOOK_S)
         self.check()
 
     def _has_come(self) -> bool:
-        """Whether all has come that streams wait for; forgets what has. An arrival that is thrown away comes here from
+        """Whether all has come that streams wait for; forgets what has. A transfer that is thrown away comes here from
         any thread, and in between."""
         for event in list(self._awaited):
             if not event.query():
@@ -114,7 +105,7 @@ class StreamWaits(Waits):
                 self._awaited.remove(event)
         return True
 
-    def _mark(self, home: torch.cuda.Stream | None) -> Watched | None:
+    def _mark(self, home: torch.cuda.Stream | None) -> torch.cuda.Event | None:
         """An event in the current stream; None where there is no stream, or one that is captured."""
         if home is None or torch.cuda.is_current_stream_capturing():
             return None

@@ -10,20 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
-__all__ = ["Watchdog", "Watched"]
+import torch
+
+__all__ = ["Watchdog"]
 
 _IDLE_S = 10.0  # a thread with nothing to watch ends
 _LOOK_S = 0.1  # at most between two looks; a tenth of a short time-out
-
-
-class Watched(Protocol):
-    """What torch.cuda.Event offers."""
-
-    def query(self) -> bool:
-        """Whether the device has come past it."""
 
 
 class Watchdog:
@@ -38,11 +31,11 @@ class Watchdog:
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
-        self._watched: list[_Watch] = []
+        self._watched: list[Callable[[], Callable[[], None] | None]] = []
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def watch(self, started: Watched | None, ended: Watched, late: Callable[[], None]) -> None:
+    def watch(self, started: torch.cuda.Event | None, ended: torch.cuda.Event, late: Callable[[], None]) -> None:
         """`late` is called once, from the watchdog's thread, if `ended` has not come within timeout_s of `started`
         (None: of this call).
 
@@ -50,8 +43,22 @@ class Watchdog:
         dropped when the work has ended or is late.
         """
         deadline = time.monotonic() + self.timeout_s if started is None else None
+
+        def look() -> Callable[[], None] | None:
+            """What is left to do about it when it is over: ended, late, or on a device that failed; None before."""
+            nonlocal deadline
+            now = time.monotonic()  # before the query: a thread that was held up blames nobody for it
+            try:
+                if ended.query():
+                    return _nothing
+                if deadline is None and (started is None or started.query()):
+                    deadline = now + self.timeout_s
+            except Exception:
+                return _nothing
+            return late if deadline is not None and now > deadline else None
+
         with self._news:
-            self._watched.append(_Watch(started, ended, late, deadline))
+            self._watched.append(look)
             if self._thread is None:
                 arguments = (_context_of_this_thread(),)
                 self._thread = threading.Thread(target=self._run, args=arguments, name="flashcp-watchdog", daemon=True)
@@ -84,44 +91,20 @@ class Watchdog:
     def _look(self) -> None:
         with self._news:
             watched = list(self._watched)
-        over = {watch for watch in watched if watch.is_over(self.timeout_s)}
+        over = {look: left for look in watched if (left := look()) is not None}
         with self._news:
             if self._thread is not threading.current_thread():
                 return  # closed meanwhile
-            self._watched = [watch for watch in self._watched if watch not in over]
-        for watch in over:
-            watch.bark()
-
-
-@dataclass(eq=False)
-class _Watch:
-    """One piece of work. deadline: None until `started` was seen done."""
-
-    started: Watched | None
-    ended: Watched
-    late: Callable[[], None]
-    deadline: float | None
-    is_late: bool = False
-
-    def is_over(self, timeout_s: float) -> bool:
-        """Ended, late, or on a device that failed."""
-        now = time.monotonic()  # before the query: a thread that was held up blames nobody for it
-        try:
-            if self.ended.query():
-                return True
-            if self.deadline is None and (self.started is None or self.started.query()):
-                self.deadline = now + timeout_s
-        except Exception:
-            return True
-        self.is_late = self.deadline is not None and now > self.deadline
-        return self.is_late
-
-    def bark(self) -> None:
-        if self.is_late:
+            self._watched = [look for look in self._watched if look not in over]
+        for act in over.values():
             try:
-                self.late()
+                act()
             except Exception:
                 threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+
+
+def _nothing() -> None:
+    """It has ended, or its device has failed: there is nobody to call."""
 
 
 def _context_of_this_thread() -> Callable[[], None]:

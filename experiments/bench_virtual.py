@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import flashcp
-from flashcp.comm.exchanges.flight import Layout
+from flashcp.comm.exchanges.exchange import Layout
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.rows import Row, write_rows
 from flashcp.experiments.virtual_ranks import VirtualRanks

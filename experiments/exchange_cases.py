@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from flashcp.comm.choice import TRANSPORTS
+from flashcp.comm.choice import TRANSPORTS, TransportOptions
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.context_parallel import OVERLAPS, ContextParallel
 from flashcp.experiments.accuracy import relative_error
@@ -174,7 +174,7 @@ def operator(
         overlap=overlap,
         transport=transport,
         timeout_s=bench.timeout_s,
-        throttle_gbps=throttle_gbps,
+        options=TransportOptions(throttle_gbps=throttle_gbps),
     )
 
 

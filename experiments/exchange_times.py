@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashcp.comm.exchanges.flight import Flight
+from flashcp.comm.exchanges.exchange import IncomingKV
 from flashcp.context_parallel import ContextParallel
 from flashcp.experiments.exchange_cases import (
     ExchangeBench,
@@ -155,7 +155,7 @@ def sent_by(cp: ContextParallel, work: Work) -> int:
 
 def moving(cp: ContextParallel, plan: ShardingPlan, k: Tensor, v: Tensor) -> Work:
     """The exchange alone: from its start until all rows are there and this rank's have left."""
-    return lambda: _free(cp, _flight(cp, plan, k, v))
+    return lambda: _free(cp, _received(cp, plan, k, v))
 
 
 def attending(cp: ContextParallel, problem: Problem) -> Work:
@@ -166,9 +166,9 @@ def attending(cp: ContextParallel, problem: Problem) -> Work:
 
 def computing(cp: ContextParallel, problem: Problem) -> Work:
     """What the operator computes, with all rows there before it begins."""
-    flight = _flight(cp, *problem.kv)
-    received = flight.inbox.rows.clone()
-    _free(cp, flight)
+    incoming = _received(cp, *problem.kv)
+    received = incoming.inbox.rows.clone()
+    _free(cp, incoming)
     return attend(problem, cp._exchange.layout(problem.plan).schedule, *received.unbind(1))
 
 
@@ -180,15 +180,15 @@ def attend(problem: Problem, schedule: Schedule, k: Tensor, v: Tensor) -> Work:
     return torch.no_grad()(lambda: kernel.attend(queries, KV(keys, values), KV(k, v), schedule, scale))
 
 
-def _flight(cp: ContextParallel, plan: ShardingPlan, k: Tensor, v: Tensor) -> Flight:
-    flight = cp._exchange.start(plan, k, v)
-    flight.wait()
-    flight.leave()
-    return flight
+def _received(cp: ContextParallel, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
+    incoming = cp._exchange.start(plan, k, v)
+    incoming.wait()
+    incoming.leave()
+    return incoming
 
 
-def _free(cp: ContextParallel, flight: Flight) -> None:
-    cp._exchange.transport.free(flight.inbox.ticket)
+def _free(cp: ContextParallel, incoming: IncomingKV) -> None:
+    cp._exchange.transport.free(incoming.inbox.ticket)
 
 
 def in_turns(work: Mapping[Key, Work], ranks: Ranks, seconds: float = 0.0, rounds: int = 0) -> dict[Key, np.ndarray]:

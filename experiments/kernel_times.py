@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashcp.comm.exchanges.flight import Layout
+from flashcp.comm.exchanges.exchange import Layout
 from flashcp.experiments.accuracy import relative_error
 from flashcp.experiments.timing import Clock, median_us, own_clock
 from flashcp.kernels.interface import KV, AttentionKernel

@@ -68,7 +68,7 @@ class VirtualRanks:
         self.ranks = [
             ContextParallel(
                 Connection(transport, None, "ranks of one process"), exchange, overlap, attention, backward=backward,
-                timeout_s=timeout_s, stages=stages,
+                stages=stages,
             )
             for transport in self._transports
         ]  # fmt: skip
@@ -175,7 +175,7 @@ def _on_gpu(
     world_size: int, device: torch.device, retired: list[Region], timeout_s: float, throttle_gbps: float
 ) -> list[Fabric]:
     """retired: where regions wait until the GPU has done with them."""
-    from flashcp.comm.fabrics.cuda import CudaFabric, RegionMemory
+    from flashcp.comm.fabrics.cuda import CudaFabric
     from flashcp.comm.fabrics.cuda_device import CudaDevice
 
     def make(size: int) -> tuple[Tensor, torch.cuda.Event]:
@@ -183,11 +183,11 @@ def _on_gpu(
 
     made = virtual_memories(world_size, make)
 
-    def memories(index: int, size: int) -> RegionMemory:
+    def memories(index: int, size: int) -> tuple[Sequence[Tensor], object]:
         tensors, zeroed = zip(*made(index, size), strict=True)
         for event in zeroed:  # by another rank's stream, perhaps, and flags are raised by this one
             torch.cuda.current_stream(device).wait_event(event)
-        return RegionMemory(tensors, None)
+        return tensors, None
 
     def fabric(rank: int) -> Fabric:
         own = CudaDevice(device, timeout_s)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashcp.attention import varlen_attention
+    from flashcp.comm.choice import TransportOptions
     from flashcp.context_parallel import ContextParallel
     from flashcp.kernels.reference import reference_attention
     from flashcp.sharding import Shard, ShardingPlan, plan, strategies
@@ -21,6 +22,7 @@ __all__ = [
     "ContextParallel",
     "Shard",
     "ShardingPlan",
+    "TransportOptions",
     "plan",
     "reference_attention",
     "simulate",
@@ -32,6 +34,7 @@ _HOME = {
     "ContextParallel": "flashcp.context_parallel",
     "Shard": "flashcp.sharding",
     "ShardingPlan": "flashcp.sharding",
+    "TransportOptions": "flashcp.comm.choice",
     "plan": "flashcp.sharding",
     "reference_attention": "flashcp.kernels.reference",
     "simulate": "flashcp.simulation",

@@ -15,8 +15,8 @@ from flashcp.comm.choice import TRANSPORTS, Connection, TransportOptions, connec
 from flashcp.comm.clock import Clock
 from flashcp.comm.errors import ExchangeError
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
-from flashcp.comm.exchanges.base import Exchange, Job
-from flashcp.comm.handshake import Header, Posted, Step
+from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange
+from flashcp.comm.handshake import Header, PendingHeader, Step
 from flashcp.kernels.inputs import check_inputs, default_scale
 from flashcp.kernels.interface import AttentionKernel
 from flashcp.kernels.selection import ATTENTION, select_attention, waits_inside
@@ -28,7 +28,7 @@ from flashcp.unshard import local_rows, unshard
 __all__ = ["ContextParallel", "Handle"]
 
 OVERLAPS = ("none", "staged", "fused")
-LONGEST_S = 1e9  # what clocks and sockets take
+TIMEOUT_S, LONGEST_S = 60.0, 1e9  # the default; what clocks and sockets take
 _GRACE_S = 5.0  # a rank with an error of its own waits this long for the others to hear of it
 
 
@@ -36,16 +36,15 @@ class ContextParallel:
     """Context-parallel attention over the ranks of a group.
 
     group: a torch.distributed group; None: the default one, or this rank alone where none is initialised. A
-    `Connection` (`flashcp/comm/choice.py`) that exists already, for ranks inside one process, stands for both group and
-    transport.
+    `Connection` (`flashcp/comm/choice.py`) that exists already, for ranks inside one process, stands for group,
+    transport, timeout_s and options.
     exchange: `exact`, `compacted`, `all_gather`, `ring`, `ulysses`. overlap: `none` waits for all rows, `staged`
     computes local rows meanwhile and others as they arrive, in `stages` parts, `fused` waits inside its one launch,
     `auto` is `staged`. attention: `auto` or a name of docs/attention.md. transport: `auto`, `shm` between processes of
     one host, the group's backend, `cuda_symmetric` or `nvshmem` (docs/exchange.md). backward: `keep` holds received KV
     for the backward pass, `refetch` brings it again. timeout_s: bound on every wait for another rank. tuning: block
-    shapes for the Triton kernels instead of the table's. heap_mib: most memory for receive buffers on a rank (one-sided
-    transports; 0: no limit); region_mib: the least that one of them holds, so that plans can grow without a stop.
-    throttle_gbps: GB/s at which rows leave over `shm`, to study overlap on one machine (0: at once).
+    shapes for the Triton kernels instead of the table's. options: of one-sided transports,
+    `flashcp.TransportOptions(heap_mib=..., region_mib=..., throttle_gbps=...)`.
 
     cp.transport and cp.overlap tell what `auto` chose, cp.transport_reason why; cp.stats is a `Clock` of this rank's
     milliseconds.
@@ -63,12 +62,10 @@ class ContextParallel:
         attention: str = "auto",
         transport: str = "auto",
         backward: str = "keep",
-        timeout_s: float = 60.0,
+        timeout_s: float = TIMEOUT_S,
         tuning: Tuning | None = None,
         stages: int = 2,
-        heap_mib: float = 0.0,
-        region_mib: float = 0.0,
-        throttle_gbps: float = 0.0,
+        options: TransportOptions | None = None,
     ) -> None:
         _check_name("exchange", exchange, tuple(EXCHANGE_CLASSES))
         _check_name("overlap", overlap, ("auto", *OVERLAPS))
@@ -80,16 +77,20 @@ class ContextParallel:
         check_tuning(tuning)
         if not isinstance(stages, int) or stages < 1:
             raise ValueError(f"stages={stages!r}: expected a whole number >= 1")
-        for field, value in (("heap_mib", heap_mib), ("region_mib", region_mib), ("throttle_gbps", throttle_gbps)):
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ValueError(f"{field}={value!r}: expected a number >= 0")
+        if not isinstance(options, TransportOptions | None):
+            raise ValueError(f"options is a {type(options).__name__}: expected a flashcp.TransportOptions, or None")
         self.exchange = exchange
         self.attention_name, self.tuning = attention, tuning
         self.backward = backward
         self.stats = Clock()
-        options = TransportOptions(timeout_s, heap_mib, region_mib, throttle_gbps)
-        connection = group if isinstance(group, Connection) else connect(group, transport, options)
-        self._transport, self._handshake, self.transport_reason = connection
+        if isinstance(group, Connection):
+            given = (("transport", transport, "auto"), ("timeout_s", timeout_s, TIMEOUT_S), ("options", options, None))
+            for field, value, unsaid in given:
+                if value != unsaid:
+                    raise ValueError(f"{field}={value!r}: expected none beside a Connection, which has its own")
+        else:
+            group = connect(group, transport, timeout_s, options or TransportOptions())
+        self._transport, self._handshake, self.transport_reason = group
         self.transport = self._transport.name
         self.rank, self.world_size = self._transport.rank, self._transport.world_size
         self._exchange: Exchange = EXCHANGE_CLASSES[exchange if self.world_size > 1 else "exact"](self._transport)
@@ -219,14 +220,14 @@ class ContextParallel:
         with self.stats.measure("wait_ms", "headers"):
             agreed, posted = self._agree(header)
         refetch, agree = self.backward == "refetch", posted.check if posted else _nothing
-        job = Job(select(), self.overlap, self.stages, refetch, self.stats, agree)
-        call = Call(plan, self._exchange, job, agreed, self._handshake)
-        leaving = self.stats.measure("exposed_exchange_ms", f"attention {agreed.call}, send rows")
-        with torch.no_grad(), leaving, call.watched():
-            flight = self._exchange.start(plan, k, v)
-        return Handle(call, flight, k, v)
+        settings = AttentionSettings(select(), self.overlap, self.stages, refetch, self.stats, agree)
+        call = Call(plan, self._exchange, settings, agreed, self._handshake)
+        sending = self.stats.measure("exposed_exchange_ms", f"attention {agreed.call}, send rows")
+        with torch.no_grad(), sending, call.watched():
+            incoming = self._exchange.start(plan, k, v)
+        return Handle(call, incoming, k, v)
 
-    def _agree(self, make_header: Callable[[], Header]) -> tuple[Header, Posted | None]:
+    def _agree(self, make_header: Callable[[], Header]) -> tuple[Header, PendingHeader | None]:
         """Check this rank's arguments and tell the others, who also hear of an error here.
 
         What they tell is compared now, but under a one-sided transport only before this rank reads their rows.

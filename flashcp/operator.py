@@ -1,4 +1,7 @@
-"""Attention under context parallelism as one differentiable operation: an exchange and a kernel, joined."""
+"""Attention under context parallelism as one differentiable operation: an exchange and a kernel, joined.
+
+`kernels/interface.py` says why this is no registered operator, as `kernels/library.py` has.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError, PeerFailedError, PlanMismatchError
-from flashcp.comm.exchanges.base import Exchange, Job, Kept
-from flashcp.comm.exchanges.flight import Flight
+from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved
 from flashcp.comm.handshake import Handshake, Header, Step
 from flashcp.kernels.inputs import check_inputs, default_scale
 from flashcp.sharding.plan import ShardingPlan
@@ -32,7 +34,7 @@ class Call:
 
     plan: ShardingPlan
     exchange: Exchange
-    job: Job
+    settings: AttentionSettings
     header: Header
     handshake: Handshake | None
 
@@ -46,9 +48,9 @@ class Call:
         oldest = self.exchange.transport.oldest
         posted = self.handshake.post(self.header._replace(step=step, oldest=oldest))
         if not self.exchange.transport.one_sided:
-            with self.job.clock.measure("wait_ms", "headers"):
+            with self.settings.clock.measure("wait_ms", "headers"):
                 posted.check()
-        return replace(self, job=replace(self.job, agree=posted.check))
+        return replace(self, settings=replace(self.settings, agree=posted.check))
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -69,15 +71,15 @@ class Call:
 class Handle:
     """K and V rows on their way, for one attention call."""
 
-    def __init__(self, call: Call, flight: Flight, k: Tensor, v: Tensor) -> None:
+    def __init__(self, call: Call, incoming: IncomingKV, k: Tensor, v: Tensor) -> None:
         self._call, self._k, self._v = call, k, v
-        self._flight: Flight | None = flight
+        self._incoming: IncomingKV | None = incoming
         self._versions = _versions(k, v)
 
     def attention(self, q: Tensor, softmax_scale: float | None = None) -> Tensor:
         """See ContextParallel.attention. Raises RuntimeError when called twice, or when k or v were written to."""
         call, plan, exchange = self._call, self._call.plan, self._call.exchange
-        if self._flight is None:
+        if self._incoming is None:
             raise RuntimeError("this handle's rows were used: prefetch again for another attention call")
         if _versions(self._k, self._v) != self._versions:
             raise RuntimeError("k or v were changed in place after prefetch: their rows have left already")
@@ -89,22 +91,22 @@ class Handle:
         call = replace(call, header=header)
         if torch.is_grad_enabled() and not header.gradients and any(x.requires_grad for x in (q, self._k, self._v)):
             raise RuntimeError("rows were prefetched without gradients: prefetch again where gradients are on")
-        flight, self._flight = self._flight, None
+        incoming, self._incoming = self._incoming, None
         with call.watched():
             if later:
                 call = call.say(Step.ATTENTION)
-            return _Attention.apply(q, self._k, self._v, call, flight, scale)
+            return _Attention.apply(q, self._k, self._v, call, incoming, scale)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, flight: Flight, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, incoming: IncomingKV, scale: float) -> Tensor:
         with span(f"attention {call.header.call}, forward"):
-            out, kept = call.exchange.forward(call.plan, _rows(q), _rows(k), _rows(v), flight, call.job, scale)
+            out, saved = call.exchange.forward(call.plan, _rows(q), _rows(k), _rows(v), incoming, call.settings, scale)
         if not call.header.gradients:
-            call.exchange.release(kept)
+            call.exchange.release(saved)
         elif any(ctx.needs_input_grad):
-            ctx.save_for_backward(*kept)
+            ctx.save_for_backward(*saved)
             ctx.call, ctx.scale = call, scale
         return out
 
@@ -112,10 +114,10 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        kept = Kept(*ctx.saved_tensors)
+        saved = Saved(*ctx.saved_tensors)
         with call.watched(), span(f"attention {call.header.call}, backward"):
             call = call.say(Step.BACKWARD)
-            gradients = call.exchange.backward(call.plan, _rows(grad_out), kept, call.job, ctx.scale)
+            gradients = call.exchange.backward(call.plan, _rows(grad_out), saved, call.settings, ctx.scale)
         grad_q, grad_k, grad_v = (gradient.to(grad_out.dtype) for gradient in gradients)
         return grad_q, grad_k, grad_v, None, None, None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flashcp.comm.handshake import Handshake, Header, Step
-from flashcp.comm.rows import WholeRows
+from flashcp.comm.rows import OutgoingRows
 from flashcp.comm.transport import Transport
 from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.plan import ShardingPlan
@@ -75,9 +75,9 @@ class _Unshard(torch.autograd.Function):
         block[: len(local)] = local
         total = most * plan.world_size
         inbox = transport.inbox(total, total, block.shape[1:], block)
-        arrival = transport.all_gather(WholeRows(block), inbox)
-        arrival.wait()
-        arrival.leave()
+        transfer = transport.all_gather(OutgoingRows(block), inbox)
+        transfer.wait()
+        transfer.leave()
         full = inbox.rows.index_select(0, _places(plan, local.device).here())
         transport.free(inbox.ticket)
         return full
@@ -93,9 +93,11 @@ class _Unshard(torch.autograd.Function):
         own = tokens[transport.rank]
         inbox = transport.inbox(own * ranks, max(tokens) * ranks, grad.shape[1:], grad)
         offsets = [count * transport.rank for count in tokens]
-        arrival = transport.all_to_all(WholeRows(grad.index_select(0, order)), tokens, inbox, [own] * ranks, offsets)
-        arrival.wait()
-        arrival.leave()
+        transfer = transport.all_to_all(
+            OutgoingRows(grad.index_select(0, order)), tokens, inbox, [own] * ranks, offsets
+        )
+        transfer.wait()
+        transfer.leave()
         wide = torch.promote_types(grad.dtype, torch.float32)
         total = inbox.rows.unflatten(0, (ranks, own)).to(wide).sum(0)
         transport.free(inbox.ticket)

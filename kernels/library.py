@@ -3,7 +3,8 @@
     out, lse = torch.ops.flashcp.attention(q, k, v, received, schedule, softmax_scale, "auto", "")
 
 The schedule reaches the operators as one int64 tensor on the CPU, whose length is dynamic: a new plan every step
-recompiles nothing, and nobody waits for the device. Importing this module registers the operators.
+recompiles nothing, and nobody waits for the device. Importing this module registers the operators. Context parallelism
+does not use them (`kernels/interface.py` says why).
 
 Shapes: T local rows, R received rows, H query heads, K KV heads, D head_dim.
 """

@@ -101,9 +101,7 @@ class ParallelConfig:
                 timeout_s=self.timeout_s,
                 tuning=tuning,
                 stages=self.stages,
-                heap_mib=self.heap_mib,
-                region_mib=self.region_mib,
-                throttle_gbps=self.throttle_gbps,
+                options=flashcp.TransportOptions(self.heap_mib, self.region_mib, self.throttle_gbps),
             )
         except ValueError as error:
             raise ValueError(f"parallel.{error}") from error

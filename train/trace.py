@@ -1,7 +1,7 @@
 """A trace of a few steps: what every thread of a rank does when, one file a rank in Chrome's format.
 
 https://ui.perfetto.dev and chrome://tracing open it. The ranges that `flashcp.comm.clock.span` names lie on the track
-of the thread that they ran on: attention and waits on the rank's own, transfers on their courier's.
+of the thread that they ran on: attention and waits on the rank's own, transfers on that of the thread that puts rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""The shape most exchanges share: receive KV, attend, send gradients home.
+"""The way of one attention call that most exchanges share: receive KV, attend, send gradients home.
+
+    start             this rank's K and V rows leave (each exchange in its own way)
+    forward           attend as rows arrive: all at once, part by part, or waiting inside the kernel
+    backward          gradients of received rows first
+    return_gradients  they leave for the rows' owners while the local ones are computed (in the exchange's own way)
+    add_to            the owner adds what came home
 
 Shapes: T local rows, R rows of the receive buffer, H query heads, K KV heads, D head_dim.
 """
@@ -6,134 +12,179 @@ Shapes: T local rows, R rows of the receive buffer, H query heads, K KV heads, D
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashcp.comm.clock import span
-from flashcp.comm.exchanges.base import Exchange, Job, Kept
-from flashcp.comm.exchanges.flight import Flight
-from flashcp.comm.exchanges.homecoming import Homecoming
+from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved
+from flashcp.comm.rows import Inbox
+from flashcp.comm.transport import Transfer, Transport
 from flashcp.kernels.interface import KV
 from flashcp.kernels.schedule import Schedule
 from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["ReceivingExchange"]
+__all__ = ["GradientReturn", "ReceivingExchange", "returned_slots"]
+
+
+class GradientReturn(NamedTuple):
+    """Gradients on their way to the owners of the rows.
+
+    wait: returns when all have arrived. add_to: waits, adds what arrived to the local gradients, source by source in a
+    fixed order, and frees the inbox.
+    """
+
+    wait: Callable[[], None]
+    add_to: Callable[[KV], None]
 
 
 class ReceivingExchange(Exchange):
     """Exchanges that bring others' KV rows into a receive buffer; queries stay where they are."""
 
-    @abstractmethod
-    def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> Homecoming:
-        """Send the gradients of the receive buffer, fp32 [R, 2, K, D], home."""
-
     def forward(
-        self, plan: ShardingPlan, q: Tensor, k: Tensor, v: Tensor, flight: Flight, job: Job, scale: float
-    ) -> tuple[Tensor, Kept]:
-        """See Exchange. `none` waits for all rows and computes in one launch, `staged` computes local rows meanwhile
-        and merges part by part in fp32, `fused` waits inside its one launch."""
-        tensors = (q, KV(k, v), as_kv(flight.inbox.rows))
-        out, lse = (self._staged if job.overlap == "staged" else self._at_once)(plan, *tensors, flight, job, scale)
-        with job.clock.measure("exposed_exchange_ms"):
-            if flight.arrival:
-                flight.arrival.wait()  # also for rows that nobody reads here: the region is free only when all landed
-            flight.leave()
-        kept = Kept(q, k, v, out, lse, flight.inbox.rows, torch.tensor([flight.inbox.ticket]))
-        if job.refetch:
-            self.release(kept)
-            kept = kept._replace(received=None, tickets=None)
-        return out, kept
+        self,
+        plan: ShardingPlan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        incoming: IncomingKV,
+        settings: AttentionSettings,
+        scale: float,
+    ) -> tuple[Tensor, Saved]:
+        """`none` waits for all rows and computes in one launch, `staged` computes local rows meanwhile and merges part
+        by part in fp32, `fused` waits inside its one launch."""
+        attend = self._staged if settings.overlap == "staged" else self._at_once
+        out, lse = attend(plan, q, KV(k, v), incoming, settings, scale)
+        with settings.clock.measure("exposed_exchange_ms"):
+            if incoming.transfer:
+                # Also for rows that nobody reads here: the region is free only when all landed.
+                incoming.transfer.wait()
+            incoming.leave()
+        saved = Saved(q, k, v, out, lse, incoming.inbox.rows, torch.tensor([incoming.inbox.ticket]))
+        if settings.refetch:
+            self.release(saved)
+            saved = saved._replace(received=None, tickets=None)
+        return out, saved
 
     def _at_once(
-        self, plan: ShardingPlan, q: Tensor, local: KV, received: KV, flight: Flight, job: Job, scale: float
+        self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings, scale: float
     ) -> tuple[Tensor, Tensor]:
-        with job.clock.measure("wait_ms", "headers"):
-            job.agree()
-        arrival = flight.arrival if job.overlap == "fused" else None
-        flags = arrival.flags() if arrival else None
+        """Output [T, H, D] in q's dtype and log-sum-exp [T, H], by one launch."""
+        with settings.clock.measure("wait_ms", "headers"):
+            settings.agree()
+        transfer = incoming.transfer if settings.overlap == "fused" else None
+        flags = transfer.flags() if transfer else None
         if flags is None:
-            with job.clock.measure("exposed_exchange_ms"):
-                flight.wait()
-        with job.clock.measure("attention_ms", "all tiles, waits inside" if flags else "all tiles"):
-            out, lse = job.kernel.attend(q, local, received, self.layout(plan).schedule, scale, flags)
-        if arrival and flags:
-            arrival.check(flags)
+            with settings.clock.measure("exposed_exchange_ms"):
+                incoming.wait()
+        with settings.clock.measure("attention_ms", "all tiles, waits inside" if flags else "all tiles"):
+            received, schedule = as_kv(incoming.inbox.rows), self.layout(plan).schedule
+            out, lse = settings.kernel.attend(q, local, received, schedule, scale, flags)
+        if flags:
+            self.transport.check(flags)
         return out, lse
 
     def _staged(
-        self, plan: ShardingPlan, q: Tensor, local: KV, received: KV, flight: Flight, job: Job, scale: float
+        self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings, scale: float
     ) -> tuple[Tensor, Tensor]:
+        """The same, by one launch for the local rows and one for each part as it arrives."""
         out = q.new_zeros(q.shape, dtype=torch.float32)
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-        first = self.layout(plan).local_schedule
-        for schedule in _chain(first, self._arrivals(flight, job)):
-            tiles = "local tiles" if schedule is first else f"remote tiles (from {_sources(schedule)})"
-            with job.clock.measure("attention_ms", tiles):
-                job.kernel.merge_into(out, lse, q, local, received, schedule, scale)
-        return out.to(q.dtype), lse
+        received = as_kv(incoming.inbox.rows)
 
-    def _arrivals(self, flight: Flight, job: Job) -> Iterator[Schedule]:
-        with job.clock.measure("wait_ms", "headers"):
-            job.agree()
-        arrivals = flight.arrivals(job.stages if self.transport.one_sided else 1)
+        def add(schedule: Schedule, tiles: str) -> None:
+            with settings.clock.measure("attention_ms", tiles):
+                settings.kernel.merge_into(out, lse, q, local, received, schedule, scale)
+
+        add(self.layout(plan).local_schedule, "local tiles")
+        with settings.clock.measure("wait_ms", "headers"):
+            settings.agree()
+        parts = incoming.parts(settings.stages if self.transport.one_sided else 1)
         while True:
-            with job.clock.measure("exposed_exchange_ms"):
-                schedule = next(arrivals, None)
+            with settings.clock.measure("exposed_exchange_ms"):
+                schedule = next(parts, None)
             if schedule is None:
-                return
-            yield schedule
+                return out.to(q.dtype), lse
+            add(schedule, f"remote tiles (from {', '.join(map(str, schedule.sources)) or 'nobody'})")
 
     def backward(
-        self, plan: ShardingPlan, grad_out: Tensor, kept: Kept, job: Job, scale: float
+        self, plan: ShardingPlan, grad_out: Tensor, saved: Saved, settings: AttentionSettings, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See Exchange. Gradients of received rows first: they travel while the local ones are computed."""
-        if not self.is_open(kept):
-            with job.clock.measure("exposed_exchange_ms", "send rows"):
-                flight = self.start(plan, kept.k, kept.v)
-            with job.clock.measure("wait_ms", "headers"):
-                job.agree()
-            with job.clock.measure("exposed_exchange_ms"):
-                flight.wait()
-                flight.leave()
-            kept = kept._replace(received=flight.inbox.rows, tickets=torch.tensor([flight.inbox.ticket]))
-        assert kept.received is not None
-        homecoming: Homecoming | None = None
+        """Gradients of received rows first: they travel while the local ones are computed."""
+        if not self.is_open(saved):
+            with settings.clock.measure("exposed_exchange_ms", "send rows"):
+                incoming = self.start(plan, saved.k, saved.v)
+            with settings.clock.measure("wait_ms", "headers"):
+                settings.agree()
+            with settings.clock.measure("exposed_exchange_ms"):
+                incoming.wait()
+                incoming.leave()
+            saved = saved._replace(received=incoming.inbox.rows, tickets=torch.tensor([incoming.inbox.ticket]))
+        assert saved.received is not None
+        returned: GradientReturn | None = None
 
-        def leave(gradients: Tensor) -> None:
-            nonlocal homecoming
+        def send_home(gradients: Tensor) -> None:
+            nonlocal returned
             tiles.close()
-            with job.clock.measure("exposed_exchange_ms", "send gradients"):
-                homecoming = self.return_gradients(plan, gradients)
-                if job.overlap == "none":
-                    job.agree()
-                    homecoming.wait()
+            with settings.clock.measure("exposed_exchange_ms", "send gradients"):
+                returned = self.return_gradients(plan, gradients)
+                if settings.overlap == "none":
+                    settings.agree()
+                    returned.wait()
             tiles.enter_context(span("gradients of local tiles"))
 
-        with job.clock.measure("attention_ms"), ExitStack() as tiles:
+        with settings.clock.measure("attention_ms"), ExitStack() as tiles:
             tiles.enter_context(span("gradients of remote tiles"))
-            tensors = grad_out, kept.q, KV(kept.k, kept.v), as_kv(kept.received), kept.out, kept.lse
-            gradients = job.kernel.gradients(*tensors, self.layout(plan).schedule, scale, torch.float32, leave)
-        self.release(kept)
-        assert homecoming is not None
-        with job.clock.measure("wait_ms", "headers"):
-            job.agree()
-        with job.clock.measure("exposed_exchange_ms", "gradients home"):
-            homecoming.add_to(gradients.local)
+            gradients = settings.kernel.gradients(
+                grad_out,
+                q=saved.q,
+                local=KV(saved.k, saved.v),
+                received=as_kv(saved.received),
+                out=saved.out,
+                lse=saved.lse,
+                schedule=self.layout(plan).schedule,
+                scale=scale,
+                local_dtype=torch.float32,
+                on_received=send_home,
+            )
+        self.release(saved)
+        assert returned is not None
+        with settings.clock.measure("wait_ms", "headers"):
+            settings.agree()
+        with settings.clock.measure("exposed_exchange_ms", "gradients home"):
+            returned.add_to(gradients.local)
         return gradients.q, *gradients.local
+
+    @abstractmethod
+    def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> GradientReturn:
+        """Send the gradients of the receive buffer, fp32 [R, 2, K, D], home."""
+
+
+def returned_slots(
+    transport: Transport, transfer: Transfer, inbox: Inbox, slots: Sequence[tuple[int, Tensor]]
+) -> GradientReturn:
+    """Gradients that come home in one slot per reader: rows start, start + 1, ... of the inbox, [rows, 2, K, D], are
+    for the local rows `index`. slots: (start, index) in rank order; rows of one slot are distinct, so the sum is
+    repeatable."""
+
+    def wait() -> None:
+        transfer.wait()
+        transfer.leave()
+
+    def add_to(gradients: KV) -> None:
+        wait()
+        for start, index in slots:
+            slot = inbox.rows[start : start + len(index)]
+            for total, part in zip(gradients, slot.unbind(1), strict=True):
+                total.index_add_(0, index, part)
+        transport.free(inbox.ticket)
+
+    return GradientReturn(wait, add_to)
 
 
 def as_kv(buffer: Tensor) -> KV:
     """The two halves of a buffer [R, 2, K, D], as views."""
     return KV(buffer[:, 0], buffer[:, 1])
-
-
-def _sources(schedule: Schedule) -> str:
-    return ", ".join(map(str, schedule.sources)) or "nobody"
-
-
-def _chain(first: Schedule, rest: Iterator[Schedule]) -> Iterator[Schedule]:
-    yield first
-    yield from rest

@@ -2,6 +2,8 @@
 
 Partial results are merged in fp32. In the backward pass the gradient of a block goes round too: it starts at its
 owner's successor, every rank adds its share in fp32, the last one hands it to the owner.
+
+Shapes: T local rows, R rows of the receive buffer, K KV heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -11,11 +13,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch import Tensor
 
-from flashcp.comm.exchanges.flight import Flight, Layout
-from flashcp.comm.exchanges.homecoming import Homecoming
-from flashcp.comm.exchanges.receiving import ReceivingExchange
-from flashcp.comm.rows import ChosenRows, WholeRows
-from flashcp.comm.transport import Arrival, Transport
+from flashcp.comm.exchanges.exchange import IncomingKV, Layout
+from flashcp.comm.exchanges.receiving import GradientReturn, ReceivingExchange
+from flashcp.comm.rows import OutgoingRows
+from flashcp.comm.transport import Transfer, Transport
 from flashcp.kernels.interface import KV
 from flashcp.kernels.schedule import Schedule
 from flashcp.sharding.plan import ShardingPlan
@@ -29,13 +30,46 @@ class Ring(ReceivingExchange):
     name = "ring"
     moves_later = True
 
-    def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> Flight:
-        """See Exchange."""
-        return _RingFlight(self.transport, self.layout(plan), k, v)
+    def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
+        layout, ranks = self.layout(plan), plan.world_size
+        sizes = [_blocks(layout, rank) for rank in range(ranks)]
+        steps = _Steps(self.transport, sizes, (2, *k.shape[1:]), k)
+        steps.shift(OutgoingRows(KV(k, v), layout.sent_index(k.device)))
 
-    def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> Homecoming:
-        """See ReceivingExchange."""
-        return _RingHomecoming(self.transport, self.layout(plan), gradients)
+        def parts(stages: int) -> Iterator[Schedule]:
+            """One schedule a block; the block moves on before it is computed on."""
+            for step in range(1, ranks):
+                block = steps.wait()
+                if step + 1 < ranks:
+                    steps.shift(OutgoingRows(block))
+                yield layout.schedule_of(((layout.rank - step) % ranks,))
+
+        return IncomingKV(steps.inbox, parts, steps.leave)
+
+    def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> GradientReturn:
+        layout = self.layout(plan)
+        shares = gradients.split(_blocks(layout, layout.rank))
+        sizes = [_sums(layout, rank) for rank in range(plan.world_size)]
+        steps = _Steps(self.transport, sizes, gradients.shape[1:], gradients)
+        steps.shift(OutgoingRows(shares[0], what="gradients"))
+
+        def wait() -> None:
+            """Each hop adds this rank's share to the sum that arrived and hands it on; the last sum is its own."""
+            while steps.arrived < len(shares):
+                total = steps.wait()
+                if steps.arrived < len(shares):
+                    total.add_(shares[steps.arrived])
+                    steps.shift(OutgoingRows(total, what="gradients"))
+            steps.leave()
+
+        def add_to(gradients: KV) -> None:
+            """The sum of all others' shares, in ring order, onto the owner's own."""
+            wait()
+            for total, part in zip(gradients, steps.rows_of_last().unbind(1), strict=True):
+                total += part
+            self.transport.free(steps.inbox.ticket)
+
+        return GradientReturn(wait, add_to)
 
 
 def _blocks(layout: Layout, rank: int) -> list[int]:
@@ -59,74 +93,29 @@ class _Steps:
         most = max(sum(part) for part in sizes)
         self.inbox = transport.inbox(sum(own), most, row, like, steps=len(own))
         self.arrived = 0  # shifts that were waited for
-        self._started: list[Arrival] = []
+        self._started: list[Transfer] = []
 
-    def shift(self, leaving: WholeRows | ChosenRows) -> None:
+    def shift(self, outgoing: OutgoingRows) -> None:
         """Hand on what the next rank has not got."""
         step = len(self._started)
         into, offset = self._part(step), self._stops_there[step]
-        self._started.append(self._transport.shift(leaving, self.inbox, step, into, offset))
+        self._started.append(self._transport.shift(outgoing, self.inbox, step, into, offset))
 
     def wait(self) -> Tensor:
         """The rows of the shift that was started last."""
         self._started[-1].wait()
         self.arrived = len(self._started)
+        return self.rows_of_last()
+
+    def rows_of_last(self) -> Tensor:
+        """What the last shift that was waited for brought."""
         return self.inbox.rows[self._part(self.arrived - 1)]
 
     def leave(self) -> None:
         """Return when all that was handed on has left."""
-        for arrival in self._started:
-            arrival.leave()
+        for transfer in self._started:
+            transfer.leave()
 
     def _part(self, step: int) -> slice:
         """The rows of the inbox that a shift fills."""
         return slice(self._stops[step], self._stops[step + 1])
-
-
-class _RingFlight(Flight):
-    def __init__(self, transport: Transport, layout: Layout, k: Tensor, v: Tensor) -> None:
-        self._layout = layout
-        sizes = [_blocks(layout, rank) for rank in range(transport.world_size)]
-        self._steps = _Steps(transport, sizes, (2, *k.shape[1:]), k)
-        self.inbox = self._steps.inbox
-        self._steps.shift(ChosenRows((k, v), layout.sent_index(k.device)))
-
-    def arrivals(self, stages: int) -> Iterator[Schedule]:
-        """See Flight: one schedule a block; the block moves on before it is computed on."""
-        layout, ranks = self._layout, self._layout.plan.world_size
-        for step in range(1, ranks):
-            block = self._steps.wait()
-            if step + 1 < ranks:
-                self._steps.shift(WholeRows(block))
-            yield layout.schedule_of(((layout.rank - step) % ranks,))
-
-    def leave(self) -> None:
-        """See Flight."""
-        self._steps.leave()
-
-
-class _RingHomecoming(Homecoming):
-    def __init__(self, transport: Transport, layout: Layout, gradients: Tensor) -> None:
-        self._shares = gradients.split(_blocks(layout, layout.rank))
-        sizes = [_sums(layout, rank) for rank in range(transport.world_size)]
-        self._steps = _Steps(transport, sizes, gradients.shape[1:], gradients)
-        self._transport, self._own = transport, gradients[:0]
-        self._steps.shift(WholeRows(self._shares[0], "gradients"))
-
-    def wait(self) -> None:
-        """See Homecoming. Each hop adds this rank's share to the sum that arrived and hands it on."""
-        while self._steps.arrived < len(self._shares):
-            total = self._steps.wait()
-            if self._steps.arrived < len(self._shares):
-                total.add_(self._shares[self._steps.arrived])
-                self._steps.shift(WholeRows(total, "gradients"))
-            else:
-                self._own = total
-        self._steps.leave()
-
-    def add_to(self, gradients: KV) -> None:
-        """See Homecoming: the sum of all others' shares, in ring order, onto the owner's own."""
-        self.wait()
-        for total, part in zip(gradients, self._own.unbind(1), strict=True):
-            total += part
-        self._transport.free(self._steps.inbox.ticket)

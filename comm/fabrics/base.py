@@ -7,39 +7,68 @@ hold epochs that only grow, and are compared with >=: it does not matter who com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashcp.comm.rows import Leaving
+from flashcp.comm.rows import OutgoingRows
 from flashcp.kernels.interface import WaitFlags
 
-__all__ = ["NO_PUT", "Fabric", "Put", "Region", "Ticking"]
+__all__ = ["ARRIVED", "FREED", "NO_PUT", "Fabric", "Put", "Region", "head_bytes"]
 
 
 NO_PUT = 2**62
+ARRIVED, FREED = 0, 1  # rows of flags
+_PAGE = 4096
+
+
+def head_bytes(ranks: int) -> int:
+    """Of a region's flags: whole pages, so that the data begins at one."""
+    return -(-8 * ranks // _PAGE) * _PAGE
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """One collective allocation. index: the same on every rank. data_bytes: without the flags."""
+    """One collective allocation: a head of flags, and data.
+
+    index: the same on every rank. data_bytes: without the flags. memories: bytes of every rank, uint8, as this process
+    addresses them. owner: whatever must live for them to stay mapped; the tensors themselves may own nothing.
+    """
 
     index: int
     data_bytes: int
+    memories: Sequence[Tensor]
+    owner: object = None
+
+    @cached_property
+    def flags(self) -> list[Tensor]:
+        """Of every rank, int32 [2, N]: arrived, freed."""
+        ranks = len(self.memories)
+        return [memory[: 8 * ranks].view(torch.int32).view(2, ranks) for memory in self.memories]
+
+    def flag(self, rank: int, row: int, of: int) -> Tensor:
+        """One flag in a rank's memory, int32 [1]."""
+        return self.flags[rank][row, of : of + 1]
+
+    def data(self, rank: int, offset: int, size: int) -> Tensor:
+        """Bytes of a rank's receive buffer."""
+        start = head_bytes(len(self.memories)) + offset
+        return self.memories[rank][start : start + size]
 
 
-@dataclass(frozen=True)
-class Put:
-    """Rows start..stop of `leaving` go to rank `to`, from byte `offset` of the region's data on.
+class Put(NamedTuple):
+    """Rows start..stop of `outgoing` go to rank `to`, from byte `offset` of the region's data on.
 
     It waits until freed[to] >= after on this rank, and sets arrived[this rank] = epoch there when the rows have landed.
     """
 
     region: Region
-    leaving: Leaving
+    outgoing: OutgoingRows
     start: int
     stop: int
     to: int
@@ -50,55 +79,59 @@ class Put:
     epoch: int
 
 
-class Ticking(Protocol):
-    """Puts under way."""
-
-    def leave(self) -> None:
-        """Return when their tensors have been read (on a GPU: when the current stream may write to them)."""
-
-
-class Fabric(Protocol):
-    """Memory of one kind and who writes to it."""
+class Fabric(ABC):
+    """Memory of one kind and who writes to it. sent_bytes: what has left this rank for others so far."""
 
     name: str
     rank: int
     world_size: int
+    sent_bytes: int
 
     @property
-    def sent_bytes(self) -> int:
-        """What has left this rank for others so far."""
-
-    @property
+    @abstractmethod
     def oldest_put(self) -> int:
         """The least epoch of this rank's puts that have not landed yet; `NO_PUT` without any."""
 
+    @abstractmethod
     def allocate(self, index: int, data_bytes: int) -> Region:
         """A region on every rank; all ranks call this together. Raises HeapError on all where one has no room."""
 
+    @abstractmethod
     def retire(self, region: Region) -> None:
         """The region is about to go; all ranks call this together. Returns when no rank reads or writes it any more."""
 
+    @abstractmethod
     def tensor(self, region: Region, rows: int, row: Sequence[int], dtype: torch.dtype, token: object) -> Tensor:
         """The first rows of this rank's region; the token lives as long as a tensor shares their memory."""
 
-    def put(self, puts: Sequence[Put]) -> Ticking:
-        """Start some puts; they land in any order, each followed by its flag."""
+    @abstractmethod
+    def put(self, puts: Sequence[Put]) -> Callable[[], None]:
+        """Start some puts; they land in any order, each followed by its flag.
 
+        What is returned, called, returns when their tensors have been read (on a GPU: when the current stream may write
+        to them).
+        """
+
+    @abstractmethod
     def wait(self, region: Region, source: int, epoch: int) -> None:
         """Return when arrived[source] >= epoch (on a GPU: when the current stream may read the rows).
 
         Raises ExchangeTimeoutError naming the source and the epoch.
         """
 
+    @abstractmethod
     def free(self, region: Region, epoch: int) -> None:
         """Set freed[this rank] = epoch on every rank, after all that was read before."""
 
-    def flags(self, region: Region, epoch: int) -> WaitFlags | None:
+    @abstractmethod
+    def flags(self, region: Region, epoch: int) -> WaitFlags:
         """What a kernel waits on."""
 
+    @abstractmethod
     def check(self, flags: WaitFlags) -> None:
         """After a kernel that waited on flags: raises ExchangeTimeoutError when it waited in vain."""
 
+    @abstractmethod
     def synchronize(self) -> None:
         """Return when this rank's puts have landed and all that was asked to wait has waited.
 

@@ -2,7 +2,7 @@
 
 A put is three operations on a stream of its target's own: wait until the target has freed the lease before, copy the
 rows, raise the flag behind them. Rows that must be picked are packed before, by one kernel on the stream that made
-them. An arrival is awaited by the stream that computes on it. None of this needs an SM, a later launch or the host, so
+them. Rows are awaited by the stream that computes on them. None of this needs an SM, a later launch or the host, so
 no kernel can stand in its way, not even one that spins on a flag and holds every SM.
 
 The host waits for nothing. A wait that does not end is noticed by the device's watchdog, which notes who waited for
@@ -11,71 +11,38 @@ whom and lets the streams go on, on garbage; the error is raised at this rank's 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, HeapError
-from flashcp.comm.fabrics.base import NO_PUT, Put, Region, Ticking
-from flashcp.comm.fabrics.device import Device, Event, Stream
+from flashcp.comm.fabrics.base import ARRIVED, FREED, NO_PUT, Fabric, Put, Region, head_bytes
+from flashcp.comm.fabrics.cuda_device import CudaDevice, Event, Stream
 from flashcp.comm.fabrics.memory import agree, tried
 from flashcp.kernels.interface import WaitFlags
 
-__all__ = ["CudaFabric", "RegionMemory", "symmetric_memories"]
+__all__ = ["CudaFabric", "Memories", "symmetric_memories"]
 
-_HEAD_BYTES = 4096  # two rows of flags, for up to 512 ranks
-_ARRIVED, _FREED = 0, 1  # rows of flags
+_HEAD_BYTES = head_bytes(1)  # two rows of flags, for up to 512 ranks
 _PAST_ALL = 2**30  # an epoch that no exchange comes to: ends every wait
 
-
-class RegionMemory(NamedTuple):
-    """Bytes of one region, uint8.
-
-    tensors: those of every rank, as this rank addresses them. owner: whatever must live for them to stay mapped; the
-    tensors themselves may own nothing.
-    """
-
-    tensors: Sequence[Tensor]
-    owner: object
+Memories = Callable[[int, int], tuple[Sequence[Tensor], object]]
+"""(index, size) -> that many bytes on every rank's device, uint8, and their owner: see `Region`. All ranks call it
+together."""
 
 
-Memories = Callable[[int, int], RegionMemory]
+class CudaFabric(Fabric):
+    """memories: their first 4,096 bytes are zero. retire(region): see Fabric.
 
-
-@dataclass(frozen=True, eq=False)
-class CudaRegion(Region):
-    """memory: of all ranks. flags: of all ranks, int32 [2, N]: arrived, freed."""
-
-    memory: RegionMemory
-    flags: Sequence[Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        ranks = len(self.memory.tensors)
-        flags = [memory[: 8 * ranks].view(torch.int32).view(2, ranks) for memory in self.memory.tensors]
-        object.__setattr__(self, "flags", flags)
-
-    def word(self, rank: int, row: int, of: int) -> Tensor:
-        """One flag in a rank's memory, int32 [1]."""
-        return self.flags[rank][row, of : of + 1]
-
-    def data(self, rank: int, offset: int, size: int) -> Tensor:
-        """Bytes of a rank's receive buffer."""
-        return self.memory.tensors[rank][_HEAD_BYTES + offset : _HEAD_BYTES + offset + size]
-
-
-class CudaFabric:
-    """memories(index, size): that many bytes on every rank's device, their first 4,096 zero; all ranks call together.
-
-    retire(region): see Fabric. throttle_gbps: GB/s at which rows leave; 0: at once.
+    throttle_gbps: GB/s at which rows leave; 0: at once.
     """
 
     def __init__(
@@ -83,7 +50,7 @@ class CudaFabric:
         name: str,
         rank: int,
         world_size: int,
-        device: Device,
+        device: CudaDevice,
         memories: Memories,
         retire: Callable[[Region], None],
         timeout_s: float,
@@ -97,7 +64,7 @@ class CudaFabric:
         self._streams: dict[int, Stream] = {}
         self._rescue = device.new_stream("end of all waits")
         self._under_way: list[tuple[list[Event], int]] = []
-        self._regions: WeakSet[CudaRegion] = WeakSet()
+        self._regions: WeakSet[Region] = WeakSet()
         self._stuck = device.zeros(4).view(torch.int32)  # written by kernels that waited in vain
         self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=self._stuck.is_cuda)
         self._late = ""
@@ -108,88 +75,86 @@ class CudaFabric:
 
     @property
     def oldest_put(self) -> int:
-        """See Fabric."""
         self._refuse_capture()  # which a look at an event would end
         self._under_way = [(events, epoch) for events, epoch in self._under_way if not all(e.query() for e in events)]
         return min((epoch for _, epoch in self._under_way), default=NO_PUT)
 
     def allocate(self, index: int, data_bytes: int) -> Region:
-        """See Fabric."""
         try:
-            memory = self._memories(index, _HEAD_BYTES + data_bytes)
+            memories, owner = self._memories(index, _HEAD_BYTES + data_bytes)
         except torch.OutOfMemoryError as error:
             raise HeapError(f"rank {self.rank}: no {data_bytes >> 20} MiB for receive buffers on its GPU") from error
-        region = CudaRegion(index, data_bytes, memory)
+        region = Region(index, data_bytes, memories, owner)
         with self._lock:
             self._regions.add(region)
         return region
 
     def retire(self, region: Region) -> None:
-        """See Fabric. The host may be far ahead of the devices: what they still read and write must come first."""
+        """The host may be far ahead of the devices: what they still read and write must come first."""
         self._retire(region)
 
     def tensor(self, region: Region, rows: int, row: Sequence[int], dtype: torch.dtype, token: object) -> Tensor:
-        """See Fabric."""
-        size = rows * int(np.prod(tuple(row), dtype=np.int64)) * dtype.itemsize
+        size = rows * math.prod(row) * dtype.itemsize
         if not size:
             return self._stuck[:0].view(dtype).view(rows, *row)  # of this device, and of no region
         held = (token, region)  # the region's memory, as long as a tensor shares it
-        return self._device.wrap(_of(region).data(self.rank, 0, size), held).view(dtype).view(rows, *row)
+        return self._device.wrap(region.data(self.rank, 0, size), held).view(dtype).view(rows, *row)
 
-    def put(self, puts: Sequence[Put]) -> Ticking:
-        """See Fabric. Rows are packed once, then each rank's leave in one piece."""
+    def put(self, puts: Sequence[Put]) -> Callable[[], None]:
+        """Rows are packed once, then each rank's leave in one piece."""
         self._begin()
         device, events = self._device, list[Event]()
         if puts:
             # Packed on the stream that made the rows: whoever writes to them, or takes their memory, comes behind it.
-            packed = puts[0].leaving.packed()
+            packed = puts[0].outgoing.packed()
             ready = device.record(device.current_stream())
             for put in puts:
-                with span(f"send {put.leaving.what} to rank {put.to}"):
+                with span(f"send {put.outgoing.what} to rank {put.to}"):
                     stream = self._stream_to(put.to)
                     device.wait_event(stream, ready)
                     self._send(put, packed[put.start : put.stop], stream)
                     device.keep(packed, stream)
                     events.append(device.record(stream))
             self._under_way.append((events, puts[0].epoch))
-        return _Sent(device, events)
+
+        def leave() -> None:
+            for event in events:
+                device.wait_event(device.current_stream(), event)
+
+        return leave
 
     def _send(self, put: Put, rows: Tensor, stream: Stream) -> None:
-        region, device = _of(put.region), self._device
+        region, device = put.region, self._device
         what = f"rank {put.to} to free its receive buffer"
-        self._wait(region.word(self.rank, _FREED, put.to), put.after, stream, what)
+        self._wait(region.flag(self.rank, FREED, put.to), put.after, stream, what)
         into = region.data(put.to, put.offset, rows.nbytes)
         if into.nbytes != rows.nbytes:  # ranks with other plans hear so of headers, which may come after the rows
             raise ExchangeError(f"rank {self.rank}: {rows.nbytes} bytes do not fit the receive buffer of rank {put.to}")
         device.copy(into, rows.reshape(-1).view(torch.uint8), stream)
         if self.throttle_gbps and put.to != self.rank:
             device.delay(rows, self.throttle_gbps, stream)
-        device.write_value(region.word(put.to, _ARRIVED, self.rank), put.epoch, stream)
+        device.write_value(region.flag(put.to, ARRIVED, self.rank), put.epoch, stream)
         self.sent_bytes += rows.nbytes * (put.to != self.rank)
 
     def wait(self, region: Region, source: int, epoch: int) -> None:
-        """See Fabric."""
         self._begin()
-        word = _of(region).word(self.rank, _ARRIVED, source)
+        word = region.flag(self.rank, ARRIVED, source)
         self._wait(word, epoch, self._device.current_stream(), f"the rows of rank {source}")
 
     def free(self, region: Region, epoch: int) -> None:
-        """See Fabric."""
         stream = self._device.current_stream()
         for rank in range(self.world_size):
-            self._device.write_value(_of(region).word(rank, _FREED, self.rank), epoch, stream)
+            self._device.write_value(region.flag(rank, FREED, self.rank), epoch, stream)
 
     def flags(self, region: Region, epoch: int) -> WaitFlags:
-        """See Fabric."""
         self._begin()
-        return WaitFlags(_of(region).flags[self.rank][_ARRIVED], epoch * self.waiting, self._stuck, self.timeout_s)
+        return WaitFlags(region.flags[self.rank][ARRIVED], epoch * self.waiting, self._stuck, self.timeout_s)
 
     def check(self, flags: WaitFlags) -> None:
-        """See Fabric. What the kernel notes is raised later: the host does not wait for it."""
+        """What the kernel notes is raised later: the host does not wait for it."""
         self._seen.copy_(self._stuck, non_blocking=True)
 
     def synchronize(self) -> None:
-        """See Fabric."""
         self._seen.copy_(self._stuck, non_blocking=True)
         self._device.synchronize()
         self._raise_late()
@@ -219,9 +184,9 @@ class CudaFabric:
         with self._lock:
             self._late = self._late or what
             for region in list(self._regions):
-                for row in (_ARRIVED, _FREED):
+                for row in (ARRIVED, FREED):
                     for rank in range(self.world_size):
-                        self._device.write_value(region.word(self.rank, row, rank), _PAST_ALL, self._rescue)
+                        self._device.write_value(region.flag(self.rank, row, rank), _PAST_ALL, self._rescue)
 
     def _raise_late(self) -> None:
         source = int(self._seen)
@@ -235,25 +200,11 @@ class CudaFabric:
         return self._streams[rank]
 
 
-class _Sent:
-    def __init__(self, device: Device, events: Sequence[Event]) -> None:
-        self._device, self._events = device, events
-
-    def leave(self) -> None:
-        for event in self._events:
-            self._device.wait_event(self._device.current_stream(), event)
-
-
-def _of(region: Region) -> CudaRegion:
-    assert isinstance(region, CudaRegion)
-    return region
-
-
 def symmetric_memories(
     symmetric: Any,
     group: dist.ProcessGroup,
     rank: int,
-    device: Device,
+    device: CudaDevice,
     torch_device: torch.device,
     share: Callable[[bytes], list[bytes]],
 ) -> Memories:
@@ -264,7 +215,7 @@ def symmetric_memories(
     HeapError on all ranks when one of them has no memory.
     """
 
-    def memories(index: int, size: int) -> RegionMemory:
+    def memories(index: int, size: int) -> tuple[Sequence[Tensor], object]:
         own, problem = tried(lambda: symmetric.empty(size, dtype=torch.uint8, device=torch_device), RuntimeError)
         agree(share, f"rank {rank}: no {size >> 20} MiB for receive buffers on its GPU ({problem})" if problem else "")
         handle = symmetric.rendezvous(own, group)
@@ -273,6 +224,6 @@ def symmetric_memories(
         share(b"+")  # nobody raises a flag before it was zeroed
         tensors = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(handle.world_size)]
         # Neither `handle` nor its buffers keep the allocation: `own` does, and the handle the mapping of the others'.
-        return RegionMemory(tensors, (own, handle))
+        return tensors, (own, handle)
 
     return memories

@@ -1,8 +1,12 @@
 """A CUDA device as the fabric sees it: torch's streams and events, the driver's stream memory operations. Never run.
 
 `cuStreamWaitValue32` and `cuStreamWriteValue32` are executed by the stream itself. They take no SM, so they go on while
-a kernel holds every one of them; the write comes after a fence for the whole system.
+a kernel holds every one of them; the write comes after a fence for the whole system. A copy is a copy engine's. So
+nothing that a kernel spins on can stand behind that kernel.
 https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEMOP.html
+
+The fabric asks no more of a device than the public methods here, so that everything above them can run where there is
+no GPU: the tests have a device that emulates streams, SMs and memory (`tests/emulation/`).
 """
 
 from __future__ import annotations
@@ -10,21 +14,28 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashcp.comm.fabrics.device import Event
 from flashcp.comm.watchdog import Watchdog
 
-__all__ = ["CudaDevice"]
+__all__ = ["CudaDevice", "Event", "Stream"]
+
+Event = torch.cuda.Event
+"""A point in a stream."""
+Stream = torch.cuda.Stream
+"""A queue of work; what it holds runs one after another."""
 
 _SCRATCH_BYTES = 32 << 20  # what a throttled stream copies to the host, over and over
 
 
 class CudaDevice:
-    """See Device. timeout_s: after which `watch` calls. Raises RuntimeError where the driver refuses."""
+    """One rank's device. What it is asked for is queued; the host goes on, except in `synchronize`.
+
+    timeout_s: after which `watch` calls. Raises RuntimeError where the driver refuses."""
 
     def __init__(self, device: torch.device, timeout_s: float) -> None:
         from cuda.bindings import driver
@@ -42,70 +53,84 @@ class CudaDevice:
             self._wait_flags |= int(wait.CU_STREAM_WAIT_VALUE_FLUSH)
 
     def new_stream(self, name: str) -> torch.cuda.ExternalStream:
-        """See Device. None of torch's: its streams come from a pool, and two that wait for each other may be one."""
+        """A stream of its own, named in messages.
+
+        None of torch's: its streams come from a pool, and two that wait for each other may be one.
+        """
         _, highest = self._call("cuCtxGetStreamPriorityRange")
         kind = int(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         stream = torch.cuda.ExternalStream(int(self._call("cuStreamCreateWithPriority", kind, highest)), self.device)
         self._streams.append(stream)
         return stream
 
-    def current_stream(self) -> torch.cuda.Stream:
-        """See Device."""
+    def current_stream(self) -> Stream:
+        """The stream that torch launches kernels on."""
         return torch.cuda.current_stream(self.device)
 
     def is_capturing(self) -> bool:
-        """See Device."""
+        """Whether the current stream is recorded into a graph, to be replayed later."""
         return torch.cuda.is_current_stream_capturing()
 
     def zeros(self, size: int) -> Tensor:
-        """See Device."""
+        """That many bytes, uint8, of this device's own."""
         return torch.zeros(size, dtype=torch.uint8, device=self.device)
 
     def wrap(self, memory: Tensor, token: object) -> Tensor:
-        """See Device."""
-        return torch.as_tensor(_Held(memory, token), device=self.device)
+        """The same memory, uint8, as a tensor whose storage keeps the token and the memory alive."""
+        # What torch is given here lives as long as the tensor's storage.
+        interface = memory.__cuda_array_interface__
+        held = SimpleNamespace(memory=memory, token=token, __cuda_array_interface__=interface)
+        return torch.as_tensor(held, device=self.device)
 
-    def copy(self, into: Tensor, source: Tensor, stream: torch.cuda.Stream) -> None:
-        """See Device."""
+    def copy(self, into: Tensor, source: Tensor, stream: Stream) -> None:
+        """Contiguous bytes, by a copy engine. Neither tensor is kept alive: see `keep`."""
         if source.nbytes:
             self._call("cuMemcpyAsync", into.data_ptr(), source.data_ptr(), source.nbytes, stream.cuda_stream)
 
-    def wait_value(self, word: Tensor, value: int, stream: torch.cuda.Stream) -> None:
-        """See Device. The driver compares cyclically: right while epochs differ by less than 2^31."""
+    def wait_value(self, word: Tensor, value: int, stream: Stream) -> None:
+        """Hold the stream until an int32 of this device's memory is at least `value`.
+
+        The driver compares cyclically: right while epochs differ by less than 2^31.
+        """
         self._call("cuStreamWaitValue32", stream.cuda_stream, word.data_ptr(), value, self._wait_flags)
 
-    def write_value(self, word: Tensor, value: int, stream: torch.cuda.Stream) -> None:
-        """See Device."""
+    def write_value(self, word: Tensor, value: int, stream: Stream) -> None:
+        """Write an int32, which may be another device's, after all that the stream did before."""
         self._call("cuStreamWriteValue32", stream.cuda_stream, word.data_ptr(), value, 0)
 
-    def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        """See Device."""
+    def record(self, stream: Stream) -> Event:
+        """The end of what the stream holds now."""
         return stream.record_event()
 
-    def wait_event(self, stream: torch.cuda.Stream, event: Event) -> None:
-        """See Device."""
-        assert isinstance(event, torch.cuda.Event)
+    def wait_event(self, stream: Stream, event: Event) -> None:
+        """Hold the stream until another has come past an event."""
         stream.wait_event(event)
 
-    def keep(self, memory: Tensor, stream: torch.cuda.Stream) -> None:
-        """See Device. Memory of regions is no memory of torch's allocator: there this does nothing, leases do."""
+    def keep(self, memory: Tensor, stream: Stream) -> None:
+        """Memory that dies from now on is used again only when the stream has done what it holds by then.
+
+        Memory of regions is no memory of torch's allocator: there this does nothing, leases do.
+        """
         memory.record_stream(stream)
 
-    def delay(self, rows: Tensor, gbps: float, stream: torch.cuda.Stream) -> None:
-        """See Device: as many bytes go to the host as take that long there. All streams of a GPU share that way."""
-        link = _host_link(self.device)
-        left = int(rows.nbytes * link.gbps / gbps)
+    def delay(self, rows: Tensor, gbps: float, stream: Stream) -> None:
+        """Hold the stream about as long as so many bytes take at a rate in GB/s, without an SM.
+
+        As many bytes go to the host as take that long there. All streams of a GPU share that way.
+        """
+        host, there, host_gbps = _host_link(self.device)
+        left = int(rows.nbytes * host_gbps / gbps)
         while left > 0:
-            size = min(left, len(link.host))
-            self.copy(link.host[:size], link.device[:size], stream)
+            size = min(left, len(host))
+            self.copy(host[:size], there[:size], stream)
             left -= size
 
     def watch(self, started: Event, ended: Event, late: Callable[[], None]) -> None:
-        """See Device."""
+        """Call `late`, from a thread of its own, unless `ended` comes within the time-out of `started`."""
         self._watchdog.watch(started, ended, late)
 
     def synchronize(self) -> None:
-        """See Device. Waits that never end are ended by whoever watches them."""
+        """Return when all streams of this rank are done. Waits that never end are ended by whoever watches them."""
         for stream in (self.current_stream(), *self._streams):
             stream.synchronize()
 
@@ -124,17 +149,11 @@ class CudaDevice:
         return results[0] if len(results) == 1 else tuple(results)
 
 
-class _HostLink(NamedTuple):
-    """Memory of the host and of a GPU, uint8 of one size, and GB/s of a copy between them."""
-
-    host: Tensor
-    device: Tensor
-    gbps: float
-
-
 @cache
-def _host_link(device: torch.device) -> _HostLink:
-    """Measured once, the best of four, while nothing else is on the device."""
+def _host_link(device: torch.device) -> tuple[Tensor, Tensor, float]:
+    """Memory of the host and of a GPU, uint8 of one size, and GB/s of a copy between them.
+
+    Measured once, the best of four, while nothing else is on the device."""
     there = torch.zeros(_SCRATCH_BYTES, dtype=torch.uint8, device=device)
     host = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, pin_memory=True)
     times = []
@@ -146,15 +165,4 @@ def _host_link(device: torch.device) -> _HostLink:
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop))
-    return _HostLink(host, there, _SCRATCH_BYTES / min(times) / 1e6)
-
-
-class _Held:
-    """Memory on a GPU that holds a token, for torch to wrap."""
-
-    def __init__(self, memory: Tensor, token: object) -> None:
-        self._memory, self._token = memory, token
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        return self._memory.__cuda_array_interface__
+    return host, there, _SCRATCH_BYTES / min(times) / 1e6

@@ -6,12 +6,12 @@ torch do.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,182 +19,130 @@ from torch import Tensor
 
 from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError
-from flashcp.comm.fabrics.base import NO_PUT, Put, Region, Ticking
+from flashcp.comm.fabrics.base import ARRIVED, FREED, NO_PUT, Fabric, Put, Region, head_bytes
 from flashcp.kernels.interface import WaitFlags
 
 __all__ = ["ShmFabric"]
 
-Memories = Callable[[int, int], list[np.ndarray]]
-_PAGE = 4096
 _CHUNK_BYTES = 1 << 18  # a throttled put pauses in between
-_IDLE_S = 10.0  # a thread without errands ends
+_IDLE_S = 10.0  # a thread without puts ends
+_LEFT_S = 0.05  # between two looks for an error of the thread
 _SPIN_S = 5e-5  # between two looks at a flag: ranks share cores
 
 
-@dataclass(frozen=True, eq=False)
-class ShmRegion(Region):
-    """memories: of every rank, as this process sees them."""
-
-    memories: list[np.ndarray]
-
-    @cached_property
-    def flags(self) -> list[np.ndarray]:
-        """Of every rank, int32 [2, N]: arrived, freed."""
-        ranks = len(self.memories)
-        return [memory[: 8 * ranks].view(np.int32).reshape(2, ranks) for memory in self.memories]
-
-    @cached_property
-    def data(self) -> list[np.ndarray]:
-        """Of every rank, bytes."""
-        head = _head_bytes(len(self.memories))
-        return [memory[head : head + self.data_bytes] for memory in self.memories]
-
-
-class ShmFabric:
+class ShmFabric(Fabric):
     """memories(index, size): that many zero bytes of every rank, as this process sees them (`shared_memories`).
 
     throttle_gbps: GB/s at which rows leave; 0: at once.
+
+    One thread puts rows, those first whose place is free. What goes wrong there is raised by this rank's next call.
     """
 
     name = "shm"
 
     def __init__(
-        self, rank: int, world_size: int, memories: Memories, timeout_s: float, throttle_gbps: float = 0.0
+        self,
+        rank: int,
+        world_size: int,
+        memories: Callable[[int, int], list[np.ndarray]],
+        timeout_s: float,
+        throttle_gbps: float = 0.0,
     ) -> None:
-        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
-        self._memories = memories
-        self._courier = _Courier(rank, timeout_s, throttle_gbps)
-        self._stuck = torch.zeros(1, dtype=torch.int32)
-
-    @property
-    def sent_bytes(self) -> int:
-        """What was put into other ranks' memory so far."""
-        return self._courier.sent_bytes
-
-    @property
-    def oldest_put(self) -> int:
-        """See Fabric."""
-        return self._courier.oldest_put
-
-    def allocate(self, index: int, data_bytes: int) -> Region:
-        """See Fabric."""
-        return ShmRegion(index, data_bytes, self._memories(index, _head_bytes(self.world_size) + data_bytes))
-
-    def retire(self, region: Region) -> None:
-        """See Fabric. Each process has mapped it for itself."""
-
-    def tensor(self, region: Region, rows: int, row: Sequence[int], dtype: torch.dtype, token: object) -> Tensor:
-        """See Fabric."""
-        assert isinstance(region, ShmRegion)
-        memory = region.data[self.rank].view(_Held)
-        memory.token = token
-        return _view(memory, 0, rows, tuple(row), dtype)
-
-    def put(self, puts: Sequence[Put]) -> Ticking:
-        """See Fabric."""
-        return self._courier.start(puts)
-
-    def wait(self, region: Region, source: int, epoch: int) -> None:
-        """See Fabric."""
-        assert isinstance(region, ShmRegion)
-        flag = region.flags[self.rank][0]
-        deadline = time.monotonic() + self.timeout_s
-        while flag[source] < epoch:
-            if time.monotonic() > deadline:
-                raise _late(self.rank, self.timeout_s, source, epoch)
-            self._courier.check()
-            time.sleep(_SPIN_S)
-
-    def free(self, region: Region, epoch: int) -> None:
-        """See Fabric."""
-        assert isinstance(region, ShmRegion)
-        for flags in region.flags:
-            flags[1, self.rank] = epoch
-
-    def flags(self, region: Region, epoch: int) -> WaitFlags | None:
-        """See Fabric."""
-        assert isinstance(region, ShmRegion)
-        self._stuck.zero_()
-        return WaitFlags(torch.from_numpy(region.flags[self.rank][0]), epoch, self._stuck, self.timeout_s)
-
-    def check(self, flags: WaitFlags) -> None:
-        """See Fabric."""
-        if source := int(flags.stuck):
-            raise _late(self.rank, self.timeout_s, source - 1, flags.epoch)
-
-    def synchronize(self) -> None:
-        """See Fabric."""
-        self._courier.finish()
-
-
-@dataclass
-class _Errand:
-    """Some puts that were asked for together."""
-
-    puts: list[Put]
-    done: threading.Event = field(default_factory=threading.Event)
-    courier: _Courier | None = None
-
-    def leave(self) -> None:
-        assert self.courier is not None
-        deadline = time.monotonic() + self.courier.timeout_s
-        while not self.done.wait(0.05):
-            self.courier.check()
-            if time.monotonic() > deadline:
-                rank, timeout_s = self.courier.rank, self.courier.timeout_s
-                raise ExchangeTimeoutError(f"rank {rank} waited {timeout_s:g} s for its own rows to leave")
-        self.courier.check()
-
-
-class _Courier:
-    """The thread that puts rows, those first whose place is free."""
-
-    def __init__(self, rank: int, timeout_s: float, throttle_gbps: float) -> None:
-        self.rank, self.timeout_s, self.throttle_gbps = rank, timeout_s, throttle_gbps
+        self.rank, self.world_size, self.timeout_s, self.throttle_gbps = rank, world_size, timeout_s, throttle_gbps
         self.sent_bytes = 0
-        self._due = 0.0  # when the throttled link is free again
+        self._memories = memories
+        self._stuck = torch.zeros(1, dtype=torch.int32)
+        self._link_free_at = 0.0  # of the throttled link
         self._error: ExchangeError | None = None
-        self._errands: list[_Errand] = []
+        self._pending: dict[threading.Event, list[Put]] = {}  # puts that were asked for together, until all have landed
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def start(self, puts: Sequence[Put]) -> Ticking:
-        self.check()
-        errand = _Errand(list(puts), courier=self)
-        with self._news:
-            self._errands.append(errand)
-            self._news.notify()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="flashcp-courier", daemon=True)
-                self._thread.start()
-        return errand
-
     @property
     def oldest_put(self) -> int:
-        """The least epoch of the puts that are not done."""
         with self._news:
-            return min((put.epoch for errand in self._errands for put in errand.puts), default=NO_PUT)
+            return min((put.epoch for puts in self._pending.values() for put in puts), default=NO_PUT)
 
-    def finish(self) -> None:
-        """Return when all errands are done. Raises what went wrong on the way."""
+    def allocate(self, index: int, data_bytes: int) -> Region:
+        memories = self._memories(index, head_bytes(self.world_size) + data_bytes)
+        return Region(index, data_bytes, [torch.from_numpy(memory) for memory in memories])
+
+    def retire(self, region: Region) -> None:
+        """Each process has mapped it for itself."""
+
+    def tensor(self, region: Region, rows: int, row: Sequence[int], dtype: torch.dtype, token: object) -> Tensor:
+        if not rows:
+            return torch.empty((0, *row), dtype=dtype)
+        # A new array over the same memory ends with the last tensor that is made from it, and the token with the array.
+        memory = region.data(self.rank, 0, rows * math.prod(row) * dtype.itemsize).numpy()
+        weakref.finalize(memory, _forget, token).atexit = False
+        return torch.from_numpy(memory).view(dtype).view(rows, *row)
+
+    def put(self, puts: Sequence[Put]) -> Callable[[], None]:
+        self._raise_error()
+        landed = threading.Event()
         with self._news:
-            errands = list(self._errands)
-        for errand in errands:
-            errand.leave()
-        self.check()
+            self._pending[landed] = list(puts)
+            self._news.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="flashcp-puts", daemon=True)
+                self._thread.start()
+        return partial(self._await_landed, landed)
 
-    def check(self) -> None:
-        """Raise what went wrong on the way."""
+    def wait(self, region: Region, source: int, epoch: int) -> None:
+        arrived = region.flags[self.rank][ARRIVED].numpy()
+        deadline = time.monotonic() + self.timeout_s
+        while arrived[source] < epoch:
+            if time.monotonic() > deadline:
+                raise self._late(source, epoch)
+            self._raise_error()
+            time.sleep(_SPIN_S)
+
+    def free(self, region: Region, epoch: int) -> None:
+        for flags in region.flags:
+            flags.numpy()[FREED, self.rank] = epoch
+
+    def flags(self, region: Region, epoch: int) -> WaitFlags:
+        self._stuck.zero_()
+        return WaitFlags(region.flags[self.rank][ARRIVED], epoch, self._stuck, self.timeout_s)
+
+    def check(self, flags: WaitFlags) -> None:
+        if source := int(flags.stuck):
+            raise self._late(source - 1, flags.epoch)
+
+    def synchronize(self) -> None:
+        with self._news:
+            pending = list(self._pending)
+        for landed in pending:
+            self._await_landed(landed)
+        self._raise_error()
+
+    def _await_landed(self, landed: threading.Event) -> None:
+        deadline = time.monotonic() + self.timeout_s
+        while not landed.wait(_LEFT_S):
+            self._raise_error()
+            if time.monotonic() > deadline:
+                raise ExchangeTimeoutError(f"rank {self.rank} waited {self.timeout_s:g} s for its own rows to leave")
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        """Raise what went wrong in the thread."""
         if self._error is not None:
             raise self._error
+
+    def _late(self, source: int, epoch: int) -> ExchangeTimeoutError:
+        waited = f"rank {self.rank} waited {self.timeout_s:g} s"
+        return ExchangeTimeoutError(f"{waited} for the rows of rank {source} (epoch {epoch})")
+
+    # What the thread does.
 
     def _run(self) -> None:
         with torch.no_grad():
             while True:
                 with self._news:
-                    while not self._errands:
-                        if not self._news.wait(_IDLE_S) and not self._errands:
-                            self._thread = None  # the next errand starts another: operators come and go
+                    while not self._pending:
+                        if not self._news.wait(_IDLE_S) and not self._pending:
+                            self._thread = None  # the next put starts another: operators come and go
                             return
                 try:
                     self._serve()
@@ -207,20 +155,22 @@ class _Courier:
         """One put, or a moment's sleep where no place is free."""
         since = time.monotonic()
         while True:
-            for errand in list(self._errands):
-                ready = next((put for put in errand.puts if self._is_free(put)), None)
+            with self._news:
+                pending = list(self._pending.items())
+            for landed, puts in pending:
+                ready = next((put for put in puts if self._is_free(put)), None)
                 if ready is not None:
                     self._carry(ready)
                     with self._news:
-                        errand.puts.remove(ready)
-                if not errand.puts:
-                    errand.done.set()
+                        puts.remove(ready)
+                if not puts:
+                    landed.set()
                     with self._news:
-                        self._errands.remove(errand)
-                if ready is not None or not errand.puts:
+                        del self._pending[landed]
+                if ready is not None or not puts:
                     return
             if time.monotonic() - since > self.timeout_s:
-                put = self._errands[0].puts[0]
+                put = pending[0][1][0]
                 raise ExchangeTimeoutError(
                     f"rank {self.rank} waited {self.timeout_s:g} s for rank {put.to} to free its receive buffer "
                     f"(epoch {put.after})"
@@ -228,18 +178,15 @@ class _Courier:
             time.sleep(_SPIN_S)
 
     def _is_free(self, put: Put) -> bool:
-        assert isinstance(put.region, ShmRegion)
-        return bool(put.region.flags[self.rank][1, put.to] >= put.after)
+        return bool(put.region.flags[self.rank].numpy()[FREED, put.to] >= put.after)
 
     def _carry(self, put: Put) -> None:
-        region = put.region
-        assert isinstance(region, ShmRegion)
-        rows = put.stop - put.start
+        rows, size = put.stop - put.start, (put.stop - put.start) * math.prod(put.row) * put.dtype.itemsize
         if rows:
-            into = _view(region.data[put.to], put.offset, rows, put.row, put.dtype)
-            with span(f"send {put.leaving.what} to rank {put.to}"):
+            into = put.region.data(put.to, put.offset, size).view(put.dtype).view(rows, *put.row)
+            with span(f"send {put.outgoing.what} to rank {put.to}"):
                 self._copy(put, into)
-        region.flags[put.to][0, self.rank] = put.epoch
+        put.region.flags[put.to].numpy()[ARRIVED, self.rank] = put.epoch
 
     def _copy(self, put: Put, into: Tensor) -> None:
         rows, leaves = len(into), put.to != self.rank
@@ -247,31 +194,13 @@ class _Courier:
         step = max(1, rows * _CHUNK_BYTES // max(1, into.nbytes)) if slow else rows
         for start in range(0, rows, step):
             part = into[start : start + step]
-            put.leaving.write(part, put.start + start, put.start + start + len(part))
+            put.outgoing.write(part, put.start + start, put.start + start + len(part))
             self.sent_bytes += part.nbytes * leaves
             if slow:
-                self._due = max(self._due, time.perf_counter()) + part.nbytes / self.throttle_gbps / 1e9
-                time.sleep(max(0.0, self._due - time.perf_counter()))
+                now = time.perf_counter()
+                self._link_free_at = max(self._link_free_at, now) + part.nbytes / self.throttle_gbps / 1e9
+                time.sleep(max(0.0, self._link_free_at - time.perf_counter()))
 
 
-class _Held(np.ndarray):
-    """An array that holds a token, and hands it on to its parts."""
-
-    token: object = None
-
-    def __array_finalize__(self, whole: Any) -> None:
-        self.token = getattr(whole, "token", None)
-
-
-def _view(memory: np.ndarray, offset: int, rows: int, row: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """[rows, *row] of a dtype, from a byte offset on."""
-    size = rows * int(np.prod(row, dtype=np.int64)) * dtype.itemsize
-    return torch.from_numpy(memory[offset : offset + size]).view(dtype).view(rows, *row)
-
-
-def _head_bytes(ranks: int) -> int:
-    return -(-8 * ranks // _PAGE) * _PAGE
-
-
-def _late(rank: int, timeout_s: float, source: int, epoch: int) -> ExchangeTimeoutError:
-    return ExchangeTimeoutError(f"rank {rank} waited {timeout_s:g} s for the rows of rank {source} (epoch {epoch})")
+def _forget(token: object) -> None:
+    """The memory that held the token is gone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -14,18 +15,18 @@ from torch import Tensor
 
 import flashcp
 from flashcp.comm.errors import ExchangeError, HeapError
-from flashcp.comm.fabrics.base import Put, Ticking
-from flashcp.comm.fabrics.cuda import CudaFabric, RegionMemory, _of, _Sent, symmetric_memories
-from flashcp.comm.fabrics.cuda_device import CudaDevice
-from flashcp.comm.fabrics.device import Device, Event, Stream
-from flashcp.comm.rows import ChosenRows
+from flashcp.comm.fabrics import cuda
+from flashcp.comm.fabrics.base import Put
+from flashcp.comm.fabrics.cuda import CudaFabric, Memories, symmetric_memories
+from flashcp.comm.fabrics.cuda_device import CudaDevice, Event, Stream
+from flashcp.comm.rows import OutgoingRows
 from tests.emulation.device import EmulatedDevice, FaultError
 from tests.emulation.ranks import Rank, run_emulated
 from tests.emulation.schedules import LIMIT, Program, draw_program, errors_of, layers, worst_of_one
 from tests.emulation.world import DeadlockError
 from tests.packs import random_qkv
 
-ONE_ARRIVAL = ("exact", "compacted", "all_gather")
+ONE_TRANSFER = ("exact", "compacted", "all_gather")
 LENGTHS = (61, 5, 30)
 SCHEDULES, PARTS = 1000, 20
 
@@ -41,7 +42,7 @@ def test_a_thousand_random_schedules(part: int) -> None:
 def test_the_programs_are_all_there_is() -> None:
     drawn = [draw_program(seed) for seed in range(SCHEDULES)]
     assert {(p.exchange, p.overlap, p.backward) for p in drawn} == {
-        *((e, o, b) for e in ONE_ARRIVAL for o in ("none", "staged", "fused") for b in ("keep", "refetch")),
+        *((e, o, b) for e in ONE_TRANSFER for o in ("none", "staged", "fused") for b in ("keep", "refetch")),
         *((e, o, b) for e in ("ring", "ulysses") for o in ("none", "staged") for b in ("keep", "refetch")),
     }
     assert {p.ranks for p in drawn} == {2, 3, 4}
@@ -62,12 +63,18 @@ def rows_of(rank: Rank, cp: flashcp.ContextParallel, plan: flashcp.ShardingPlan,
     return [rank.device.upload(cp.shard(x, plan)) for x in qkv]
 
 
-@pytest.mark.parametrize("device", [CudaDevice, EmulatedDevice])
-def test_devices_offer_what_the_fabric_asks_for(device: type) -> None:
-    for name, asked in vars(Device).items():
-        if inspect.isfunction(asked) and not name.startswith("_"):
-            offered = inspect.signature(getattr(device, name)).parameters
-            assert list(offered) == list(inspect.signature(asked).parameters), name
+def test_the_emulated_device_offers_what_the_real_one_does() -> None:
+    real = {name: asked for name, asked in vars(CudaDevice).items() if inspect.isfunction(asked) and name[0] != "_"}
+    assert len(real) == 14
+    for name, asked in real.items():
+        offered = inspect.signature(getattr(EmulatedDevice, name)).parameters
+        assert list(offered) == list(inspect.signature(asked).parameters), name
+
+
+def test_the_fabric_asks_no_more_of_a_device_than_the_real_one_offers() -> None:
+    asked = set(re.findall(r"\bdevice\.(\w+)\(", inspect.getsource(cuda)))
+    assert len(asked) > 10
+    assert asked <= {name for name in vars(CudaDevice) if name[0] != "_"}
 
 
 # --- Faults put back. Each is caught, and the message says who waited for what, or what was touched. ---
@@ -79,10 +86,10 @@ def run_until_fault(program: Callable[[Rank], Any], seeds: int, **options: Any) 
         run_emulated(program, 2, seed, **options)
 
 
-def unowned_memories(*arguments: Any) -> Callable[[int, int], RegionMemory]:
+def unowned_memories(*arguments: Any) -> Memories:
     """Regions whose allocation nobody keeps."""
     real = symmetric_memories(*arguments)
-    return lambda index, size: RegionMemory(real(index, size).tensors, None)
+    return lambda index, size: (real(index, size)[0], None)
 
 
 def test_regions_that_nobody_keeps_are_freed_in_use() -> None:
@@ -94,11 +101,11 @@ class SignalsByKernels(CudaFabric):
     """Flags raised by a kernel, as small as it may be."""
 
     def _send(self, put: Put, rows: Tensor, stream: Stream) -> None:
-        region, device = _of(put.region), self._device
+        region, device = put.region, self._device
         assert isinstance(device, EmulatedDevice)
-        self._wait(region.word(self.rank, 1, put.to), put.after, stream, "a place")
+        self._wait(region.flag(self.rank, 1, put.to), put.after, stream, "a place")
         device.copy(region.data(put.to, put.offset, rows.nbytes), rows.reshape(-1).view(torch.uint8), stream)
-        word = region.word(put.to, 0, self.rank)
+        word = region.flag(put.to, 0, self.rank)
         device.kernel("signal", lambda word: word.fill_(put.epoch) and None, [word], stream=stream)
 
 
@@ -132,8 +139,8 @@ def test_rows_come_while_local_tiles_hold_every_sm(fabric: type[CudaFabric], hid
         with torch.no_grad():
             handle = cp.prefetch(k, v, plan)
             rank.device.kernel("local tiles", lambda: None, [], sms=rank.device.sms, slow=True)
-            region = _of(next(iter(transport.heap.regions.values())))  # type: ignore[attr-defined]
-            arrived = region.word(rank.rank, 0, 1 - rank.rank)
+            region = next(iter(transport.heap.regions.values()))  # type: ignore[attr-defined]
+            arrived = region.flag(rank.rank, 0, 1 - rank.rank)
             rank.device.kernel("look", lambda flag: here.append(int(flag[0]) >= 1), [arrived], sms=0)
             handle.attention(q)
             cp.synchronize()
@@ -147,7 +154,7 @@ def test_rows_come_while_local_tiles_hold_every_sm(fabric: type[CudaFabric], hid
 class PacksBesides(CudaFabric):
     """Rows picked on the streams of the puts, and nobody told the allocator."""
 
-    def put(self, puts: Any) -> Ticking:
+    def put(self, puts: Any) -> Callable[[], None]:
         device, events = self._device, list[Event]()
         assert isinstance(device, EmulatedDevice)
         before = device.record(device.current_stream())
@@ -156,12 +163,12 @@ class PacksBesides(CudaFabric):
             device.wait_event(stream, before)
             compute, device._current = device._current, stream
             try:
-                packed = put.leaving.packed()
+                packed = put.outgoing.packed()
             finally:
                 device._current = compute
             self._send(put, packed[put.start : put.stop], stream)
             events.append(device.record(stream))
-        return _Sent(device, events)
+        return lambda: [device.wait_event(device.current_stream(), event) for event in events] and None
 
 
 def forget_handles(rank: Rank) -> None:
@@ -285,7 +292,7 @@ def test_after_an_error_every_later_call_raises() -> None:
 
 
 def test_a_rank_without_memory_is_named_on_all() -> None:
-    def full(*arguments: Any) -> Callable[[int, int], RegionMemory]:
+    def full(*arguments: Any) -> Memories:
         def empty(size: int, **_: Any) -> Tensor:
             raise RuntimeError("CUDA driver error: out of memory")
 
@@ -378,18 +385,18 @@ def test_auto_is_staged_with_kernels_that_could_wait() -> None:
 
 def test_rows_are_packed_on_the_stream_that_made_them() -> None:
     seen: list[str] = []
-    packed = ChosenRows.packed
+    packed = OutgoingRows.packed
 
     def program(rank: Rank) -> None:
         cp = rank.operator()
         plan = flashcp.plan(LENGTHS, 2, "per_document")
 
-        def look(rows: ChosenRows) -> Tensor:
+        def look(rows: OutgoingRows) -> Tensor:
             seen.append(rank.device.current_stream().name)
             return packed(rows)
 
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(ChosenRows, "packed", look)
+            patched.setattr(OutgoingRows, "packed", look)
             cp.attention(*rows_of(rank, cp, plan), plan)
 
     run_emulated(program, 2, 0)

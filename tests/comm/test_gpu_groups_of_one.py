@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashcp.comm.errors import ExchangeTimeoutError
 from flashcp.comm.nvshmem import Nvshmem
-from flashcp.comm.rows import WholeRows
+from flashcp.comm.rows import OutgoingRows
 from flashcp.comm.two_sided import TwoSided
 from flashcp.comm.waits import StreamWaits
 
@@ -56,9 +56,9 @@ def exchanged(transport: TwoSided, rows: Tensor) -> list[Tensor]:
     """The rows as each operation brings them back."""
     count, found = len(rows), []
     for send in (
-        lambda inbox: transport.all_to_all(WholeRows(rows), [count], inbox, [count], [0]),
-        lambda inbox: transport.all_gather(WholeRows(rows), inbox),
-        lambda inbox: transport.shift(WholeRows(rows), inbox, 0, slice(0, count), 0),
+        lambda inbox: transport.all_to_all(OutgoingRows(rows), [count], inbox, [count], [0]),
+        lambda inbox: transport.all_gather(OutgoingRows(rows), inbox),
+        lambda inbox: transport.shift(OutgoingRows(rows), inbox, 0, slice(0, count), 0),
     ):
         inbox = transport.inbox(count, count, tuple(rows.shape[1:]), rows)
         send(inbox).wait()
@@ -91,12 +91,12 @@ def test_rows_that_come_late_are_an_error(alone: torch.device) -> None:
     inbox = transport.inbox(1000, 1000, (64,), rows)
     with torch.cuda.stream(torch.cuda.Stream(alone)):
         torch.cuda._sleep(2 * LONG)
-        arrival = transport.all_gather(WholeRows(rows), inbox)
-    arrival.wait()
+        transfer = transport.all_gather(OutgoingRows(rows), inbox)
+    transfer.wait()
     with pytest.raises(ExchangeTimeoutError, match=r"^rank 0 waited 0\.2 s for rows of another rank, on its GPU$"):
         transport.synchronize()
     with pytest.raises(ExchangeTimeoutError):
-        transport.all_gather(WholeRows(rows), inbox)
+        transport.all_gather(OutgoingRows(rows), inbox)
 
 
 def test_a_graph_can_be_captured_beside_the_watchdog(alone: torch.device) -> None:
@@ -107,14 +107,14 @@ def test_a_graph_can_be_captured_beside_the_watchdog(alone: torch.device) -> Non
     warm_up.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm_up):
         for _ in range(3):
-            transport.all_gather(WholeRows(rows), inbox).wait()
+            transport.all_gather(OutgoingRows(rows), inbox).wait()
     torch.cuda.current_stream().wait_stream(warm_up)
     asked = Asked(torch.cuda.current_stream().record_event())
     transport.waits._watchdog.watch(None, asked, lambda: None)  # type: ignore[attr-defined]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         before = asked.times
-        transport.all_gather(WholeRows(rows), inbox).wait()
+        transport.all_gather(OutgoingRows(rows), inbox).wait()
         time.sleep(0.5)
         assert asked.times > before, "the watchdog was to look meanwhile"
     inbox.rows.zero_()

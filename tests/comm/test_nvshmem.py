@@ -19,8 +19,8 @@ from flashcp.comm import choice
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.fabrics.memory import shared_memories
 from flashcp.comm.handshake import Handshake
-from flashcp.comm.nvshmem import Nvshmem, _Place, grain_bytes
-from flashcp.comm.rows import WholeRows
+from flashcp.comm.nvshmem import Nvshmem, grain_bytes
+from flashcp.comm.rows import OutgoingRows
 from flashcp.comm.waits import StreamWaits
 from tests.like_nccl import like_nccl
 from tests.packs import random_lengths, random_qkv, relative_error
@@ -57,13 +57,13 @@ class Played(Nvshmem):
     def _mark(self) -> Done:
         return Done()
 
-    def _exchange(self, place: _Place, arrived: Tensor) -> None:
-        self.exchanges.append(self._places.index(place))
+    def _exchange(self, turn: int, arrived: Tensor) -> None:
+        self.exchanges.append(turn)
         ranks, own = self.world_size, self.rank
-        sources = self._seen[place.rows.data_ptr()]
-        counts = [memory.view(np.int64) for memory in self._seen[place.splits_there.data_ptr()]]
+        sources = self._seen[self._leaving[turn].data_ptr()]
+        counts = [memory.view(np.int64) for memory in self._seen[self._splits_there[turn].data_ptr()]]
         offset = 0
-        for to, size in enumerate(place.splits.tolist()):
+        for to, size in enumerate(self._splits[turn].tolist()):
             counts[to][own], counts[to][ranks + own] = size, offset
             offset += size
         dist.barrier(self.group)
@@ -141,7 +141,7 @@ def follow_each_other(one_place: bool) -> bool:
                 transport._turn = 0
             mine = torch.full((2 * ranks, 256), 1000.0 * i + rank)
             inbox = transport.inbox(2 * ranks, 2 * ranks, (256,), mine)
-            transport.all_to_all(WholeRows(mine), [2] * ranks, inbox, [2] * ranks, [0] * ranks).wait()
+            transport.all_to_all(OutgoingRows(mine), [2] * ranks, inbox, [2] * ranks, [0] * ranks).wait()
             expected = (1000.0 * i + torch.arange(ranks)).repeat_interleave(2)
             right &= torch.equal(inbox.rows[:, 0], expected) and torch.equal(inbox.rows[:, -1], expected)
         assert len(transport.exchanges) == 60
@@ -164,7 +164,7 @@ def uneven_rows() -> tuple[bool, list[int], list[str]]:
         for width in (1, 256):
             block = torch.full((3, width), float(rank))
             inbox = transport.inbox(3 * ranks, 3 * ranks, (width,), block)
-            transport.all_gather(WholeRows(block), inbox).wait()
+            transport.all_gather(OutgoingRows(block), inbox).wait()
             right &= torch.equal(inbox.rows[:, 0], torch.arange(ranks).repeat_interleave(3).float())
     return right, transport.exchanges, seen.operations
 
@@ -187,7 +187,7 @@ def grown() -> tuple[list[int], bool]:
         for rows in (1, 1 << 12, 1 << 13, (1 << 13) + 1, 5):
             block = torch.full((rows, 64), float(rank))
             inbox = transport.inbox(rows * ranks, rows * ranks, (64,), block)
-            transport.all_gather(WholeRows(block), inbox).wait()
+            transport.all_gather(OutgoingRows(block), inbox).wait()
             right &= torch.equal(inbox.rows[:, 5], torch.arange(ranks).repeat_interleave(rows).float())
             sizes.append(len(transport._arrived))
     return sizes, right

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import flashcp
 from flashcp.comm.errors import ExchangeError, HeapError
 from flashcp.comm.fabrics.base import Put
-from flashcp.comm.fabrics.shm import _Courier
+from flashcp.comm.fabrics.shm import ShmFabric
 from flashcp.kernels.tuning import Tuning
 from tests.interpreter import interpreted_cases
 from tests.packs import random_lengths, random_qkv, relative_error
@@ -32,13 +32,13 @@ TUNING = Tuning.from_text("forward=16x16x4x1,backward_kv=16x16x4x1,backward_q=16
 def slow_senders(seed: int) -> Iterator[random.Random]:
     """Every put waits a moment that is drawn at random, on each rank another."""
     draw = random.Random(f"{seed} {dist.get_rank()}")
-    carry = _Courier._carry
+    carry = ShmFabric._carry
 
-    def late(courier: _Courier, put: Put) -> None:
+    def late(fabric: ShmFabric, put: Put) -> None:
         time.sleep(draw.choice([0, 0, 0.003]))
-        carry(courier, put)
+        carry(fabric, put)
 
-    with patch.object(_Courier, "_carry", late):
+    with patch.object(ShmFabric, "_carry", late):
         yield draw
 
 
@@ -141,7 +141,7 @@ def far_ahead(acknowledged: bool) -> float:
     worst = 0.0
     with ExitStack() as stack, torch.no_grad():
         if not acknowledged:
-            stack.enter_context(patch.object(_Courier, "_is_free", lambda courier, put: True))
+            stack.enter_context(patch.object(ShmFabric, "_is_free", lambda fabric, put: True))
         layers = [sharded(cp, plan, seed, grad=False) for seed in range(12)]
         handles = [cp.prefetch(k, v, plan) for _, k, v in layers[:2]]
         for layer, (q, _, _) in enumerate(layers):
@@ -165,7 +165,7 @@ def a_sender_that_never_sends(overlap: str) -> list[tuple[str, str, float]]:
     plan = flashcp.ShardingPlan.from_shards((8, 12, 4), 3, shards)
     q, k, v = sharded(cp, plan, 0, grad=False)
     said = []
-    with patch.object(_Courier, "_is_free", lambda courier, put: courier.rank != 1):
+    with patch.object(ShmFabric, "_is_free", lambda fabric, put: fabric.rank != 1):
         for _ in range(2):
             began = time.monotonic()
             try:
@@ -242,7 +242,7 @@ def test_a_graph_can_be_walked_back_twice() -> None:
 
 
 def past_the_limit() -> str:
-    cp = flashcp.ContextParallel(transport="shm", heap_mib=0.0625, timeout_s=10)
+    cp = flashcp.ContextParallel(transport="shm", options=flashcp.TransportOptions(heap_mib=0.0625), timeout_s=10)
     plan = flashcp.plan((2000,), cp.world_size, "per_document")
     with pytest.raises(HeapError) as raised:
         cp.attention(*sharded(cp, plan, 0), plan)

@@ -15,7 +15,7 @@ from torch import Tensor
 import flashcp
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.fabrics.base import Put
-from flashcp.comm.fabrics.shm import _Courier
+from flashcp.comm.fabrics.shm import ShmFabric
 from tests.packs import random_lengths, random_qkv
 from tests.ranks import run_cases
 
@@ -36,7 +36,7 @@ def watched() -> Iterator[Wire]:
         dist.all_to_all_single,
         dist.all_gather_into_tensor,
         dist.batch_isend_irecv,
-        _Courier._copy,
+        ShmFabric._copy,
     )
 
     def counted_all_to_all(into: Tensor, rows: Tensor, received: list[int], sent: list[int], **rest: Any) -> Any:
@@ -51,15 +51,15 @@ def watched() -> Iterator[Wire]:
         wire.sent_bytes += sum(each.tensor.nbytes for each in operations if each.op is dist.isend)
         return batch(operations)
 
-    def counted_copy(courier: _Courier, put: Put, into: Tensor) -> None:
+    def counted_copy(fabric: ShmFabric, put: Put, into: Tensor) -> None:
         wire.sent_bytes += into.nbytes * (put.to != rank)
-        copy(courier, put, into)
+        copy(fabric, put, into)
 
     with (
         patch.object(dist, "all_to_all_single", counted_all_to_all),
         patch.object(dist, "all_gather_into_tensor", counted_all_gather),
         patch.object(dist, "batch_isend_irecv", counted_batch),
-        patch.object(_Courier, "_copy", counted_copy),
+        patch.object(ShmFabric, "_copy", counted_copy),
     ):
         yield wire
 

@@ -17,9 +17,9 @@ import flashcp
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.fabrics.base import NO_PUT, Put
-from flashcp.comm.fabrics.shm import _Courier
-from flashcp.comm.rows import WholeRows
-from flashcp.comm.transport import Alone, Arrival
+from flashcp.comm.fabrics.shm import ShmFabric
+from flashcp.comm.rows import OutgoingRows
+from flashcp.comm.transport import Alone, Transfer
 from flashcp.comm.two_sided import TwoSided
 from flashcp.comm.waits import StreamWaits
 from tests.like_nccl import like_nccl
@@ -44,9 +44,9 @@ def ring(backend: str, sizes: list[int]) -> tuple[bool, list[str], list[tuple[ob
         for step in range(1, ranks):
             size = sizes[(rank - step) % ranks]
             inbox = transport.inbox(size, max(sizes), (3,), held)
-            arrival = transport.shift(WholeRows(held), inbox, 0, slice(0, size), 0)
-            arrival.wait()
-            arrival.leave()
+            transfer = transport.shift(OutgoingRows(held), inbox, 0, slice(0, size), 0)
+            transfer.wait()
+            transfer.leave()
             held = inbox.rows
             right &= torch.equal(held, rows_of((rank - step) % ranks, size))
         transport.synchronize()
@@ -148,13 +148,13 @@ def late_rows() -> list[str]:
         transport = TwoSided(None, timeout_s=0.1)
         ranks, block = transport.world_size, rows_of(0, 2)
         inbox = transport.inbox(2 * ranks, 2 * ranks, (3,), block)
-        transport.all_gather(WholeRows(block, "queries"), inbox).wait()
+        transport.all_gather(OutgoingRows(block, what="queries"), inbox).wait()
         until_noted(transport)
         split = [2 * (rank == 0) for rank in range(ranks)]
         calls: list[Callable[[], object]] = [
-            lambda: transport.all_to_all(WholeRows(block), split, inbox, split, [0] * ranks),
-            lambda: transport.all_gather(WholeRows(block), inbox),
-            lambda: transport.shift(WholeRows(block), inbox, 0, slice(0, 2), 0),
+            lambda: transport.all_to_all(OutgoingRows(block), split, inbox, split, [0] * ranks),
+            lambda: transport.all_gather(OutgoingRows(block), inbox),
+            lambda: transport.shift(OutgoingRows(block), inbox, 0, slice(0, 2), 0),
             transport.synchronize,
         ]
         for call in calls:
@@ -199,12 +199,12 @@ def alone_at_the_exchange(thrown_away: bool) -> str:
         return ""
     transport = TwoSided(None, timeout_s=0.3)
     inbox = transport.inbox(2, 2, (3,), torch.zeros(2, 3))
-    arrival: Arrival | None = transport.shift(WholeRows(torch.zeros(0, 3)), inbox, 0, slice(0, 2), 0)
+    transfer: Transfer | None = transport.shift(OutgoingRows(torch.zeros(0, 3)), inbox, 0, slice(0, 2), 0)
     if thrown_away:
-        arrival = None
+        transfer = None
     with pytest.raises(ExchangeError) as raised:
         transport.synchronize()
-    del arrival
+    del transfer
     return str(raised.value)
 
 
@@ -220,10 +220,10 @@ def under_way(backend: str) -> bool:
         rank, ranks = transport.rank, transport.world_size
         time.sleep(0.2 * rank)
         inbox = transport.inbox(ranks, ranks, (3,), torch.zeros(1, 3))
-        arrival = transport.all_gather(WholeRows(rows_of(rank, 1)), inbox)
+        transfer = transport.all_gather(OutgoingRows(rows_of(rank, 1)), inbox)
         transport.synchronize()
         right = torch.equal(inbox.rows, torch.cat([rows_of(each, 1) for each in range(ranks)]))
-        arrival.wait()
+        transfer.wait()
     return right
 
 
@@ -237,15 +237,15 @@ def puts_under_way(fails: bool) -> tuple[int, str]:
     cp = flashcp.ContextParallel(transport="shm", timeout_s=10)
     plan = flashcp.plan(LENGTHS, cp.world_size, "per_document")
     _, k, v = (cp.shard(x, plan) for x in random_qkv(sum(LENGTHS), *HEADS, 8, torch.float32, seed=1)[:3])
-    carry = _Courier._carry
+    carry = ShmFabric._carry
 
-    def slow(courier: _Courier, put: Put) -> None:
+    def slow(fabric: ShmFabric, put: Put) -> None:
         time.sleep(0.1)
         if fails:
             raise OSError("no such memory")
-        carry(courier, put)
+        carry(fabric, put)
 
-    with patch.object(_Courier, "_carry", slow):
+    with patch.object(ShmFabric, "_carry", slow):
         handle = cp.prefetch(k, v, plan)
         assert cp._transport.oldest != NO_PUT
         try:

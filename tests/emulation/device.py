@@ -96,7 +96,7 @@ class _Address:
 
 
 class EmulatedDevice:
-    """One rank's device, as `flashcp.comm.fabrics.device.Device`.
+    """One rank's device, as `flashcp.comm.fabrics.cuda_device.CudaDevice`.
 
     sms: programs that can be there at a time. queues: how many FIFO queues streams share, 0 for one each.
     """
@@ -111,7 +111,6 @@ class EmulatedDevice:
         self.capturing = False
 
     def new_stream(self, name: str) -> Stream:
-        """See Device."""
         streams = self._device.streams
         if self.queues and len(streams) >= self.queues:
             return streams[len(streams) % self.queues]
@@ -119,11 +118,9 @@ class EmulatedDevice:
         return streams[-1]
 
     def current_stream(self) -> Stream:
-        """See Device."""
         return self._current
 
     def is_capturing(self) -> bool:
-        """See Device."""
         return self.capturing
 
     def new(self, size: int, name: str) -> Tensor:
@@ -143,7 +140,6 @@ class EmulatedDevice:
         return torch.from_numpy(held)
 
     def zeros(self, size: int) -> Tensor:
-        """See Device."""
         memory = self.new(size, "zeros")
         self.queue(self._current, Work("clear", _on(memory, self, "clear", lambda x: x.zero_()), sms=1))
         return memory
@@ -161,7 +157,6 @@ class EmulatedDevice:
         return x.detach().clone()
 
     def wrap(self, memory: Tensor, token: object) -> Tensor:
-        """See Device."""
         found = self.memory.find(memory.data_ptr())
         assert found is not None
         offset = memory.data_ptr() - found.start
@@ -170,7 +165,6 @@ class EmulatedDevice:
         return torch.from_numpy(held)
 
     def copy(self, into: Tensor, source: Tensor, stream: Stream) -> None:
-        """See Device."""
         if source.numel():
             pair = [self.address(into), self.address(source)]
 
@@ -181,7 +175,6 @@ class EmulatedDevice:
             self.queue(stream, Work("copy", run))
 
     def wait_value(self, word: Tensor, value: int, stream: Stream) -> None:
-        """See Device."""
         address = self.address(word)
         what = f"{address.block.name}, flag {word.storage_offset()} >= {value}"
 
@@ -191,33 +184,27 @@ class EmulatedDevice:
         self.queue(stream, Work("wait", lambda: None, ready=(there, what)))
 
     def write_value(self, word: Tensor, value: int, stream: Stream) -> None:
-        """See Device."""
         address = self.address(word)
         self.queue(stream, Work("write", lambda: _fill(address.tensor(f"{self.name}, {stream.name}: a write"), value)))
 
     def record(self, stream: Stream) -> Event:
-        """See Device."""
         return Event(stream, stream.put)
 
     def wait_event(self, stream: Stream, event: Event) -> None:
-        """See Device."""
         self.queue(stream, Work("wait", lambda: None, ready=(event.query, f"{event.stream.name}, entry {event.place}")))
 
     def keep(self, memory: Tensor, stream: Stream) -> None:
-        """See Device."""
         found = self.memory.find(memory.data_ptr())
         if found is not None:
             self._kept.setdefault(found.start, []).append(stream)
 
     def delay(self, rows: Tensor, gbps: float, stream: Stream) -> None:
-        """See Device: order is all there is here, and delays are drawn anyway."""
+        """Order is all there is here, and delays are drawn anyway."""
 
     def watch(self, started: Event, ended: Event, late: Callable[[], None]) -> None:
-        """See Device."""
         self.world.watches.append((started, ended, late))
 
     def synchronize(self) -> None:
-        """See Device."""
         self.host.wait(all_of(self._device.streams), f"the streams of {self.name}")
 
     def queue(self, stream: Stream, work: Work) -> None:

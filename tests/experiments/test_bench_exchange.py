@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashcp.comm.exchanges.exact import Exact
-from flashcp.comm.exchanges.homecoming import ReturnedRows
+from flashcp.comm.exchanges.receiving import GradientReturn
 from flashcp.experiments.bench import keys as bench_keys
 from flashcp.experiments.bench_exchange import exchange_table, main, options_of, to_row
 from flashcp.experiments.cli import main as flashcp
@@ -87,11 +87,16 @@ def test_throttled_rows_are_exposed_without_overlap_and_less_with_it() -> None:
 @contextmanager
 def broken(name: str) -> Iterator[None]:
     """An exchange whose gradients come home too large, whose output is wrong, or that sends more than it should."""
-    add, start = ReturnedRows.add_to, Exact.start
+    start, send_home = Exact.start, Exact.return_gradients
 
-    def add_twice(self: ReturnedRows, gradients: Any) -> None:
-        add(self, gradients)
-        gradients.k.mul_(1.01)
+    def return_wrong(self: Exact, plan: Any, gradients: Tensor) -> GradientReturn:
+        returned = send_home(self, plan, gradients)
+
+        def add_to(local: Any) -> None:
+            returned.add_to(local)
+            local.k.mul_(1.01)
+
+        return returned._replace(add_to=add_to)
 
     def start_wrong(self: Exact, plan: Any, k: Tensor, v: Tensor) -> Any:
         return start(self, plan, 1.01 * k, v)
@@ -102,7 +107,7 @@ def broken(name: str) -> Iterator[None]:
         return start(self, plan, k, v)
 
     wrong: dict[str, tuple[type, str, Callable[..., Any]]] = {
-        "gradients": (ReturnedRows, "add_to", add_twice),
+        "gradients": (Exact, "return_gradients", return_wrong),
         "output": (Exact, "start", start_wrong),
         "bytes": (Exact, "start", start_again),
     }

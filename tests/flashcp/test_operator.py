@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import flashcp
+from flashcp.comm.choice import Connection
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
+from flashcp.comm.transport import Alone
 from tests.packs import random_qkv
 from tests.ranks import run_cases, run_ranks
 
@@ -75,7 +77,7 @@ def kept(exchange: str, backward: str) -> list[bool]:
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             handle = cp.prefetch(k, v, plan)
-            buffer = weakref.ref(handle._flight.inbox.rows)
+            buffer = weakref.ref(handle._incoming.inbox.rows)
             out = handle.attention(q)
             assert out.requires_grad == grad
             alive.append(buffer() is not None)
@@ -156,14 +158,32 @@ def test_unshard_keeps_all_of_a_gradient() -> None:
     assert all(run_ranks(gradient_of_an_imaginary_part, 2))
 
 
+HERE = Connection(Alone(), None, "this test's")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"timeout_s": 1e15}, "expected seconds from 0.001 to 1e"),
         ({"timeout_s": 1e-300}, "expected seconds from 0.001"),
         ({"tuning": "forward=16x16x4x1"}, "tuning is a str: expected"),
+        ({"options": {"heap_mib": 1.0}}, r"options is a dict: expected a flashcp\.TransportOptions, or None"),
+        ({"group": HERE, "transport": "shm"}, "transport='shm': expected none beside a Connection, which has its own"),
+        ({"group": HERE, "timeout_s": 5}, "timeout_s=5: expected none beside a Connection"),
+        ({"group": HERE, "options": flashcp.TransportOptions()}, "options=TransportOptions.*: expected none beside a"),
     ],
 )
 def test_arguments_that_do_not_fit(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         flashcp.ContextParallel(**options)
+
+
+def test_a_connection_stands_for_what_it_was_made_with() -> None:
+    assert flashcp.ContextParallel(HERE).transport_reason == "this test's"
+
+
+@pytest.mark.parametrize("field", ["heap_mib", "region_mib", "throttle_gbps"])
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "1"])
+def test_transport_options_are_checked(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{field}={value!r}: expected a number >= 0$"):
+        flashcp.TransportOptions(**{field: value})

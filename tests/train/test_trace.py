@@ -82,7 +82,7 @@ def test_a_trace_holds_the_steps_after_the_first_and_names_ranks(traces: dict[st
 @pytest.mark.parametrize("overlap", ["staged", "none"])
 def test_transfers_are_on_a_track_of_their_own(traces: dict[str, list[Trace]], overlap: str) -> None:
     for trace in traces[overlap]:
-        assert trace.tracks(r"send .* to rank \d") == {"flashcp-courier"}
+        assert trace.tracks(r"send .* to rank \d") == {"flashcp-puts"}
         assert trace.tracks(r".*tiles.*|wait .*|headers|gradients home") == {"model and attention"}
 
 

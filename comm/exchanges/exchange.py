@@ -1,0 +1,200 @@
+"""What every exchange offers, and what it works with.
+
+Shapes: T local rows, R rows of the receive buffer, H query heads, K KV heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashcp.comm.clock import Clock
+from flashcp.comm.rows import Inbox
+from flashcp.comm.transport import Transfer, Transport
+from flashcp.kernels.interface import AttentionKernel
+from flashcp.kernels.schedule import Schedule, build_schedule
+from flashcp.kernels.uploads import Uploaded
+from flashcp.sharding.exchanges import EXCHANGES
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.shards import Segments
+
+__all__ = ["AttentionSettings", "Exchange", "IncomingKV", "Layout", "Saved"]
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """How attention is computed: the kernel, the overlap, in how many parts received rows are computed when staged,
+    whether KV is fetched twice.
+
+    agree: returns when all ranks said that they do the same; called before others' rows are read.
+    """
+
+    kernel: AttentionKernel
+    overlap: str
+    stages: int
+    refetch: bool
+    clock: Clock
+    agree: Callable[[], None]
+
+
+class IncomingKV(NamedTuple):
+    """KV on its way to this rank, and this rank's own to others.
+
+    inbox: where it arrives, [R, 2 (K and V), K, D].
+    parts: as rows arrive, the schedules that can now run; together they cover the whole receive buffer. Its argument:
+    how many there are, where the exchange leaves the choice.
+    leave: returns when this rank's rows have left: k and v may be written to again.
+    transfer: the one operation in which the rows of all sources come, where there is one.
+    """
+
+    inbox: Inbox
+    parts: Callable[[int], Iterator[Schedule]]
+    leave: Callable[[], None]
+    transfer: Transfer | None = None
+
+    def wait(self) -> None:
+        """Return when all rows have arrived."""
+        if self.transfer is not None:
+            self.transfer.wait()
+        else:
+            for _ in self.parts(1):
+                pass
+
+
+class Saved(NamedTuple):
+    """Tensors an exchange saves for its backward; `out` is [T, H, D] unless the exchange computes elsewhere.
+
+    received: the rows of the inbox, and tickets: what the transport knows its inboxes by, as a tensor, so that both are
+    saved and computed again together; None where the rows are to be fetched again. queries: gathered ones (`ulysses`).
+    """
+
+    q: Tensor  # [T, H, D]
+    k: Tensor  # [T, K, D]
+    v: Tensor  # [T, K, D]
+    out: Tensor
+    lse: Tensor  # [T, H]
+    received: Tensor | None  # [R, 2, K, D]
+    tickets: Tensor | None
+    queries: Tensor | None = None
+
+
+class Layout:
+    """One plan as a rank's exchange sees it: what leaves, what arrives where, what is computed from it."""
+
+    def __init__(self, exchange: str, plan: ShardingPlan, rank: int) -> None:
+        self.exchange, self.plan, self.rank = exchange, plan, rank
+        self.local: Segments = plan.local(rank)
+        self.received: Segments = EXCHANGES[exchange].received(plan, rank)
+        self.sent: Segments = EXCHANGES[exchange].sent(plan, rank)
+        self.schedule_of = lru_cache(maxsize=None)(self._schedule_of)
+        self._sent_index = lru_cache(maxsize=None)(lambda device: Uploaded(self.sent.buffer_rows(), device))
+
+    def sent_index(self, device: torch.device) -> Tensor:
+        """Local rows in the order they leave."""
+        return self._sent_index(device).here()
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """All that this rank computes."""
+        return build_schedule(self.local, local=self.local, received=self.received)
+
+    @cached_property
+    def local_schedule(self) -> Schedule:
+        """What the local rows alone contribute."""
+        return build_schedule(self.local, local=self.local)
+
+    @cached_property
+    def gathered_schedule(self) -> Schedule:
+        """The whole pack computed from the receive buffer, queries too."""
+        return build_schedule(self.received, local=self.received)
+
+    def stages(self, parts: int) -> list[tuple[int, ...]]:
+        """Sources in about equal parts, in the order in which their rows come: rank - 1 first, rank + 1 last."""
+        sources = set(self.received.rank.tolist()) - {self.rank}
+        ranks = self.plan.world_size
+        order = [source for i in range(1, ranks) if (source := (self.rank - i) % ranks) in sources]
+        cuts = [len(order) * i // parts for i in range(parts + 1)]
+        return [tuple(order[a:b]) for a, b in pairwise(cuts) if b > a]
+
+    def incoming(self, transfer: Transfer, inbox: Inbox) -> IncomingKV:
+        """Rows of all ranks that leave and arrive in one operation."""
+
+        def parts(stages: int) -> Iterator[Schedule]:
+            for sources in self.stages(stages):
+                for source in sources:
+                    transfer.wait(source)
+                yield self.schedule_of(sources)
+
+        return IncomingKV(inbox, parts, transfer.leave, transfer)
+
+    def _schedule_of(self, sources: tuple[int, ...]) -> Schedule:
+        """What the rows received from some ranks contribute."""
+        return build_schedule(self.local, received=self.received.take(np.isin(self.received.rank, sources)))
+
+
+class Exchange(ABC):
+    """One way for KV to travel. `name` is a key of `flashcp.sharding.exchanges.EXCHANGES`.
+
+    gradient_dtype is what the wire carries in the backward pass; None: the model's. splits_heads: whether ranks
+    share out heads, so that their number must divide query and KV heads. moves_later: whether rows also travel while
+    attention is computed, so that ranks must come to that together.
+    """
+
+    name: str
+    moves_later = False
+    splits_heads = False
+    gradient_dtype: torch.dtype | None = torch.float32
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self.layout = lru_cache(maxsize=4)(lambda plan: Layout(self.name, plan, transport.rank))
+
+    def check(self, query_heads: int, kv_heads: int) -> None:
+        """Raises ValueError for head counts this exchange cannot split."""
+        ranks = self.transport.world_size
+        if self.splits_heads and (query_heads % ranks or kv_heads % ranks):
+            raise ValueError(
+                f"query_heads={query_heads}, kv_heads={kv_heads}: exchange {self.name!r} on {ranks} ranks expects "
+                f"multiples of {ranks}"
+            )
+
+    @abstractmethod
+    def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
+        """Let the K and V rows [T, K, D] leave."""
+
+    @abstractmethod
+    def forward(
+        self,
+        plan: ShardingPlan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        incoming: IncomingKV,
+        settings: AttentionSettings,
+        scale: float,
+    ) -> tuple[Tensor, Saved]:
+        """Attention of this rank's queries, [T, H, D] in q's dtype, and what the backward needs."""
+
+    @abstractmethod
+    def backward(
+        self, plan: ShardingPlan, grad_out: Tensor, saved: Saved, settings: AttentionSettings, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of this rank's q, k and v, fp32."""
+
+    def is_open(self, saved: Saved) -> bool:
+        """Whether the rows that were received still lie where they were."""
+        return saved.tickets is not None and all(map(self.transport.is_open, saved.tickets.tolist()))
+
+    def release(self, saved: Saved) -> None:
+        """What was received is read no more; on all ranks at the same point of the program."""
+        if saved.tickets is not None:
+            for ticket in saved.tickets.tolist():
+                self.transport.free(ticket)
