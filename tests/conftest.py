@@ -41,7 +41,7 @@ class Module(pytest.Module):
     def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
         try:
             return super().collect()
-        except self.CollectError as error:
+        except Exception as error:
             cause: BaseException | None = error
             while cause and not isinstance(cause, ModuleNotFoundError):
                 cause = cause.__cause__
