@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flashcp.experiments.figure import INK, PALETTE
+from flashcp.experiments.sweep.figure import INK, PALETTE
 
 __all__ = ["draw_bars", "tidy"]
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from flashcp.experiments.figure import INK
 from flashcp.experiments.paper.bars import COLOURS
 from flashcp.experiments.paper.cells import Cell, Numbers
+from flashcp.experiments.sweep.figure import INK
 
 __all__ = ["Win", "cells", "draw", "wins"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flashcp.experiments.rows import Row
+from flashcp.experiments.sweep.rows import Row
 
 __all__ = ["Cell", "Numbers", "farthest", "verdict"]
 

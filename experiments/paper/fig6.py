@@ -7,10 +7,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from flashcp.experiments.figure import PARTS
 from flashcp.experiments.paper.bars import tidy
 from flashcp.experiments.paper.cells import Cell, Numbers
 from flashcp.experiments.paper.values import BREAKDOWN, Breakdown
+from flashcp.experiments.sweep.figure import PARTS
 
 __all__ = ["breakdown", "cells", "draw"]
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from flashcp.experiments.paper import beyond, fig3, fig5, fig6, fig7, parts, reality, table2
 from flashcp.experiments.paper.cells import Cell, Numbers, verdict
-from flashcp.experiments.rows import Row
+from flashcp.experiments.sweep.rows import Row
 
 __all__ = ["FIGURES", "PaperFigure", "publish_figure"]
 

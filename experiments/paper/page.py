@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashcp.experiments.calibration.figure import draw_calibration
-from flashcp.experiments.calibration.times import DIRECTIONS, errors, read_times
+from flashcp.experiments.bench.calibration.figure import draw_calibration
+from flashcp.experiments.bench.calibration.times import DIRECTIONS, errors, read_times
 from flashcp.experiments.paper.cells import Cell, Numbers, farthest, verdict
 from flashcp.experiments.paper.figures import FIGURES, publish_figure
 from flashcp.experiments.paper.notes import NOTES, prose
-from flashcp.experiments.rows import RESULTS, WINDOWS, Row, read_rows
+from flashcp.experiments.sweep.rows import RESULTS, WINDOWS, Row, read_rows
 
 __all__ = ["PAGE", "paper_folders", "write_paper_page"]
 

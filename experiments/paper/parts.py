@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from flashcp.experiments.figure import INK
 from flashcp.experiments.paper.bars import COLOURS, tidy
 from flashcp.experiments.paper.cells import Cell, Numbers
+from flashcp.experiments.sweep.figure import INK
 
 __all__ = ["BASELINES", "CHANGES", "DATA", "Stage", "cells", "draw", "stages"]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from flashcp.experiments.figure import INK
 from flashcp.experiments.paper.bars import COLOURS, tidy
 from flashcp.experiments.paper.cells import Cell, Numbers
-from flashcp.experiments.rows import RESULTS, Row, read_rows
+from flashcp.experiments.sweep.figure import INK
+from flashcp.experiments.sweep.rows import RESULTS, Row, read_rows
 from flashcp.sharding.methods import METHODS
 
 __all__ = ["beyond_noise", "cells", "draw", "measured_rows", "out_of_order"]

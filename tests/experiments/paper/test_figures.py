@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashcp.experiments.cli import main
-from flashcp.experiments.compose import expand
+from flashcp.experiments.cli.compose import expand
+from flashcp.experiments.cli.main import main
+from flashcp.experiments.cli.schema import committed
+from flashcp.experiments.cli.simulate_choices import chosen_variants, read_setting
 from flashcp.experiments.paper.cells import Cell, Numbers, verdict
 from flashcp.experiments.paper.fig6 import breakdown
 from flashcp.experiments.paper.figures import FIGURES
@@ -21,10 +23,8 @@ from flashcp.experiments.paper.page import write_paper_page
 from flashcp.experiments.paper.parts import BASELINES, DATA, stages
 from flashcp.experiments.paper.reality import measured_rows
 from flashcp.experiments.paper.values import BREAKDOWN
-from flashcp.experiments.rows import read_rows, write_rows
-from flashcp.experiments.schema import committed
-from flashcp.experiments.simulate_choices import chosen_variants, read_setting
-from flashcp.experiments.simulations import case_name
+from flashcp.experiments.sweep.rows import read_rows, write_rows
+from flashcp.experiments.sweep.simulations import case_name
 from flashcp.sharding.methods import METHODS
 from tests.checkout import ROOT
 

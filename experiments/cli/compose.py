@@ -1,0 +1,163 @@
+"""The door to Hydra: overrides in, composed configurations out, every complaint one line."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flashcp.experiments.cli.schema import GROUPS, register
+
+__all__ = ["Job", "compose", "expand", "multirun", "register_config"]
+
+CONFIGS = "flashcp.conf"
+KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
+QUIET = (
+    "hydra/hydra_logging=disabled",
+    "hydra/job_logging=disabled",
+    "hydra.job.chdir=false",
+    "hydra.output_subdir=null",
+    "hydra.sweep.subdir=.",
+)
+
+
+class Job(NamedTuple):
+    """One job of a multirun: its configuration as plain values, and the overrides that made it."""
+
+    settings: dict[str, Any]
+    overrides: list[str]
+
+
+def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration `conf/NAME.yaml` with overrides, as plain values. Raises ValueError in one line."""
+    register()
+    _check(overrides)
+    with _one_line(name, overrides), initialize_config_module(config_module=CONFIGS, version_base="1.3"):
+        return _plain(hydra_compose(name, list(overrides)))
+
+
+def expand(name: str, overrides: Sequence[str]) -> list[Job]:
+    """What `multirun` would hand to its jobs, in order; nothing is run, nothing stays on disk."""
+    jobs: list[Job] = []
+    with tempfile.TemporaryDirectory() as folder:
+        multirun(name, overrides, folder, jobs.append)
+    return jobs
+
+
+def multirun(name: str, overrides: Sequence[str], out: str, run: Callable[[Job], None]) -> None:
+    """A Hydra multirun in directory `out`: `hydra.sweeper.params` and overrides spelled `key=a,b` span the jobs.
+
+    run: called with each job. Raises ValueError for overrides that do not compose.
+    """
+    register()
+    _check(overrides)
+
+    def task(config: DictConfig) -> None:
+        run(Job(_plain(config), list(HydraConfig.get().overrides.task)))
+
+    with _one_line(name, overrides):
+        search_path = create_config_search_path(f"pkg://{CONFIGS}")
+        hydra = Hydra.create_main_hydra2(task_name="flashcp", config_search_path=search_path)
+        try:
+            hydra.multirun(name, task, [*QUIET, *overrides, f"hydra.sweep.dir={_quoted(out)}"])
+        finally:
+            GlobalHydra.instance().clear()
+
+
+def register_config(name: str, schema: type[Any]) -> None:
+    """Make a dataclass a configuration that `compose` knows by name."""
+    ConfigStore.instance().store(name=name, node=schema)
+
+
+def _check(overrides: Sequence[str]) -> None:
+    """Hydra would let `+key=1` and `~key` change which keys there are; a configuration's keys are fixed."""
+    for override in overrides:
+        if override.startswith(("+", "~")) or "=" not in override:
+            raise ValueError(f"{override!r} is not an override: expected KEY=VALUE")
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
+    return values
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+@contextmanager
+def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
+    """Hydra's and OmegaConf's errors as a ValueError that names the override and what is legal."""
+    try:
+        yield
+    except MissingConfigException as error:
+        if error.options is None:
+            raise ValueError(_first_line(error)) from error
+        group, _, value = str(error.missing_cfg_file).rpartition("/")
+        legal = GROUPS.get(group, sorted(error.options))
+        raise ValueError(f"{group}={value}: expected one of {', '.join(legal)}") from error
+    except OverrideParseException as error:
+        raise ValueError(f"{error.override!r} is not an override: expected KEY=VALUE") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_complaint(name, overrides, error)) from error
+    except ValueError as error:  # Hydra's own about a group that is given a number or null, which it does not name
+        given = next((override for override in overrides if _names_nothing(override)), "")
+        if not given or not str(error).startswith("Config group override must be"):
+            raise
+        legal = GROUPS.get(given.split("=")[0], ["the sweeps that --help lists"])
+        raise ValueError(f"{given}: expected one of {', '.join(legal)}") from error
+
+
+def _complaint(name: str, overrides: Sequence[str], error: Exception) -> str:
+    message, cause = str(error), _first_line(error.__cause__) if error.__cause__ else ""
+    if unknown := re.match(r"Could not override '(.+?)'", message):
+        key = unknown[1]
+        if (full := getattr(error.__cause__, "full_key", None)) and str(full).startswith(f"{key}."):
+            key = str(full)  # parallel={zz:1}: the key that is unknown is below the one given
+        legal = _siblings(name, key, overrides)
+        return f"{key}: no such override; expected one of {', '.join(legal)}"
+    if ambiguous := re.match(r"Ambiguous value for argument '(.+?)'", message):
+        return f"{ambiguous[1]}: expected one value (`flashcp sweep` takes several; a list is written [a,b])"
+    if merging := re.match(r"Error merging override (.+)", message):
+        wanted = re.search(r"could not be converted to (\w+)|is not a valid (bool)", cause)
+        if "is not a ListConfig" in cause:
+            return f"{merging[1]}: expected a list, written [a,b]"
+        kind = KINDS.get((wanted[1] or wanted[2]) if wanted else "")
+        return f"{merging[1]}: expected {kind}" if kind else f"{merging[1]}: {cause}"
+    return f"{' '.join(message.splitlines()[:2])}{f' ({cause})' if cause else ''}"
+
+
+def _siblings(name: str, key: str, overrides: Sequence[str]) -> list[str]:
+    """The keys that stand where an unknown one was given: those of the groups that were chosen."""
+    chosen = [override for override in overrides if override.split("=")[0] in GROUPS.keys() - {key}]
+    place: Any = compose(name, chosen)
+    for part in key.split(".")[:-1]:
+        if not isinstance(place, dict) or not isinstance(place.get(part), dict):
+            break
+        place = place[part]
+    return list(place)
+
+
+def _names_nothing(override: str) -> bool:
+    """Whether a group is given a number, null or the like."""
+    value = OverridesParser.create().parse_override(override).value()
+    return override.split("=")[0] in (*GROUPS, "experiment") and not isinstance(value, str | list | dict)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
