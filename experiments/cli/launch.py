@@ -20,7 +20,16 @@ from flashcp.train.summary import write_json
 if TYPE_CHECKING:  # it reads Hydra's configuration, which not every machine that measures has
     from flashcp.experiments.cli.settings import Run
 
-__all__ = ["BAD_INPUT", "Outcome", "RanksFailedError", "diagnose", "launch", "leave_no_trace", "start_ranks"]
+__all__ = [
+    "BAD_INPUT",
+    "Outcome",
+    "RanksFailedError",
+    "diagnose",
+    "launch",
+    "leave_no_trace",
+    "rank_environment",
+    "start_ranks",
+]
 
 BAD_INPUT = 2
 COMPLAINT = re.compile(rb"(?:^|[\r\]])error: (.*)$", re.MULTILINE)  # a bar may stand before it on the line
@@ -44,26 +53,30 @@ class Outcome(NamedTuple):
     error: str
 
 
-def launch(run: Run, watch: Callable[[], None] | None = None) -> Outcome:
-    """Run every rank to its end. What they say goes to out/ranks.log; without `watch` also to standard error.
+def launch(*runs: Run, watch: Callable[[], None] | None = None) -> Outcome:
+    """Run every rank to its end, several runs in turns on the same ranks (`flashcp/train/turns.py`).
 
+    What the ranks say goes to ranks.log in the first run's `out`; without `watch` also to standard error.
     watch: called a few times a second while the ranks work, and once after. Bad input that the ranks find before
-    the first step leaves nothing in `out`. parallel.attention=triton on a CPU runs in Triton's interpreter, which
+    the first step leaves nothing in any `out`. parallel.attention=triton on a CPU runs in Triton's interpreter, which
     `rank_environment` turns on. Raises ValueError when `out` cannot be written.
     """
-    out = Path(run.config.out)
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    config, log = out / "config.json", out / "ranks.log"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(config, dataclasses.asdict(run.config))
-        log.write_bytes(b"")
-    except OSError as error:
-        raise ValueError(f"out={str(out)!r}: cannot be written ({error.strerror}: {error.filename})") from error
-    arguments = ["-m", "flashcp.train", str(config)]
-    outcome = start_ranks(arguments, run.world_size, run.threads, log, rank_environment(run.config), watch)
-    if outcome.code == BAD_INPUT and not (out / METRICS).exists():  # found before the first step
-        leave_no_trace([config, log], made)
+    folders = [Path(run.config.out) for run in runs]
+    made = list(dict.fromkeys(folder for out in folders for folder in (out, *out.parents) if not folder.exists()))
+    configs, log = [out / "config.json" for out in folders], folders[0] / "ranks.log"
+    for run, config in zip(runs, configs, strict=True):
+        try:
+            config.parent.mkdir(parents=True, exist_ok=True)
+            write_json(config, dataclasses.asdict(run.config))
+            log.write_bytes(b"")
+        except OSError as error:
+            where = str(config.parent)
+            raise ValueError(f"out={where!r}: cannot be written ({error.strerror}: {error.filename})") from error
+    arguments = ["-m", "flashcp.train", *map(str, configs)]
+    first = runs[0]
+    outcome = start_ranks(arguments, first.world_size, first.threads, log, rank_environment(first.config), watch)
+    if outcome.code == BAD_INPUT and not any((out / METRICS).exists() for out in folders):  # before the first step
+        leave_no_trace([*configs, log], sorted(made, key=lambda folder: -len(folder.parts)))
     return outcome
 
 

@@ -51,13 +51,15 @@ class SweepSettings:
 
     baseline: the method that speedups are over; `none`: the sweep's lines are levels of overlap (`parallel.overlap`),
     compared with overlap `none` on each case. reference: also run every job's packs on one process and compare
-    the losses. rerun: run what results.csv already holds again.
+    the losses. rerun: run what results.csv already holds again. turns: runs of one case that differ in the method take
+    turns, step by step, on the same ranks; false: one after another, for models of which memory holds only one.
     """
 
     name: str = "sweep"
     baseline: str = "llama3"
     reference: bool = True
     rerun: bool = False
+    turns: bool = True
 
 
 @dataclass

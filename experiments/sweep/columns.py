@@ -16,7 +16,7 @@ class Column(NamedTuple):
 
     title: str
     says: str
-    value: Callable[[Line], float | None]
+    value: Callable[[Line], float | str | None]
     form: str
     single: bool = True
 
@@ -31,7 +31,13 @@ STEP = Column(
     "step ms", "whole optimizer step: median over steps after warm-up, with p20 - p80 below", lambda x: x.step_ms, ".0f"
 )
 RESULT = (
-    Column("speedup over {baseline}", "step of the baseline / this step", lambda x: x.speedup, ".3f"),
+    Column(
+        "speedup over {baseline}",
+        "step of the baseline / this step: median of the ratios within a turn, in brackets p20 - p80; not told apart: "
+        "that range has 1 in it",
+        lambda x: x.speedup_text,
+        "",
+    ),
     Column("final loss", "nats a token at the last step", lambda x: x.final_loss, ".5f"),
     Column(
         "loss difference",

@@ -8,7 +8,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from flashcp.experiments.sweep.rows import REFERENCE, Row
+import numpy as np
+
+from flashcp.experiments.sweep.rows import REFERENCE, TURN_MS, TURNS, Row
+from flashcp.train.summary import WARM_UP_STEPS
 
 __all__ = ["LOSS_TOLERANCE", "NO_OVERLAP", "Comparison", "Line", "compare", "relative_difference"]
 
@@ -22,7 +25,8 @@ NO_OVERLAP = "none"
 class Line:
     """One method, or level of overlap, on one case. None: there is no such number. Times are medians over steps, ms.
 
-    speedup: the baseline's step over this one's. loss_difference: largest over the steps, relative, against the
+    speedup: the baseline's step over this one's: in turns the median of the ratios within a turn, with their p20 and
+    p80, else the ratio of the medians. loss_difference: largest over the steps, relative, against the
     single-process run. losses: of every step. exposed_ms: attention_ms + exposed_exchange_ms beyond the attention_ms
     of overlap `none` on the same case, that is, what the exchange adds wherever a level waits for it (`fused` waits
     inside attention); hidden: the share of that of `none` which is gone.
@@ -43,6 +47,27 @@ class Line:
     kind: str
     exposed_ms: float | None = None
     hidden: float | None = None
+    speedup_p20: float | None = None
+    speedup_p80: float | None = None
+    took_turns: bool = False
+
+    @property
+    def is_told_apart(self) -> bool:
+        """Whether most turns agree on which of the two is faster; runs that took no turns are not asked."""
+        low, high = self.speedup_p20, self.speedup_p80
+        return low is None or high is None or not low < 1 < high
+
+    @property
+    def speedup_text(self) -> str:
+        """`1.24 (1.19 - 1.31)`, with the range where turns tell it; `not told apart` where they disagree."""
+        if self.speedup is None:
+            return ""
+        if self.speedup_p20 is None:
+            return f"{self.speedup:.3f}" + (" (other turns)" if self.took_turns else "")
+        if self.speedup_p20 == self.speedup_p80 == 1:  # the baseline itself
+            return "1"
+        spread = f"({self.speedup_p20:.2f} - {self.speedup_p80:.2f})"
+        return f"{self.speedup:.2f} {spread}" if self.is_told_apart else f"not told apart {spread}"
 
     @property
     def is_hidden_told(self) -> bool:
@@ -114,7 +139,7 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
         for found in found_runs:
             # Runs of other settings (steps, model, data) have another single-process run: no speedup over those.
             same = first is not None and found[0].reference == first[0].reference
-            lines.append(_line(found, _number(first, "step_ms") if first and same else None, by_config))
+            lines.append(_line(found, first if same else None, by_config))
         references = dict.fromkeys(found[0].reference for found in found_runs)
         alone = [by_config[digest] for digest in references if digest in by_config]
         lines += [dataclasses.replace(_line(found, None, {}), case=found_runs[0][0].case) for found in alone]
@@ -127,8 +152,9 @@ def relative_difference(loss: float, reference: float) -> float:
     return abs(loss - reference) / (abs(reference) or abs(loss) or 1.0)
 
 
-def _line(rows: Sequence[Row], baseline_ms: float | None, runs: dict[str, list[Row]]) -> Line:
-    first, step_ms, own = rows[0], _number(rows, "step_ms"), _losses(rows)
+def _line(rows: Sequence[Row], baseline: Sequence[Row] | None, runs: dict[str, list[Row]]) -> Line:
+    first, own = rows[0], _losses(rows)
+    p20, speedup, p80 = _speedup(rows, baseline or ())
     expected = _losses(runs.get(first.reference, []))
     difference = None
     if own and len(own) == len(expected):
@@ -141,12 +167,15 @@ def _line(rows: Sequence[Row], baseline_ms: float | None, runs: dict[str, list[R
         attention_ms=_number(rows, "attention_ms"),
         exposed_exchange_ms=_number(rows, "exposed_exchange_ms"),
         wait_ms=_number(rows, "wait_ms"),
-        step_ms=step_ms,
-        speedup=baseline_ms / step_ms if baseline_ms and step_ms else None,
+        step_ms=_number(rows, "step_ms"),
+        speedup=speedup,
+        speedup_p20=p20,
+        speedup_p80=p80,
         final_loss=_number(rows, "final_loss"),
         loss_difference=difference,
         losses=own,
         kind=first.kind,
+        took_turns=_number(rows, TURNS) is not None,
     )
 
 
@@ -166,6 +195,22 @@ def _number(rows: Sequence[Row], metric: str) -> float | None:
     return next((row.median for row in rows if row.metric == metric), None)
 
 
+def _speedup(rows: Sequence[Row], baseline: Sequence[Row]) -> tuple[float | None, float | None, float | None]:
+    """p20, median, p80 of the ratios within a turn; of runs that took no turns together the ratio of medians."""
+    begun = _number(rows, TURNS)
+    if begun is not None and begun == _number(baseline, TURNS):
+        ours, theirs = _by_step(rows, TURN_MS), _by_step(baseline, TURN_MS)
+        ratios = [b / a for a, b in zip(ours, theirs, strict=False)]
+        p20, median, p80 = np.percentile(ratios[WARM_UP_STEPS:] or ratios, [20, 50, 80]).tolist()
+        return p20, median, p80
+    step_ms, baseline_ms = _number(rows, "step_ms"), _number(baseline, "step_ms")
+    return None, baseline_ms / step_ms if baseline_ms and step_ms else None, None
+
+
 def _losses(rows: Sequence[Row]) -> tuple[float, ...]:
-    steps = {row.step: row.median for row in rows if row.metric == "loss" and row.step is not None}
+    return _by_step(rows, "loss")
+
+
+def _by_step(rows: Sequence[Row], metric: str) -> tuple[float, ...]:
+    steps = {row.step: row.median for row in rows if row.metric == metric and row.step is not None}
     return tuple(steps[step] for step in sorted(steps))

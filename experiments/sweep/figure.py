@@ -70,7 +70,7 @@ def _draw_steps(axes: Any, lines: list[Line], case: str, baseline: str) -> None:
         axes.barh(names, widths, left=left, color=colour, label=part, height=0.66)
         left = [begin + width for begin, width in zip(left, widths, strict=True)]
     for place, (line, end) in enumerate(zip(lines, left, strict=True)):
-        speedup = "" if line.speedup is None else f"  {line.speedup:.2f}x"
+        speedup = "" if line.speedup is None else f"  {line.speedup:.2f}x" if line.is_told_apart else "  not told apart"
         axes.text(end, place, speedup, va="center", fontsize=9, color=INK)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.14 * max(left))

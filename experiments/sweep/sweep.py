@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from flashcp.experiments.cli.compose import Job, expand, multirun
-from flashcp.experiments.cli.launch import launch
+from flashcp.experiments.cli.launch import launch, rank_environment
 from flashcp.experiments.cli.schema import committed
 from flashcp.experiments.cli.settings import Run, read_run, register_run
 from flashcp.experiments.folders import check_out
@@ -88,6 +88,7 @@ class Sweep:
         self.name = settings["sweep"]["name"]
         self.baseline = read_baseline(settings["sweep"]["baseline"], "sweep.baseline")
         self.with_reference, self.rerun = settings["sweep"]["reference"], settings["sweep"]["rerun"]
+        self.turns = settings["sweep"]["turns"]
         self.out = Path(settings["out"] or f"outputs/{self.name}")
         check_out(self.out)
         self.swept = _swept(jobs)
@@ -129,46 +130,82 @@ class Sweep:
         return run.placed(str(folder), self.name, [commit()])
 
     def run(self) -> None:
-        """The multirun."""
+        """The multirun, then what it asked for: single processes first, the runs of a case in turns."""
+        jobs: list[list[Run]] = []
         with self.bar:
-            multirun(CONFIG, self.overrides, str(self.out), self.run_job)
+            multirun(CONFIG, self.overrides, str(self.out), lambda job: jobs.append(self.runs(job)))
+            for group in self.groups(jobs):
+                self.train_together(group)
+                for runs in jobs:
+                    if runs[-1] in group:
+                        self.rows = _named(self.rows, runs[-1], runs[0].digest if self.with_reference else "")
+                write_rows(self.out, self.rows)
 
-    def run_job(self, job: Job) -> None:
-        """Whatever of a job's runs has no rows yet. A failed run is reported and does not stop the others."""
-        runs = self.runs(job)
-        reference = runs[0].digest if self.with_reference else ""
+    def groups(self, jobs: Sequence[Sequence[Run]]) -> list[list[Run]]:
+        """The runs of the jobs, together those that take turns: of one case, and started alike."""
+        found: dict[object, list[Run]] = {}
+        for place in range(2 if self.with_reference else 1):
+            for runs in jobs:
+                run = runs[place]
+                alike = run.case, run.threads, *sorted(rank_environment(run.config))
+                key = alike if self.turns else (*alike, run.digest)
+                if run not in found.setdefault(key, []):
+                    found[key].append(run)
+        return list(found.values())
+
+    def train_together(self, group: Sequence[Run]) -> None:
+        """Whatever of a group has no rows yet, in turns, the baseline among them even if it has. Where a run fails, all
+        go on one after another; the one that fails then is reported and does not stop the others."""
+        missing = {run.digest: run for run in group if run.digest not in self.done}
+        self.done |= missing.keys()
+        runs = list(missing.values())
+        beside = [run for run in group if run.provider == self.baseline and run.digest not in missing][:1]
+        if runs and self.turns and len(beside + runs) > 1:
+            error = self.train(beside + runs)
+            if not error:
+                return
+            self.bar.write(f"{group[0].case}: no turns, one after another ({error})", file=sys.stderr)
         for run in runs:
-            if run.digest not in self.done:
-                self.done.add(run.digest)
-                self.train(run)
-        own = runs[-1]
-        self.rows = _named(self.rows, own, reference)
-        write_rows(self.out, self.rows)
+            if error := self.train([run]):
+                folder = Path(run.config.out)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "failure.txt").write_text(error + "\n", encoding="utf-8")
+                self.failed.append(run.provider)
+                self.bar.write(f"failed: {run.case} {run.provider}: {error}", file=sys.stderr)
 
-    def train(self, run: Run) -> None:
-        """One run, from its beginning; its rows replace older ones of the same case and provider."""
-        folder, begun = Path(run.config.out), self.bar.n
-        metrics, failure = folder / "metrics.jsonl", folder / "failure.txt"
-        shutil.rmtree(folder, ignore_errors=True)
-        self.bar.set_description(run.provider)
+    def train(self, runs: Sequence[Run]) -> str:
+        """Runs in turns, or one, from the beginning; their rows replace older ones of the same case and provider.
+
+        Returns why they failed, else nothing.
+        """
+        folders, begun = [Path(run.config.out) for run in runs], self.bar.n
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.bar.set_description(runs[0].provider if len(runs) == 1 else f"{len(runs)} methods in turns")
+        steps = len(runs) * runs[0].config.loop.steps
+        self.bar.total += sum(run.config.loop.steps for run in runs if run.digest in {row.config for row in self.rows})
 
         def watch() -> None:
-            steps = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
-            if begun + steps > self.bar.n:
-                self.bar.update(begun + steps - self.bar.n)
+            files = [folder / "metrics.jsonl" for folder in folders]
+            done = sum(file.read_bytes().count(b"\n") for file in files if file.is_file())
+            if begun + done > self.bar.n:
+                self.bar.update(begun + done - self.bar.n)
 
-        outcome = launch(run, watch)
-        self.bar.total += self.bar.n - begun - run.config.loop.steps  # a run may end before its last step
+        outcome = launch(*runs, watch=watch)
+        if outcome.code and len(runs) > 1:  # they go on one after another, from the beginning
+            self.bar.n = begun
+        else:
+            self.bar.total += self.bar.n - begun - steps  # a run may end before its last step
         self.bar.refresh()
         if outcome.code:
-            folder.mkdir(parents=True, exist_ok=True)
-            failure.write_text(outcome.error + "\n", encoding="utf-8")
-            self.failed.append(run.provider)
-            self.bar.write(f"failed: {run.case} {run.provider}: {outcome.error}", file=sys.stderr)
-            return
-        summary = json.loads((folder / "summary.json").read_text())
-        self.rows = [row for row in self.rows if (row.case, row.provider) != (run.case, run.provider)]
-        self.rows += summary_rows(run.case, run.provider, run.digest, summary)
+            return outcome.error
+        for run, folder in zip(runs, folders, strict=True):
+            summary = json.loads((folder / "summary.json").read_text())
+            kept = [row for row in self.rows if (row.case, row.provider) != (run.case, run.provider)]
+            reference = next((row.reference for row in self.rows if row.config == run.digest), "")
+            made = summary_rows(run.case, run.provider, run.digest, summary)
+            self.rows = kept + [dataclasses.replace(row, reference=reference) for row in made]
+        return ""
 
 
 def _named(rows: list[Row], run: Run, reference: str) -> list[Row]:

@@ -154,7 +154,7 @@ def test_an_interpreted_run_trains(tmp_path: Path, tiny: list[str]) -> None:
     register_run()
     small = ["context=32", "parallel.attention=triton", "parallel.overlap=staged", "parallel.transport=shm"]
     run = read_run(compose("config", [*tiny, *small])).placed(str(tmp_path / "out"), "", ())
-    assert launch(run, lambda: None) == (0, "")
+    assert launch(run, watch=lambda: None) == (0, "")
     losses = json.loads((tmp_path / "out/summary.json").read_text())["losses"]
-    assert launch(run.alone().placed(str(tmp_path / "alone"), "", ()), lambda: None) == (0, "")
+    assert launch(run.alone().placed(str(tmp_path / "alone"), "", ()), watch=lambda: None) == (0, "")
     assert losses == pytest.approx(json.loads((tmp_path / "alone/summary.json").read_text())["losses"], rel=1e-5)

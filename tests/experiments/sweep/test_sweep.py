@@ -10,7 +10,7 @@ import pytest
 
 from flashcp.experiments.cli.main import main
 from flashcp.experiments.sweep.comparison import compare
-from flashcp.experiments.sweep.rows import REFERENCE, RESULTS, read_rows
+from flashcp.experiments.sweep.rows import REFERENCE, RESULTS, TURNS, read_rows
 
 
 def test_sweep_resumes_and_outlives_a_failing_job(
@@ -32,6 +32,9 @@ def test_sweep_resumes_and_outlives_a_failing_job(
     comparison = compare(rows, "llama3")
     assert [line.provider for line in comparison.lines] == ["llama3", "flashcp_paper", REFERENCE]
     assert all(len(line.losses) == 2 for line in comparison.lines)
+    assert {row.provider for row in rows if row.metric == TURNS} == {"llama3", "flashcp_paper"}
+    assert len({row.median for row in rows if row.metric == TURNS}) == 1
+    assert comparison.lines[1].speedup_p20
     assert comparison.worst_difference
     assert (comparison.worst_difference.loss_difference or 1) < 1e-4
     assert all((out / name).stat().st_size > 1000 for name in ("comparison.png", "dashboard.html"))
