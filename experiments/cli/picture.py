@@ -1,7 +1,9 @@
-"""The picture of one plan: who holds which rows, who computes what, and how even that is."""
+"""Pictures of plans: who holds which rows, who computes what, and how even that is; one plan, or methods beside each
+other."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from flashcp.experiments.sweep.figure import INK, PALETTE, PARTS
 from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["draw_plan"]
+__all__ = ["draw_methods", "draw_plan"]
 
 LEGEND_RANKS = 16  # more ranks than this are told apart by their order alone
 
@@ -27,9 +29,6 @@ def draw_plan(plan: ShardingPlan, exchange: str, path: Path) -> Path:
     Left: the causal pairs of the pack, coloured by the rank that computes them (for `ulysses`, which splits heads,
     by the rank that holds the query). Right: the rows each rank holds; its work, and the rows it sends and receives.
     """
-    if path.is_dir():
-        raise ValueError(f"figure={str(path)!r}: cannot be written (it is a directory); expected a file")
-    file = path if path.suffix else path.with_name(f"{path.name}.png")
     figure = Figure(figsize=(13, 6.2), layout="constrained", facecolor="white")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.0, 1.25), height_ratios=(1.4, 1.0))
     colours = np.array([PALETTE[rank % len(PALETTE)] for rank in range(plan.world_size)])
@@ -44,11 +43,33 @@ def draw_plan(plan: ShardingPlan, exchange: str, path: Path) -> Path:
         color=INK,
         fontsize=12,
     )
-    try:
-        figure.savefig(file, dpi=160)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"figure={str(path)!r}: cannot be written ({error})") from error
-    return file
+    return _save(figure, path)
+
+
+def draw_methods(plans: Mapping[str, tuple[ShardingPlan, str]], path: Path) -> Path:
+    """Write one picture of several methods on the same pack, each a plan and its exchange, side by side.
+
+    Above: who computes what. Below: the KV rows that each rank receives, all to one scale. Returns the file written.
+    Raises ValueError when it cannot be written.
+    """
+    columns = min(len(plans), 4)
+    lines = -(-len(plans) // columns)
+    figure = Figure(figsize=(4.1 * columns, 5.4 * lines), layout="constrained", facecolor="white")
+    grid = figure.add_gridspec(2 * lines, columns, height_ratios=(3.4, 1.0) * lines)
+    most = max(int(plan.route(exchange).received_rows.max()) for plan, exchange in plans.values())
+    for number, (name, (plan, exchange)) in enumerate(plans.items()):
+        line, column = divmod(number, columns)
+        colours = np.array([PALETTE[rank % len(PALETTE)] for rank in range(plan.world_size)])
+        above, below = (figure.add_subplot(grid[2 * line + half, column]) for half in (0, 1))
+        _draw_pairs(above, plan, colours)
+        route = plan.route(exchange)
+        above.set_title(f"{name}: busiest rank {route.imbalance:.2f} x the mean", loc="left", fontsize=10.5, color=INK)
+        below.bar(range(plan.world_size), route.received_rows, color=colours)
+        below.set_ylim(0, 1.1 * max(1, most))
+        below.set_xlabel("rank")
+        below.set_title(f"KV rows received: {route.received_rows.sum():,}", loc="left")
+        _tidy(below)
+    return _save(figure, path)
 
 
 def _draw_pairs(axes: Any, plan: ShardingPlan, colours: np.ndarray) -> None:
@@ -106,6 +127,17 @@ def _draw_traffic(axes: Any, plan: ShardingPlan, exchange: str) -> None:
     axes.set_ylim(0, 1.25 * max(1, route.sent_rows.max(), route.received_rows.max()))
     axes.legend(loc="upper right", ncols=2, frameon=False, fontsize=9)
     _tidy(axes)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    if path.is_dir():
+        raise ValueError(f"figure={str(path)!r}: cannot be written (it is a directory); expected a file")
+    file = path if path.suffix else path.with_name(f"{path.name}.png")
+    try:
+        figure.savefig(file, dpi=160)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"figure={str(path)!r}: cannot be written ({error})") from error
+    return file
 
 
 def _tidy(axes: Any) -> None:

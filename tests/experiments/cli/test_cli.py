@@ -51,7 +51,7 @@ PLAN_REFUSED = [
     ("data=lengths data.lengths=[a]", "data.lengths=[a]: expected a whole number"),
     ("data=lengths data.lengths=[3] world_size=4", "world_size=4 with a pack of 3 tokens: expected at most one rank"),
     ("data=text data.path=missing", "data.path='missing': no such file or directory"),
-    ("figure=x.png", "figure='x.png' shows one plan: name a method= or a sharding= with it"),
+    ("windows=1 figure=no/x.png", "figure='no/x.png': cannot be written"),
     ("method=flashcp_paper figure=no/x.png", "figure='no/x.png': cannot be written"),
     ("method=flashcp_paper sharding.target_imbalance=0.5", "sharding.target_imbalance=0.5: expected a number >= 1"),
     ("data=null", "data=null: expected one of stdlib, text"),
