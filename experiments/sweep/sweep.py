@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flashcp.experiments.cli.compose import Job, expand, multirun
+from flashcp.experiments.cli.compose import Job, expand
 from flashcp.experiments.cli.launch import launch
 from flashcp.experiments.cli.schema import committed
 from flashcp.experiments.cli.settings import Run, read_run, register_run
@@ -82,8 +82,7 @@ class Sweep:
     """The jobs of one sweep and what became of them. Every job is composed and checked before the first one runs."""
 
     def __init__(self, overrides: Sequence[str]) -> None:
-        self.overrides = overrides
-        jobs = expand(CONFIG, overrides)
+        self.jobs = jobs = expand(CONFIG, overrides)
         settings = jobs[0].settings
         self.name = settings["sweep"]["name"]
         self.baseline = read_baseline(settings["sweep"]["baseline"], "sweep.baseline")
@@ -129,9 +128,10 @@ class Sweep:
         return run.placed(str(folder), self.name, [commit()])
 
     def run(self) -> None:
-        """The multirun."""
+        """Every job, one after another."""
         with self.bar:
-            multirun(CONFIG, self.overrides, str(self.out), self.run_job)
+            for job in self.jobs:
+                self.run_job(job)
 
     def run_job(self, job: Job) -> None:
         """Whatever of a job's runs has no rows yet. A failed run is reported and does not stop the others."""
