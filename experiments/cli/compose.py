@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flashcp.experiments.cli.schema import GROUPS, register
 
-__all__ = ["Job", "compose", "expand", "multirun", "register_config"]
+__all__ = ["Job", "compose", "expand", "register_config"]
 
 CONFIGS = "flashcp.conf"
 KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
-QUIET = (
-    "hydra/hydra_logging=disabled",
-    "hydra/job_logging=disabled",
-    "hydra.job.chdir=false",
-    "hydra.output_subdir=null",
-    "hydra.sweep.subdir=.",
-)
 
 
 class Job(NamedTuple):
@@ -44,38 +34,45 @@ class Job(NamedTuple):
 
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration `conf/NAME.yaml` with overrides, as plain values. Raises ValueError in one line."""
-    register()
-    _check(overrides)
-    with _one_line(name, overrides), initialize_config_module(config_module=CONFIGS, version_base="1.3"):
+    with _composing(name, overrides):
         return _plain(hydra_compose(name, list(overrides)))
 
 
 def expand(name: str, overrides: Sequence[str]) -> list[Job]:
-    """What `multirun` would hand to its jobs, in order; nothing is run, nothing stays on disk."""
-    jobs: list[Job] = []
-    with tempfile.TemporaryDirectory() as folder:
-        multirun(name, overrides, folder, jobs.append)
+    """The jobs of a multirun, in the order of Hydra's own sweeper: the last key that varies varies fastest.
+
+    `hydra.sweeper.params` and overrides spelled `key=a,b` span the jobs. Raises ValueError for what does not compose.
+    """
+    parser = OverridesParser.create()
+    with _composing(name, overrides):
+        given = parser.parse_overrides(list(overrides))
+        single = [str(override.input_line) for override in given if not override.is_sweep_override()]
+        params = hydra_compose(name, single, return_hydra_config=True).hydra.sweeper.get("params") or {}
+        swept = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
+        axes = {override.get_key_element(): _choices(override) for override in [*swept, *given]}  # ours over theirs
+        combined = [list(chosen) for chosen in itertools.product(*axes.values())]
+    jobs = []
+    for chosen in combined:
+        with _composing(name, chosen):
+            jobs.append(Job(_plain(hydra_compose(name, chosen)), chosen))
     return jobs
 
 
-def multirun(name: str, overrides: Sequence[str], out: str, run: Callable[[Job], None]) -> None:
-    """A Hydra multirun in directory `out`: `hydra.sweeper.params` and overrides spelled `key=a,b` span the jobs.
-
-    run: called with each job. Raises ValueError for overrides that do not compose.
-    """
+@contextmanager
+def _composing(name: str, overrides: Sequence[str]) -> Iterator[None]:
     register()
     _check(overrides)
+    with _one_line(name, overrides), initialize_config_module(config_module=CONFIGS, version_base="1.3"):
+        yield
 
-    def task(config: DictConfig) -> None:
-        run(Job(_plain(config), list(HydraConfig.get().overrides.task)))
 
-    with _one_line(name, overrides):
-        search_path = create_config_search_path(f"pkg://{CONFIGS}")
-        hydra = Hydra.create_main_hydra2(task_name="flashcp", config_search_path=search_path)
-        try:
-            hydra.multirun(name, task, [*QUIET, *overrides, f"hydra.sweep.dir={_quoted(out)}"])
-        finally:
-            GlobalHydra.instance().clear()
+def _choices(override: Override) -> list[str]:
+    """The values that an override spans, each as an override of its own."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    if not override.is_discrete_sweep():
+        raise ValueError(f"{override.input_line}: expected values to try, as key=a,b, choice() or range()")
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def register_config(name: str, schema: type[Any]) -> None:
@@ -93,11 +90,6 @@ def _check(overrides: Sequence[str]) -> None:
 def _plain(config: DictConfig) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
     return values
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 @contextmanager

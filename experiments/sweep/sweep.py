@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flashcp.experiments.cli.compose import Job, expand, multirun
+from flashcp.experiments.cli.compose import Job, expand
 from flashcp.experiments.cli.launch import launch, rank_environment
 from flashcp.experiments.cli.schema import committed
 from flashcp.experiments.cli.settings import Run, read_run, register_run
@@ -82,8 +82,7 @@ class Sweep:
     """The jobs of one sweep and what became of them. Every job is composed and checked before the first one runs."""
 
     def __init__(self, overrides: Sequence[str]) -> None:
-        self.overrides = overrides
-        jobs = expand(CONFIG, overrides)
+        self.jobs = jobs = expand(CONFIG, overrides)
         settings = jobs[0].settings
         self.name = settings["sweep"]["name"]
         self.baseline = read_baseline(settings["sweep"]["baseline"], "sweep.baseline")
@@ -130,10 +129,9 @@ class Sweep:
         return run.placed(str(folder), self.name, [commit()])
 
     def run(self) -> None:
-        """The multirun, then what it asked for: single processes first, the runs of a case in turns."""
-        jobs: list[list[Run]] = []
+        """What the jobs ask for: single processes first, then the runs of a case in turns."""
+        jobs = [self.runs(job) for job in self.jobs]
         with self.bar:
-            multirun(CONFIG, self.overrides, str(self.out), lambda job: jobs.append(self.runs(job)))
             for group in self.groups(jobs):
                 self.train_together(group)
                 for runs in jobs:

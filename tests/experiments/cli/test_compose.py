@@ -58,6 +58,20 @@ def test_overlap_is_compared_within_one_attention() -> None:
     assert len({(run.case, run.config.parallel.attention) for run in runs}) == len({run.case for run in runs}) == 2
 
 
+def test_an_override_replaces_what_a_committed_sweep_varies() -> None:
+    jobs = expand("config", ["experiment=overlap", "seed=1,2", "parallel.overlap=none", "attention=cpu"])
+    assert [(job.settings["seed"], job.settings["parallel"]["overlap"]) for job in jobs] == [(1, "none"), (2, "none")]
+    jobs = expand("config", ["experiment=overlap", "attention=choice(cpu,triton)", "seed=range(1,3)"])
+    varied = [
+        (job.settings["model"]["layers"], job.settings["parallel"]["overlap"], job.settings["seed"]) for job in jobs
+    ]
+    assert varied == [
+        (layers, level, seed) for layers in (2, 1) for level in ("none", "staged", "fused") for seed in (1, 2)
+    ]
+    with pytest.raises(ValueError, match=r"seed=interval\(1,3\): expected values to try, as key=a,b"):
+        expand("config", ["seed=interval(1,3)"])
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=str)
 @pytest.mark.parametrize("config", ["plan", "simulate", "config"])
 def test_method_sets_sharding_and_exchange(config: str, method: Any) -> None:
