@@ -16,7 +16,7 @@ from flashcp.comm.fabrics.base import Fabric, Put, Ticking
 from flashcp.comm.heap import Lease, SymmetricHeap
 from flashcp.comm.rows import Inbox, Leaving
 from flashcp.comm.transport import Arrival
-from flashcp.kernels.arrivals import Arrivals
+from flashcp.kernels.interface import WaitFlags
 
 __all__ = ["OneSided"]
 
@@ -134,10 +134,10 @@ class _Arrival:
         with span(f"wait until {self._what} have left"):
             self._leaving.leave()
 
-    def flags(self) -> Arrivals | None:
+    def flags(self) -> WaitFlags | None:
         if not self._awaited:
             return None  # nothing holds the region of an inbox without rows
         return self._fabric.flags(self._region, self._epoch)
 
-    def check(self, flags: Arrivals) -> None:
+    def check(self, flags: WaitFlags) -> None:
         self._fabric.check(flags)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashcp.comm.rows import Inbox, Leaving
-from flashcp.kernels.arrivals import Arrivals
+from flashcp.kernels.interface import WaitFlags
 
 __all__ = ["Alone", "Arrival", "Transport", "plain_inbox"]
 
@@ -26,10 +26,10 @@ class Arrival(Protocol):
     def leave(self) -> None:
         """Return when this rank's own rows have left: their tensors may be written to again."""
 
-    def flags(self) -> Arrivals | None:
+    def flags(self) -> WaitFlags | None:
         """What a kernel waits on, source by source; None where only the host can wait."""
 
-    def check(self, flags: Arrivals) -> None:
+    def check(self, flags: WaitFlags) -> None:
         """After a kernel that waited on flags: raises ExchangeTimeoutError when it waited in vain."""
 
 
@@ -139,10 +139,10 @@ class _Arrived:
     def leave(self) -> None:
         pass
 
-    def flags(self) -> Arrivals | None:
+    def flags(self) -> WaitFlags | None:
         return None
 
-    def check(self, flags: Arrivals) -> None:
+    def check(self, flags: WaitFlags) -> None:
         pass
 
 

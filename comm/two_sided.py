@@ -20,7 +20,7 @@ from flashcp.comm.errors import ExchangeError
 from flashcp.comm.rows import Inbox, Leaving
 from flashcp.comm.transport import Arrival, plain_inbox
 from flashcp.comm.waits import HostWaits, StreamWaits, Waits
-from flashcp.kernels.arrivals import Arrivals
+from flashcp.kernels.interface import WaitFlags
 
 __all__ = ["TwoSided"]
 
@@ -129,10 +129,10 @@ class _Arrival:
     def leave(self) -> None:
         self.wait()
 
-    def flags(self) -> Arrivals | None:
+    def flags(self) -> WaitFlags | None:
         return None
 
-    def check(self, flags: Arrivals) -> None:
+    def check(self, flags: WaitFlags) -> None:
         pass
 
     def __del__(self) -> None:

@@ -18,7 +18,8 @@ from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.exchanges.base import Exchange, Job
 from flashcp.comm.handshake import Header, Posted, Step
 from flashcp.kernels.inputs import check_inputs, default_scale
-from flashcp.kernels.selection import ATTENTION, AttentionKernel, select_attention, waits_inside
+from flashcp.kernels.interface import AttentionKernel
+from flashcp.kernels.selection import ATTENTION, select_attention, waits_inside
 from flashcp.kernels.tuning import Tuning, check_tuning
 from flashcp.operator import Call, Handle, scale_code
 from flashcp.sharding.plan import ShardingPlan

@@ -1,4 +1,4 @@
-"""The Triton implementation of attention: the interface of `kernels/cpu.py`, one launch a pass over all ranges.
+"""The Triton implementation of attention: one launch a pass over all ranges.
 
 Shapes: T local rows, R received rows, H query heads, K KV heads, D head_dim.
 """
@@ -14,12 +14,11 @@ import torch
 import triton
 from torch import Tensor
 
-from flashcp.kernels.arrivals import Arrivals
 from flashcp.kernels.backward_kv import backward_kv_kernel
 from flashcp.kernels.backward_q import backward_q_kernel
 from flashcp.kernels.backward_rows import ROWS, backward_rows_kernel
-from flashcp.kernels.cpu import KV, Gradients
 from flashcp.kernels.forward import forward_kernel
+from flashcp.kernels.interface import KV, AttentionKernel, Gradients, WaitFlags
 from flashcp.kernels.one_sided import spins
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.tiles import key_tiles, query_tiles
@@ -62,7 +61,7 @@ class _Prepared(NamedTuple):
         )
 
 
-class TritonAttention:
+class TritonAttention(AttentionKernel):
     """Attention by the kernels of this folder. tuning: block shapes that replace the table's (`kernels/tuning.py`).
 
     The tables of a schedule are built once per pass and live as long as the schedule does.
@@ -72,21 +71,20 @@ class TritonAttention:
         self.tuning = tuning or Tuning()
         self._prepared: WeakKeyDictionary[Schedule, dict[tuple[object, ...], _Prepared]] = WeakKeyDictionary()
 
-    def forward(
-        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, out: Tensor, lse: Tensor
+    def merge_into(
+        self, out: Tensor, lse: Tensor, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float
     ) -> None:
-        """See `kernels/cpu.py`."""
         prepared = self._prepare(Pass.FORWARD, schedule, q, local)
         self._forward(prepared, q, local, received, scale, out, lse, merge=True)
 
     def attend(
-        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, arrivals: Arrivals | None = None
+        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, flags: WaitFlags | None = None
     ) -> tuple[Tensor, Tensor]:
-        """See `kernels/cpu.py`. One launch for all ranges, nothing in memory but the results."""
-        prepared = self._prepare(Pass.FORWARD, schedule, q, local, by_source=arrivals is not None)
+        """One launch for all ranges, nothing in memory but the results."""
+        prepared = self._prepare(Pass.FORWARD, schedule, q, local, by_source=flags is not None)
         out = _empty(q.shape, q.dtype, q.device, prepared.local_rows == len(q))
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-        self._forward(prepared, q, local, received, scale, out, lse, merge=False, arrivals=arrivals)
+        self._forward(prepared, q, local, received, scale, out, lse, merge=False, flags=flags)
         return out, lse
 
     def gradients(
@@ -100,10 +98,10 @@ class TritonAttention:
         schedule: Schedule,
         scale: float,
         local_dtype: torch.dtype | None = None,
-        leave: Callable[[Tensor], None] | None = None,
+        on_received: Callable[[Tensor], None] | None = None,
     ) -> Gradients:
-        """See `kernels/cpu.py`. Three launches whatever the schedule, four when `leave` is to be called, and one more
-        behind each over tiles that documents share."""
+        """Three launches whatever the schedule, four with `on_received`, and one more behind each over tiles that
+        documents share."""
         keys, queries = (self._prepare(which, schedule, q, local) for which in (Pass.BACKWARD_KV, Pass.BACKWARD_Q))
         log_sum, minus_delta = _row_terms(out, grad_out, lse)
         inputs = (q, *local, *received, grad_out, log_sum, minus_delta)
@@ -112,21 +110,21 @@ class TritonAttention:
         dtype = local_dtype or local.k.dtype
         grad_local = KV(*(_empty(x.shape, dtype, q.device, keys.local_rows == len(x)) for x in local))
         shape = (len(received.k), 2, *received.k.shape[1:])
-        back = _empty(shape, torch.float32, q.device, keys.received_rows == shape[0])
-        outputs = (*grad_local, *back.unbind(1))
+        grad_received = _empty(shape, torch.float32, q.device, keys.received_rows == shape[0])
+        outputs = (*grad_local, *grad_received.unbind(1))
         numbers = (scale * _LOG2E, *strides, *_strides(*outputs))
-        if leave is None:
+        if on_received is None:
             _launch(backward_kv_kernel, keys, q, local, local.k.shape[1], (*inputs, *outputs), numbers)
         else:
             from_others, own = keys.parts()
             _launch(backward_kv_kernel, from_others, q, local, local.k.shape[1], (*inputs, *outputs), numbers)
-            leave(back)
+            on_received(grad_received)
             _launch(backward_kv_kernel, own, q, local, local.k.shape[1], (*inputs, *outputs), numbers)
 
         grad_q = _empty(q.shape, q.dtype, q.device, queries.local_rows == len(q))
         numbers = (scale * _LOG2E, *strides, *_strides(grad_q))
         _launch(backward_q_kernel, queries, q, local, q.shape[1], (*inputs, grad_q), numbers)
-        return Gradients(grad_q, grad_local, back)
+        return Gradients(grad_q, grad_local, grad_received)
 
     def _forward(
         self,
@@ -138,10 +136,10 @@ class TritonAttention:
         out: Tensor,
         lse: Tensor,
         merge: bool,
-        arrivals: Arrivals | None = None,
+        flags: WaitFlags | None = None,
     ) -> None:
         tensors, strides = (q, *local, *received, out, lse), (*_strides(q, *local, *received, out), lse.stride(0))
-        waits = None if arrivals is None else (*arrivals[:3], spins(q.device, arrivals.timeout_s))
+        waits = None if flags is None else (*flags[:3], spins(q.device, flags.timeout_s))
         _launch(forward_kernel, prepared, q, local, q.shape[1], tensors, (scale * _LOG2E, *strides), waits, MERGE=merge)
 
     def _prepare(self, which: Pass, schedule: Schedule, q: Tensor, local: KV, by_source: bool = False) -> _Prepared:

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashcp.kernels.cpu import KV
 from flashcp.kernels.inputs import check_inputs, default_scale
+from flashcp.kernels.interface import KV, AttentionKernel
 from flashcp.kernels.schedule import Schedule, whole_pack_schedule
-from flashcp.kernels.selection import AttentionKernel, select_attention
+from flashcp.kernels.selection import select_attention
 from flashcp.kernels.tuning import Tuning
 from flashcp.sharding.documents import read_document_lengths
 

@@ -2,61 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Protocol, cast
 
 import torch
-from torch import Tensor
 
-from flashcp.kernels import cpu
-from flashcp.kernels.arrivals import Arrivals
-from flashcp.kernels.cpu import KV, Gradients
-from flashcp.kernels.schedule import Schedule
+from flashcp.kernels.cpu import CpuAttention
+from flashcp.kernels.interface import AttentionKernel
 from flashcp.kernels.tuning import Tuning
 from flashcp.kernels.varlen import NAMES, select_varlen
 
-__all__ = ["ATTENTION", "AttentionKernel", "attention_name", "select_attention", "waits_inside"]
+__all__ = ["ATTENTION", "attention_name", "select_attention", "waits_inside"]
 
 ATTENTION = ("cpu", "triton", *NAMES)
-
-
-class AttentionKernel(Protocol):
-    """An implementation; what these do is documented in `kernels/cpu.py`.
-
-    forward goes on from earlier parts, in fp32; attend and gradients take all ranges at once.
-    """
-
-    def forward(
-        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, out: Tensor, lse: Tensor
-    ) -> None:
-        """Merge what the schedule's ranges contribute into out and lse."""
-
-    def attend(
-        self,
-        q: Tensor,
-        local: KV,
-        received: KV,
-        schedule: Schedule,
-        scale: float,
-        arrivals: Arrivals | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Output in q's dtype and log-sum-exp. arrivals: received rows are waited for source by source."""
-
-    def gradients(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        local: KV,
-        received: KV,
-        out: Tensor,
-        lse: Tensor,
-        schedule: Schedule,
-        scale: float,
-        local_dtype: torch.dtype | None = None,
-        leave: Callable[[Tensor], None] | None = None,
-    ) -> Gradients:
-        """Gradients of `attend`; those of received rows first."""
+_CPU = CpuAttention()
 
 
 def attention_name(name: str, device: torch.device) -> str:
@@ -81,7 +39,7 @@ def select_attention(name: str, device: torch.device, tuning: Tuning | None = No
     name = attention_name(name, device)
     if name in NAMES:
         return select_varlen(name, device)
-    return cast(AttentionKernel, cpu) if name == "cpu" else _triton(tuning or Tuning())
+    return _CPU if name == "cpu" else _triton(tuning or Tuning())
 
 
 def waits_inside(name: str) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from flashcp.comm.clock import Clock
 from flashcp.comm.exchanges.flight import Flight, Layout
 from flashcp.comm.transport import Transport
-from flashcp.kernels.selection import AttentionKernel
+from flashcp.kernels.interface import AttentionKernel
 from flashcp.sharding.plan import ShardingPlan
 
 __all__ = ["Exchange", "Job", "Kept"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashcp.comm.rows import Inbox
 from flashcp.comm.transport import Arrival, Transport
-from flashcp.kernels.cpu import KV
+from flashcp.kernels.interface import KV
 
 __all__ = ["Homecoming", "ReturnedRows"]
 

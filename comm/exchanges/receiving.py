@@ -16,7 +16,7 @@ from flashcp.comm.clock import span
 from flashcp.comm.exchanges.base import Exchange, Job, Kept
 from flashcp.comm.exchanges.flight import Flight
 from flashcp.comm.exchanges.homecoming import Homecoming
-from flashcp.kernels.cpu import KV
+from flashcp.kernels.interface import KV
 from flashcp.kernels.schedule import Schedule
 from flashcp.sharding.plan import ShardingPlan
 
@@ -72,7 +72,7 @@ class ReceivingExchange(Exchange):
         for schedule in _chain(first, self._arrivals(flight, job)):
             tiles = "local tiles" if schedule is first else f"remote tiles (from {_sources(schedule)})"
             with job.clock.measure("attention_ms", tiles):
-                job.kernel.forward(q, local, received, schedule, scale, out, lse)
+                job.kernel.merge_into(out, lse, q, local, received, schedule, scale)
         return out.to(q.dtype), lse
 
     def _arrivals(self, flight: Flight, job: Job) -> Iterator[Schedule]:

@@ -16,7 +16,7 @@ from flashcp.comm.exchanges.homecoming import Homecoming
 from flashcp.comm.exchanges.receiving import ReceivingExchange
 from flashcp.comm.rows import ChosenRows, WholeRows
 from flashcp.comm.transport import Arrival, Transport
-from flashcp.kernels.cpu import KV
+from flashcp.kernels.interface import KV
 from flashcp.kernels.schedule import Schedule
 from flashcp.sharding.plan import ShardingPlan
 

@@ -18,7 +18,7 @@ from flashcp.comm.exchanges.base import Exchange, Job, Kept
 from flashcp.comm.exchanges.flight import Flight
 from flashcp.comm.rows import Inbox, WholeRows
 from flashcp.comm.transport import Arrival
-from flashcp.kernels.cpu import KV
+from flashcp.kernels.interface import KV
 from flashcp.kernels.schedule import Schedule
 from flashcp.sharding.plan import ShardingPlan
 

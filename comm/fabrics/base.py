@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flashcp.comm.rows import Leaving
-from flashcp.kernels.arrivals import Arrivals
+from flashcp.kernels.interface import WaitFlags
 
 __all__ = ["NO_PUT", "Fabric", "Put", "Region", "Ticking"]
 
@@ -93,10 +93,10 @@ class Fabric(Protocol):
     def free(self, region: Region, epoch: int) -> None:
         """Set freed[this rank] = epoch on every rank, after all that was read before."""
 
-    def flags(self, region: Region, epoch: int) -> Arrivals | None:
+    def flags(self, region: Region, epoch: int) -> WaitFlags | None:
         """What a kernel waits on."""
 
-    def check(self, flags: Arrivals) -> None:
+    def check(self, flags: WaitFlags) -> None:
         """After a kernel that waited on flags: raises ExchangeTimeoutError when it waited in vain."""
 
     def synchronize(self) -> None:

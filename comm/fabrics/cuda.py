@@ -28,7 +28,7 @@ from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, HeapError
 from flashcp.comm.fabrics.base import NO_PUT, Put, Region, Ticking
 from flashcp.comm.fabrics.device import Device, Event, Stream
 from flashcp.comm.fabrics.memory import agree, tried
-from flashcp.kernels.arrivals import Arrivals
+from flashcp.kernels.interface import WaitFlags
 
 __all__ = ["CudaFabric", "RegionMemory", "symmetric_memories"]
 
@@ -179,12 +179,12 @@ class CudaFabric:
         for rank in range(self.world_size):
             self._device.write_value(_of(region).word(rank, _FREED, self.rank), epoch, stream)
 
-    def flags(self, region: Region, epoch: int) -> Arrivals:
+    def flags(self, region: Region, epoch: int) -> WaitFlags:
         """See Fabric."""
         self._begin()
-        return Arrivals(_of(region).flags[self.rank][_ARRIVED], epoch * self.waiting, self._stuck, self.timeout_s)
+        return WaitFlags(_of(region).flags[self.rank][_ARRIVED], epoch * self.waiting, self._stuck, self.timeout_s)
 
-    def check(self, flags: Arrivals) -> None:
+    def check(self, flags: WaitFlags) -> None:
         """See Fabric. What the kernel notes is raised later: the host does not wait for it."""
         self._seen.copy_(self._stuck, non_blocking=True)
 

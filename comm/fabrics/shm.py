@@ -20,7 +20,7 @@ from torch import Tensor
 from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError
 from flashcp.comm.fabrics.base import NO_PUT, Put, Region, Ticking
-from flashcp.kernels.arrivals import Arrivals
+from flashcp.kernels.interface import WaitFlags
 
 __all__ = ["ShmFabric"]
 
@@ -111,13 +111,13 @@ class ShmFabric:
         for flags in region.flags:
             flags[1, self.rank] = epoch
 
-    def flags(self, region: Region, epoch: int) -> Arrivals | None:
+    def flags(self, region: Region, epoch: int) -> WaitFlags | None:
         """See Fabric."""
         assert isinstance(region, ShmRegion)
         self._stuck.zero_()
-        return Arrivals(torch.from_numpy(region.flags[self.rank][0]), epoch, self._stuck, self.timeout_s)
+        return WaitFlags(torch.from_numpy(region.flags[self.rank][0]), epoch, self._stuck, self.timeout_s)
 
-    def check(self, flags: Arrivals) -> None:
+    def check(self, flags: WaitFlags) -> None:
         """See Fabric."""
         if source := int(flags.stuck):
             raise _late(self.rank, self.timeout_s, source - 1, flags.epoch)

@@ -24,8 +24,8 @@ from flashcp.experiments.bench.exchange_cases import (
     operator,
     overlaps_of,
 )
-from flashcp.kernels.cpu import KV
 from flashcp.kernels.inputs import default_scale
+from flashcp.kernels.interface import KV
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.selection import select_attention
 from flashcp.sharding.plan import ShardingPlan

@@ -23,7 +23,7 @@ import torch
 
 from flashcp.experiments.bench.accuracy import LARGEST_ERROR, relative_error
 from flashcp.experiments.bench.attention_cases import Case, Forward, Tensors, all_cases, make_tensors, ours
-from flashcp.kernels.cpu import KV
+from flashcp.kernels.interface import KV
 
 __all__ = ["candidate", "main", "passed"]
 

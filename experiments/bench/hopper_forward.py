@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashcp.kernels import tiles
-from flashcp.kernels.cpu import KV
+from flashcp.kernels.interface import KV
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.uploads import to_device
 

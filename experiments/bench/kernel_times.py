@@ -14,10 +14,10 @@ from torch import Tensor
 from flashcp.comm.exchanges.flight import Layout
 from flashcp.experiments.bench.accuracy import relative_error
 from flashcp.experiments.bench.timing import Clock, median_us, own_clock
-from flashcp.kernels.cpu import KV
+from flashcp.kernels.interface import KV, AttentionKernel
 from flashcp.kernels.reference import reference_attention
 from flashcp.kernels.schedule import Schedule, whole_pack_schedule
-from flashcp.kernels.selection import AttentionKernel, select_attention
+from flashcp.kernels.selection import select_attention
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.cost import AttentionShape
 

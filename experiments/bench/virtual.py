@@ -23,7 +23,7 @@ from flashcp.comm.exchanges.flight import Layout
 from flashcp.experiments.bench.virtual_ranks import VirtualRanks
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep.rows import Row, write_rows
-from flashcp.kernels.cpu import KV
+from flashcp.kernels.interface import KV
 from flashcp.kernels.selection import select_attention
 from flashcp.sharding.plan import ShardingPlan
 

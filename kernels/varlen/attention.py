@@ -1,4 +1,4 @@
-"""Attention by a varlen kernel of somebody else's: the interface of `kernels/cpu.py` over any `VarlenKernel`.
+"""Attention by a varlen kernel of somebody else's: `AttentionKernel` over any `VarlenKernel`.
 
 Shapes: T local rows, R received rows, Q query rows and N key rows of one call, H query heads, K KV heads, D head_dim.
 """
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashcp.kernels.arrivals import Arrivals
-from flashcp.kernels.cpu import KV, Gradients, merge
+from flashcp.kernels.cpu import merge
+from flashcp.kernels.interface import KV, AttentionKernel, Gradients, WaitFlags
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.uploads import Uploaded
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel, aligned
@@ -22,7 +22,7 @@ from flashcp.kernels.varlen.calls import Call, Rows, varlen_calls
 __all__ = ["VarlenAttention"]
 
 
-class VarlenAttention:
+class VarlenAttention(AttentionKernel):
     """Attention by the calls of `varlen_calls`. Their tables are built once and live as long as the schedule does.
 
     Partial outputs and gradients come from the kernel in the model's dtype; what several calls contribute to the same
@@ -35,24 +35,23 @@ class VarlenAttention:
         self.gathered_bytes = 0
         self._prepared: WeakKeyDictionary[Schedule, dict[torch.device, list[_Prepared]]] = WeakKeyDictionary()
 
-    def forward(
-        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, out: Tensor, lse: Tensor
+    def merge_into(
+        self, out: Tensor, lse: Tensor, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float
     ) -> None:
-        """See `kernels/cpu.py`."""
         self.kernel.check(q)
         for call in self._calls(schedule, q.device):
             part, part_lse = self._run(call, q, (local, received)[call.received], scale)
             call.queries.merge(out, lse, part, part_lse)
 
     def attend(
-        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, arrivals: Arrivals | None = None
+        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, flags: WaitFlags | None = None
     ) -> tuple[Tensor, Tensor]:
-        """See `kernels/cpu.py`. Where one call computes all rows its results are taken as they are.
+        """Where one call computes all rows its results are taken as they are.
 
         Raises ValueError when rows are still on their way: such a kernel does not wait.
         """
-        if arrivals is not None:
-            raise ValueError(f"attention='varlen:{self.kernel.name}': expected all rows before the call, not arrivals")
+        if flags is not None:
+            raise ValueError(f"attention='varlen:{self.kernel.name}': expected all rows before the call, not flags")
         self.kernel.check(q)
         calls = self._calls(schedule, q.device)
         if len(calls) == 1 and calls[0].queries.are_all(len(q)):
@@ -60,7 +59,7 @@ class VarlenAttention:
             return out.contiguous(), lse.contiguous()
         out = q.new_zeros(q.shape, dtype=torch.float32)
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-        self.forward(q, local, received, schedule, scale, out, lse)
+        self.merge_into(out, lse, q, local, received, schedule, scale)
         return out.to(q.dtype), lse
 
     def gradients(
@@ -74,14 +73,14 @@ class VarlenAttention:
         schedule: Schedule,
         scale: float,
         local_dtype: torch.dtype | None = None,
-        leave: Callable[[Tensor], None] | None = None,
+        on_received: Callable[[Tensor], None] | None = None,
     ) -> Gradients:
-        """See `kernels/cpu.py`. Raises ValueError where the kernel has no backward."""
+        """Raises ValueError where the kernel has no backward."""
         if reason := self.kernel.no_backward():
             raise ValueError(f"attention='varlen:{self.kernel.name}' has no gradients: {reason}")
-        back = q.new_zeros((len(received.k), 2, *received.k.shape[1:]), dtype=torch.float32)
+        grad_received = q.new_zeros((len(received.k), 2, *received.k.shape[1:]), dtype=torch.float32)
         grad_q, grad_k, grad_v = _Total(q), _Total(local.k), _Total(local.v)
-        back_k, back_v = (_Total(x, total) for x, total in zip(received, back.unbind(1), strict=True))
+        back_k, back_v = (_Total(x, total) for x, total in zip(received, grad_received.unbind(1), strict=True))
         calls = self._calls(schedule, q.device)
         for in_received, totals in ((True, (back_k, back_v)), (False, (grad_k, grad_v))):
             for call in (call for call in calls if call.received == in_received):
@@ -92,10 +91,10 @@ class VarlenAttention:
                 grad_q.add(call.queries, part)
                 for total, part in zip(totals, parts, strict=True):
                     total.add(call.keys, part)
-            if in_received and leave is not None:
-                leave(back)
+            if in_received and on_received is not None:
+                on_received(grad_received)
         dtype = local_dtype or local.k.dtype
-        return Gradients(grad_q.read(q.dtype), KV(grad_k.read(dtype), grad_v.read(dtype)), back)
+        return Gradients(grad_q.read(q.dtype), KV(grad_k.read(dtype), grad_v.read(dtype)), grad_received)
 
     def _calls(self, schedule: Schedule, device: torch.device) -> list[_Prepared]:
         kept = self._prepared.setdefault(schedule, {})

@@ -54,19 +54,11 @@ class VarlenKernel(ABC):
         return "" if type(self).backward is not VarlenKernel.backward else "it computes none"
 
     @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scale: float) -> tuple[Tensor, Tensor]:
         """Output [Q, H, D] in q's dtype and natural log-sum-exp of the scaled scores, fp32 [Q, H]."""
 
     def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        scale: float,
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqs: Sequences, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v, for weights exp(scores - lse); the same bits in every run if the kernel offers that.
 

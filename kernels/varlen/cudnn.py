@@ -27,18 +27,15 @@ class Cudnn(VarlenKernel):
     longest_head_dim = 128
 
     def no_backward(self) -> str:
-        """See VarlenKernel."""
         version = tuple(map(int, torch.__version__.split(".")[:2]))
         wanted = ".".join(map(str, _FIRST_WITH_BACKWARD))
         return "" if version >= _FIRST_WITH_BACKWARD else f"cuDNN's varlen backward needs torch >= {wanted}"
 
     def is_available(self, device: torch.device) -> bool:
-        """See VarlenKernel."""
         return capability(device) >= 80 and torch.backends.cudnn.is_available()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-        """See VarlenKernel."""
-        *lengths, causal = sequences
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scale: float) -> tuple[Tensor, Tensor]:
+        *lengths, causal = seqs
         dense = (x.contiguous() for x in (q, k, v))
         out, lse, *_ = torch.ops.aten._cudnn_attention_forward(
             *dense, None, *lengths, True, 0.0, causal, False, scale=scale
@@ -46,18 +43,9 @@ class Cudnn(VarlenKernel):
         return out, lse.squeeze(-1)
 
     def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        scale: float,
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqs: Sequences, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See VarlenKernel."""
-        *lengths, causal = sequences
+        *lengths, causal = seqs
         seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
         dense = (x.contiguous() for x in (grad_out, q, k, v, out, lse[..., None]))
         return torch.ops.aten._cudnn_attention_backward(*dense, seed, seed, None, *lengths, 0.0, causal, scale=scale)

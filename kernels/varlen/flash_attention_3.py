@@ -43,42 +43,31 @@ class FlashAttention3(VarlenKernel):
         return self.operators is torch.ops.fa3_fwd
 
     def no_backward(self) -> str:
-        """See VarlenKernel."""
         return "fa3-fwd computes no gradients, flash_attn_interface does" if self.forward_only else ""
 
     def is_available(self, device: torch.device) -> bool:
-        """See VarlenKernel. Compute capability 9.0 alone."""
+        """Compute capability 9.0 alone."""
         return capability(device) == 90 and self.operators is not None
 
     def check(self, q: Tensor) -> None:
-        """See VarlenKernel."""
         super().check(q)
         if self.forward_only and q.dtype is not torch.bfloat16:
             raise ValueError(f"q is {q.dtype}: fa3-fwd, behind attention='varlen:{self.name}', expects torch.bfloat16")
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-        """See VarlenKernel. num_splits=1: the keys of a row are never split, whose merge would depend on the batch."""
-        out, lse, *_ = self.operators.fwd(q, k, v, **_lengths(sequences), softmax_scale=scale, num_splits=1)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scale: float) -> tuple[Tensor, Tensor]:
+        """num_splits=1: the keys of a row are never split, whose merge would depend on the batch."""
+        out, lse, *_ = self.operators.fwd(q, k, v, **_lengths(seqs), softmax_scale=scale, num_splits=1)
         return out, lse.t().contiguous()
 
     def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        scale: float,
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqs: Sequences, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See VarlenKernel."""
         gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
         tensors = *(x.contiguous() for x in (grad_out, q, k, v, out, lse.t())), *gradients
-        self.operators.bwd(*tensors, **_lengths(sequences), softmax_scale=scale, deterministic=True)
+        self.operators.bwd(*tensors, **_lengths(seqs), softmax_scale=scale, deterministic=True)
         return gradients  # type: ignore[return-value]
 
 
-def _lengths(sequences: Sequences) -> dict[str, Any]:
-    *lengths, causal = sequences
+def _lengths(seqs: Sequences) -> dict[str, Any]:
+    *lengths, causal = seqs
     return {**dict(zip(Sequences._fields, lengths, strict=False)), "is_causal": causal}

@@ -33,26 +33,16 @@ class FlashAttention4(VarlenKernel):
             return None
 
     def is_available(self, device: torch.device) -> bool:
-        """See VarlenKernel. Compute capability 9.0 to 11.x: its backward is deterministic on these."""
+        """Compute capability 9.0 to 11.x: its backward is deterministic on these."""
         return 90 <= capability(device) < 120 and self.interface is not None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-        """See VarlenKernel."""
-        options = {**sequences._asdict(), "softmax_scale": scale, "return_lse": True}
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scale: float) -> tuple[Tensor, Tensor]:
+        options = {**seqs._asdict(), "softmax_scale": scale, "return_lse": True}
         out, lse, *_ = self.interface._flash_attn_fwd(q, k, v, **options)
         return out, lse.t().contiguous()
 
     def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        scale: float,
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqs: Sequences, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See VarlenKernel."""
-        options = {**sequences._asdict(), "softmax_scale": scale, "deterministic": True}
+        options = {**seqs._asdict(), "softmax_scale": scale, "deterministic": True}
         return self.interface._flash_attn_bwd(q, k, v, out, grad_out, lse.t().contiguous(), **options)

@@ -19,28 +19,18 @@ class TorchFlash(VarlenKernel):
     name = "torch_flash"
 
     def is_available(self, device: torch.device) -> bool:
-        """See VarlenKernel. Compute capability 8.0 or later, and a torch that was built with it."""
+        """Compute capability 8.0 or later, and a torch that was built with it."""
         return capability(device) >= 80 and torch.backends.cuda.is_flash_attention_available()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-        """See VarlenKernel."""
-        *lengths, causal = sequences
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scale: float) -> tuple[Tensor, Tensor]:
+        *lengths, causal = seqs
         out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *lengths, 0.0, causal, False, scale=scale)
         return out, lse.t().contiguous()
 
     def backward(
-        self,
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        scale: float,
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqs: Sequences, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See VarlenKernel."""
-        *lengths, causal = sequences
+        *lengths, causal = seqs
         state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
         unused = torch.empty(0, device=q.device)
         tensors = grad_out, q, k, v, out, lse.t().contiguous()

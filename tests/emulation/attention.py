@@ -8,52 +8,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashcp.kernels import cpu
-from flashcp.kernels.arrivals import Arrivals
-from flashcp.kernels.cpu import KV, Gradients
+from flashcp.kernels.cpu import CpuAttention
+from flashcp.kernels.interface import KV, AttentionKernel, Gradients, WaitFlags
 from flashcp.kernels.schedule import Schedule
 from tests.emulation.device import EmulatedDevice
 from tests.emulation.world import Wait
 
 __all__ = ["EmulatedAttention"]
 
+CPU = CpuAttention()
 
-class EmulatedAttention:
-    """As `kernels/cpu.py`. A grid is larger than the device: each launch takes all SMs and keeps them until it ends, so
-    that whatever it waits for must come without one."""
+
+class EmulatedAttention(AttentionKernel):
+    """A grid is larger than the device: each launch takes all SMs and keeps them until it ends, so that whatever it
+    waits for must come without one."""
 
     def __init__(self, device: EmulatedDevice) -> None:
         self.device = device
 
-    def forward(
-        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, out: Tensor, lse: Tensor
+    def merge_into(
+        self, out: Tensor, lse: Tensor, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float
     ) -> None:
-        """See `kernels/cpu.py`."""
-
         def run(q: Tensor, k: Tensor, v: Tensor, rk: Tensor, rv: Tensor, out: Tensor, lse: Tensor) -> None:
-            cpu.forward(q, KV(k, v), KV(rk, rv), schedule, scale, out, lse)
+            CPU.merge_into(out, lse, q, KV(k, v), KV(rk, rv), schedule, scale)
 
         self._launch("attention", run, (q, *local, *received, out, lse))
 
     def attend(
-        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, arrivals: Arrivals | None = None
+        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, flags: WaitFlags | None = None
     ) -> tuple[Tensor, Tensor]:
-        """See `kernels/cpu.py`. With arrivals: a kernel that spins."""
+        """With flags: a kernel that spins."""
         out, lse = self._empty(q.shape, q.dtype), self._empty(q.shape[:2], torch.float32)
         tensors = (q, *local, *received, out, lse)
-        if arrivals is None:
+        if flags is None:
 
             def run(q: Tensor, k: Tensor, v: Tensor, rk: Tensor, rv: Tensor, out: Tensor, lse: Tensor) -> None:
-                for target, value in zip((out, lse), cpu.attend(q, KV(k, v), KV(rk, rv), schedule, scale), strict=True):
+                for target, value in zip((out, lse), CPU.attend(q, KV(k, v), KV(rk, rv), schedule, scale), strict=True):
                     target.copy_(value)
 
             self._launch("attention", run, tensors)
         else:
-            epoch = arrivals.epoch
+            epoch = flags.epoch
             self._launch(
                 "attention that spins",
                 lambda *x: _spin(*x, schedule=schedule, scale=scale, epoch=epoch),
-                (*tensors, arrivals.flags, arrivals.stuck),
+                (*tensors, flags.flags, flags.stuck),
             )
         return out, lse
 
@@ -68,16 +67,16 @@ class EmulatedAttention:
         schedule: Schedule,
         scale: float,
         local_dtype: torch.dtype | None = None,
-        leave: Callable[[Tensor], None] | None = None,
+        on_received: Callable[[Tensor], None] | None = None,
     ) -> Gradients:
-        """See `kernels/cpu.py`. One launch for what goes home, one for the rest."""
+        """One launch for what goes home, one for the rest."""
         back = self._empty((len(received.k), 2, *received.k.shape[1:]), torch.float32)
         grad_q = self._empty(q.shape, q.dtype)
         grad_local = KV(*(self._empty(x.shape, local_dtype or x.dtype) for x in local))
         inputs = (grad_out, q, *local, *received, out, lse)
 
         def all_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Gradients:
-            return cpu.gradients(grad, q, KV(k, v), KV(*rest[:2]), rest[2], rest[3], schedule, scale, local_dtype)
+            return CPU.gradients(grad, q, KV(k, v), KV(*rest[:2]), rest[2], rest[3], schedule, scale, local_dtype)
 
         def first(*x: Tensor) -> None:
             x[-1].copy_(all_gradients(*x[:-1]).received)
@@ -88,8 +87,8 @@ class EmulatedAttention:
                 target.copy_(value)
 
         self._launch("gradients of received rows", first, (*inputs, back))
-        if leave is not None:
-            leave(back)
+        if on_received is not None:
+            on_received(back)
         self._launch("gradients of local rows", second, (*inputs, grad_q, *grad_local))
         return Gradients(grad_q, grad_local, back)
 
@@ -114,7 +113,7 @@ def _spin(
     total = torch.zeros(q.shape)
     sums = torch.full(q.shape[:2], -torch.inf)
     local, received = KV(k, v), KV(rk, rv)
-    cpu.forward(q, local, received, schedule.part(~schedule.received), scale, total, sums)
+    CPU.merge_into(total, sums, q, local, received, schedule.part(~schedule.received), scale)
     for source in np.unique(schedule.source[schedule.received]).tolist():
         if not stuck[0]:
             came = yield (
@@ -125,6 +124,6 @@ def _spin(
                 stuck[0] = source + 1
         part = schedule.part(schedule.received & (schedule.source == source))
         with torch.no_grad():
-            cpu.forward(q, local, received, part, scale, total, sums)
+            CPU.merge_into(total, sums, q, local, received, part, scale)
     out.copy_(total)
     lse.copy_(sums)

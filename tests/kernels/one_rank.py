@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashcp.kernels.cpu import KV
+from flashcp.kernels.interface import KV, AttentionKernel
 from flashcp.kernels.schedule import build_schedule
-from flashcp.kernels.selection import AttentionKernel
 from flashcp.sharding.plan import Segments, ShardingPlan
 
 
@@ -63,7 +62,7 @@ class Rank:
         out = torch.zeros(self.q.shape)
         lse = torch.full(self.q.shape[:2], -torch.inf)
         for part in self.parts:
-            kernel.forward(self.q, self.local, self.from_others, part, scale, out, lse)
+            kernel.merge_into(out, lse, self.q, self.local, self.from_others, part, scale)
         left: list[Tensor] = []
         state = self.grad, self.q, self.local, self.from_others, out, lse, self.whole, scale
         grads = kernel.gradients(*state, torch.float32, lambda rows: left.append(rows.clone()))

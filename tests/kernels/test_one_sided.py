@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 import flashcp
-from flashcp.kernels.arrivals import Arrivals
-from flashcp.kernels.cpu import KV
+from flashcp.kernels.interface import KV, WaitFlags
 from flashcp.kernels.schedule import build_schedule
 from flashcp.kernels.selection import select_attention
 from flashcp.kernels.tuning import Tuning
@@ -51,8 +50,8 @@ class Heap:
         """The region as fp32 [rows, width]."""
         return self.bytes[REGION:].view(torch.float32).view(-1, self.width)
 
-    def arrivals(self, epoch: int, timeout_s: float = PATIENCE_S) -> Arrivals:
-        return Arrivals(self.flags(CAME), epoch, self.stuck, timeout_s)
+    def wait_flags(self, epoch: int, timeout_s: float = PATIENCE_S) -> WaitFlags:
+        return WaitFlags(self.flags(CAME), epoch, self.stuck, timeout_s)
 
 
 def poisoned(folder: Path, sources: int, rows: int, width: int) -> tuple[Path, int, int, int]:
@@ -153,7 +152,7 @@ def fused(rank: int, case: Case, seed: int, *shape: Any) -> tuple[float, float] 
     one_sided.spins(CPU, 1.0)
     begun[0] = 1
     start = time.perf_counter()
-    out, _ = kernel.attend(*arguments, schedule, HEAD_DIM**-0.5, heap.arrivals(5))
+    out, _ = kernel.attend(*arguments, schedule, HEAD_DIM**-0.5, heap.wait_flags(5))
     took = time.perf_counter() - start
     assert heap.stuck.item() == 0
     expected = flashcp.reference_attention(q.double(), k.double(), v.double(), case.lengths)[mine]

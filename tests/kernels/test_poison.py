@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import flashcp
-from flashcp.kernels.arrivals import Arrivals
+from flashcp.kernels.interface import WaitFlags
 from flashcp.kernels.schedule import whole_pack_schedule
 from flashcp.kernels.selection import select_attention
 from flashcp.kernels.tiles import query_tiles
@@ -58,7 +58,7 @@ def compute(case: Case, tensors: list[Tensor]) -> Found:
         if case.how == "fused":
             words = torch.zeros((2, case.ranks), dtype=torch.int32)
             inputs = state.q, state.local, state.from_others
-            out, lse = kernel.attend(*inputs, state.whole, scale, Arrivals(words[0], 0, words[1], 1.0))
+            out, lse = kernel.attend(*inputs, state.whole, scale, WaitFlags(words[0], 0, words[1], 1.0))
             grads = kernel.gradients(state.grad, *inputs, out, lse, state.whole, scale)
         elif case.how == "staged":
             out, *parts = state.staged(kernel, scale)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flashcp
-from flashcp.kernels import cpu
+from flashcp.kernels.cpu import CpuAttention
 from flashcp.kernels.selection import ATTENTION, attention_name, select_attention, waits_inside
 from flashcp.kernels.tuning import Blocks, Tuning
 from tests.interpreter import interpreted
@@ -18,7 +18,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 def test_auto_is_triton_on_a_gpu_and_cpu_elsewhere() -> None:
     assert attention_name("auto", GPU) == "triton"
     assert attention_name("auto", CPU) == "cpu"
-    assert select_attention("auto", CPU) is select_attention("cpu", CPU) is cpu
+    assert select_attention("auto", CPU) is select_attention("cpu", CPU)
+    assert isinstance(select_attention("cpu", CPU), CpuAttention)
 
 
 def test_names_and_devices_that_do_not_fit_are_named() -> None:

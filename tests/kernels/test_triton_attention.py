@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import flashcp
-from flashcp.kernels.cpu import KV
+from flashcp.kernels.interface import KV
 from flashcp.kernels.schedule import Schedule, whole_pack_schedule
 from flashcp.kernels.selection import select_attention
 from flashcp.kernels.tuning import Blocks, Pass, Tuning, tile_heads
@@ -152,7 +152,7 @@ def bf16_on_a_cpu() -> None:
     kernel, schedule = select_attention("triton", torch.device("cpu")), whole_pack_schedule(np.array([8]))
     local, out, lse = KV(k, v), torch.zeros(8, 1, 16), torch.zeros(8, 1)
     with pytest.raises(ValueError, match=r"q is torch\.bfloat16 on the CPU"):
-        kernel.forward(q, local, local, schedule, 0.25, out, lse)
+        kernel.merge_into(out, lse, q, local, local, schedule, 0.25)
     with pytest.raises(ValueError, match=r"q is torch\.bfloat16 on the CPU"):
         kernel.gradients(grad, q, local, local, out, lse, schedule, 0.25)
 

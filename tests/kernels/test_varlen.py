@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import flashcp
-from flashcp.kernels import cpu, varlen
-from flashcp.kernels.arrivals import Arrivals
-from flashcp.kernels.cpu import KV, Gradients
+from flashcp.kernels import varlen
+from flashcp.kernels.cpu import CpuAttention
+from flashcp.kernels.interface import KV, Gradients, WaitFlags
 from flashcp.kernels.schedule import whole_pack_schedule
 from flashcp.kernels.varlen.attention import VarlenAttention
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel
@@ -84,14 +84,15 @@ def test_any_part_of_a_schedule(strategy: str) -> None:
             schedule = state.whole.part(rng.random(len(state.whole.source)) < 0.6)
             tensors = state.q, state.local, state.from_others
             found, lse = VarlenAttention(Sdpa()).attend(*tensors, schedule, 0.3)
-            wanted, wanted_lse = cpu.attend(*tensors, schedule, 0.3)
+            wanted, wanted_lse = CpuAttention().attend(*tensors, schedule, 0.3)
             assert torch.equal(lse == -torch.inf, wanted_lse == -torch.inf)
             assert torch.allclose(lse, wanted_lse, atol=1e-5)
             assert torch.allclose(found, wanted, atol=1e-5)
             arguments = state.grad, *tensors, wanted, wanted_lse, schedule, 0.3
-            for a, b in zip(
-                *map(flat, (VarlenAttention(Sdpa()).gradients(*arguments), cpu.gradients(*arguments))), strict=True
-            ):
+            found_all, wanted_all = (
+                flat(kernel.gradients(*arguments)) for kernel in (VarlenAttention(Sdpa()), CpuAttention())
+            )
+            for a, b in zip(found_all, wanted_all, strict=True):
                 assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -111,7 +112,7 @@ def part_by_part(state: Rank, kernel: VarlenAttention, scale: float) -> tuple[Te
     inputs = state.q, state.local, state.from_others
     out, lse = torch.zeros(state.q.shape), torch.full(state.q.shape[:2], -torch.inf)
     for part in state.parts:
-        kernel.forward(*inputs, part, scale, out, lse)
+        kernel.merge_into(out, lse, *inputs, part, scale)
     return out, *kernel.gradients(state.grad, *inputs, out, lse, state.whole, scale)
 
 
@@ -245,8 +246,8 @@ def test_what_a_kernel_cannot_do_is_one_line() -> None:
         attention.attend(q.half(), KV(k.half(), v.half()), nothing, schedule, 0.3)
     with pytest.raises(ValueError, match=r"head_dim=6: .* expects a multiple of 8 up to 256$"):
         attention.attend(q[..., :6], KV(k[..., :6], v[..., :6]), nothing, schedule, 0.3)
-    flags = Arrivals(torch.zeros(1, dtype=torch.int32), 0, torch.zeros(1, dtype=torch.int32), 1.0)
-    with pytest.raises(ValueError, match="expected all rows before the call, not arrivals"):
+    flags = WaitFlags(torch.zeros(1, dtype=torch.int32), 0, torch.zeros(1, dtype=torch.int32), 1.0)
+    with pytest.raises(ValueError, match="expected all rows before the call, not flags"):
         attention.attend(q, KV(k, v), nothing, schedule, 0.3, flags)
     with pytest.raises(RuntimeError, match=r"gave a log-sum-exp torch\.float32 \[4, 20\]: expected .* \[20, 4\]"):
         VarlenAttention(PaddedSums()).attend(q, KV(k, v), nothing, schedule, 0.3)

@@ -19,7 +19,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from flashcp.experiments.bench import hopper_check, hopper_forward
 from flashcp.experiments.bench.attention_cases import all_cases
 from flashcp.experiments.campaign.dry_run import compile_candidate
-from flashcp.kernels.cpu import KV
+from flashcp.kernels.interface import KV
 from flashcp.kernels.schedule import whole_pack_schedule
 from flashcp.kernels.tuning import SHARED_BYTES, architecture
 

@@ -9,7 +9,8 @@ import torch
 
 import flashcp
 from flashcp.experiments.bench.kernel_times import KernelTimer, RankSchedule, rank_schedule
-from flashcp.kernels import cpu
+from flashcp.kernels.cpu import CpuAttention
+from flashcp.kernels.interface import Gradients
 from flashcp.simulator.cost import AttentionShape
 
 SHAPE = AttentionShape(4, 4, 16, 4)
@@ -34,17 +35,14 @@ def _share(lengths: list[int]) -> RankSchedule:
 
 @pytest.mark.parametrize("factor", [2.0, float("nan")])
 def test_a_wrong_kernel_is_not_timed(factor: float) -> None:
-    class Wrong:
+    class Wrong(CpuAttention):
         """Forgets a factor in the backward, or returns no numbers."""
 
-        attend = staticmethod(cpu.attend)
-
-        @staticmethod
-        def gradients(*inputs: Any) -> cpu.Gradients:
-            found = cpu.gradients(*inputs)
+        def gradients(self, *inputs: Any) -> Gradients:
+            found = super().gradients(*inputs)
             return found._replace(q=factor * found.q)
 
     timer = KernelTimer(torch.device("cpu"))
-    object.__setattr__(timer, "kernel", Wrong)
+    object.__setattr__(timer, "kernel", Wrong())
     with pytest.raises(RuntimeError, match="a wrong kernel is not timed"):
         timer.check(SHAPE)
