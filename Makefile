@@ -42,7 +42,7 @@ paper: $(STAMP) ## the paper's figures from the simulator: rows, pictures, exper
 	$(BIN)/flashcp report experiments/results/paper page=experiments/PAPER_RESULTS.md
 
 kernels: $(STAMP) ## compile every shipped Triton kernel for sm_80, sm_90, sm_100 and gfx942; print what they take
-	$(BIN)/python -m flashcp.experiments.tune_attention --table $(ARGS)
+	$(BIN)/python -m flashcp.experiments.bench.tune_attention --table $(ARGS)
 
 emulate: $(STAMP) ## the CUDA exchange on emulated GPUs: a thousand random schedules against the reference (2 min)
 	$(BIN)/python -m tests.emulation.schedules $(ARGS)
@@ -54,7 +54,7 @@ kernels-versions: $(STAMP) ## the same with triton 3.6.0 and the newest release,
 		[ $$version != newest ] || { rm -rf $$folder; wanted=triton; }; \
 		[ -d $$folder ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 			--target $$folder $$wanted; \
-		PYTHONPATH=$$folder $(BIN)/python -m flashcp.experiments.tune_attention --table $(ARGS) || status=1; \
+		PYTHONPATH=$$folder $(BIN)/python -m flashcp.experiments.bench.tune_attention --table $(ARGS) || status=1; \
 	done; exit $$status
 
 gpu-wheels: $(STAMP) ## fill gpu-wheels/ with wheels to carry to a GPU machine (Linux x86-64, Python 3.12): docs/gpu.md

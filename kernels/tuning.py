@@ -2,7 +2,7 @@
 
 A training job that timed kernels when it starts would run different ones on different ranks. The entries were chosen
 by what the compiler makes of them (no spilled registers, tensor cores, asynchronous copies, shared memory within the
-chip's): `experiments/tune_attention.py` compiles the candidates anywhere and times them where there is a GPU.
+chip's): `experiments/bench/tune_attention.py` compiles the candidates anywhere and times them where there is a GPU.
 """
 
 from __future__ import annotations

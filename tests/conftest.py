@@ -36,13 +36,16 @@ LIBRARIES = (
 
 
 class Module(pytest.Module):
-    """A test file, skipped whole where it imports one of LIBRARIES and that is not installed."""
+    """A test file, skipped whole where what it imports asks for one of LIBRARIES and that is not installed."""
 
     def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
         try:
             return super().collect()
-        except self.CollectError as error:
-            library = (getattr(error.__cause__, "name", None) or "").partition(".")[0]
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause and not isinstance(cause, ModuleNotFoundError):
+                cause = cause.__cause__
+            library = ((cause and cause.name) or "").partition(".")[0]
             if library not in LIBRARIES or find_spec(library):
                 raise
             # What was imported of it stays behind otherwise, and another file would find half of it.

@@ -6,6 +6,7 @@ Read from the syntax trees, so it also sees imports inside functions and under `
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
@@ -39,6 +40,13 @@ BEHIND_ONE_DOOR = {
 FEW_LIBRARIES = {
     "sharding": ({"numpy"}, {"numpy", "numba", "ortools"}),
     "simulator": ({"numpy"}, {"numpy", "numba"}),
+}
+# file, module: what torch and Triton offer under a private name alone
+NO_PUBLIC_NAME = {
+    ("comm/choice.py", "torch.distributed"),  # symmetric memory
+    ("comm/nvshmem.py", "torch.distributed"),
+    ("experiments/campaign/dry_run.py", "triton.experimental.gluon._runtime"),  # compiling ahead of time
+    ("train/trace.py", "torch._C._profiler"),  # every rank's clock in one trace
 }
 READS_FILES = {"fileinput", "glob", "io", "mmap", "pathlib", "pkgutil", "shutil", "tempfile"}
 
@@ -183,6 +191,22 @@ def test_library_stays_behind_its_door(library: str) -> None:
         str(imp) for imp in all_imports() if imp.module.split(".")[0] == library and not imp.file.startswith(doors)
     ]
     assert not broken
+
+
+def private(imports: Iterable[Import]) -> list[str]:
+    """Imports of what its owner marks as private by a leading underscore."""
+    names = ((imp, [*imp.module.split("."), *imp.names]) for imp in imports)
+    return [str(imp) for imp, parts in names if any(re.match(r"_(?!_)", part) for part in parts)]
+
+
+def test_nothing_private_is_imported() -> None:
+    assert private(imp for imp in all_imports() if (imp.file, imp.module) not in NO_PUBLIC_NAME) == []
+    assert {(imp.file, imp.module) for imp in all_imports()} >= NO_PUBLIC_NAME
+    source = """from hydra._internal.hydra import Hydra
+from hydra.core import _private
+import hydra._internal as h
+from __future__ import annotations"""
+    assert len(private(find_imports("train/x.py", ast.parse(source)))) == 3
 
 
 @pytest.mark.parametrize("room", FEW_LIBRARIES)

@@ -1,4 +1,7 @@
-"""`python -m flashcp.train CONFIG.json`: one rank, alone or under `python -m torch.distributed.run`."""
+"""`python -m flashcp.train CONFIG.json ...`: one rank, alone or under `python -m torch.distributed.run`.
+
+Several configurations take turns, step by step (`train/turns.py`).
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,25 @@ from collections.abc import Sequence
 from flashcp.train.config import TrainConfig
 from flashcp.train.ranks import exit_code
 from flashcp.train.run import run
+from flashcp.train.turns import run_in_turns
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 for bad input (one line, no traceback); 1 when a rank fails (its number in the line)."""
     parser = argparse.ArgumentParser(prog="python -m flashcp.train", description=__doc__)
-    parser.add_argument("config", help="JSON file with the fields of flashcp.train.config.TrainConfig")
-    path = parser.parse_args(arguments).config
-    return exit_code(lambda: run(TrainConfig.from_file(path)))
+    parser.add_argument(
+        "config", nargs="+", help="JSON file with the fields of flashcp.train.config.TrainConfig; several take turns"
+    )
+    paths = parser.parse_args(arguments).config
+    return exit_code(lambda: train([TrainConfig.from_file(path) for path in paths]))
+
+
+def train(configs: list[TrainConfig]) -> None:
+    """One run, or several in turns."""
+    if len(configs) == 1:
+        run(configs[0])
+    else:
+        run_in_turns(configs)
 
 
 if __name__ == "__main__":

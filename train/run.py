@@ -7,6 +7,7 @@ import itertools
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from flashcp.train.summary import summarise, versions, write_json
 from flashcp.train.trace import TRACE, traced
 from flashcp.train.tracker import Tracker
 
-__all__ = ["Prepared", "prepare", "run"]
+__all__ = ["Prepared", "Training", "prepare", "run", "training"]
 
 
 @dataclass(frozen=True)
@@ -78,22 +79,32 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
     Raises ValueError for bad input, before anything is written unless a document goes bad later.
     """
     ready = prepare(config, launched_rank()[1])
-    with world(config.loop.device, config.loop.timeout_s) as ranks:
-        torch.manual_seed(config.seed)
-        cp = config.parallel.operator()
-        model = Decoder(ready.model, cp, config.seed).to(ranks.device)
-        optimizer = build_optimizer(model, config.optimizer)
-        progress = load_checkpoint(ready.checkpoint, model, optimizer) if ready.checkpoint else Progress()
-        documents = read_documents(ready.source, config.data.epochs, progress.position)
-        data = config.data
-        windows = pack_documents(
-            documents, ready.tokenizer, config.context, data.overflow, progress.position, data.longest
-        )
-        planner = config.parallel.planner(ranks.world_size)
-        with Loader(windows, planner, config.parallel.exchange, ranks.rank, config.data.prefetch) as loader:
-            batches = _peek(loader, config, progress)
-            trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, batches, progress, ranks)
-            return _train(trainer, config, ready.identity, ranks)
+    with world(config.loop.device, config.loop.timeout_s) as ranks, training(config, ready, ranks) as one:
+        for _ in one.steps():
+            pass
+        return one.finish()
+
+
+@contextmanager
+def training(config: TrainConfig, ready: Prepared, ranks: Ranks) -> Iterator[Training]:
+    """A run that is ready for its first step, and closed at the end whatever happens."""
+    torch.manual_seed(config.seed)
+    cp = config.parallel.operator()
+    model = Decoder(ready.model, cp, config.seed).to(ranks.device)
+    optimizer = build_optimizer(model, config.optimizer)
+    progress = load_checkpoint(ready.checkpoint, model, optimizer) if ready.checkpoint else Progress()
+    data = config.data
+    documents = read_documents(ready.source, data.epochs, progress.position)
+    windows = pack_documents(documents, ready.tokenizer, config.context, data.overflow, progress.position, data.longest)
+    planner = config.parallel.planner(ranks.world_size)
+    with Loader(windows, planner, config.parallel.exchange, ranks.rank, data.prefetch) as loader:
+        batches = _peek(loader, config, progress)
+        trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, batches, progress, ranks)
+        one = Training(config, trainer, ready.identity)
+        try:
+            yield one
+        finally:
+            one.close()
 
 
 def _peek(loader: Loader, config: TrainConfig, progress: Progress) -> Iterator[Batch]:
@@ -108,49 +119,69 @@ def _peek(loader: Loader, config: TrainConfig, progress: Progress) -> Iterator[B
     return itertools.chain(first, loader)
 
 
-def _train(trainer: Trainer, config: TrainConfig, identity: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
-    progress, out = trainer.progress, Path(config.out)
-    steps = tqdm(
-        trainer.steps(),
-        initial=progress.step,
-        total=config.loop.steps,
-        unit="step",
-        disable=ranks.rank != 0 or not config.loop.progress,
-    )
-    written = dataclasses.asdict(config)
-    tracker = Tracker(config.tracker, out, written, progress.step + 1) if ranks.rank == 0 else None
-    if tracker:
-        (out / "summary.json").unlink(missing_ok=True)  # an earlier run's
-        print(f"transport {trainer.cp.transport}: {trainer.cp.transport_reason}", file=sys.stderr)
-        shutil.rmtree(out / TRACE, ignore_errors=True)
-    summary = None
-    try:
-        for row in traced(steps, out / TRACE, ranks.rank) if config.profile else steps:
-            steps.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-            if tracker and not tracker.rows and trainer.cp.receive_bytes:
-                mib = trainer.cp.receive_bytes / 2**20
-                steps.write(f"receive buffers: {mib:.1f} MiB a rank, backward={trainer.cp.backward}", file=sys.stderr)
-            if tracker:
-                tracker.log(row)
-            if config.checkpoint.every and progress.step % config.checkpoint.every == 0:
-                save_checkpoint(
-                    out, config.checkpoint.keep, identity, trainer.model, trainer.optimizer, progress, ranks
-                )
-        if tracker:
-            summary = {
-                **summarise(tracker.rows),
-                "world_size": ranks.world_size,
-                "transport": trainer.cp.transport,
-                "overlap": trainer.cp.overlap,
-                "receive_mib": trainer.cp.receive_bytes / 2**20,
-                "versions": versions(ranks.device),
-                "config": written,
-            }
-            write_json(out / "summary.json", summary)
-            if config.profile:
-                print(f"traces of the ranks: {out / TRACE} (open one in ui.perfetto.dev)", file=sys.stderr)
-    finally:
-        steps.close()
-        if tracker:
-            tracker.close(summary)
-    return summary
+class Training:
+    """One run under way on this rank, and what it writes down (rank 0)."""
+
+    def __init__(self, config: TrainConfig, trainer: Trainer, identity: dict[str, Any]) -> None:
+        self.config, self.trainer = config, trainer
+        self.out, self._identity = Path(config.out), identity
+        self._is_first = trainer.ranks.rank == 0
+        self._written = dataclasses.asdict(config)
+        self._tracker: Tracker | None = None
+        self._summary: dict[str, Any] | None = None
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """Train to the end, the row of every step written down before it is yielded."""
+        trainer, config, progress = self.trainer, self.config, self.trainer.progress
+        steps = tqdm(
+            trainer.steps(),
+            initial=progress.step,
+            total=config.loop.steps,
+            unit="step",
+            disable=not (self._is_first and config.loop.progress),
+        )
+        if self._is_first:
+            self._tracker = Tracker(config.tracker, self.out, self._written, progress.step + 1)
+            (self.out / "summary.json").unlink(missing_ok=True)  # an earlier run's
+            print(f"transport {trainer.cp.transport}: {trainer.cp.transport_reason}", file=sys.stderr)
+            shutil.rmtree(self.out / TRACE, ignore_errors=True)
+        with steps:
+            for row in traced(steps, self.out / TRACE, trainer.ranks.rank) if config.profile else steps:
+                steps.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+                if self._tracker and not self._tracker.rows and trainer.cp.receive_bytes:
+                    mib = trainer.cp.receive_bytes / 2**20
+                    steps.write(
+                        f"receive buffers: {mib:.1f} MiB a rank, backward={trainer.cp.backward}", file=sys.stderr
+                    )
+                if self._tracker:
+                    self._tracker.log(row)
+                if config.checkpoint.every and progress.step % config.checkpoint.every == 0:
+                    keep, identity = config.checkpoint.keep, self._identity
+                    save_checkpoint(self.out, keep, identity, trainer.model, trainer.optimizer, progress, trainer.ranks)
+                yield row
+
+    def finish(self, **more: Any) -> dict[str, Any] | None:
+        """Write summary.json, with `more` in it, and return it; None on the other ranks."""
+        if self._tracker is None:
+            return None
+        cp, ranks = self.trainer.cp, self.trainer.ranks
+        self._summary = {
+            **summarise(self._tracker.rows),
+            "world_size": ranks.world_size,
+            "transport": cp.transport,
+            "overlap": cp.overlap,
+            "receive_mib": cp.receive_bytes / 2**20,
+            "versions": versions(ranks.device),
+            **more,
+            "config": self._written,
+        }
+        write_json(self.out / "summary.json", self._summary)
+        if self.config.profile:
+            print(f"traces of the ranks: {self.out / TRACE} (open one in ui.perfetto.dev)", file=sys.stderr)
+        return self._summary
+
+    def close(self) -> None:
+        """Close the record, as that of a run that failed unless `finish` was called."""
+        if self._tracker:
+            self._tracker.close(self._summary)
+            self._tracker = None

@@ -36,6 +36,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "steps": last["step"],
         "final_loss": last["loss"],
         "losses": [row["loss"] for row in rows],
+        "step_times_ms": [row["step_ms"] for row in rows],
         **{name: _spread([row[name] for row in timed]) for name in TIMES},
         **{name: float(np.mean([row[name] for row in rows])) for name in ("imbalance", "critical_rows", "saving")},
         "imbalance_max": max(row["imbalance"] for row in rows),

@@ -131,6 +131,7 @@ def _start_wandb(config: TrackerConfig, out: Path, run_config: dict[str, Any]) -
             name=config.name or None,
             tags=config.tags or None,
             config=run_config,
+            reinit="create_new",  # runs that take turns are open at the same time
             settings=wandb.Settings(silent=True, console="off"),
         )
     except Exception as error:  # not installed, no key, no network, ...

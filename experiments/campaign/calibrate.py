@@ -1,14 +1,14 @@
-"""The simulator's parameters of this machine (`bench_calibrate.py`)."""
+"""The simulator's parameters of this machine (`bench/calibrate.py`)."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 
-from flashcp.experiments.bench_calibrate import CalibrateBench, bench_calibrate, calibration_table, write_calibration
-from flashcp.experiments.calibration.times import DIRECTIONS, SPLITS, errors
+from flashcp.experiments.bench.calibrate import CalibrateBench, bench_calibrate, calibration_table, write_calibration
+from flashcp.experiments.bench.calibration.times import DIRECTIONS, SPLITS, errors
+from flashcp.experiments.bench.numbers import Failure, Number
 from flashcp.experiments.campaign.part import Case, Turn
-from flashcp.experiments.numbers import Failure, Number
 from flashcp.simulator.machine import parameters
 
 __all__ = ["ABOUT", "KIND", "MINUTES", "cases", "measure"]

@@ -14,13 +14,13 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 
-from flashcp.experiments.accuracy import relative_error
-from flashcp.experiments.attention_cases import OURS, exact_share, make_tensors
-from flashcp.experiments.attention_cases import Case as AttentionCase
-from flashcp.experiments.attention_peers import PEERS
+from flashcp.experiments.bench.accuracy import relative_error
+from flashcp.experiments.bench.attention_cases import OURS, exact_share, make_tensors
+from flashcp.experiments.bench.attention_cases import Case as AttentionCase
+from flashcp.experiments.bench.attention_peers import PEERS
+from flashcp.experiments.bench.numbers import Failure, Number, check_device, reason
 from flashcp.experiments.campaign.part import Case, Turn
 from flashcp.experiments.campaign.tools import SANITIZER, case_of, sanitize
-from flashcp.experiments.numbers import Failure, Number, check_device, reason
 from flashcp.kernels.schedule import build_schedule, whole_pack_schedule
 from flashcp.kernels.tuning import HEAD_DIMS
 from flashcp.sharding.strategies import plan
@@ -38,8 +38,8 @@ LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 MARK = "mark.gpu"
 FILES = (
     "tests/comm/test_gpu_symmetric.py",
-    "tests/experiments/test_virtual_ranks.py",
-    "tests/experiments/test_hopper_forward.py",
+    "tests/experiments/bench/test_virtual_ranks.py",
+    "tests/experiments/bench/test_hopper_forward.py",
     "tests/kernels/test_gpu_attention.py",
 )
 """The first of the test files, by value; the others that have tests for a GPU follow."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import triton
 
+from flashcp.experiments.bench.tune_attention import Kernel, compile_all, compilers, fit, shipped
 from flashcp.experiments.campaign.part import PARTS, load
-from flashcp.experiments.tune_attention import Kernel, compile_all, compilers, fit, shipped
 from flashcp.kernels.ahead import TARGETS, TRANSFERS, Build, build, build_transfer, read
 from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, TABLE, Blocks, Pass, table_dim
 
@@ -91,7 +91,7 @@ def compile_candidate(head_dim: int, dtype: str, group: int) -> triton.compiler.
     import torch
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from flashcp.experiments import hopper_forward
+    from flashcp.experiments.bench import hopper_forward
 
     kernel, element = hopper_forward.hopper_forward_kernel, {"bfloat16": "bf16", "float16": "fp16"}[dtype]
     layout = hopper_forward.block_layout(head_dim, getattr(torch, dtype))

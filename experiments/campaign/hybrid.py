@@ -8,10 +8,10 @@ from functools import cache
 import torch
 
 from flashcp.clusters import read_cluster
+from flashcp.experiments.bench.kernel_times import KernelTimer
+from flashcp.experiments.bench.numbers import Failure, Number
 from flashcp.experiments.campaign.part import Case, Turn
-from flashcp.experiments.kernel_times import KernelTimer
-from flashcp.experiments.measured import MeasuredPlanned
-from flashcp.experiments.numbers import Failure, Number
+from flashcp.experiments.sweep.measured import MeasuredPlanned
 from flashcp.sharding.lengths import windows
 from flashcp.simulator.batch import make_plans
 from flashcp.simulator.cost import AttentionShape

@@ -1,4 +1,4 @@
-"""What overlap hides between ranks that are streams of one process (`bench_virtual.py`)."""
+"""What overlap hides between ranks that are streams of one process (`bench/virtual.py`)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 
-from flashcp.experiments import bench_virtual
+from flashcp.experiments.bench import virtual as bench_virtual
+from flashcp.experiments.bench.numbers import Failure, Number
 from flashcp.experiments.campaign.part import Case, Turn
-from flashcp.experiments.numbers import Failure, Number
-from flashcp.experiments.rows import read_rows
+from flashcp.experiments.sweep.rows import read_rows
 
 __all__ = ["ABOUT", "KIND", "MINUTES", "cases", "measure"]
 

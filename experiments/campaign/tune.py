@@ -12,11 +12,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flashcp.experiments.accuracy import relative_error
+from flashcp.experiments.bench.accuracy import relative_error
+from flashcp.experiments.bench.numbers import Failure, Number, check_device, reason
+from flashcp.experiments.bench.timing import in_turns_ms
+from flashcp.experiments.bench.tune_attention import PACKS, compile_all, compilers, fit, grid, timed_work, tuned
 from flashcp.experiments.campaign.part import Case, Turn
-from flashcp.experiments.numbers import Failure, Number, check_device, reason
-from flashcp.experiments.timing import in_turns_ms
-from flashcp.experiments.tune_attention import PACKS, compile_all, compilers, fit, grid, timed_work, tuned
 from flashcp.kernels.ahead import Build
 from flashcp.kernels.tuning import TABLE, Blocks, Pass, architecture, table_dim
 

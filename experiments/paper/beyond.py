@@ -1,27 +1,89 @@
-"""Past the paper: the fastest method by ranks, window, heads and network, each with our kernel and no copies."""
+"""Past the paper: where a speedup comes from, one change at a time; the fastest method by work and network."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Rectangle
 
-from flashcp.experiments.figure import INK
-from flashcp.experiments.paper.bars import COLOURS
-from flashcp.experiments.paper.cells import Cell, Numbers
+from flashcp.experiments.paper.numbers import Case, Numbers
+from flashcp.experiments.plots import PALETTE, legend_below, styled
 
-__all__ = ["Win", "cells", "draw", "wins"]
+__all__ = ["BASELINES", "DATA", "Stage", "Win", "stages", "wins"]
 
-CLUSTERS = {"nvlink": "nodes of 8 (NVLink), 400 Gb/s a rank between them", "ib": "one rank a node, 400 Gb/s"}
+# --- from a published method to `flashcp`
+
+DATA = {"wlb_llm": "WLB-LLM", "pile": "Pile"}
+BASELINES = {"llama3": "per_sequence", "per_document": "per_document", "flashcp_paper": "flashcp_paper"}
+CHANGES = ("as published", "no copies", "overlap", "only rows that are read", "our plan")
+
+
+class Stage(NamedTuple):
+    """A method on its way: what was changed last, the module's ms then, and the speedup of that change alone."""
+
+    change: str
+    ms: float
+    speedup: float
+
+
+def stages(numbers: Numbers, data: str, baseline: str) -> list[Stage]:
+    """From a published method to ours."""
+    none, staged = (numbers.case(data=data, overlap=overlap) for overlap in ("none", "staged"))
+    times = [
+        numbers(case, provider, "module_ms")
+        for case, provider in (
+            (none, baseline),
+            (none, f"{baseline}_best_effort"),
+            (staged, f"{baseline}_best_effort"),
+            (staged, f"{BASELINES[baseline]}+exact"),
+            (staged, "flashcp"),
+        )
+    ]
+    before = [times[0], *times[:-1]]
+    return [Stage(change, ms, was / ms) for change, ms, was in zip(CHANGES, times, before, strict=True)]
+
+
+def parts_facts(numbers: Numbers) -> dict[str, Any]:
+    """ways: lengths, method and stages of each."""
+    ways = [(title, method, stages(numbers, data, method)) for data, title in DATA.items() for method in BASELINES]
+    return {"changes": CHANGES, "ways": ways}
+
+
+@styled
+def parts_draw(numbers: Numbers, path: Path) -> None:
+    """A panel for data and baseline: the module's time after each change, and what the change was worth."""
+    figure = Figure(figsize=(15, 5.5))
+    grid = figure.subplots(len(DATA), len(BASELINES), sharey=True, sharex="row")
+    for axes, (title, method, found) in zip(grid.flat, parts_facts(numbers)["ways"], strict=True):
+        axes.barh([stage.change for stage in found], [stage.ms for stage in found], color=PALETTE[: len(found)])
+        for place, stage in enumerate(found):
+            text = f" {stage.ms:.1f} ms" + (f", {stage.speedup:.2f}x" if place else "")
+            axes.text(stage.ms, place, text, va="center", fontsize=8.5)
+        axes.set_title(f"{title}, {method} to flashcp: {found[0].ms / found[-1].ms:.2f}x")
+        axes.grid(visible=False)
+        axes.set_xlim(0, max(axes.get_xlim()[1], 1.25 * found[0].ms))  # a row of panels shares it
+        axes.set_xlabel("ms")
+    grid[0][0].invert_yaxis()  # all panels share it
+    figure.suptitle("simulated: one training pass of the attention module, N = 8, 128K, H = 32")
+    figure.savefig(path)
+
+
+# --- who wins where, each with our kernel and no copies
+
+CLUSTERS = {
+    "h100-nvlink": "nodes of 8 (NVLink), 400 Gb/s a rank between them",
+    "h100-ib-400g": "one rank a node, 400 Gb/s",
+}
 
 
 class Win(NamedTuple):
     """A case's fastest method, how much slower the next one is, and the speedup over llama3 as published."""
 
-    case: str
+    case: Case
     fastest: str
     ahead: float
     speedup: float
@@ -31,51 +93,52 @@ def wins(numbers: Numbers) -> list[Win]:
     """The fastest method of every case."""
     found = []
     for case in numbers.cases:
-        times = sorted((numbers(case, provider, "module_ms"), provider) for provider in numbers.providers(case))
-        (best, name), (following, _) = times[:2]
-        found.append(Win(case, name, following / best, numbers(case, name, "speedup")))
+        providers = numbers.providers(case.name)
+        (best, name), (following, _) = sorted((numbers(case.name, p, "module_ms"), p) for p in providers)[:2]
+        found.append(Win(case, name, following / best, numbers(case.name, name, "speedup")))
     return found
 
 
-def cells(numbers: Numbers) -> list[Cell]:
-    """Nothing of the paper's."""
-    return []
+def wins_facts(numbers: Numbers) -> dict[str, Any]:
+    """won: cases by method. close: those won by less than 5%. relayed: those that the paper's plan wins over several
+    nodes of more than one rank."""
+    found = wins(numbers)
+    several = [win for win in found if win.case.cluster == "h100-nvlink" and win.case.ranks > 8]
+    return {
+        "won": Counter(win.fastest for win in found).most_common(),
+        "close": sum(win.ahead < 1.05 for win in found),
+        "relayed": sum(win.fastest.startswith("flashcp_paper") for win in several),
+    }
 
 
-def draw(numbers: Numbers, path: Path) -> None:
+@styled
+def wins_draw(numbers: Numbers, path: Path) -> None:
     """One panel for data, cluster and heads: ranks across, windows up; colour: the fastest; how far it is ahead."""
-    every = {win.case: win for win in wins(numbers)}
-    count = Counter(win.fastest for win in every.values())
-    colour = {name: COLOURS[(place + 1) % len(COLOURS)] for place, (name, _) in enumerate(count.most_common())}
-    data, heads = ("wlb_llm", "pile"), ("h32", "h32:8")
-    figure = Figure(figsize=(16, 8.4), layout="constrained", facecolor="white")
-    grid = figure.subplots(len(data), 2 * len(CLUSTERS))
-    for row, name in zip(grid, data, strict=True):
-        panels = [(cluster, head) for cluster in CLUSTERS for head in heads]
-        for axes, (cluster, head) in zip(row, panels, strict=True):
-            chosen = {case: win for case, win in every.items() if {name, cluster, head} <= set(case.split("-"))}
-            _panel(axes, chosen, colour)
-            axes.set_title(f"{name}, {head[1:]} heads\n{CLUSTERS[cluster]}", loc="left", fontsize=9, color=INK)
-    handles = [Patch(color=shade, label=f"{name} ({count[name]})") for name, shade in colour.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    figure.suptitle("fastest method, simulated; how far ahead of the next; below, of llama3 as published", fontsize=11)
-    figure.savefig(path, dpi=160)
+    every = wins(numbers)
+    count = Counter(win.fastest for win in every).most_common()
+    colour = {name: PALETTE[(place + 1) % len(PALETTE)] for place, (name, _) in enumerate(count)}
+    panels = [(data, cluster, heads) for data in DATA for cluster in CLUSTERS for heads in ("32", "32:8")]
+    figure = Figure(figsize=(16, 8.4))
+    for axes, (data, cluster, heads) in zip(figure.subplots(len(DATA), 4).flat, panels, strict=True):
+        chosen = [win for win in every if (win.case.data, win.case.cluster, win.case.heads) == (data, cluster, heads)]
+        _panel(axes, chosen, colour)
+        axes.set_title(f"{data}, {heads} heads\n{CLUSTERS[cluster]}", fontsize=9)
+    legend_below(figure, {f"{name} ({number})": colour[name] for name, number in count})
+    figure.suptitle("fastest method, simulated; how far ahead of the next; below, of llama3 as published")
+    figure.savefig(path)
 
 
-def _panel(axes: Any, chosen: dict[str, Win], colour: dict[str, str]) -> None:
-    def part(case: str, letter: str) -> int:
-        return next(int(p[1:].rstrip("k")) for p in case.split("-") if p[0] == letter and p[1:2].isdigit())
-
-    ranks = sorted({part(case, "n") for case in chosen})
-    contexts = sorted({part(case, "c") for case in chosen})
-    for case, win in chosen.items():
-        x, y = ranks.index(part(case, "n")), contexts.index(part(case, "c"))
+def _panel(axes: Any, chosen: Sequence[Win], colour: dict[str, str]) -> None:
+    ranks = sorted({win.case.ranks for win in chosen})
+    contexts = sorted({win.case.context for win in chosen})
+    for win in chosen:
+        x, y = ranks.index(win.case.ranks), contexts.index(win.case.context)
         axes.add_patch(Rectangle((x, y), 0.97, 0.97, color=colour[win.fastest], alpha=0.85, linewidth=0))
         text = f"{win.ahead:.2f}x\n{win.speedup:.1f}x"
         axes.text(x + 0.48, y + 0.48, text, ha="center", va="center", fontsize=8, color="white")
     axes.set(xlim=(0, len(ranks)), ylim=(0, len(contexts)), xlabel="ranks", ylabel="window")
     axes.set_xticks([x + 0.48 for x in range(len(ranks))], ranks)
-    axes.set_yticks([y + 0.48 for y in range(len(contexts))], [f"{c}K" for c in contexts])
-    axes.tick_params(colors=INK, labelsize=8, length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
+    axes.set_yticks([y + 0.48 for y in range(len(contexts))], [f"{context // 1024}K" for context in contexts])
+    axes.tick_params(labelsize=8, length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)

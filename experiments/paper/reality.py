@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from flashcp.experiments.figure import INK
-from flashcp.experiments.paper.bars import COLOURS, tidy
-from flashcp.experiments.paper.cells import Cell, Numbers
-from flashcp.experiments.rows import RESULTS, Row, read_rows
+from flashcp.experiments.paper.numbers import Cell, Numbers
+from flashcp.experiments.plots import INK, PALETTE, styled
+from flashcp.experiments.sweep.rows import RESULTS, Row, read_rows
 from flashcp.sharding.methods import METHODS
 
-__all__ = ["beyond_noise", "cells", "draw", "measured_rows", "out_of_order"]
+__all__ = ["cells", "draw", "facts", "measured_rows"]
 
 METRICS = ("step_ms", "attention_ms", "exposed_exchange_ms")
 ALLOWED = 0.20
@@ -70,14 +70,13 @@ def cells(numbers: Numbers) -> list[Cell]:
         if method != BASELINE
     ]
     if apart := sum(_apart(a[0], b[0]) for a, b in combinations(steps.values(), 2)):
-        same = apart - len(out_of_order(numbers))
+        same = apart - len(_out_of_order(steps))
         found.append(Cell("pairs of methods in the measured order", apart, same, allowed=0.0))
     return found
 
 
-def out_of_order(numbers: Numbers) -> list[tuple[str, str]]:
+def _out_of_order(steps: dict[str, tuple[Row, float]]) -> list[tuple[str, str]]:
     """Pairs of methods that measurements tell apart and that are predicted the other way round."""
-    steps = _steps(numbers)
     return [
         (one, other)
         for one, other in combinations(steps, 2)
@@ -86,16 +85,24 @@ def out_of_order(numbers: Numbers) -> list[tuple[str, str]]:
     ]
 
 
-def beyond_noise(numbers: Numbers) -> list[str]:
-    """Methods whose predicted step over the baseline's lies outside their measured p20 to p80 over its median."""
+def facts(numbers: Numbers) -> dict[str, Any]:
+    """measured, predicted: one row of each. pairs of methods; wrong: those out of order. outside: methods whose
+    predicted step over the baseline's lies outside their measured p20 to p80 over its median."""
     steps = _steps(numbers)
     base, predicted_base = steps[BASELINE]
-    return [
+    outside = [
         method
         for method, (row, ms) in steps.items()
         if method != BASELINE
         and not (row.p20 or row.median) <= ms / predicted_base * base.median <= (row.p80 or row.median)
     ]
+    return {
+        "measured": base,
+        "predicted": next(row for row in numbers.rows if row.kind != "measured"),
+        "pairs": len(steps) * (len(steps) - 1) // 2,
+        "wrong": [" and ".join(pair) for pair in _out_of_order(steps)],
+        "outside": outside,
+    }
 
 
 def _apart(one: Row, other: Row) -> bool:
@@ -104,23 +111,22 @@ def _apart(one: Row, other: Row) -> bool:
     return (high.p20 or high.median) > (low.p80 or low.median)
 
 
+@styled
 def draw(numbers: Numbers, path: Path) -> None:
     """Measured steps (bars, p20 to p80) and predicted ones (dots), both over llama3's."""
     steps = _steps(numbers)
     base, predicted_base = steps[BASELINE]
-    figure = Figure(figsize=(8, 4), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(8, 4))
     axes = figure.subplots()
-    names = list(steps)
-    medians = np.array([steps[name][0].median for name in names])
-    low = medians - [steps[name][0].p20 or steps[name][0].median for name in names]
-    high = [steps[name][0].p80 or steps[name][0].median for name in names] - medians
-    errors = np.stack((low, high)) / base.median
-    axes.bar(names, medians / base.median, yerr=errors, color=COLOURS[0], ecolor=INK, capsize=3, label="measured")
-    predicted = [steps[name][1] / predicted_base for name in names]
-    axes.plot(names, predicted, "o", color=COLOURS[2], markersize=9, label="predicted")
+    names, rows = list(steps), [row for row, _ in steps.values()]
+    medians = np.array([row.median for row in rows])
+    ends = np.array([(row.p20 or row.median, row.p80 or row.median) for row in rows]).T
+    errors = np.abs(ends - medians) / base.median
+    axes.bar(names, medians / base.median, yerr=errors, color=PALETTE[0], ecolor=INK, capsize=3, label="measured")
+    predicted = [ms / predicted_base for _, ms in steps.values()]
+    axes.plot(names, predicted, "o", color=PALETTE[2], markersize=9, label="predicted")
     axes.set_ylabel("step time over llama3's (lower: faster)")
-    axes.set_title("the demo on two CPU ranks; error bars: p20 to p80 of repeated sweeps", loc="left")
+    axes.set_title("the demo on two CPU ranks; error bars: p20 to p80 of repeated sweeps")
     axes.tick_params(axis="x", labelrotation=20)
-    axes.legend(frameon=False, fontsize=9)
-    tidy(axes)
-    figure.savefig(path, dpi=160)
+    axes.legend()
+    figure.savefig(path)

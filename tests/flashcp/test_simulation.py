@@ -14,7 +14,7 @@ import pytest
 
 import flashcp
 from flashcp.clusters import read_cluster
-from flashcp.experiments.cli import main
+from flashcp.experiments.cli.main import main
 from flashcp.simulator.summary import Summary
 from flashcp.simulator.variants import VARIANTS
 from tests.checkout import ROOT

@@ -9,7 +9,7 @@ import pytest
 
 import flashcp
 from flashcp.clusters import read_machine
-from flashcp.experiments.compose import compose
+from flashcp.experiments.cli.compose import compose
 from flashcp.sharding.lengths import windows
 from flashcp.sharding.methods import METHODS
 from flashcp.simulator.cost import AttentionShape, Link, Links

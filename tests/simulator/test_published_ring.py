@@ -9,7 +9,7 @@ import pytest
 
 import flashcp
 from flashcp.clusters import read_machine
-from flashcp.experiments.compose import compose
+from flashcp.experiments.cli.compose import compose
 from flashcp.simulator.cost import CopyCost, Link, Links
 from flashcp.simulator.machine import Machine
 from flashcp.simulator.planned import Module, Planned, Setting

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flashcp.clusters import read_machine
-from flashcp.experiments.compose import compose
+from flashcp.experiments.cli.compose import compose
 from flashcp.simulator.planned import Setting
 from flashcp.simulator.summary import Summary, overlap_of, recommendation
 from flashcp.simulator.variants import VARIANTS, Variant

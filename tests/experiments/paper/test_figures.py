@@ -5,26 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flashcp.experiments.cli import main
-from flashcp.experiments.compose import expand
-from flashcp.experiments.paper.cells import Cell, Numbers, verdict
-from flashcp.experiments.paper.fig6 import breakdown
+from flashcp.experiments.cli.compose import expand
+from flashcp.experiments.cli.main import main
+from flashcp.experiments.cli.schema import committed
+from flashcp.experiments.cli.simulate_choices import chosen_variants, read_setting
+from flashcp.experiments.paper.beyond import BASELINES, DATA, stages
 from flashcp.experiments.paper.figures import FIGURES
-from flashcp.experiments.paper.notes import NOTES
+from flashcp.experiments.paper.numbers import Case, Cell, Numbers, verdict
 from flashcp.experiments.paper.page import write_paper_page
-from flashcp.experiments.paper.parts import BASELINES, DATA, stages
+from flashcp.experiments.paper.published import breakdown
 from flashcp.experiments.paper.reality import measured_rows
 from flashcp.experiments.paper.values import BREAKDOWN
-from flashcp.experiments.rows import read_rows, write_rows
-from flashcp.experiments.schema import committed
-from flashcp.experiments.simulate_choices import chosen_variants, read_setting
-from flashcp.experiments.simulations import case_name
+from flashcp.experiments.sweep.rows import read_rows, write_rows
+from flashcp.experiments.sweep.simulations import case_name
 from flashcp.sharding.methods import METHODS
 from tests.checkout import ROOT
 
@@ -68,7 +68,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_sweep_that_simulates_has_a_figure_and_a_note() -> None:
-    assert set(committed("simulation")) == set(FIGURES) == set(NOTES) == set(SMALL)
+    template = (ROOT / "experiments/paper/page.md.j2").read_text()
+    noted = set(re.findall(r'if one.name == "(\w+)"', template))
+    assert set(committed("simulation")) == set(FIGURES) == noted == set(SMALL)
 
 
 @pytest.mark.parametrize("name", committed("simulation"))
@@ -119,7 +121,7 @@ def test_one_document_is_the_same_plan_for_llama3_and_per_document(folder: Path)
 def test_the_breakdown_adds_up_to_the_module(folder: Path) -> None:
     numbers = Numbers(read_rows(folder / "paper_fig6"))
     for data, methods in BREAKDOWN.items():
-        case = numbers.case(data, "n8", "h32")
+        case = numbers.case(data=data, ranks=8, heads="32")
         for method in methods:
             assert breakdown(numbers, data, method).total == pytest.approx(numbers(case, method, "module_ms"))
     assert len(FIGURES["paper_fig6"].cells(numbers)) == 2 * (3 * 6 + 9)
@@ -131,7 +133,7 @@ def test_changes_one_at_a_time_multiply_to_the_whole_speedup(folder: Path) -> No
         for baseline in BASELINES:
             found = stages(numbers, data, baseline)
             assert found[0].ms / found[-1].ms == pytest.approx(math.prod(stage.speedup for stage in found))
-            assert found[0].ms == numbers(numbers.case(data, "staged"), baseline, "module_ms")
+            assert found[0].ms == numbers(numbers.case(data=data, overlap="staged"), baseline, "module_ms")
             assert found[1].speedup > 1  # copies cost something
             assert found[2].speedup > 1  # and so does waiting
         assert len({stages(numbers, data, baseline)[-1].ms for baseline in BASELINES}) == 1
@@ -146,11 +148,13 @@ def test_the_page_shows_every_number(folder: Path, tmp_path: Path, capsys: pytes
     for name, figure in FIGURES.items():
         numbers = Numbers(read_rows(folder / name))
         assert f"## {name}: {figure.title}" in text
-        assert NOTES[name](numbers) in text
         for cell in figure.cells(numbers):
             assert f"| {cell.what} | {cell.paper:.3g} | {cell.ours:.3g} |" in text
         (picture,) = [line for line in text.splitlines() if line.startswith(f"![{name}]")]
         assert (page.parent / picture.split("(")[1].rstrip(")")).is_file()
+    for section in text.split("\n## ")[1 : 1 + len(FIGURES)]:
+        assert re.fullmatch(r"[A-Z].{200,}\.", section.strip().split("\n\n")[-1], re.DOTALL), section  # prose
+    assert "{" not in text
     assert "## calibration: this_machine" in text
     assert "| forward | 200 |" in text
 
@@ -190,10 +194,23 @@ def test_within_fifteen_percent_or_the_distance_that_is_allowed() -> None:
     assert verdict(cells) == "1 of 2 numbers that should come out do; farthest: b: 1, ours 2 (+100.0%); outside: b"
 
 
+def test_columns_of_a_case_are_those_its_name_was_made_of() -> None:
+    for name in committed("simulation"):
+        for job in expand("simulations", [f"simulation={name}"]):
+            settings, case = job.settings, Case.read(case_name(job.settings))
+            assert case, case_name(settings)
+            assert (case.ranks, case.context) == (settings["world_size"], settings["context"])
+            assert case.weight == settings["data"].get("long_document_weight", 1)
+            assert int(case.heads.split(":")[0]) == settings["model"]["query_heads"]
+            assert case.cluster == settings["cluster"]["name"]
+            assert case.overlap == settings["overlap"].replace("auto", "")
+    assert Case.read("stdlib-c8k-n2") is None
+
+
 def test_a_case_without_rows_is_named() -> None:
     numbers = Numbers([])
-    with pytest.raises(ValueError, match="0 cases of pile, n8"):
-        numbers.case("pile", "n8")
+    with pytest.raises(ValueError, match="0 cases of data=pile, ranks=8"):
+        numbers.case(data="pile", ranks=8)
     with pytest.raises(ValueError, match="no row for a, b, c"):
         numbers("a", "b", "c")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from flashcp.clusters import read_cluster_file, read_machine
-from flashcp.experiments.cli import main
-from flashcp.experiments.compose import compose
+from flashcp.experiments.cli.compose import compose
+from flashcp.experiments.cli.main import main
 from flashcp.experiments.paper.fit import PaperFit, fit_rows, fit_table
 from flashcp.experiments.paper.values import BREAKDOWN
 

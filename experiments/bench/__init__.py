@@ -1,0 +1,1 @@
+"""Measurements of one part: cases, what is compared, how it is timed."""

@@ -1,0 +1,161 @@
+"""One case of the attention benchmark: every provider is checked, then all that are right are timed in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flashcp.experiments.bench.accuracy import LARGEST_ERROR, relative_error
+from flashcp.experiments.bench.attention_cases import (
+    OURS,
+    Case,
+    Forward,
+    Tensors,
+    exact_share,
+    make_tensors,
+    useful_share,
+)
+from flashcp.experiments.bench.attention_peers import PEERS
+from flashcp.experiments.bench.numbers import Failure, Number, check_device, reason
+from flashcp.experiments.bench.timing import Spread, Work, in_turns_ms
+from flashcp.kernels.tuning import Pass, architecture, choose
+
+__all__ = ["measure"]
+
+BACKWARD_FLOPS = 2.5
+SHARE_S = 4.0  # seconds for the measurements of one case
+
+
+def measure(
+    case: Case,
+    device: torch.device,
+    left_out: Collection[str] = (),
+    begin: Callable[[str], None] = lambda provider: None,
+    share_s: float = SHARE_S,
+) -> Iterator[Number | Failure]:
+    """Check, then time every provider of a case; one that has no backward, forward only.
+
+    left_out: names of providers. begin: is told whose turn it is. share_s: seconds of timing. Raises RuntimeError
+    where the device takes no more work: what comes next needs another process.
+    """
+    x = make_tensors(case, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    wanted = exact_share(case, x, case.kv_heads - 1)
+    work: dict[str, Work] = {}
+    forwards: dict[str, Forward] = {}
+    for name, make in PEERS.items():
+        if name in left_out:
+            continue
+        begin(name)
+        try:
+            forward = make(case, x)
+            if forward is not None:
+                out = forward()
+                yield Number(name, "relative_error", "1", None, checked(case, {"out": out.detach()}, wanted), None)
+                work[f"{name}/forward"] = forwards[name] = forward
+        except Exception as failure:
+            check_device(device)
+            yield Failure(name, reason(failure))
+            continue
+        if forward is None or not out.requires_grad:
+            continue
+        backward = partial(torch.autograd.grad, out, x.leaves, x.grad, retain_graph=True)
+        try:
+            error = checked(case, _named(backward()), wanted)
+        except Exception as failure:
+            check_device(device)
+            yield Failure(name, f"backward: {reason(failure)}")
+            continue
+        yield Number(name, "backward_relative_error", "1", None, error, None)
+        work[f"{name}/backward"] = backward
+    if f"{OURS}/backward" in work:
+        begin(OURS)
+        yield from _of_ours(case, x, forwards[OURS], device)
+    if OURS in forwards:
+        work[f"{OURS}/forward_no_grad"] = torch.no_grad()(forwards[OURS])
+    begin("")
+    yield from _timed(case, work, device, share_s)
+
+
+def checked(case: Case, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """The largest relative error of an output, or of its gradients, for the last KV head and its query heads.
+
+    Raises RuntimeError for one that is too large: a wrong kernel is not timed.
+    """
+    head, group = case.kv_heads - 1, case.query_heads // case.kv_heads
+    shares = {
+        "out": lambda value: value[:, head * group :],
+        "q": lambda value: value[:, head * group :],
+        "k": lambda value: value[:, head],
+        "v": lambda value: value[:, head],
+        "received": lambda value: value[:, :, head],
+    }
+    error = max(relative_error(shares[name](value), wanted[name]) for name, value in found.items())
+    if not error <= LARGEST_ERROR:
+        raise RuntimeError(f"relative error {error:.2e}: a wrong kernel is not timed")
+    return error
+
+
+def _named(gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Gradients of a case's leaves by name."""
+    return dict(zip(("q", "k", "v", "received"), gradients, strict=False))
+
+
+def _of_ours(case: Case, x: Tensors, forward: Forward, device: torch.device) -> Iterator[Number | Failure]:
+    """What is told of our kernels alone: memory beyond the results, and useful shares of the blocks they compute."""
+    try:
+        if device.type == "cuda":
+            yield Number(OURS, "extra_memory_share", "of q", None, extra_memory(x, forward), None)
+        for kernel in Pass:
+            blocks = choose(kernel, architecture(device), case.head_dim, x.q.dtype, case.schedule)
+            share = useful_share(case.schedule, case.rows, kernel, blocks)
+            yield Number(OURS, f"{kernel.value}_useful_share", "of computed pairs", None, share, None)
+    except Exception as failure:
+        check_device(device)
+        yield Failure(OURS, reason(failure))
+
+
+def _timed(case: Case, work: dict[str, Work], device: torch.device, share_s: float) -> Iterator[Number | Failure]:
+    """Times in turns; who fails at it is left out, and the others take their turns again."""
+    running = [""]
+
+    def told(label: str, function: Work) -> Work:
+        def run() -> object:
+            running[0] = label
+            return function()
+
+        return run
+
+    times: dict[str, Spread] = {}
+    while work and not times:
+        try:
+            times = in_turns_ms({label: told(label, function) for label, function in work.items()}, device, share_s)
+        except Exception as failure:
+            check_device(device)
+            name = running[0].split("/")[0]
+            yield Failure(name, f"timing {running[0]}: {reason(failure)}")
+            work = {label: function for label, function in work.items() if label.split("/")[0] != name}
+    for label, spread in times.items():
+        name, which = label.split("/")
+        flops = case.forward_flops * (BACKWARD_FLOPS if which == "backward" else 1.0)
+        yield Number(name, f"{which}_ms", "ms", *spread)
+        low, middle, high = (flops / ms / 1e9 for ms in reversed(spread))
+        yield Number(name, f"{which}_tflops", "TFLOP/s", low, middle, high)
+
+
+def extra_memory(x: Tensors, forward: Forward) -> float:
+    """Peak bytes of forward and backward beyond inputs, output, log-sum-exp and gradients, over q's bytes.
+
+    Gradients of received rows are fp32 and counted as what they are.
+    """
+    torch.autograd.grad(forward(), x.leaves, x.grad)  # tables and kernels are there from now on
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(forward(), x.leaves, x.grad)
+    peak = torch.cuda.max_memory_allocated() - before
+    lse = 4 * x.q.shape[0] * x.q.shape[1]
+    gradients = x.q.nbytes + x.k.nbytes + x.v.nbytes + x.received.nbytes * (4 // x.received.element_size() + 1)
+    return max(0, peak - x.q.nbytes - lse - gradients) / x.q.nbytes

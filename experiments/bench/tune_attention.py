@@ -1,0 +1,191 @@
+"""Find block shapes for `kernels/tuning.py`.
+
+    python -m flashcp.experiments.bench.tune_attention --arch sm_90 --head-dim 128 --pass backward_kv
+
+Anywhere: compiles every candidate for the chip and lists those that spill nothing, fit its shared memory and use its
+tensor cores. On a GPU of that architecture it also times them, on a long document and on short ones, and the fastest
+of each belong into the table. `--table` compiles what the table ships, all of it, and fails if an entry is unfit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from flashcp.attention import varlen_attention
+from flashcp.experiments.bench.attention_cases import Case, Tensors, make_tensors
+from flashcp.experiments.bench.timing import Work, in_turns_ms
+from flashcp.kernels.ahead import TARGETS, Build, build, build_rows
+from flashcp.kernels.backward_rows import ROWS
+from flashcp.kernels.schedule import whole_pack_schedule
+from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, Tuning, architecture, table_dim
+
+__all__ = ["PACKS", "Kernel", "compile_all", "compilers", "fit", "grid", "main", "shipped", "timed_work", "tuned"]
+
+PACKS = {"long": [16_384], "short": [64] * 256}
+SECONDS = 20.0  # for the candidates of one pack
+HEAD = f"{'kernel':<58} {'registers':>9} {'spilled B':>9} {'shared B':>9} {'tensor-core':>11} {'async':>6}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns 0; 1 if an entry of the table is unfit."""
+    parser = argparse.ArgumentParser(prog="tune_attention", description=__doc__)
+    parser.add_argument("--arch", choices=list(TARGETS), default="sm_90")
+    parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, default=128)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--pass", dest="which", choices=[which.value for which in Pass], default="forward")
+    parser.add_argument("--table", action="store_true", help="compile what the table ships for every architecture")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(arguments)
+    print(f"triton {triton.__version__}\n{HEAD}")
+    if options.table:
+        fits = compiled(list(shipped()), options.processes)
+        print(f"triton {triton.__version__}: {len(fits)} kernels, {fits.count(False)} unfit")
+        return 0 if all(fits) else 1
+    which = Pass(options.which)
+    candidates = list(grid(options.dtype))
+    kernels = [tuned(which, options.arch, options.head_dim, options.dtype, blocks) for blocks in candidates]
+    fits = compiled(kernels, options.processes)
+    fitting = [blocks for blocks, fit in zip(candidates, fits, strict=True) if fit]
+    if torch.cuda.is_available() and architecture(torch.device("cuda")) == options.arch:
+        rank_by_time(which, fitting, options.head_dim, getattr(torch, options.dtype))
+    else:
+        print(f"not timed: that needs a GPU of {options.arch}")
+    return 0
+
+
+class Kernel(NamedTuple):
+    """One kernel for one chip. tight, cores: unfit if it spills, if it uses no tensor cores."""
+
+    name: str
+    arch: str
+    tight: bool
+    cores: bool
+    build: Callable[[], Build]
+
+
+def tuned(which: Pass, arch: str, head_dim: int, dtype: str, b: Blocks, group: int = 1, heads: int = 1) -> Kernel:
+    """A pass with its blocks. group: query heads a KV head. heads: how many of them share a query tile."""
+    name = f"{arch} {head_dim} {dtype} {which.value} {b.block_m}x{b.block_n} w{b.warps} s{b.stages} {b.precision}"
+    half = dtype != "float32"
+    work = partial(build, which, arch, head_dim, dtype, b, group, heads)
+    name += (f" group {group}" if group > 1 else "") + (f", {heads} a tile" if heads > 1 else "")
+    return Kernel(name, arch, half, half, work)
+
+
+def shipped() -> Iterator[Kernel]:
+    """Every kernel of the table, and the one that has no entry there, for every head_dim and dtype."""
+    for arch, head_dim, dtype in product(TARGETS, HEAD_DIMS, DTYPES):
+        for which in Pass:
+            for blocks in dict.fromkeys(TABLE[arch, table_dim(head_dim), getattr(torch, dtype).itemsize, which]):
+                yield tuned(which, arch, head_dim, dtype, blocks)
+                if which is Pass.BACKWARD_KV:  # the only one that loops over the heads of a group
+                    yield tuned(which, arch, head_dim, dtype, blocks, group=4)
+            if which is not Pass.BACKWARD_KV:
+                yield tuned(which, arch, head_dim, dtype, blocks, group=4, heads=4 if blocks.block_m >= 64 else 2)
+        rows = partial(build_rows, arch, head_dim, dtype)
+        yield Kernel(f"{arch} {head_dim} {dtype} backward_rows {ROWS}", arch, True, False, rows)
+
+
+def grid(dtype: str) -> Iterator[Blocks]:
+    """Candidates of a search."""
+    rows, precisions = ((16, 32, 64), ("ieee", "tf32x3")) if dtype == "float32" else ((32, 64, 128), ("ieee",))
+    for block_m, block_n, warps, stages, precision in product(rows, rows, (4, 8), (1, 2, 3), precisions):
+        yield Blocks(block_m, block_n, warps, stages, precision)
+
+
+def compiled(kernels: Sequence[Kernel], processes: int) -> list[bool]:
+    """Compile, print a line each, tell which are fit."""
+    with compilers(processes) as pool:
+        fits = []
+        for kernel, result in zip(kernels, compile_all(kernels, pool), strict=True):
+            fits.append(isinstance(result, Build) and fit(result, kernel))
+            if isinstance(result, Build):
+                cores = result.wgmma + result.tcgen05 + result.mma
+                numbers = f"{result.registers:>9} {result.spilled_bytes:>9} {result.shared_bytes:>9} {cores:>11}"
+                unfit = "" if fits[-1] else "  unfit"
+                print(f"{kernel.name:<58} {numbers} {result.async_copies:>6}{unfit}", flush=True)
+            else:
+                print(f"{kernel.name:<58} {result}", flush=True)
+    return fits
+
+
+def compilers(processes: int) -> ProcessPoolExecutor:
+    """Processes that compile. They start anew: copies of one that uses a GPU could not be trusted."""
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+
+
+def compile_all(kernels: Iterable[Kernel], pool: ProcessPoolExecutor) -> Iterator[Build | str]:
+    """What the compiler made of each, in order, or a line why it made nothing."""
+    return pool.map(_try, kernels)
+
+
+def fit(found: Build, kernel: Kernel) -> bool:
+    """Within the chip's shared memory, and as tight and fast as is asked for."""
+    too_much = found.shared_bytes > SHARED_BYTES[kernel.arch] or (kernel.tight and found.spilled_bytes > 0)
+    return not too_much and (not kernel.cores or found.wgmma + found.tcgen05 + found.mma > 0)
+
+
+def _try(kernel: Kernel) -> Build | str:
+    try:
+        return kernel.build()
+    except Exception as error:  # compilers fail in many ways; a candidate less
+        return f"does not compile: {str(error).splitlines()[0][:80]}"
+
+
+def rank_by_time(which: Pass, candidates: Sequence[Blocks], head_dim: int, dtype: torch.dtype) -> None:
+    """Time the candidates in turns on both packs; print the order."""
+    device = torch.device("cuda")
+    for pack, lengths in PACKS.items():
+        times = in_turns_ms(timed_work(which, candidates, head_dim, dtype, lengths, device), device, SECONDS)
+        for blocks, (low, median, high) in sorted(times.items(), key=lambda entry: entry[1][1]):
+            print(f"{pack}: {median:.3f} ms ({low:.3f} to {high:.3f}) {blocks}")
+
+
+def timed_work(
+    which: Pass,
+    candidates: Sequence[Blocks],
+    head_dim: int,
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+    device: torch.device,
+) -> dict[str, Work]:
+    """For each candidate, by its text, what runs the pass that uses it on a pack and returns its results.
+
+    A backward is both passes: dK and dV, and dQ.
+    """
+    case = Case("", whole_pack_schedule(np.array(lengths)), sum(lengths), 0, tuple(lengths), 16, 16, head_dim)
+    x = make_tensors(case, dtype, device)
+    work: dict[str, Work] = {}
+    for blocks in candidates:
+        forward = partial(varlen_attention, x.q, x.k, x.v, lengths, tuning=Tuning(**{which.value: blocks}))
+        work[blocks.to_text()] = forward if which is Pass.FORWARD else _Backward(forward, x)
+    return work
+
+
+class _Backward:
+    """A backward whose forward ran when it was first asked for."""
+
+    def __init__(self, forward: Callable[[], Tensor], x: Tensors) -> None:
+        self.forward, self.x = forward, x
+        self.out: Tensor | None = None
+
+    def __call__(self) -> object:
+        if self.out is None:
+            self.out = self.forward()
+        return torch.autograd.grad(self.out, self.x.leaves, self.x.grad, retain_graph=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

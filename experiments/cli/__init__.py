@@ -1,0 +1,1 @@
+"""The command `flashcp`: one module a verb, and how its words become settings."""

@@ -1,0 +1,1 @@
+"""Runs under several methods, side by side: what runs, what is kept of it, table, figure and page."""

@@ -1,0 +1,146 @@
+"""results.csv: one row, one number, with everything a number must carry. Reports are built from it alone."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashcp.experiments.provenance import commit, versions_text
+
+__all__ = [
+    "FAILED",
+    "REFERENCE",
+    "RESULTS",
+    "TURNS",
+    "TURN_MS",
+    "WINDOWS",
+    "Row",
+    "read_rows",
+    "summary_rows",
+    "write_rows",
+]
+
+RESULTS = "results.csv"
+WINDOWS = "windows"
+"""Metric: how many packs the other numbers of a case are over."""
+FAILED = "failed"
+"""Metric of a provider that did not come through a case; the row's `kind` says why."""
+TURN_MS, TURNS = "turn_ms", "turns"
+"""Metrics of runs that took turns: the step of each turn, and when their turns began, which tells whose they were."""
+REFERENCE = "single_process"
+"""Provider of the run of the same packs on one process, which the others' losses are compared with."""
+UNITS = {
+    "step_ms": "ms",
+    "attention_ms": "ms",
+    "exposed_exchange_ms": "ms",
+    "wait_ms": "ms",
+    "loader_ms": "ms",
+    "tokens_per_s": "tokens/s",
+    "imbalance": "max/mean",
+    "imbalance_max": "max/mean",
+    "critical_rows": "rows",
+    "saving": "share",
+    "final_loss": "nats",
+    "tokens": "tokens",
+}
+LEVELS = ("none", "staged", "fused")
+SIGNED = {"saving", *(f"exposed_{level}_ms" for level in LEVELS), *(f"hidden_{level}" for level in LEVELS)}
+"""Metrics that may be below 0: an exchange can move more rows than the all-gather, and a time can differ from another
+by less than both vary."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number. median: over a run's steps after warm-up, or the number itself where there is one (p20, p80 None).
+
+    case: the work. provider: the method. step: of `loss` and `turn_ms`, else None. kind: `measured`,
+    `simulated`, both in words, or `failed: ` and why.
+    config: digest of the run's configuration; reference: of the single-process run of the same packs, or empty.
+    """
+
+    case: str
+    provider: str
+    metric: str
+    unit: str
+    step: int | None
+    p20: float | None
+    median: float
+    p80: float | None
+    device: str
+    versions: str
+    commit: str
+    date: str
+    kind: str
+    config: str
+    reference: str
+
+
+def summary_rows(case: str, provider: str, config: str, summary: Mapping[str, Any]) -> list[Row]:
+    """The rows of a training run, from its summary.json; `reference` is still empty."""
+    versions = summary["versions"]
+    carried = (versions["device"], versions_text(versions), commit(), versions["date"], "measured", config, "")
+
+    def row(metric: str, unit: str, value: Any, step: int | None = None) -> Row:
+        if isinstance(value, Mapping):
+            return Row(case, provider, metric, unit, step, value["p20"], value["median"], value["p80"], *carried)
+        return Row(case, provider, metric, unit, step, None, float(value), None, *carried)
+
+    numbers = [row(metric, unit, summary[metric]) for metric, unit in UNITS.items()]
+    numbers += [row("loss", "nats", loss, step) for step, loss in enumerate(summary["losses"], start=1)]
+    if turns := summary.get("turns"):
+        numbers.append(row(TURNS, "s since 1970", turns["begun"]))
+        numbers += [row(TURN_MS, "ms", time, step) for step, time in enumerate(summary["step_times_ms"], start=1)]
+    return numbers
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of a sweep's directory, none when it has no results.csv. Raises ValueError for another table."""
+    path = folder / RESULTS
+    if not path.is_file():
+        return []
+    names = [field.name for field in dataclasses.fields(Row)]
+    with path.open(encoding="utf-8", newline="") as lines:
+        table = csv.DictReader(lines)
+        try:
+            found = table.fieldnames
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}: not a file of results ({error})") from error
+        if found != names:
+            raise ValueError(f"{path}: expected the columns {', '.join(names)}")
+        try:
+            return [_parse(line) for line in table]
+        except (TypeError, ValueError, csv.Error) as error:
+            raise ValueError(f"{path}:{table.line_num}: not a row of results ({error})") from error
+
+
+def write_rows(folder: Path, rows: Iterable[Row]) -> None:
+    """Write results.csv whole or not at all."""
+    unfinished = folder / f"unfinished_{RESULTS}"
+    with unfinished.open("w", encoding="utf-8", newline="") as lines:
+        table = csv.writer(lines, lineterminator="\n")
+        table.writerow([field.name for field in dataclasses.fields(Row)])
+        table.writerows(dataclasses.astuple(row) for row in rows)
+    os.replace(unfinished, folder / RESULTS)
+
+
+def _parse(line: dict[str, str]) -> Row:
+    values: dict[str, Any] = dict(line)
+    values["step"] = int(line["step"]) if line["step"] else None
+    values["median"] = _number(line, "median")
+    for name in ("p20", "p80"):
+        values[name] = _number(line, name) if line[name] else None
+    return Row(**values)
+
+
+def _number(line: dict[str, str], name: str) -> float:
+    """A finite number, below 0 only where one can be."""
+    value = float(line[name])
+    if not math.isfinite(value) or (value < 0 and line["metric"] not in SIGNED):
+        raise ValueError(f"{name}={line[name]}: expected a finite number >= 0")
+    return value

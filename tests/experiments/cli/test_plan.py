@@ -1,0 +1,117 @@
+"""`flashcp plan`: packs from any data set, the fields of its JSON, what a single method adds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flashcp
+from flashcp.experiments.cli.main import main
+from flashcp.experiments.cli.packs import read_packs
+from flashcp.sharding.lengths import windows
+from flashcp.sharding.methods import METHODS
+
+
+@pytest.fixture
+def plan(capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*overrides: str) -> dict[str, Any]:
+        assert main(["plan", *overrides, "--json"]) == 0
+        document: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return document
+
+    return run
+
+
+def test_every_method_by_default(plan: Any) -> None:
+    methods = plan("windows=3", "context=8192", "world_size=4")["methods"]
+    assert [(method["name"], method["sharding"], method["exchange"]) for method in methods] == list(METHODS.values())
+    by_name = {method["name"]: method for method in methods}
+    assert by_name["llama3"]["saving"] == 0
+    assert by_name["llama3"]["critical_rows"] == 8192 * 3 / 4
+    assert by_name["ulysses"]["imbalance"] == by_name["ulysses"]["imbalance_max"] == 1
+    assert all(1 <= method["imbalance"] <= method["imbalance_max"] for method in methods)
+
+
+def test_numbers_are_means_over_windows_of_the_plans(plan: Any) -> None:
+    (method,) = plan("method=flashcp_paper", "windows=5", "context=16384", "world_size=3", "seed=7", "data=pile")[
+        "methods"
+    ]
+    plans = [flashcp.plan(lengths, 3, "flashcp_paper") for lengths in windows("pile", 16384, 5, 7)]
+    routes = [made.route("compacted") for made in plans]
+    assert method["imbalance"] == pytest.approx(np.mean([made.imbalance for made in plans]))
+    assert method["imbalance_max"] == max(made.imbalance for made in plans)
+    assert method["critical_rows"] == pytest.approx(np.mean([route.critical_rows for route in routes]))
+    assert method["saving"] == pytest.approx(np.mean([route.saving for route in routes]))
+
+
+def test_one_method_comes_with_its_first_plan(plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["method=per_document", "data=lengths", "data.lengths=[700,400,211]", "world_size=4"]
+    made = flashcp.ShardingPlan.from_json(json.dumps(plan(*overrides)["plan"]))
+    assert made == flashcp.plan([700, 400, 211], 4, "per_document")
+    main(["plan", *overrides])
+    shown = capsys.readouterr().out
+    assert str(made) in shown
+    assert str(made.certificate) in shown
+
+
+def test_a_pair_that_nobody_published_is_named_after_its_parts(plan: Any) -> None:
+    for overrides, name in (
+        (["sharding=contiguous"], "contiguous+exact"),
+        (["exchange=ring", "sharding=contiguous"], "ring"),
+        (["method=llama3", "exchange=exact"], "per_sequence+exact"),
+    ):
+        assert [method["name"] for method in plan("windows=1", *overrides)["methods"]] == [name]
+
+
+def test_picture(tmp_path: Path) -> None:
+    assert main(["plan", "method=flashcp_paper", "windows=1", "world_size=17", f"figure={tmp_path / 'plan.png'}"]) == 0
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_method_the_picture_shows_all_side_by_side(tmp_path: Path) -> None:
+    assert main(["plan", "windows=1", "context=1024", "world_size=3", f"figure={tmp_path / 'all.png'}"]) == 0
+    all_of_them, one = read_png(tmp_path / "all.png"), tmp_path / "one.png"
+    assert main(["plan", "windows=1", "context=1024", "world_size=3", "method=flashcp", f"figure={one}"]) == 0
+    assert all_of_them[0] > read_png(one)[0]  # two lines of four
+
+
+def read_png(path: Path) -> tuple[int, int]:
+    """Height and width."""
+    head = path.read_bytes()[16:24]
+    return int.from_bytes(head[4:], "big"), int.from_bytes(head[:4], "big")
+
+
+def test_picture_says_the_file_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "method=llama3", "windows=1", "context=1024", f"figure={tmp_path / 'plan'}"]) == 0
+    assert f"wrote {tmp_path / 'plan.png'}" in capsys.readouterr().err
+    assert (tmp_path / "plan.png").is_file()
+
+
+def test_lengths_of_a_file_are_packed_in_its_order(tmp_path: Path) -> None:
+    file = tmp_path / "lengths.txt"
+    file.write_text("\ufeff5\n\n 7 \n3\n", encoding="utf-8")  # a mark that some editors put first is no length
+    data = {"source": "lengths", "path": str(file)}
+    assert [pack.tolist() for pack in read_packs(data, 8, 10, 0)] == [[5, 3], [3]]
+    assert [pack.tolist() for pack in read_packs({**data, "overflow": "carry"}, 8, 10, 0)] == [[5, 3], [4, 3]]
+    assert [pack.tolist() for pack in read_packs(data, 8, 1, 0)] == [[5, 3]]
+
+
+def test_text_is_packed_as_training_packs_it(tmp_path: Path) -> None:
+    for name, text in (("a.txt", "four"), ("b.txt", "sixsix"), ("c.txt", "")):
+        (tmp_path / name).write_text(text)
+    data = {"source": "text", "path": str(tmp_path)}
+    assert [pack.tolist() for pack in read_packs(data, 8, 10, 0)] == [[5, 3]]  # a byte a token and an end mark
+    assert [pack.tolist() for pack in read_packs({**data, "longest": 5}, 8, 10, 0)] == [[5]]
+    with pytest.raises(ValueError, match="no document to pack"):
+        read_packs({**data, "longest": 2}, 8, 10, 0)
+
+
+def test_short_last_window_is_left_out_when_ranks_outnumber_its_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "data=lengths", "data.lengths=[8,2]", "context=8", "world_size=4", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["windows"] == 1
+    assert err == "left out: a last window of 2 tokens, fewer than 4 ranks\n"

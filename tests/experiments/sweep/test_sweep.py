@@ -1,0 +1,57 @@
+"""A real sweep, small: rows and report, resume, a job that fails."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from flashcp.experiments.cli.main import main
+from flashcp.experiments.sweep.comparison import compare
+from flashcp.experiments.sweep.rows import REFERENCE, RESULTS, TURNS, read_rows
+
+
+def test_sweep_resumes_and_outlives_a_failing_job(
+    tmp_path: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    command = ["sweep", *tiny, f"out={out}", "method=llama3,flashcp_paper"]
+
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert "speedup over llama3" in shown.out
+    rows = read_rows(out)
+    assert {(row.case, row.provider) for row in rows} == {
+        ("stdlib-c256-n1", REFERENCE),
+        ("stdlib-c256-n2", "llama3"),
+        ("stdlib-c256-n2", "flashcp_paper"),
+    }
+    assert {row.kind for row in rows} == {"measured"}
+    comparison = compare(rows, "llama3")
+    assert [line.provider for line in comparison.lines] == ["llama3", "flashcp_paper", REFERENCE]
+    assert all(len(line.losses) == 2 for line in comparison.lines)
+    assert {row.provider for row in rows if row.metric == TURNS} == {"llama3", "flashcp_paper"}
+    assert len({row.median for row in rows if row.metric == TURNS}) == 1
+    assert comparison.lines[1].speedup_p20
+    assert comparison.worst_difference
+    assert (comparison.worst_difference.loss_difference or 1) < 1e-4
+    assert all((out / name).stat().st_size > 1000 for name in ("comparison.png", "dashboard.html"))
+
+    before = (out / RESULTS).read_text()
+    assert main([*command, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert f"3 of 3 runs are in {out} already" in shown.err
+    assert [method["name"] for method in json.loads(shown.out)["methods"]] == ["llama3", "flashcp_paper", REFERENCE]
+    assert (out / RESULTS).read_text() == before
+
+    assert main([*command[:-1], "method=llama3", "optimizer.lr=0.0003,1e300", "sweep.reference=false"]) == 1
+    shown = capsys.readouterr()
+    failures = [line for line in shown.out.splitlines() if line.startswith("failed: ")]
+    assert len(failures) == 1  # the learning rate that diverges; the other was there already
+    assert re.search(r"rank [01] of 2: RuntimeError: value cannot be converted", failures[0])
+    cases = {row.case for row in read_rows(out) if row.provider == "llama3"}
+    assert cases == {"stdlib-c256-n2", "stdlib-c256-n2-optimizer.lr=0.0003"}
+    assert main(["report", str(out)]) == 0
+    assert failures[0] in capsys.readouterr().out
