@@ -173,7 +173,9 @@ def test_import_from_a_wheel(environment: str, request: pytest.FixtureRequest, t
 
 def packaged() -> dict[str, bytes]:
     """What of the checkout is installed: code, configurations and templates, by their path below site-packages."""
-    kept = re.compile(rf"(?:flashcp|{'|'.join(ROOMS)})/.*\.py|conf/.*\.yaml|experiments/.*\.(?:j2|mplstyle)|flashcp/py\.typed")
+    kept = re.compile(
+        rf"(?:flashcp|{'|'.join(ROOMS)})/.*\.py|conf/.*\.yaml|experiments/.*\.(?:j2|mplstyle)|flashcp/py\.typed"
+    )
     names = [name for name in checkout_files() if kept.fullmatch(name)]
     return {f"flashcp/{name.removeprefix('flashcp/')}": (ROOT / name).read_bytes() for name in names}
 

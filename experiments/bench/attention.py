@@ -18,7 +18,7 @@ import torch
 from flashcp.experiments.bench.attention_cases import OURS
 from flashcp.experiments.bench.attention_peers import PEERS
 from flashcp.experiments.folders import check_out
-from flashcp.experiments.sweep.rows import Row
+from flashcp.experiments.sweep.results import Row
 
 __all__ = ["AttentionBench", "attention_table", "bench_attention"]
 

@@ -19,12 +19,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from flashcp.experiments.bench.exchange_cases import ExchangeBench
-from flashcp.experiments.bench.exchange_figure import FIGURE, draw_exchanges
 from flashcp.experiments.bench.exchange_times import Number, measure
 from flashcp.experiments.cli.launch import BAD_INPUT, RanksFailedError, leave_no_trace, start_ranks
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit, versions_text
-from flashcp.experiments.sweep.rows import Row, read_rows, write_rows
+from flashcp.experiments.sweep.results import Row, read_rows, write_rows
 from flashcp.text import table
 from flashcp.train.ranks import exit_code, world
 from flashcp.train.summary import versions
@@ -124,7 +123,9 @@ def be_a_rank(bench: ExchangeBench, folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             rows = [to_row(bench.case, number, told) for number in numbers]
             write_rows(folder, rows)
-            draw_exchanges(rows, folder / FIGURE)
+            from flashcp.experiments.plots import draw_exchanges  # late: matplotlib
+
+            draw_exchanges(rows, folder / "exchange.png")
 
 
 def to_row(case: str, number: Number, told: dict[str, str]) -> Row:

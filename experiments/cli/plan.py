@@ -54,7 +54,7 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
         raise ValueError(f"figure={settings['figure']!r} shows one plan: name a method= or a sharding= with it")
     planned = [measure(method, packs, world_size, options) for method in methods]
     if settings["figure"]:
-        from flashcp.experiments.cli.picture import draw_plan
+        from flashcp.experiments.plots import draw_plan
 
         file = draw_plan(first, methods[0].exchange, Path(settings["figure"]))
         print(f"wrote {file}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from flashcp.experiments.paper import beyond, published, reality
 from flashcp.experiments.paper.numbers import Cell, Numbers, verdict
-from flashcp.experiments.sweep.rows import Row
+from flashcp.experiments.sweep.results import Row
 
 __all__ = ["FIGURES", "PaperFigure", "publish_figure"]
 

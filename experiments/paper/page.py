@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flashcp.experiments.bench.calibration.figure import draw_calibration
 from flashcp.experiments.bench.calibration.times import DIRECTIONS, errors, read_times
 from flashcp.experiments.paper.figures import FIGURES, publish_figure
 from flashcp.experiments.paper.numbers import Numbers, farthest, verdict
-from flashcp.experiments.sweep.rows import RESULTS, WINDOWS, read_rows
+from flashcp.experiments.plots import draw_calibration
+from flashcp.experiments.sweep.results import RESULTS, WINDOWS, read_rows
 from flashcp.experiments.templates import render
 
 __all__ = ["PAGE", "paper_folders", "write_paper_page"]

@@ -25,7 +25,7 @@ from flashcp.experiments.bench.attention_cases import (
 )
 from flashcp.experiments.bench.attention_peers import PEERS
 from flashcp.experiments.bench.attention_times import measure
-from flashcp.experiments.bench.numbers import Failure, Number, to_row
+from flashcp.experiments.sweep.results import Failure, Number, to_row
 from flashcp.kernels.reference import reference_attention
 from flashcp.kernels.schedule import build_schedule, whole_pack_schedule
 from flashcp.kernels.tuning import Blocks, Pass

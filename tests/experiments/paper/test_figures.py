@@ -23,7 +23,7 @@ from flashcp.experiments.paper.page import write_paper_page
 from flashcp.experiments.paper.published import breakdown
 from flashcp.experiments.paper.reality import measured_rows
 from flashcp.experiments.paper.values import BREAKDOWN
-from flashcp.experiments.sweep.rows import read_rows, write_rows
+from flashcp.experiments.sweep.results import read_rows, write_rows
 from flashcp.experiments.sweep.simulations import case_name
 from flashcp.sharding.methods import METHODS
 from tests.checkout import ROOT

@@ -1,4 +1,7 @@
-"""results.csv: one row, one number, with everything a number must carry. Reports are built from it alone."""
+"""results.csv: one row, one number, with everything a number must carry. Reports are built from it alone.
+
+Needs no pandas, hydra or matplotlib: a GPU machine that measures has none of them.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,32 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashcp.experiments.provenance import commit, versions_text
 
-__all__ = ["FAILED", "REFERENCE", "RESULTS", "WINDOWS", "Row", "read_rows", "summary_rows", "write_rows"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "FAILED",
+    "NO_OVERLAP",
+    "REFERENCE",
+    "RESULTS",
+    "WINDOWS",
+    "Failure",
+    "Number",
+    "Row",
+    "check_device",
+    "read_rows",
+    "reason",
+    "summary_rows",
+    "to_row",
+    "versions",
+    "write_rows",
+]
 
 RESULTS = "results.csv"
 WINDOWS = "windows"
@@ -22,6 +45,9 @@ FAILED = "failed"
 """Metric of a provider that did not come through a case; the row's `kind` says why."""
 REFERENCE = "single_process"
 """Provider of the run of the same packs on one process, which the others' losses are compared with."""
+NO_OVERLAP = "none"
+"""Provider, and the baseline, of a sweep whose lines are levels of overlap."""
+LONGEST = 240  # characters of a reason
 UNITS = {
     "step_ms": "ms",
     "attention_ms": "ms",
@@ -64,8 +90,67 @@ class Row:
     commit: str
     date: str
     kind: str
-    config: str
-    reference: str
+    config: str = ""
+    reference: str = ""
+
+
+class Number(NamedTuple):
+    """One number of a case, as a benchmark yields it. median: or the number itself, where there is one (p20, p80
+    None)."""
+
+    provider: str
+    metric: str
+    unit: str
+    p20: float | None
+    median: float
+    p80: float | None
+
+
+class Failure(NamedTuple):
+    """Somebody did not come through. reason: one line."""
+
+    provider: str
+    reason: str
+
+
+def reason(failure: BaseException) -> str:
+    """What an exception says, on one line and not too long, or its name."""
+    return (" ".join(str(failure).split()) or type(failure).__name__)[:LONGEST]
+
+
+def check_device(device: torch.device) -> None:
+    """Raise RuntimeError where a GPU takes no more work: every later call of this process would fail as the last."""
+    if device.type != "cuda":
+        return
+    import torch
+
+    try:
+        torch.cuda.synchronize(device)
+        torch.zeros(1, device=device).item()
+    except Exception as failure:
+        raise RuntimeError(f"the GPU takes no more work from this process: {reason(failure)}") from failure
+
+
+def versions() -> str:
+    """Of what decides a kernel's time."""
+    import torch
+    import triton
+
+    from flashcp import __version__
+
+    return f"flashcp {__version__}, torch {torch.__version__}, triton {triton.__version__}"
+
+
+def to_row(
+    case: str, found: Number | Failure, device: str, kind: str = "measured", of_commit: str = "", of_versions: str = ""
+) -> Row:
+    """With all that a row must carry, today. device: its name. of_commit: where the checkout has no git to ask.
+    of_versions: where others than `versions()` decide the number."""
+    carried = (device, of_versions or versions(), of_commit or commit(), datetime.now(UTC).date().isoformat())
+    if isinstance(found, Failure):
+        kind = f"{FAILED}: {' '.join(found.reason.split())[:LONGEST]}"
+        found = Number(found.provider, FAILED, "1", None, 1.0, None)
+    return Row(case, found.provider, found.metric, found.unit, None, *found[3:], *carried, kind)
 
 
 def summary_rows(case: str, provider: str, config: str, summary: Mapping[str, Any]) -> list[Row]:
