@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
@@ -35,6 +36,7 @@ __all__ = [
     "draw_calibration",
     "draw_exchanges",
     "draw_plan",
+    "draw_rates",
     "draw_timelines",
     "legend_below",
     "save",
@@ -438,6 +440,22 @@ def _spread_bars(axes: Any, series: dict[str, list[Row]], factor: float) -> None
     axes.grid(visible=True, axis="x")
     if len(series) > 1 and names:
         axes.legend()
+
+
+# --- the attention benchmark: rates by case
+
+
+@styled
+def draw_rates(rows: Sequence[Row], folder: Path) -> None:
+    """Write forward.png and backward.png: TFLOP/s of every provider on every case."""
+    for which in ("forward", "backward"):
+        kept = [replace(row, provider=row.case, case=row.provider) for row in rows if row.metric == f"{which}_tflops"]
+        series = {name: [row for row in kept if row.case == name] for name in dict.fromkeys(row.case for row in kept)}
+        figure = Figure(figsize=(10, 1 + 0.45 * len({row.provider for row in kept})))
+        axes = figure.subplots()
+        _spread_bars(axes, series, 1.0)
+        axes.set_xlabel(f"{which}, useful TFLOP/s (bf16, head_dim 128; higher is better)")
+        figure.savefig(folder / f"{which}.png")
 
 
 # --- a calibration: predicted attention times beside measured ones

@@ -99,14 +99,6 @@ def bench_exchange(bench: ExchangeBench, out: str) -> tuple[list[Row], Path]:
     return read_rows(folder), folder
 
 
-def options_of(bench: ExchangeBench) -> list[str]:
-    """The settings as `main` reads them."""
-    words = []
-    for name, value in vars(bench).items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
-
-
 def be_a_rank(bench: ExchangeBench, folder: Path) -> None:
     """Measure together with the other ranks; rank 0 writes rows and figure."""
     with world(bench.device, bench.timeout_s) as ranks:
@@ -132,8 +124,8 @@ def to_row(case: str, number: Number, told: dict[str, str]) -> Row:
     """A number with all that it must carry. told: versions of what ran it."""
     transport, exchange = number.pair
     device = f"{told['device']}, {os.cpu_count()} cores; {WIRES.get(transport, transport)}"
-    return Row(case, f"{transport}/{exchange}", number.metric, number.unit, None, number.p20, number.median, number.p80,
-               device, versions_text(told), commit(), told["date"], "measured", "", "")  # fmt: skip
+    carried = (device, versions_text(told), commit(), told["date"], "measured")
+    return Row(case, f"{transport}/{exchange}", number.metric, number.unit, None, *number[3:], *carried)
 
 
 def exchange_table(rows: Sequence[Row]) -> str:

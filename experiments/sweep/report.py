@@ -14,9 +14,8 @@ from typing import Any
 
 from flashcp.experiments.bench.calibration.times import DIRECTIONS, read_times
 from flashcp.experiments.folders import check_file
-from flashcp.experiments.paper.figures import FIGURES, publish_figure
-from flashcp.experiments.paper.page import PAGE as PAPER_PAGE
-from flashcp.experiments.paper.page import paper_folders, write_paper_page
+from flashcp.experiments.paper.figures import FIGURES, paper_folders, publish_figure, write_paper_page
+from flashcp.experiments.paper.figures import PAGE as PAPER_PAGE
 from flashcp.experiments.plots import PARTS, comparison_figure
 from flashcp.experiments.sweep.compare import LOSS_TOLERANCE, Comparison, columns, compare, step_parts
 from flashcp.experiments.sweep.results import NO_OVERLAP, REFERENCE, RESULTS, Row, read_rows

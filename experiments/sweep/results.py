@@ -187,14 +187,14 @@ def read_rows(folder: Path) -> list[Row]:
             raise ValueError(f"{path}:{table.line_num}: not a row of results ({error})") from error
 
 
-def write_rows(folder: Path, rows: Iterable[Row]) -> None:
-    """Write results.csv whole or not at all."""
-    unfinished = folder / f"unfinished_{RESULTS}"
+def write_rows(folder: Path, rows: Iterable[Row], name: str = RESULTS) -> None:
+    """Write results.csv, or a file of that name, whole or not at all."""
+    unfinished = folder / f"unfinished_{name}"
     with unfinished.open("w", encoding="utf-8", newline="") as lines:
         table = csv.writer(lines, lineterminator="\n")
         table.writerow([field.name for field in dataclasses.fields(Row)])
         table.writerows(dataclasses.astuple(row) for row in rows)
-    os.replace(unfinished, folder / RESULTS)
+    os.replace(unfinished, folder / name)
 
 
 def _parse(line: dict[str, str]) -> Row:
