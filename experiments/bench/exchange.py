@@ -83,13 +83,7 @@ def bench_exchange(bench: ExchangeBench, out: str) -> tuple[list[Row], Path]:
     check_out(folder)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "ranks.log"
-    values = [(key.name, getattr(bench, key.name)) for key in fields(bench)]
-    words = [
-        word
-        for name, value in values
-        for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
-    ]
-    arguments = ["-m", "flashcp.experiments.bench.exchange", "--out", str(folder), *words]
+    arguments = ["-m", "flashcp.experiments.bench.exchange", "--out", str(folder), *options_of(bench)]
     outcome = start_ranks(arguments, bench.world_size, bench.threads, log)
     if outcome.code not in (0, BAD_INPUT):
         raise RanksFailedError(outcome.error)
@@ -97,6 +91,14 @@ def bench_exchange(bench: ExchangeBench, out: str) -> tuple[list[Row], Path]:
     if outcome.code:
         raise ValueError(outcome.error)
     return read_rows(folder), folder
+
+
+def options_of(bench: ExchangeBench) -> list[str]:
+    """The settings as `main` reads them."""
+    words = []
+    for name, value in vars(bench).items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def be_a_rank(bench: ExchangeBench, folder: Path) -> None:

@@ -115,6 +115,7 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
     )
     steps = frame[frame.metric == "step_ms"].drop_duplicates(key).set_index(key)
     losses = frame[(frame.metric == "loss") & frame.step.notna()].sort_values("step", kind="stable")
+    losses = losses.drop_duplicates([*key, "step"], keep="last")
     table = table.join(steps[["p20", "p80"]].astype(float)).join(
         losses.groupby(key, sort=False)["median"].agg(tuple).rename("losses")
     )
