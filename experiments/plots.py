@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import matplotlib
+import numpy as np
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
-__all__ = ["INK", "PALETTE", "PARTS", "Panel", "bars", "legend_below", "save", "stacks", "styled"]
+from flashcp.experiments.bench.calibration.times import DIRECTIONS, TimeRow, errors
+from flashcp.experiments.folders import check_file
+from flashcp.experiments.sweep.compare import (
+    LOSS_TOLERANCE,
+    NOT_TOLD,
+    Comparison,
+    Line,
+    relative_difference,
+    step_parts,
+)
+from flashcp.experiments.sweep.results import Row
+from flashcp.sharding.plan import ShardingPlan
+
+if TYPE_CHECKING:
+    from flashcp.simulator.planned import Module
+
+__all__ = [
+    "INK",
+    "PALETTE",
+    "PARTS",
+    "Panel",
+    "bars",
+    "check_figure",
+    "comparison_figure",
+    "draw_calibration",
+    "draw_exchanges",
+    "draw_methods",
+    "draw_plan",
+    "draw_rates",
+    "draw_timelines",
+    "legend_below",
+    "save",
+    "stacks",
+    "styled",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -112,4 +151,379 @@ def stacks(panels: Sequence[Panel], path: Path, *, ylabel: str, colours: Mapping
         axes.set_ylabel(ylabel)
         axes.tick_params(axis="x", labelrotation=60, labelsize=8)
     legend_below(figure, {part.replace("_", " "): colour for part, colour in colours.items()})
+    figure.savefig(path)
+
+
+# --- a sweep: where a step's time goes, how the loss falls, how far it is from the single process
+
+SMALLEST_DIFFERENCE = 1e-9  # where the logarithmic axis begins: losses that are equal lie on it
+
+
+@styled
+def comparison_figure(comparison: Comparison) -> Figure:
+    """Three panels a case; below them speedups over what differs between the cases, where methods are compared."""
+    cases, across = comparison.cases, bool(comparison.factors) and not comparison.of_overlap
+    figure = Figure(figsize=(13.5, 0.4 + 3.9 * (len(cases) + across)))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(len(cases), 1)) if across else [figure]
+    grid = parts[0].subplots(len(cases), 3, squeeze=False, width_ratios=(1.25, 1, 1))
+    providers = dict.fromkeys(line.provider for line in comparison.runs)
+    colours = {provider: PALETTE[number % len(PALETTE)] for number, provider in enumerate(providers)}
+    for row, case in zip(grid, cases, strict=True):
+        lines = [line for line in comparison.runs if line.case == case]
+        reference = next((line for line in comparison.lines if line.case == case and line not in lines), None)
+        _draw_steps(row[0], lines, case, comparison.over)
+        _draw_losses(row[1], lines, reference, colours)
+        _draw_differences(row[2], lines, reference, colours)
+    if across:
+        _draw_speedups(parts[1].subplots(), comparison, colours)
+    return figure
+
+
+def _draw_steps(axes: Any, lines: list[Line], case: str, baseline: str) -> None:
+    left = [0.0] * len(lines)
+    for part, colour in PARTS.items():
+        widths = [step_parts(line)[part] for line in lines]
+        axes.barh([line.provider for line in lines], widths, left=left, color=colour, label=part, height=0.66)
+        left = [begin + width for begin, width in zip(left, widths, strict=True)]
+    for place, (line, end) in enumerate(zip(lines, left, strict=True)):
+        speedup = NOT_TOLD if line.speedup and not line.told_apart else f"{line.speedup or 0:.2f}x"
+        speedup = f"  {line.missing if line.speedup is None else speedup}"
+        axes.text(end, place, speedup, va="center", fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.14 * max(left))
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+    axes.set_xlabel("ms a step (median)")
+    axes.set_title(f"{case}\nstep time, speedup over {baseline}")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+
+
+def _draw_losses(axes: Any, lines: list[Line], reference: Line | None, colours: Mapping[str, str]) -> None:
+    if reference:
+        axes.plot(_steps(reference.losses), reference.losses, color="#d7dde3", lw=6, solid_capstyle="round")
+    for number, line in enumerate(lines):  # curves that agree lie on each other: dashes in turn show them all
+        style = (4 * number, (4, 4 * max(0, len(lines) - 1)))
+        axes.plot(_steps(line.losses), line.losses, color=colours[line.provider], lw=1.6, ls=style)
+    axes.set_xlabel("step")
+    axes.set_title("loss, nats a token (wide: one process)" if reference else "loss, nats a token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _draw_differences(axes: Any, lines: list[Line], reference: Line | None, colours: Mapping[str, str]) -> None:
+    expected = reference.losses if reference else ()
+    for line in lines:
+        differences = [
+            max(relative_difference(a, b), SMALLEST_DIFFERENCE) for a, b in zip(line.losses, expected, strict=False)
+        ]
+        axes.plot(_steps(differences), differences, color=colours[line.provider], lw=1.4, label=line.provider)
+    axes.axhline(LOSS_TOLERANCE, color=INK, lw=1, ls=(0, (4, 3)))
+    axes.set_yscale("log")
+    axes.set_ylim(SMALLEST_DIFFERENCE / 2, 10 * LOSS_TOLERANCE)
+    axes.set_xlabel("step")
+    axes.set_title("loss, relative difference from one process")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+
+
+def _steps(losses: Sequence[float]) -> range:
+    return range(1, len(losses) + 1)
+
+
+def _draw_speedups(axes: Any, comparison: Comparison, colours: Mapping[str, str]) -> None:
+    (name, *cases), body = comparison.by_factor()
+    for provider, *cells in body:
+        speedups = [float(cell) if cell and cell != NOT_TOLD else float("nan") for cell in cells]
+        axes.plot(range(len(cases)), speedups, "o-", color=colours[provider], lw=1.4, ms=5, label=provider)
+    axes.set_xticks(range(len(cases)), cases)
+    axes.set_xlabel(name)
+    axes.set_title(f"speedup over {comparison.over}")
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+
+
+# --- one plan: who holds which rows, who computes what, and how even that is
+
+LEGEND_RANKS = 16  # more ranks than this are told apart by their order alone
+
+
+@styled
+def draw_plan(plan: ShardingPlan, exchange: str, path: Path) -> Path:
+    """Write the picture in the format of the path's suffix, PNG where there is none. Returns the file written.
+
+    Raises ValueError when it cannot be written.
+
+    Left: the causal pairs of the pack, coloured by the rank that computes them (for `ulysses`, which splits heads,
+    by the rank that holds the query). Right: the rows each rank holds; its work, and the rows it sends and receives.
+    """
+    file = _picture(path)
+    figure = Figure(figsize=(13, 6.2))
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.0, 1.25), height_ratios=(1.4, 1.0))
+    colours = np.array([PALETTE[rank % len(PALETTE)] for rank in range(plan.world_size)])
+    _draw_pairs(figure.add_subplot(grid[:, 0]), plan, colours)
+    _draw_rows(figure.add_subplot(grid[0, 1]), plan, colours)
+    below = grid[1, 1].subgridspec(1, 2)
+    _draw_work(figure.add_subplot(below[0]), plan, colours)
+    _draw_traffic(figure.add_subplot(below[1]), plan, exchange)
+    for axes in figure.axes:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.grid(visible=False)
+    figure.suptitle(
+        f"{plan.strategy}, {exchange}: {len(plan.document_lengths)} documents, {plan.offsets[-1]} tokens, "
+        f"{plan.world_size} ranks; imbalance {plan.imbalance:.3f}, saving {plan.route(exchange).saving:.3f}"
+    )
+    return save(figure, file)
+
+
+@styled
+def draw_methods(plans: Mapping[str, tuple[ShardingPlan, str]], path: Path) -> Path:
+    """Write one picture of several methods on the same pack, each a plan and its exchange, side by side.
+
+    Above: who computes what. Below: the KV rows that each rank receives, all to one scale. Returns the file written.
+    Raises ValueError when it cannot be written.
+    """
+    file = _picture(path)
+    columns = min(len(plans), 4)
+    lines = -(-len(plans) // columns)
+    figure = Figure(figsize=(4.1 * columns, 5.4 * lines))
+    grid = figure.add_gridspec(2 * lines, columns, height_ratios=(3.4, 1.0) * lines)
+    most = max(int(plan.route(exchange).received_rows.max()) for plan, exchange in plans.values())
+    for number, (name, (plan, exchange)) in enumerate(plans.items()):
+        line, column = divmod(number, columns)
+        colours = np.array([PALETTE[rank % len(PALETTE)] for rank in range(plan.world_size)])
+        above, below = (figure.add_subplot(grid[2 * line + half, column]) for half in (0, 1))
+        _draw_pairs(above, plan, colours)
+        route = plan.route(exchange)
+        above.set_title(f"{name}: busiest rank {route.imbalance:.2f} x the mean")
+        below.bar(range(plan.world_size), route.received_rows, color=colours)
+        below.set_ylim(0, 1.1 * max(1, most))
+        below.set_xlabel("rank")
+        below.set_title(f"KV rows received: {route.received_rows.sum():,}")
+        for axes in (above, below):
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+            axes.grid(visible=False)
+    return save(figure, file)
+
+
+def _picture(path: Path) -> Path:
+    """The file that a figure= names. Raises ValueError for a directory."""
+    if path.is_dir():
+        raise ValueError(f"figure={str(path)!r}: cannot be written (it is a directory); expected a file")
+    return path if path.suffix else path.with_name(f"{path.name}.png")
+
+
+def _draw_pairs(axes: Any, plan: ShardingPlan, colours: np.ndarray) -> None:
+    """A shard's pairs are a trapezoid: its queries down, from the document's first key to the query itself across."""
+    document, start, stop, rank = plan.table
+    first = plan.offsets[document]
+    begin, end = first + start, first + stop
+    corners = np.stack([first, begin, begin, begin, end, end, first, end], axis=1).reshape(-1, 4, 2)
+    axes.add_collection(PolyCollection(list(corners), facecolors=colours[rank], linewidths=0))
+    size = int(plan.offsets[-1])
+    axes.set_xlim(0, size)
+    axes.set_ylim(size, 0)
+    axes.set_aspect("equal")
+    axes.set_xlabel("key (row of the pack)")
+    axes.set_ylabel("query (row of the pack)")
+    axes.set_title("who computes what")
+    if plan.world_size <= LEGEND_RANKS:
+        axes.legend(handles=[Patch(color=c, label=f"rank {rank}") for rank, c in enumerate(colours)], loc="upper right")
+
+
+def _draw_rows(axes: Any, plan: ShardingPlan, colours: np.ndarray) -> None:
+    for rank, colour in enumerate(colours):
+        mine = plan.local(rank)
+        places = plan.offsets[mine.document] + mine.start
+        bars = list(zip(places.tolist(), (mine.stop - mine.start).tolist(), strict=True))
+        axes.broken_barh(bars, (rank - 0.36, 0.72), facecolors=colour, linewidth=0)
+    for edge in plan.offsets[1:-1]:
+        axes.axvline(edge, color=INK, lw=0.5, alpha=0.35)
+    axes.set_xlim(0, int(plan.offsets[-1]))
+    axes.set_ylim(plan.world_size - 0.4, -0.6)
+    axes.set_xlabel("row of the pack; lines: where documents meet")
+    axes.set_ylabel("rank")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("who holds what")
+
+
+def _draw_work(axes: Any, plan: ShardingPlan, colours: np.ndarray) -> None:
+    axes.bar(range(plan.world_size), plan.work * plan.world_size / plan.work.sum(), color=colours)
+    axes.axhline(1, color=INK, lw=1, ls=(0, (4, 3)))
+    axes.set_xlabel("rank")
+    axes.set_title("work / mean")
+
+
+def _draw_traffic(axes: Any, plan: ShardingPlan, exchange: str) -> None:
+    route = plan.route(exchange)
+    ranks = np.arange(plan.world_size)
+    axes.bar(ranks - 0.2, route.sent_rows, width=0.4, color=PARTS["exchange"], label="sent")
+    axes.bar(ranks + 0.2, route.received_rows, width=0.4, color=PARTS["rest"], label="received")
+    axes.set_xlabel("rank")
+    axes.set_title("KV rows")
+    axes.set_ylim(0, 1.25 * max(1, route.sent_rows.max(), route.received_rows.max()))
+    axes.legend(loc="upper right", ncols=2)
+
+
+# --- one pack's simulation: what every rank does when, method by method
+
+KINDS = {"attention": PARTS["attention"], "exchange": PARTS["exchange"], "copies": "#d9a441"}
+LANES = {
+    "attention": (-0.36, 0.5),
+    "copies": (-0.36, 0.5),
+    "exchange": (0.18, 0.18),
+}  # low edge and height in a rank's row
+
+
+def check_figure(name: str) -> Path:
+    """The file that `draw_timelines` will write: PNG where the name has no suffix. Raises ValueError for others."""
+    path = Path(name)
+    file = path if path.suffix or os.path.isdir(path) else path.with_name(f"{path.name}.png")
+    check_file(file, "figure")
+    legal = sorted(Figure().canvas.get_supported_filetypes())
+    if file.suffix[1:].lower() not in legal:
+        raise ValueError(f"figure={name!r}: expected a file *.{', *.'.join(legal)}")
+    return file
+
+
+@styled
+def draw_timelines(modules: Mapping[str, Module], title: str, path: Path) -> None:
+    """Write the picture in the format of the path's suffix, into a directory that is made where there is none.
+
+    modules: a simulated module by method. One panel a method, all with the same scale; the broad bars are what a rank
+    is busy with, the narrow ones rows that travel, gaps are waiting. Raises ValueError when it cannot be written.
+    """
+    ranks = len(next(iter(modules.values())).forward.now)
+    columns = min(2, len(modules))
+    lines = -(-len(modules) // columns)
+    figure = Figure(figsize=(13, 0.8 + (0.75 + 0.13 * ranks) * lines))
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    longest = max(map(_end, modules.values()))
+    for axes, (name, module) in zip(grid, modules.items(), strict=False):
+        _draw_module(axes, module, ranks)
+        axes.set_xlim(0, longest / 1e3)
+        axes.set_title(f"{name}: {_end(module) / 1e3:.2f} ms")
+        axes.grid(visible=False)
+    for axes in grid[len(modules) :]:
+        axes.remove()
+    legend_below(figure, KINDS)
+    figure.suptitle(f"{title}; the line: where the backward begins")
+    save(figure, path)
+
+
+def _end(module: Module) -> float:
+    """When the last rank is through with the backward, us; it begins when the last one is through with the forward."""
+    return float(module.forward.now.max() + module.backward.now.max())
+
+
+def _draw_module(axes: Any, module: Module, ranks: int) -> None:
+    turn = float(module.forward.now.max())
+    for timeline, offset in ((module.forward, 0.0), (module.backward, turn)):
+        for span in timeline.spans:
+            low, height = LANES[span.kind]
+            for rank in range(ranks):
+                width = span.stop[rank] - span.start[rank]
+                if width > 0:
+                    bar = [((span.start[rank] + offset) / 1e3, width / 1e3)]
+                    axes.broken_barh(bar, (rank + low, height), facecolors=KINDS[span.kind], linewidth=0)
+    axes.axvline(turn / 1e3, color=INK, lw=0.8)
+    axes.set_ylim(ranks - 0.4, -0.6)
+    axes.set_ylabel("rank", fontsize=8)
+    axes.set_xlabel("ms", fontsize=8)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+
+
+# --- the exchange benchmark: bytes, latency, bandwidth, and what attention hides
+
+EXPOSED = {"exposed_none_ms": "none", "exposed_staged_ms": "staged", "exposed_fused_ms": "fused"}
+EXCHANGE = {
+    "sent_bytes": ("MB sent, busiest rank", 1e-6),
+    "latency_us": ("latency us, one row a rank", 1.0),
+    "bandwidth_gbps": ("GB/s, exchange alone", 1.0),
+}
+
+
+@styled
+def draw_exchanges(rows: Sequence[Row], path: Path) -> None:
+    """Write the figure in the format of the path's suffix: a panel a metric, a bar a transport and exchange."""
+    figure = Figure(figsize=(13.5, 1.8 + 0.34 * len({row.provider for row in rows})))
+    grid = figure.subplots(1, len(EXCHANGE) + 1, squeeze=False)[0]
+    for axes, (metric, (title, factor)) in zip(grid, EXCHANGE.items(), strict=False):
+        _spread_bars(axes, {"": [row for row in rows if row.metric == metric]}, factor)
+        axes.set_title(title)
+    _spread_bars(
+        grid[-1], {name: [row for row in rows if row.metric == metric] for metric, name in EXPOSED.items()}, 1.0
+    )
+    grid[-1].set_title(_about_hiding(rows))
+    for axes in grid[1:-1]:
+        axes.tick_params(labelleft=False)
+    figure.suptitle(f"{rows[0].case}: medians with p20 and p80, the slowest rank")
+    figure.savefig(path)
+
+
+def _about_hiding(rows: Sequence[Row]) -> str:
+    throttled = {row.provider.split("/")[0]: row.median for row in rows if row.metric == "throttle_gbps"}
+    slowed = "".join(f"; {transport} slowed to {gbps:.2g} GB/s" for transport, gbps in throttled.items())
+    return f"ms exposed{slowed}"
+
+
+def _spread_bars(axes: Any, series: dict[str, list[Row]], factor: float) -> None:
+    """Horizontal bars, those of several series side by side; providers from the top."""
+    names = list(dict.fromkeys(row.provider for rows in series.values() for row in rows))
+    for i, (label, rows) in enumerate(series.items()):
+        if not rows:
+            continue
+        places = [names.index(row.provider) + 0.8 * ((i + 0.5) / len(series) - 0.5) for row in rows]
+        widths = [factor * row.median for row in rows]
+        spread = [
+            [factor * abs(row.median - (row.median if end is None else end)) for row, end in ends]
+            for ends in ([(row, row.p20) for row in rows], [(row, row.p80) for row in rows])
+        ]
+        colour = PALETTE[(i + 1) % len(PALETTE)]
+        axes.barh(places, widths, 0.8 / len(series), xerr=spread, color=colour, label=label, ecolor="#9aa5b1")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+    if len(series) > 1 and names:
+        axes.legend()
+
+
+# --- the attention benchmark: rates by case
+
+
+@styled
+def draw_rates(rows: Sequence[Row], folder: Path) -> None:
+    """Write forward.png and backward.png: TFLOP/s of every provider on every case."""
+    for which in ("forward", "backward"):
+        kept = [replace(row, provider=row.case, case=row.provider) for row in rows if row.metric == f"{which}_tflops"]
+        series = {name: [row for row in kept if row.case == name] for name in dict.fromkeys(row.case for row in kept)}
+        figure = Figure(figsize=(10, 1 + 0.45 * len({row.provider for row in kept})))
+        axes = figure.subplots()
+        _spread_bars(axes, series, 1.0)
+        axes.set_xlabel(f"{which}, useful TFLOP/s (bf16, head_dim 128; higher is better)")
+        figure.savefig(folder / f"{which}.png")
+
+
+# --- a calibration: predicted attention times beside measured ones
+
+
+@styled
+def draw_calibration(times: Sequence[TimeRow], path: Path) -> None:
+    """One scatter of the schedules that fitted nothing: measured across, predicted up, logarithmic."""
+    points = {}
+    for direction in DIRECTIONS:
+        found = errors(times, direction, "check")
+        chosen = [row for row in times if (row.direction, row.split) == (direction, "check")]
+        label = f"{direction}: error median {found.median:.1%}, p95 {found.p95:.1%}"
+        points[label] = [(row.measured_us, row.predicted_us) for row in chosen]
+    figure = Figure(figsize=(6.4, 5.6))
+    axes = figure.subplots()
+    every = [value / 1e3 for pairs in points.values() for pair in pairs for value in pair]
+    ends = [0.8 * min(every), 1.25 * max(every)]
+    axes.plot(ends, ends, color=INK, lw=1)
+    axes.fill_between(ends, [0.75 * end for end in ends], [1.25 * end for end in ends], color="#e6eaee", label="25%")
+    for (label, pairs), colour in zip(points.items(), PALETTE[1:], strict=False):
+        measured, predicted = ([value / 1e3 for value in column] for column in zip(*pairs, strict=True))
+        axes.scatter(measured, predicted, s=12, color=colour, label=label, alpha=0.8, linewidths=0)
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="ms measured", ylabel="ms predicted")
+    axes.set_title("attention of random ranks, schedules that fitted nothing")
+    axes.legend()
     figure.savefig(path)

@@ -18,7 +18,7 @@ import torch
 from flashcp.experiments.bench.attention_cases import OURS
 from flashcp.experiments.bench.attention_peers import PEERS
 from flashcp.experiments.folders import check_out
-from flashcp.experiments.sweep.rows import Row
+from flashcp.experiments.sweep.results import Row
 
 __all__ = ["AttentionBench", "attention_table", "bench_attention"]
 
@@ -50,7 +50,9 @@ def bench_attention(bench: AttentionBench, out: str) -> tuple[list[Row], Path]:
     folder = Path(out) if out else results_folder(torch.cuda.get_device_name())
     check_out(folder)
     rows = run_part(attention.__name__, folder, 60 * bench.minutes, cases=bench.cases).rows
-    draw(folder, rows)
+    from flashcp.experiments.plots import draw_rates  # late: the campaign's machines may have no matplotlib
+
+    draw_rates(rows, folder)
     return rows, folder
 
 
@@ -73,30 +75,6 @@ def attention_table(rows: Sequence[Row]) -> str:
         told = "" if error is None else f"error {error:.1e}"
         lines.append(f"{case:<42} {told:<13}  {'  '.join(shown)}".rstrip())
     return "\n".join(lines)
-
-
-def draw(folder: Path, rows: Sequence[Row]) -> None:
-    """A figure per pass: TFLOP/s of every provider on every case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    for which in ("forward", "backward"):
-        kept = [row for row in rows if row.metric == f"{which}_tflops"]
-        cases, peers = list(dict.fromkeys(row.case for row in kept)), list(dict.fromkeys(row.provider for row in kept))
-        figure, axes = pyplot.subplots(figsize=(10, 1 + 0.45 * len(cases)), layout="constrained")
-        for i, peer in enumerate(peers):
-            mine = {row.case: row for row in kept if row.provider == peer}
-            at = [cases.index(case) + 0.8 * (i / len(peers) - 0.5) for case in mine]
-            axes.barh(at, [row.median for row in mine.values()], 0.8 / len(peers), label=peer)
-        axes.set_yticks(range(len(cases)), cases)
-        axes.invert_yaxis()
-        axes.set_xlabel(f"{which}, useful TFLOP/s (bf16, head_dim 128; higher is better)")
-        if peers:
-            axes.legend()
-        figure.savefig(folder / f"{which}.png", dpi=150)
-        pyplot.close(figure)
 
 
 def results_folder(device_name: str) -> Path:

@@ -19,8 +19,8 @@ from flashcp.experiments.bench.attention_cases import (
     useful_share,
 )
 from flashcp.experiments.bench.attention_peers import PEERS
-from flashcp.experiments.bench.numbers import Failure, Number, check_device, reason
 from flashcp.experiments.bench.timing import Spread, Work, in_turns_ms
+from flashcp.experiments.sweep.results import Failure, Number, check_device, reason
 from flashcp.kernels.tuning import Pass, architecture, choose
 
 __all__ = ["measure"]

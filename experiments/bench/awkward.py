@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flashcp.experiments.bench.planner import PlannerRow, provenance
+from flashcp.experiments.bench.planner import planner_row
 from flashcp.experiments.progress import bar
+from flashcp.experiments.sweep.results import Number, Row
 from flashcp.sharding.lengths import windows
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan
@@ -30,9 +31,8 @@ class AwkwardBench:
     seed: int = 7
 
 
-def bench_awkward(bench: AwkwardBench) -> Iterator[PlannerRow]:
+def bench_awkward(bench: AwkwardBench) -> Iterator[Row]:
     """Imbalance and critical rows of each hard window with their proven bounds, then how often a member was better."""
-    carried = provenance()
     for world_size in bench.world_sizes:
         for name, lengths in hard_windows(bench.context, world_size, bench.seed).items():
             made = plan(lengths, world_size)
@@ -41,8 +41,8 @@ def bench_awkward(bench: AwkwardBench) -> Iterator[PlannerRow]:
                 ("flashcp", made.imbalance, made.route("exact").critical_rows),
                 ("certificate", bounds.largest_work * world_size / int(made.work.sum()), bounds.critical_rows),
             ):
-                yield PlannerRow(case, provider, "imbalance", "max/mean", None, imbalance, None, *carried)
-                yield PlannerRow(case, provider, "critical_rows", "rows", None, rows, None, *carried)
+                yield planner_row(case, Number(provider, "imbalance", "max/mean", None, imbalance, None))
+                yield planner_row(case, Number(provider, "critical_rows", "rows", None, rows, None))
 
     random = np.random.default_rng(bench.seed)
     worse = 0
@@ -51,7 +51,7 @@ def bench_awkward(bench: AwkwardBench) -> Iterator[PlannerRow]:
         world_size = min(int(random.choice([2, 3, 4, 8, 16])), int(lengths.sum()))
         worse += _a_member_is_better(lengths, world_size)
     case = f"random windows, six kinds, {bench.random_windows}"
-    yield PlannerRow(case, "flashcp", "worse_than_a_member", "windows", None, worse, None, *carried)
+    yield planner_row(case, Number("flashcp", "worse_than_a_member", "windows", None, worse, None))
 
 
 def hard_windows(context: int, world_size: int, seed: int) -> dict[str, np.ndarray]:
@@ -101,7 +101,7 @@ def _a_member_is_better(lengths: np.ndarray, world_size: int) -> bool:
     return any(o.work.max() <= made.work.max() and o.route("exact").critical_rows < rows for o in others)
 
 
-def awkward_table(rows: list[PlannerRow]) -> str:
+def awkward_table(rows: list[Row]) -> str:
     """One line a window: imbalance and critical rows, each with its proven bound."""
     values = {(row.case, row.provider, row.metric): row.median for row in rows}
     lines = [f"{'window':<36}{'imbalance':>10}{'bound':>10}{'critical rows':>16}{'bound':>10}"]

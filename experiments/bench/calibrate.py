@@ -183,7 +183,7 @@ def write_calibration(path: Path, found: list[Calibration]) -> None:
     rows, picture = map(path.with_suffix, BESIDE)
     write_times(rows, calibration.times)
     try:
-        from flashcp.experiments.bench.calibration.figure import draw_calibration
+        from flashcp.experiments.plots import draw_calibration
     except ModuleNotFoundError as error:
         print(f"no picture: {error}", file=sys.stderr)
         return

@@ -19,12 +19,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from flashcp.experiments.bench.exchange_cases import ExchangeBench
-from flashcp.experiments.bench.exchange_figure import FIGURE, draw_exchanges
 from flashcp.experiments.bench.exchange_times import Number, measure
 from flashcp.experiments.cli.launch import BAD_INPUT, RanksFailedError, leave_no_trace, start_ranks
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit, versions_text
-from flashcp.experiments.sweep.rows import Row, read_rows, write_rows
+from flashcp.experiments.sweep.results import Row, read_rows, write_rows
 from flashcp.text import table
 from flashcp.train.ranks import exit_code, world
 from flashcp.train.summary import versions
@@ -84,13 +83,7 @@ def bench_exchange(bench: ExchangeBench, out: str) -> tuple[list[Row], Path]:
     check_out(folder)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "ranks.log"
-    values = [(key.name, getattr(bench, key.name)) for key in fields(bench)]
-    words = [
-        word
-        for name, value in values
-        for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
-    ]
-    arguments = ["-m", "flashcp.experiments.bench.exchange", "--out", str(folder), *words]
+    arguments = ["-m", "flashcp.experiments.bench.exchange", "--out", str(folder), *options_of(bench)]
     outcome = start_ranks(arguments, bench.world_size, bench.threads, log)
     if outcome.code not in (0, BAD_INPUT):
         raise RanksFailedError(outcome.error)
@@ -124,15 +117,17 @@ def be_a_rank(bench: ExchangeBench, folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             rows = [to_row(bench.case, number, told) for number in numbers]
             write_rows(folder, rows)
-            draw_exchanges(rows, folder / FIGURE)
+            from flashcp.experiments.plots import draw_exchanges  # late: matplotlib
+
+            draw_exchanges(rows, folder / "exchange.png")
 
 
 def to_row(case: str, number: Number, told: dict[str, str]) -> Row:
     """A number with all that it must carry. told: versions of what ran it."""
     transport, exchange = number.pair
     device = f"{told['device']}, {os.cpu_count()} cores; {WIRES.get(transport, transport)}"
-    return Row(case, f"{transport}/{exchange}", number.metric, number.unit, None, number.p20, number.median, number.p80,
-               device, versions_text(told), commit(), told["date"], "measured", "", "")  # fmt: skip
+    carried = (device, versions_text(told), commit(), told["date"], "measured")
+    return Row(case, f"{transport}/{exchange}", number.metric, number.unit, None, *number[3:], *carried)
 
 
 def exchange_table(rows: Sequence[Row]) -> str:

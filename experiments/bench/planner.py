@@ -5,7 +5,6 @@ Rows are long: one number each, written to experiments/results/planner.csv with 
 
 from __future__ import annotations
 
-import csv
 import datetime
 import os
 import platform
@@ -15,17 +14,18 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from flashcp.experiments.provenance import commit
+from flashcp.experiments.sweep.results import Number, Row, to_row, write_rows
 from flashcp.sharding.bounds import study_ceiling
 from flashcp.sharding.lengths import LENGTH_DATA, windows
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan, strategies
 
-__all__ = ["PlannerBench", "PlannerRow", "bench_planner", "planner_table", "provenance", "write_planner_rows"]
+__all__ = ["PlannerBench", "bench_planner", "planner_row", "planner_table", "provenance", "write_planner_rows"]
 
 
 @dataclass
@@ -40,23 +40,7 @@ class PlannerBench:
     seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
 
 
-class PlannerRow(NamedTuple):
-    """One number. median: over windows, or the number itself (mean, maximum, share) with p20 and p80 empty."""
-
-    case: str
-    provider: str
-    metric: str
-    unit: str
-    p20: float | None
-    median: float
-    p80: float | None
-    device: str
-    versions: str
-    commit: str
-    date: str
-
-
-def bench_planner(bench: PlannerBench) -> Iterator[PlannerRow]:
+def bench_planner(bench: PlannerBench) -> Iterator[Row]:
     """Plan every window and yield the numbers of each data set, world size and strategy.
 
     Milliseconds run from lengths to a validated plan with its route counted, `plan_ms` on the wall and `plan_cpu_ms`
@@ -74,7 +58,7 @@ def bench_planner(bench: PlannerBench) -> Iterator[PlannerRow]:
 
 def _numbers(
     case: str, strategy: str, packs: list[np.ndarray], world_size: int, ceilings: list[float]
-) -> Iterator[PlannerRow]:
+) -> Iterator[Row]:
     plan(packs[0], world_size, strategy)
     plans, wall_ms, cpu_ms = [], [], []
     for pack in packs:
@@ -88,14 +72,12 @@ def _numbers(
     saving = np.array([made.route("exact").saving for made in plans])
     to_ceiling = 100 * (np.array(ceilings) - saving)
     to_certificate = np.array([_points_to_certificate(made) for made in plans])
-    carried = provenance()
 
-    def spread(metric: str, unit: str, values: np.ndarray | list[float]) -> PlannerRow:
-        p20, median, p80 = np.percentile(values, (20, 50, 80)).tolist()
-        return PlannerRow(case, strategy, metric, unit, p20, median, p80, *carried)
+    def spread(metric: str, unit: str, values: np.ndarray | list[float]) -> Row:
+        return planner_row(case, Number(strategy, metric, unit, *np.percentile(values, (20, 50, 80)).tolist()))
 
-    def single(metric: str, unit: str, value: float | np.floating[Any]) -> PlannerRow:
-        return PlannerRow(case, strategy, metric, unit, None, float(value), None, *carried)
+    def single(metric: str, unit: str, value: float | np.floating[Any]) -> Row:
+        return planner_row(case, Number(strategy, metric, unit, None, float(value), None))
 
     for metric, times in (("plan_ms", wall_ms), ("plan_cpu_ms", cpu_ms)):
         yield spread(metric, "ms", times)
@@ -119,7 +101,7 @@ def _points_to_certificate(made: ShardingPlan) -> float:
     return 100 * gaps[1] * made.world_size / gathered if gathered else 0.0
 
 
-def planner_table(rows: list[PlannerRow]) -> str:
+def planner_table(rows: list[Row]) -> str:
     """The numbers people ask for first, one line a case and strategy."""
     shown = (
         ("imbalance_max", "imbalance max", ".4f"),
@@ -139,13 +121,16 @@ def planner_table(rows: list[PlannerRow]) -> str:
     return "\n".join(lines)
 
 
-def write_planner_rows(path: Path, rows: list[PlannerRow]) -> None:
+def write_planner_rows(path: Path, rows: list[Row]) -> None:
     """Write the rows as CSV, making the folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as lines:
-        table = csv.writer(lines, lineterminator="\n")
-        table.writerow(PlannerRow._fields)
-        table.writerows(rows)
+    write_rows(path.parent, rows, path.name)
+
+
+def planner_row(case: str, number: Number) -> Row:
+    """A number of a plan, with what it must carry. median: over windows, or the number itself (mean, maximum, share)
+    with p20 and p80 empty."""
+    return to_row(case, number, platform_text(), of_versions=_versions())
 
 
 def provenance() -> tuple[str, str, str, str]:

@@ -12,7 +12,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -21,8 +20,7 @@ from torch import Tensor
 import flashcp
 from flashcp.comm.exchanges.exchange import Layout
 from flashcp.experiments.bench.virtual_ranks import VirtualRanks
-from flashcp.experiments.provenance import commit
-from flashcp.experiments.sweep.rows import Row, write_rows
+from flashcp.experiments.sweep.results import Number, to_row, write_rows
 from flashcp.kernels.interface import KV
 from flashcp.kernels.selection import select_attention
 from flashcp.sharding.plan import ShardingPlan
@@ -67,11 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     case = f"{options.ranks}_ranks_{options.tokens}_{options.heads}x{options.head_dim}"
     numbers = [*((metric, "ms", value) for metric, value in times.items())]
     numbers += [(f"{level}_over_bound", "1", times[f"{level}_ms"] / bound) for level in ("none", "staged", "fused")]
-    rows = [
-        Row(case, "flashcp", metric, unit, None, None, value, None, name, versions, commit(),
-            datetime.now(UTC).date().isoformat(), "measured", "", "")
-        for metric, unit, value in numbers
-    ]  # fmt: skip
+    measured = [Number("flashcp", metric, unit, None, value, None) for metric, unit, value in numbers]
+    rows = [to_row(case, number, name, of_versions=versions) for number in measured]
     options.out.mkdir(parents=True, exist_ok=True)
     write_rows(options.out, rows)
     print("\n".join(f"{metric:<20} {value:9.3f} {unit}" for metric, unit, value in numbers))

@@ -18,9 +18,9 @@ from flashcp.experiments.bench.accuracy import relative_error
 from flashcp.experiments.bench.attention_cases import OURS, exact_share, make_tensors
 from flashcp.experiments.bench.attention_cases import Case as AttentionCase
 from flashcp.experiments.bench.attention_peers import PEERS
-from flashcp.experiments.bench.numbers import Failure, Number, check_device, reason
 from flashcp.experiments.campaign.part import Case, Turn
 from flashcp.experiments.campaign.tools import SANITIZER, case_of, sanitize
+from flashcp.experiments.sweep.results import Failure, Number, check_device, reason
 from flashcp.kernels.schedule import build_schedule, whole_pack_schedule
 from flashcp.kernels.tuning import HEAD_DIMS
 from flashcp.sharding.strategies import plan

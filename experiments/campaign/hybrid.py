@@ -9,9 +9,9 @@ import torch
 
 from flashcp.clusters import read_cluster
 from flashcp.experiments.bench.kernel_times import KernelTimer
-from flashcp.experiments.bench.numbers import Failure, Number
 from flashcp.experiments.campaign.part import Case, Turn
 from flashcp.experiments.sweep.measured import MeasuredPlanned
+from flashcp.experiments.sweep.results import Failure, Number
 from flashcp.sharding.lengths import windows
 from flashcp.simulator.batch import make_plans
 from flashcp.simulator.cost import AttentionShape

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 
 from flashcp.experiments.bench import virtual as bench_virtual
-from flashcp.experiments.bench.numbers import Failure, Number
 from flashcp.experiments.campaign.part import Case, Turn
-from flashcp.experiments.sweep.rows import read_rows
+from flashcp.experiments.sweep.results import Failure, Number, read_rows
 
 __all__ = ["ABOUT", "KIND", "MINUTES", "cases", "measure"]
 

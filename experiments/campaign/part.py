@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, cast
 
 import torch
 
-from flashcp.experiments.bench.numbers import Failure, Number
+from flashcp.experiments.sweep.results import Failure, Number
 
 __all__ = ["PARTS", "Case", "Part", "Turn", "load"]
 

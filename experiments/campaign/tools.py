@@ -8,8 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-from flashcp.experiments.bench.numbers import Failure, Number
 from flashcp.experiments.campaign.part import Case, Turn
+from flashcp.experiments.sweep.results import Failure, Number
 
 __all__ = ["NCU", "SANITIZER", "case_of", "counters", "profile", "sanitize"]
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from flashcp.experiments.bench.accuracy import relative_error
-from flashcp.experiments.bench.numbers import Failure, Number, check_device, reason
 from flashcp.experiments.bench.timing import in_turns_ms
 from flashcp.experiments.bench.tune_attention import PACKS, compile_all, compilers, fit, grid, timed_work, tuned
 from flashcp.experiments.campaign.part import Case, Turn
+from flashcp.experiments.sweep.results import Failure, Number, check_device, reason
 from flashcp.kernels.ahead import Build
 from flashcp.kernels.tuning import TABLE, Blocks, Pass, architecture, table_dim
 

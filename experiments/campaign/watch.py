@@ -13,10 +13,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flashcp.experiments.bench.numbers import Failure, Number, to_row
 from flashcp.experiments.campaign.part import Case, load
 from flashcp.experiments.campaign.worker import Begun, Done, Hello, Lost, Task, serve
-from flashcp.experiments.sweep.rows import Row, write_rows
+from flashcp.experiments.sweep.results import Failure, Number, Row, to_row, write_rows
 
 __all__ = ["PartResult", "run_part"]
 

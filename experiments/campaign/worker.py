@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from flashcp.experiments.bench.numbers import Failure, check_device, reason
 from flashcp.experiments.campaign.part import Turn, load
+from flashcp.experiments.sweep.results import Failure, check_device, reason
 
 __all__ = ["Begun", "Done", "Hello", "Lost", "Task", "serve"]
 

@@ -14,8 +14,7 @@ from hydra.core.config_store import ConfigStore
 
 from flashcp.experiments.cli.options import naming_options
 from flashcp.experiments.cli.schema import register
-from flashcp.experiments.sweep.comparison import NO_OVERLAP
-from flashcp.experiments.sweep.rows import REFERENCE
+from flashcp.experiments.sweep.results import NO_OVERLAP, REFERENCE
 from flashcp.sharding.methods import METHODS
 from flashcp.train.checkpoint import CheckpointConfig
 from flashcp.train.config import TrainConfig

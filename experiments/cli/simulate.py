@@ -27,7 +27,8 @@ from flashcp.experiments.progress import bar
 from flashcp.experiments.provenance import commit
 from flashcp.sharding.strategies import plan
 from flashcp.simulation import summary_table
-from flashcp.simulator.batch import Options
+from flashcp.simulator.batch import Options, make_plans
+from flashcp.simulator.pack import simulate_module
 from flashcp.simulator.planned import Setting
 from flashcp.simulator.summary import BASELINE, Summary, recommendation, simulate_methods
 from flashcp.simulator.variants import Variant
@@ -62,13 +63,17 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     settings = compose(CONFIG, overrides)
     check_cluster_file(settings, overrides)
     if settings["figure"]:
-        from flashcp.experiments.cli.simulate_figure import check_figure, draw_timelines
+        from flashcp.experiments.plots import check_figure, draw_timelines
 
-        figure, ranks = check_figure(settings["figure"]), settings["world_size"]
+        figure = check_figure(settings["figure"])
     found = simulate(settings)
     if settings["figure"]:
-        drawn = found.packs[0], found.variants, ranks, found.setting, figure, found.options, found.kernels.price
-        draw_timelines(*drawn)
+        pack, ranks = found.packs[0], settings["world_size"]
+        plans = make_plans(pack, found.variants, ranks, found.options)
+        priced = {name: found.kernels.price(plan, found.setting) for name, plan in plans.items()}
+        modules = {one.name: simulate_module(priced[one.sharding], one) for one in found.variants}
+        title = f"{len(pack)} documents, {pack.sum()} tokens, {ranks} ranks, simulated on {found.setting.machine.name}"
+        draw_timelines(modules, title, figure)
         print(f"wrote {figure}", file=sys.stderr)
     if as_json:
         print(json.dumps(_document(settings, found), indent=1))

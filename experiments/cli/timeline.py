@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-from flashcp.experiments.sweep.figure import INK
+from flashcp.experiments.plots import legend_below, styled
 from flashcp.train.trace import TRACE
 
 __all__ = ["Range", "draw_timeline", "kind", "read_ranges", "timeline_figure"]
@@ -42,6 +41,7 @@ class Range(NamedTuple):
     stop: float
 
 
+@styled
 def draw_timeline(out: Path) -> Path | None:
     """Draw out/timeline.png from a run's traces and summary.json: the attention call in the middle of the trace.
 
@@ -57,26 +57,24 @@ def draw_timeline(out: Path) -> Path | None:
     figure = timeline_figure(ranks, call)
     figure.suptitle(
         f"{summary['config']['parallel']['exchange']} over {summary['transport']}, overlap {summary['overlap']}: "
-        f"attention call {call} of the run, profiled ({summary['versions']['device']})",
-        color=INK,
-        fontsize=12,
+        f"attention call {call} of the run, profiled ({summary['versions']['device']})"
     )
     picture = out / "timeline.png"
-    figure.savefig(picture, dpi=160)
+    figure.savefig(picture)
     return picture
 
 
+@styled
 def timeline_figure(ranks: Sequence[Sequence[Range]], call: int) -> Figure:
     """Two panels, the forward and the backward pass of a call that all ranks made. Two lines a rank: its transfers, and
     below them what its attention does meanwhile."""
-    figure = Figure(figsize=(13.5, 1.6 + 0.8 * len(ranks)), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(13.5, 1.6 + 0.8 * len(ranks)))
     panels = figure.subplots(1, 2, sharey=True)
     drawn = [_draw_pass(axes, ranks, call, *ends) for axes, ends in zip(panels, PASSES, strict=True)]
     lines = [f"rank {rank} {line}" for rank in range(len(ranks)) for line in ("transfers", "computes")]
     panels[0].set_yticks(range(len(lines)), lines)
     panels[0].invert_yaxis()
-    legend = [Patch(color=colour, label=name) for name, (_, colour) in KINDS.items() if name in set.union(*drawn)]
-    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False, fontsize=9)
+    legend_below(figure, {name: colour for name, (_, colour) in KINDS.items() if name in set.union(*drawn)})
     return figure
 
 
@@ -129,10 +127,8 @@ def _draw_pass(axes: Any, ranks: Sequence[Sequence[Range]], call: int, first: st
         axes.axhline(2 * rank - 0.5, color="#9aa5b1", lw=0.8)
     axes.set_xlim(0, end - begin)
     axes.set_xlabel("ms")
-    axes.set_title(f"{last} pass", loc="left", fontsize=10.5, color=INK)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(colors=INK, labelsize=9)
+    axes.set_title(f"{last} pass")
+    axes.grid(visible=False)
     return drawn
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from flashcp.experiments.sweep.rows import Row
+from flashcp.experiments.sweep.results import Row
 
 __all__ = ["Case", "Cell", "Numbers", "farthest", "verdict"]
 

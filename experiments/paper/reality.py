@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from flashcp.experiments.paper.numbers import Cell, Numbers
 from flashcp.experiments.plots import INK, PALETTE, styled
-from flashcp.experiments.sweep.rows import RESULTS, Row, read_rows
+from flashcp.experiments.sweep.results import RESULTS, Row, read_rows
 from flashcp.sharding.methods import METHODS
 
 __all__ = ["cells", "draw", "facts", "measured_rows"]

@@ -1,30 +1,32 @@
-"""`flashcp report DIRECTORY`: table, figure and page of a sweep, from its results.csv."""
+"""`flashcp report DIRECTORY`: table, figure and pages of a sweep, from its results.csv."""
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from flashcp.experiments.bench.calibration.times import DIRECTIONS, read_times
 from flashcp.experiments.folders import check_file
-from flashcp.experiments.paper.figures import FIGURES, publish_figure
-from flashcp.experiments.paper.page import PAGE as PAPER_PAGE
-from flashcp.experiments.paper.page import paper_folders, write_paper_page
-from flashcp.experiments.sweep.columns import columns
-from flashcp.experiments.sweep.comparison import LOSS_TOLERANCE, NO_OVERLAP, Comparison, compare
-from flashcp.experiments.sweep.dashboard import write_dashboard
-from flashcp.experiments.sweep.figure import draw_comparison
-from flashcp.experiments.sweep.rows import RESULTS, Row, read_rows
+from flashcp.experiments.paper.figures import FIGURES, paper_folders, publish_figure, write_paper_page
+from flashcp.experiments.paper.figures import PAGE as PAPER_PAGE
+from flashcp.experiments.plots import PARTS, comparison_figure
+from flashcp.experiments.sweep.compare import LOSS_TOLERANCE, Comparison, columns, compare, step_parts
+from flashcp.experiments.sweep.results import NO_OVERLAP, REFERENCE, RESULTS, Row, read_rows
+from flashcp.experiments.templates import render as fill
+from flashcp.experiments.templates import write_whole
 from flashcp.sharding.methods import METHODS
 from flashcp.text import table
 
 __all__ = ["FIGURE", "PAGE", "main", "publish", "read_baseline"]
 
-FIGURE, PAGE = "comparison.png", "dashboard.html"
+FIGURE, PAGE, MARKDOWN = "comparison.png", "dashboard.html", "report.md"
 BASELINE = "llama3"
 
 
@@ -105,19 +107,24 @@ def read_baseline(name: str, field: str) -> str:
 
 
 def publish(folder: Path, baseline: str, as_json: bool) -> Comparison:
-    """Print the table (or one JSON document); write the figure and the page beside the rows."""
+    """Print the table (or one JSON document); write the figure and the pages beside the rows."""
     rows = read_rows(folder)
     failures = read_failures(folder)
     comparison = compare(rows, baseline)
     if rows:
-        draw_comparison(comparison, folder / FIGURE)
-        write_dashboard(folder / PAGE, folder.resolve().name, comparison, rows, failures)
+        figure, drawn = comparison_figure(comparison), io.BytesIO()
+        figure.savefig(folder / FIGURE, dpi=160)
+        figure.savefig(drawn, format="svg")
+        told = _told(folder.resolve().name, comparison, rows, failures)
+        told["svg"] = base64.b64encode(drawn.getvalue()).decode()
+        for name, template in ((PAGE, "dashboard.html.j2"), (MARKDOWN, "report.md.j2")):
+            write_whole(folder / name, fill(Path(__file__).with_name(template), **told))
     if as_json:
         print(json.dumps(_document(comparison, failures), indent=1))
     else:
         print(render(comparison, failures))
         if rows:
-            print(f"\n{folder / RESULTS}  {folder / FIGURE}  {folder / PAGE}")
+            print(f"\n{folder / RESULTS}  {folder / FIGURE}  {folder / PAGE}  {folder / MARKDOWN}")
     return comparison
 
 
@@ -137,11 +144,13 @@ def render(comparison: Comparison, failures: dict[tuple[str, str], str]) -> str:
         body = [[line.provider, *(column.cell(line) for column in chosen)] for line in lines]
         body += [[provider, *[""] * (len(head) - 1)] for failed, provider in failures if failed == case]
         parts.append(f"{case}\n{table(head, body)}")
+    if len(comparison.factors) and not comparison.of_overlap:
+        parts.append(f"speedup over {comparison.over}, by case\n{table(*comparison.by_factor())}")
     notes = [f"failed: {case} {provider}: {error}" for (case, provider), error in failures.items()]
     if (means := comparison.mean_speedups()) and len(comparison.cases) > 2:
         shown = ", ".join(f"{provider} {value:.3f}" for provider, value in means.items())
         notes.append(f"speedup over {comparison.baseline}, geometric mean over cases: {shown}")
-    if any(line.hidden is not None and not line.is_hidden_told for line in comparison.lines):
+    if not comparison.is_hidden_told:
         notes.append("hidden is not within 0 and 1: attention varied too much between the runs")
     if worst := comparison.worst_difference:
         verdict = "within" if (worst.loss_difference or 0) <= LOSS_TOLERANCE else "beyond"
@@ -155,6 +164,82 @@ def render(comparison: Comparison, failures: dict[tuple[str, str], str]) -> str:
 def _document(comparison: Comparison, failures: dict[tuple[str, str], str]) -> dict[str, object]:
     return {
         "baseline": comparison.baseline,
-        "methods": [{"name": line.provider, **vars(line)} for line in comparison.lines],
+        "methods": [{"name": line.provider, **line._asdict()} for line in comparison.lines],
         "failures": [{"case": case, "name": provider, "error": error} for (case, provider), error in failures.items()],
     }
+
+
+def _told(
+    name: str, comparison: Comparison, rows: Sequence[Row], failures: dict[tuple[str, str], str]
+) -> dict[str, Any]:
+    """What both templates tell."""
+    cases = {case: [line for line in comparison.lines if line.case == case] for case in comparison.cases}
+    return {
+        "title": name,
+        "comparison": comparison,
+        "lead": _lead(comparison, rows),
+        "tiles": _tiles(comparison),
+        "failures": failures,
+        "cases": cases,
+        "columns": columns(comparison),
+        "longest": {
+            case: max((line.step_ms or 0.0 for line in lines if line.provider != REFERENCE), default=0.0) or 1.0
+            for case, lines in cases.items()
+        },
+        "parts": PARTS,
+        "step_parts": step_parts,
+        "single": REFERENCE,
+        "by_factor": comparison.by_factor() if comparison.factors and not comparison.of_overlap else None,
+        "figure": FIGURE,
+        "provenance": {
+            "numbers": _several(row.kind for row in rows),
+            "device": _several(row.device for row in rows),
+            "versions": _several(row.versions for row in rows),
+            "commit": _several(row.commit for row in rows),
+            "date": " to ".join(dict.fromkeys((min(row.date for row in rows), max(row.date for row in rows)))),
+            "rows": f"{len(rows)} in {RESULTS} beside this page; `flashcp report DIRECTORY` makes the page from them",
+        },
+    }
+
+
+def _lead(comparison: Comparison, rows: Sequence[Row]) -> str:
+    providers = dict.fromkeys(line.provider for line in comparison.runs)
+    counts = sorted({len(line.losses) for line in comparison.lines})
+    steps = f"{counts[0]} to {counts[-1]}" if counts[1:] else "".join(map(str, counts))
+    kinds, devices = (_several(getattr(row, name) for row in rows) for name in ("kind", "device"))
+    what = "levels of overlap" if comparison.of_overlap else "methods"
+    return f"{len(providers)} {what}, {steps} training steps each, {kinds} on {devices}"
+
+
+def _tiles(comparison: Comparison) -> list[tuple[str, str]]:
+    """Numbers that stand out, and what they are."""
+    tiles: list[tuple[str, str]] = []
+    runs, baseline = comparison.runs, comparison.baseline
+    if comparison.of_overlap:  # the most that was hidden in each case, where it was measured well enough
+        for case in comparison.cases:
+            lines = [line for line in runs if line.case == case and line.hidden and -0.1 <= line.hidden <= 1.1]
+            if best := max(lines, key=lambda line: line.hidden, default=None):
+                tiles.append(
+                    (f"{100 * min(1.0, best.hidden):.0f}%", f"of the exchange hidden by {best.provider}: {case}")
+                )
+    else:
+        if means := comparison.mean_speedups():
+            fastest = max(means, key=lambda provider: means[provider])
+            what = f"{fastest}, fastest step over {baseline}"
+            tiles.append(
+                (f"{means[fastest]:.2f}x", f"no step faster than {baseline}'s" if fastest == baseline else what)
+            )
+        if balanced := [line for line in runs if line.imbalance is not None and line.provider == baseline]:
+            tiles.append((f"{balanced[0].imbalance:.2f}", f"imbalance of {baseline}; 1 is balanced"))
+        if saving := max(runs, key=lambda line: line.saving or 0.0, default=None):
+            tiles.append((f"{100 * (saving.saving or 0):.0f}%", f"fewer KV rows than an all-gather: {saving.provider}"))
+    if worst := comparison.worst_difference:
+        agree = worst.loss_difference <= LOSS_TOLERANCE
+        tiles.append(
+            (f"{worst.loss_difference:.0e}", f"largest difference of a loss: {'agree' if agree else 'do not agree'}")
+        )
+    return tiles
+
+
+def _several(values: Iterable[str]) -> str:
+    return " / ".join(dict.fromkeys(values))

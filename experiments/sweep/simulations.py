@@ -25,7 +25,7 @@ from flashcp.experiments.paper.reality import measured_rows
 from flashcp.experiments.paper.solver import METRICS as SOLVED
 from flashcp.experiments.paper.solver import solve_packs
 from flashcp.experiments.provenance import commit
-from flashcp.experiments.sweep.rows import WINDOWS, Row, write_rows
+from flashcp.experiments.sweep.results import WINDOWS, Row, write_rows
 from flashcp.simulation import summary_table
 from flashcp.simulator.summary import Summary
 

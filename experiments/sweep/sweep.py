@@ -20,9 +20,9 @@ from flashcp.experiments.cli.settings import Run, read_run, register_run
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep import simulations
-from flashcp.experiments.sweep.comparison import LOSS_TOLERANCE, NO_OVERLAP, Comparison
+from flashcp.experiments.sweep.compare import LOSS_TOLERANCE, Comparison
 from flashcp.experiments.sweep.report import publish, read_baseline
-from flashcp.experiments.sweep.rows import Row, read_rows, summary_rows, write_rows
+from flashcp.experiments.sweep.results import NO_OVERLAP, REFERENCE, Row, read_rows, summary_rows, write_rows
 from flashcp.experiments.sweep.simulations import is_simulation
 from flashcp.train.run import prepare
 from flashcp.train.tracker import TrackerConfig, track_comparison
@@ -67,7 +67,7 @@ def _check_experiment(overrides: Sequence[str]) -> None:
 
 def track(comparison: Comparison, tracker: TrackerConfig, out: Path) -> None:
     """The comparison as one run of wandb: a table, a bar chart, the speedups as numbers of the summary."""
-    lines = [line for line in comparison.lines if not line.is_single]
+    lines = [line for line in comparison.lines if line.provider != REFERENCE]
     own = ["exposed_ms", "hidden", "wait_ms"] if comparison.of_overlap else ["imbalance", "saving"]
     columns = ["case", "provider", *own, "attention_ms", "exposed_exchange_ms", "step_ms", "speedup", "final_loss"]
     name = f"speedup_vs_{comparison.baseline}"

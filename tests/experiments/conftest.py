@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flashcp.experiments.cli.main import main
-from flashcp.experiments.sweep.rows import Row
+from flashcp.experiments.sweep.results import Row
 
 TINY = ["context=256", "model.layers=1", "model.dim=16", "model.heads=2", "model.kv_heads=2", "loop.steps=2"]
 TINY += ["loop.device=cpu", "tracker.wandb=disabled"]

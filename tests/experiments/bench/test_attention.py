@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashcp.experiments.bench.attention import attention_table, draw
+from flashcp.experiments.bench.attention import attention_table
 from flashcp.experiments.bench.attention_cases import (
     OURS,
     Case,
@@ -25,7 +25,8 @@ from flashcp.experiments.bench.attention_cases import (
 )
 from flashcp.experiments.bench.attention_peers import PEERS
 from flashcp.experiments.bench.attention_times import measure
-from flashcp.experiments.bench.numbers import Failure, Number, to_row
+from flashcp.experiments.plots import draw_rates
+from flashcp.experiments.sweep.results import Failure, Number, to_row
 from flashcp.kernels.reference import reference_attention
 from flashcp.kernels.schedule import build_schedule, whole_pack_schedule
 from flashcp.kernels.tuning import Blocks, Pass
@@ -72,7 +73,7 @@ def test_it_refuses_what_leaves_nothing_to_measure(
 
 def test_figures_of_both_passes(tmp_path: Path) -> None:
     numbers = [Number(OURS, f"{which}_tflops", "TFLOP/s", 1, 2, 3) for which in ("forward", "backward")]
-    draw(tmp_path, [to_row("case", number, "a device") for number in numbers])
+    draw_rates([to_row("case", number, "a device") for number in numbers], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["backward.png", "forward.png"]
 
 

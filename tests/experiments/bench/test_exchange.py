@@ -25,7 +25,7 @@ from flashcp.experiments.bench.exchange_times import Number, in_turns, measure
 from flashcp.experiments.cli.bench import keys as bench_keys
 from flashcp.experiments.cli.main import main as flashcp
 from flashcp.experiments.cli.usage import config_keys
-from flashcp.experiments.sweep.rows import read_rows
+from flashcp.experiments.sweep.results import read_rows
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.train.ranks import Ranks
 from tests.checkout import ROOT

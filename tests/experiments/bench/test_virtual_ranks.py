@@ -10,7 +10,7 @@ import torch
 import flashcp
 from flashcp.experiments.bench.virtual import main
 from flashcp.experiments.bench.virtual_ranks import VirtualRanks, check_connections
-from flashcp.experiments.sweep.rows import read_rows
+from flashcp.experiments.sweep.results import read_rows
 from tests.packs import random_qkv, relative_error
 
 LENGTHS = (300, 41, 7, 120)

@@ -14,7 +14,7 @@ from flashcp.experiments.campaign import command
 from flashcp.experiments.campaign.command import main
 from flashcp.experiments.campaign.part import PARTS
 from flashcp.experiments.campaign.watch import PartResult
-from flashcp.experiments.sweep.rows import read_rows
+from flashcp.experiments.sweep.results import read_rows
 from tests.checkout import ROOT
 
 LACKING = ("hydra", "omegaconf", "antlr4", "pydantic", "wandb", "hypothesis", "matplotlib", "numba", "tqdm", "yaml")

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashcp.experiments.bench.numbers import Failure, Number
 from flashcp.experiments.bench.tune_attention import Kernel
 from flashcp.experiments.campaign import attention, correct, dry_run, hybrid, tools, tune
 from flashcp.experiments.campaign.part import PARTS, Turn, load
 from flashcp.experiments.campaign.tools import counters
+from flashcp.experiments.sweep.results import Failure, Number
 from flashcp.kernels.ahead import TARGETS, Build
 from flashcp.kernels.tuning import HEAD_DIMS
 from flashcp.simulator.variants import VARIANTS

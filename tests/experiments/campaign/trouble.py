@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
-from flashcp.experiments.bench.numbers import Failure, Number
 from flashcp.experiments.campaign import worker
 from flashcp.experiments.campaign.part import Case, Turn
+from flashcp.experiments.sweep.results import Failure, Number
 
 ABOUT = "trouble"
 MINUTES = 1.0

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from flashcp.experiments.cli.main import main
-from flashcp.experiments.sweep.comparison import compare
-from flashcp.experiments.sweep.figure import step_parts
+from flashcp.experiments.plots import comparison_figure
+from flashcp.experiments.sweep.compare import compare, step_parts
 from flashcp.experiments.sweep.report import render
-from flashcp.experiments.sweep.rows import REFERENCE, RESULTS, Row, read_rows, write_rows
+from flashcp.experiments.sweep.results import REFERENCE, RESULTS, Row, read_rows, write_rows
 from tests.checkout import ROOT
 
 MakeRows = Callable[..., list[Row]]
@@ -84,8 +84,10 @@ def test_missing_baseline_and_reference_are_empty_cells(make_rows: MakeRows) -> 
     comparison = compare(make_rows("flashcp", reference="gone"), "llama3")
     (line,) = comparison.lines
     assert (line.speedup, line.loss_difference, comparison.worst_difference) == (None, None, None)
+    assert line.missing == "no llama3"
     assert comparison.mean_speedups() == {}
     shown = render(comparison, {("stdlib-c8k-n2", "llama3"): "rank 1 of 2: RuntimeError: no"})
+    assert "no llama3" in shown.splitlines()[3]
     assert "failed: stdlib-c8k-n2 llama3: rank 1 of 2: RuntimeError: no" in shown
     assert [text.split()[0] for text in shown.splitlines()[3:5]] == ["flashcp", "llama3"]
 
@@ -133,6 +135,16 @@ def test_report_rebuilds_figure_and_page(
     assert "&lt;flash&amp;cp&gt;" in page
     assert "url(" not in page
     assert "@import" not in page
+    markdown = (tmp_path / "report.md").read_text()
+    assert "![step times and losses](comparison.png)" in markdown
+    assert "| <flash&cp> | 1.250 | 0.500 | 2 | 1.0 | 5 | 2.000 | 1.00000 | 0.0e+00 |" in markdown
+    assert "- device: cpu\n" in markdown
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "comparison.png",
+        "dashboard.html",
+        "report.md",
+        RESULTS,
+    ]
 
 
 def test_report_takes_another_baseline(tmp_path: Path, make_rows: MakeRows, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +158,37 @@ def test_runs_of_other_settings_have_no_speedup_over_the_baseline(make_rows: Mak
     rows += make_rows("flashcp", reference="two steps")
     speedups = {line.provider: line.speedup for line in compare(rows, "llama3").lines}
     assert speedups == {"llama3": 1.0, "ring": 1.0, "flashcp": None}
+    assert "other settings" in render(compare(rows, "llama3"), {})
+
+
+def test_what_differs_between_cases_is_a_column_and_an_axis(
+    tmp_path: Path, make_rows: MakeRows, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = []
+    for ranks, ms in ((2, 5.0), (4, 8.0)):
+        for rate in ("1e-05", "0.1"):
+            case = f"stdlib-c8k-n{ranks}-loop.lr={rate}"
+            rows += make_rows("llama3", case=case, config=f"l{case}")
+            rows += make_rows("flashcp", ms, case=case, config=f"f{case}") if (ranks, rate) != (4, "0.1") else []
+    comparison = compare(rows, "llama3")
+    assert comparison.factors == ["world_size", "loop.lr"]
+    assert comparison.table[["provider", "world_size", "loop.lr"]].iloc[-1].tolist() == ["llama3", "4", "0.1"]
+    assert comparison.by_factor() == (
+        ["world_size, loop.lr", "2, 1e-05", "2, 0.1", "4, 1e-05", "4, 0.1"],
+        [["llama3", *["1.000"] * 4], ["flashcp", "2.000", "2.000", "1.250", ""]],
+    )
+    axes = comparison_figure(comparison).subfigs[1].axes[0]
+    assert axes.get_xlabel() == "world_size, loop.lr"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["2, 1e-05", "2, 0.1", "4, 1e-05", "4, 0.1"]
+    assert [line.get_ydata()[:3].tolist() for line in axes.lines] == [[1, 1, 1], [2, 2, 1.25]]
+    write_rows(tmp_path, rows)
+    assert main(["report", str(tmp_path)]) == 0
+    assert "speedup over llama3, by case" in capsys.readouterr().out
+    for page in ("report.md", "dashboard.html"):
+        assert "world_size, loop.lr" in (tmp_path / page).read_text()
+    assert "| flashcp | 2.000 | 2.000 | 1.250 |  |" in (tmp_path / "report.md").read_text()
+    one_case = compare(rows[:9], "llama3")
+    assert (one_case.factors, one_case.cases) == ([], ["stdlib-c8k-n2-loop.lr=1e-05"])
 
 
 def overlap_rows(make_rows: MakeRows) -> list[Row]:
@@ -188,6 +231,9 @@ def test_overlap_has_columns_of_its_own(
     page = (tmp_path / "dashboard.html").read_text()
     assert "<b>75%</b><span>of the exchange hidden by staged: attention=triton</span>" in page
     assert "3 levels of overlap" in page
+    markdown = (tmp_path / "report.md").read_text()
+    assert f"| {' | '.join(heads)} |" in markdown
+    assert "| staged | 10.0 | 0.75 | 0.5 | 110 | 120 | 1.333 | 1.00000 |  |" in markdown
 
 
 PAPER = ROOT / "experiments/results/paper"

@@ -9,7 +9,7 @@ import pytest
 
 from flashcp.experiments.cli.compose import expand
 from flashcp.experiments.cli.main import main
-from flashcp.experiments.sweep.rows import read_rows
+from flashcp.experiments.sweep.results import read_rows
 from flashcp.experiments.sweep.simulations import case_name
 from tests.checkout import ROOT
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from flashcp.experiments.cli.main import main
-from flashcp.experiments.sweep.comparison import compare
-from flashcp.experiments.sweep.rows import REFERENCE, RESULTS, TURNS, read_rows
+from flashcp.experiments.sweep.compare import compare
+from flashcp.experiments.sweep.results import REFERENCE, RESULTS, TURNS, read_rows
 
 
 def test_sweep_resumes_and_outlives_a_failing_job(

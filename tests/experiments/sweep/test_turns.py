@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from flashcp.experiments.sweep.columns import columns
-from flashcp.experiments.sweep.comparison import Line, compare
-from flashcp.experiments.sweep.rows import TURN_MS, TURNS, Row
+from flashcp.experiments.sweep.compare import Line, columns, compare
+from flashcp.experiments.sweep.results import TURN_MS, TURNS, Row
 from flashcp.train.summary import WARM_UP_STEPS
 
 Rows = Callable[..., list[Row]]
@@ -38,7 +37,7 @@ def test_a_load_in_the_middle_meets_both(make_rows: Rows) -> None:
     ours = in_turns(make_rows("flashcp", step_ms=12), 7.0, [5 * x for x in slow_at])
     found = line(base + ours, "flashcp")
     assert (found.speedup_p20, found.speedup, found.speedup_p80) == (2, 2, 2)
-    assert found.is_told_apart
+    assert found.told_apart
     assert found.speedup_text == "2.00 (2.00 - 2.00)"
     assert line(base + ours, "llama3").speedup_text == "1"
 
@@ -47,7 +46,7 @@ def test_turns_that_disagree_rank_nobody(make_rows: Rows) -> None:
     base = in_turns(make_rows("llama3"), 7.0, [10, 10, 10, 10, 10, 10])
     ours = in_turns(make_rows("flashcp"), 7.0, [5, 8, 9, 11, 14, 20])
     found = line(base + ours, "flashcp")
-    assert not found.is_told_apart
+    assert not found.told_apart
     assert found.speedup_text.startswith("not told apart (0.71 - 1.25)")
     speedup = next(column for column in columns(compare(base + ours, "llama3")) if column.title.startswith("speedup"))
     assert speedup.cell(found) == found.speedup_text

@@ -1,4 +1,7 @@
-"""results.csv: one row, one number, with everything a number must carry. Reports are built from it alone."""
+"""results.csv: one row, one number, with everything a number must carry. Reports are built from it alone.
+
+Needs no pandas, hydra or matplotlib: a GPU machine that measures has none of them.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,32 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashcp.experiments.provenance import commit, versions_text
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = [
     "FAILED",
+    "NO_OVERLAP",
     "REFERENCE",
     "RESULTS",
     "TURNS",
     "TURN_MS",
     "WINDOWS",
+    "Failure",
+    "Number",
     "Row",
+    "check_device",
     "read_rows",
+    "reason",
     "summary_rows",
+    "to_row",
+    "versions",
     "write_rows",
 ]
 
@@ -35,6 +49,9 @@ TURN_MS, TURNS = "turn_ms", "turns"
 """Metrics of runs that took turns: the step of each turn, and when their turns began, which tells whose they were."""
 REFERENCE = "single_process"
 """Provider of the run of the same packs on one process, which the others' losses are compared with."""
+NO_OVERLAP = "none"
+"""Provider, and the baseline, of a sweep whose lines are levels of overlap."""
+LONGEST = 240  # characters of a reason
 UNITS = {
     "step_ms": "ms",
     "attention_ms": "ms",
@@ -77,8 +94,67 @@ class Row:
     commit: str
     date: str
     kind: str
-    config: str
-    reference: str
+    config: str = ""
+    reference: str = ""
+
+
+class Number(NamedTuple):
+    """One number of a case, as a benchmark yields it. median: or the number itself, where there is one (p20, p80
+    None)."""
+
+    provider: str
+    metric: str
+    unit: str
+    p20: float | None
+    median: float
+    p80: float | None
+
+
+class Failure(NamedTuple):
+    """Somebody did not come through. reason: one line."""
+
+    provider: str
+    reason: str
+
+
+def reason(failure: BaseException) -> str:
+    """What an exception says, on one line and not too long, or its name."""
+    return (" ".join(str(failure).split()) or type(failure).__name__)[:LONGEST]
+
+
+def check_device(device: torch.device) -> None:
+    """Raise RuntimeError where a GPU takes no more work: every later call of this process would fail as the last."""
+    if device.type != "cuda":
+        return
+    import torch
+
+    try:
+        torch.cuda.synchronize(device)
+        torch.zeros(1, device=device).item()
+    except Exception as failure:
+        raise RuntimeError(f"the GPU takes no more work from this process: {reason(failure)}") from failure
+
+
+def versions() -> str:
+    """Of what decides a kernel's time."""
+    import torch
+    import triton
+
+    from flashcp import __version__
+
+    return f"flashcp {__version__}, torch {torch.__version__}, triton {triton.__version__}"
+
+
+def to_row(
+    case: str, found: Number | Failure, device: str, kind: str = "measured", of_commit: str = "", of_versions: str = ""
+) -> Row:
+    """With all that a row must carry, today. device: its name. of_commit: where the checkout has no git to ask.
+    of_versions: where others than `versions()` decide the number."""
+    carried = (device, of_versions or versions(), of_commit or commit(), datetime.now(UTC).date().isoformat())
+    if isinstance(found, Failure):
+        kind = f"{FAILED}: {' '.join(found.reason.split())[:LONGEST]}"
+        found = Number(found.provider, FAILED, "1", None, 1.0, None)
+    return Row(case, found.provider, found.metric, found.unit, None, *found[3:], *carried, kind)
 
 
 def summary_rows(case: str, provider: str, config: str, summary: Mapping[str, Any]) -> list[Row]:
@@ -119,14 +195,14 @@ def read_rows(folder: Path) -> list[Row]:
             raise ValueError(f"{path}:{table.line_num}: not a row of results ({error})") from error
 
 
-def write_rows(folder: Path, rows: Iterable[Row]) -> None:
-    """Write results.csv whole or not at all."""
-    unfinished = folder / f"unfinished_{RESULTS}"
+def write_rows(folder: Path, rows: Iterable[Row], name: str = RESULTS) -> None:
+    """Write results.csv, or a file of that name, whole or not at all."""
+    unfinished = folder / f"unfinished_{name}"
     with unfinished.open("w", encoding="utf-8", newline="") as lines:
         table = csv.writer(lines, lineterminator="\n")
         table.writerow([field.name for field in dataclasses.fields(Row)])
         table.writerows(dataclasses.astuple(row) for row in rows)
-    os.replace(unfinished, folder / RESULTS)
+    os.replace(unfinished, folder / name)
 
 
 def _parse(line: dict[str, str]) -> Row:

@@ -1,0 +1,333 @@
+"""A sweep's rows as one table, a line a run: speedups over the baseline, losses against the single-process run."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from flashcp.experiments.sweep.results import NO_OVERLAP, REFERENCE, TURN_MS, TURNS, Row
+from flashcp.train.summary import WARM_UP_STEPS
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = [
+    "LOSS_TOLERANCE",
+    "NOT_TOLD",
+    "Column",
+    "Comparison",
+    "Line",
+    "columns",
+    "compare",
+    "relative_difference",
+    "step_parts",
+]
+
+LOSS_TOLERANCE = 1e-4
+"""Relative difference at one step up to which losses agree (fp32)."""
+NOT_TOLD = "not told apart"
+"""What is said in place of a speedup when turns disagree on which of the two is faster."""
+METRICS = ["imbalance", "saving", "attention_ms", "exposed_exchange_ms", "wait_ms", "step_ms", "final_loss"]
+Line = Any
+"""A line of the table as a named tuple, None where there is no number."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs of a sweep, case by case, the baseline first and the single-process run last.
+
+    table: one line a run, NaN where there is no number. Times are medians over steps, ms; p20 and p80 are of step_ms.
+    factors: what differs between the cases, a column each. speedup: the baseline's step over this one's, in turns the
+    median of the ratios within a turn, with p20 and p80 in speedup_p20 and speedup_p80, else the ratio of the medians;
+    speedup_text: how that is told; told_apart: whether most turns agree on who is faster; missing: why there is none.
+    losses: of every step. loss_difference: largest over the steps, relative, against the single-process
+    run. exposed_ms: attention_ms + exposed_exchange_ms beyond the attention_ms of overlap `none` on the same case, that
+    is, what the exchange adds wherever a level waits for it (`fused` waits inside attention); hidden: the share of that
+    of `none` which is gone.
+    """
+
+    baseline: str
+    table: pandas.DataFrame
+    factors: list[str]
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        """The table's lines."""
+        whole = self.table.astype(object)
+        named = whole.where(self.table.notna(), None).rename(columns=lambda name: re.sub(r"\W", "_", name))
+        return list(named.itertuples(index=False, name="Line"))
+
+    @property
+    def runs(self) -> list[Line]:
+        """The lines without those of the single process."""
+        return [line for line in self.lines if line.provider != REFERENCE]
+
+    @property
+    def of_overlap(self) -> bool:
+        """Whether levels of overlap are compared, of one method and one implementation of attention a case."""
+        return self.baseline == NO_OVERLAP
+
+    @property
+    def over(self) -> str:
+        """The baseline as headings name it."""
+        return f"overlap {self.baseline}" if self.of_overlap else self.baseline
+
+    @property
+    def cases(self) -> list[str]:
+        """Every case, in the order of the rows."""
+        return list(dict.fromkeys(line.case for line in self.lines))
+
+    @property
+    def worst_difference(self) -> Line | None:
+        """The line whose losses are furthest from the single-process run's."""
+        compared = [line for line in self.lines if line.loss_difference is not None]
+        return max(compared, key=lambda line: line.loss_difference, default=None)
+
+    @property
+    def is_hidden_told(self) -> bool:
+        """Whether every `hidden` is a share, give or take a tenth: attention varies between runs."""
+        return bool(self.table.hidden.dropna().between(-0.1, 1.1).all())
+
+    def mean_speedups(self) -> dict[str, float]:
+        """Geometric mean over cases of every method's speedup, where all cases tell one."""
+        told = self.table[self.table.told_apart == True].dropna(subset="speedup")  # noqa: E712, of a column
+        told = told.groupby("provider", sort=False).speedup
+        found = {str(provider): [*map(math.log, values)] for provider, values in told}
+        return {p: math.exp(sum(logs) / len(logs)) for p, logs in found.items() if len(logs) == len(self.cases)}
+
+    def by_factor(self) -> tuple[list[str], list[list[str]]]:
+        """Head and body of a table of speedups, methods down and cases across, named by what differs between them."""
+        runs = self.table[self.table.provider != REFERENCE]
+        cells = [
+            "" if math.isnan(x) else f"{x:.3f}" if told else NOT_TOLD
+            for x, told in runs[["speedup", "told_apart"]].to_numpy()
+        ]
+        wide = runs.assign(cell=cells).pivot(index="provider", columns="case", values="cell")
+        wide = wide.reindex(index=runs.provider.unique(), columns=self.cases, fill_value="")
+        labels = self.table.drop_duplicates("case").set_index("case")[self.factors].agg(", ".join, axis=1)
+        body = [list(line) for line in wide.fillna("").itertuples()]
+        return [", ".join(self.factors), *labels], body
+
+
+def compare(rows: Sequence[Row], baseline: str) -> Comparison:
+    """The table of these rows. A missing baseline or single-process run leaves the numbers that need it empty."""
+    import pandas as pd  # late: it takes half a second, and machines that only measure have none
+
+    frame = pd.DataFrame(rows, columns=list(Row.__dataclass_fields__))
+    key = ["case", "provider"]
+    grouped = frame.groupby(key, sort=False)
+    table = grouped[["kind", "config", "reference"]].first()
+    values = frame[frame.metric.isin(METRICS)].drop_duplicates([*key, "metric"])
+    table = table.join(
+        values.pivot(index=key, columns="metric", values="median").reindex(columns=METRICS).astype(float)
+    )
+    steps = frame[frame.metric == "step_ms"].drop_duplicates(key).set_index(key)
+    losses = frame[(frame.metric == "loss") & frame.step.notna()].sort_values("step", kind="stable")
+    losses = losses.drop_duplicates([*key, "step"], keep="last")
+    table = table.join(steps[["p20", "p80"]].astype(float)).join(
+        losses.groupby(key, sort=False)["median"].agg(tuple).rename("losses")
+    )
+    table = table.reset_index()
+    table["losses"] = [value if isinstance(value, tuple) else () for value in table.losses]
+    single = table.provider == REFERENCE
+    runs, alone = table[~single].copy(), table[single].drop_duplicates("config")
+
+    first = runs[runs.provider == baseline].set_index("case")
+    base_ms, settings = runs.case.map(first.step_ms), runs.case.map(first.reference)
+    # Runs of other settings (steps, model, data) have another single-process run: no speedup over those.
+    same = settings == runs.reference
+    runs["speedup"] = (base_ms / runs.step_ms).where(same & (base_ms > 0) & (runs.step_ms > 0))
+    turns = _turns(rows)
+    beside = [turns.get((case, baseline)) if same else None for case, same in zip(runs.case, same, strict=True)]
+    own = [turns.get(name) for name in zip(runs.case, runs.provider, strict=True)]
+    ranges = [_within_turns(a, b) for a, b in zip(own, beside, strict=True)]
+    for place, name in enumerate(("speedup_p20", "speedup", "speedup_p80")):
+        found = pd.Series([r[place] if r else math.nan for r in ranges], index=runs.index, dtype=float)
+        runs[name] = found.fillna(runs.speedup) if name == "speedup" else found
+    runs["told_apart"] = ~((runs.speedup_p20 < 1) & (runs.speedup_p80 > 1))
+    texts = zip(runs.speedup, runs.speedup_p20, runs.speedup_p80, [bool(x) for x in own], strict=True)
+    runs["speedup_text"] = [_told(*numbers) for numbers in texts]
+    runs["missing"] = ""
+    runs.loc[~same, "missing"] = "other settings"
+    runs.loc[settings.isna(), "missing"] = f"no {baseline}"
+
+    expected = dict(zip(alone.config, alone.losses, strict=True))
+    pairs = zip(runs.losses, runs.reference.map(expected), strict=True)
+    runs["loss_difference"] = [_farthest(own, other) for own, other in pairs]
+    plain = runs[runs.provider == NO_OVERLAP].set_index("case")
+    attention, exchange = (runs.case.map(plain[name]) for name in ("attention_ms", "exposed_exchange_ms"))
+    told = (exchange > 0) & (baseline == NO_OVERLAP)
+    exposed = runs.attention_ms.fillna(0) + runs.exposed_exchange_ms.fillna(0) - attention
+    runs["exposed_ms"] = exposed.where(told)
+    runs["hidden"] = (1 - exposed / exchange).where(told)
+
+    wanted = runs[["case", "reference"]].drop_duplicates()
+    beside = wanted.merge(alone.drop(columns=["case", "reference"]), left_on="reference", right_on="config")
+    whole = pd.concat([runs, beside], ignore_index=True) if len(beside) else runs
+    order = {case: place for place, case in enumerate(runs.case.unique())}
+    turn = (whole.provider != baseline).astype(int) + (whole.provider == REFERENCE)
+    whole = whole.assign(_case=whole.case.map(order), _turn=turn).sort_values(["_case", "_turn"], kind="stable")
+    whole = whole.drop(columns=["_case", "_turn"]).reset_index(drop=True)
+    factors = _factors(list(order))
+    for name, values_of in factors.items():
+        whole[name] = whole.case.map(values_of)
+    return Comparison(baseline, whole, list(factors))
+
+
+def _turns(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[float, list[float]]]:
+    """Of each run that took turns, by case and provider: when they began, and its step times, ms."""
+    begun = {(row.case, row.provider): row.median for row in rows if row.metric == TURNS}
+    steps: dict[tuple[str, str], dict[int, float]] = {name: {} for name in begun}
+    for row in rows:
+        if row.metric == TURN_MS and row.step is not None:
+            steps.setdefault((row.case, row.provider), {})[row.step] = row.median
+    return {name: (start, [steps[name][step] for step in sorted(steps[name])]) for name, start in begun.items()}
+
+
+def _within_turns(
+    own: tuple[float, list[float]] | None, baseline: tuple[float, list[float]] | None
+) -> tuple[float, float, float] | None:
+    """p20, median and p80 of the ratios of two runs' steps; None unless both took the same turns."""
+    if own is None or baseline is None or own[0] != baseline[0]:
+        return None
+    ratios = [b / a for a, b in zip(own[1], baseline[1], strict=False)]
+    p20, median, p80 = np.percentile(ratios[WARM_UP_STEPS:] or ratios, [20, 50, 80]).tolist()
+    return p20, median, p80
+
+
+def _told(speedup: float, p20: float, p80: float, took_turns: bool) -> str:
+    """`1.24 (1.19 - 1.31)` with the range where turns tell it; NOT_TOLD where they disagree."""
+    if math.isnan(speedup):
+        return ""
+    if math.isnan(p20):
+        return f"{speedup:.3f}" + (" (other turns)" if took_turns else "")
+    if p20 == p80 == 1:  # the baseline itself
+        return "1"
+    spread = f"({p20:.2f} - {p80:.2f})"
+    return f"{NOT_TOLD} {spread}" if p20 < 1 < p80 else f"{speedup:.2f} {spread}"
+
+
+def relative_difference(loss: float, reference: float) -> float:
+    """Relative to the reference; where that is 0, to the loss itself."""
+    return abs(loss - reference) / (abs(reference) or abs(loss) or 1.0)
+
+
+def _farthest(own: tuple[float, ...], expected: object) -> float:
+    """Largest relative difference of two runs' losses; NaN where there is nothing to compare."""
+    if not own or not isinstance(expected, tuple) or len(own) != len(expected):
+        return math.nan
+    return max(relative_difference(a, b) for a, b in zip(own, expected, strict=True))
+
+
+def _factors(cases: Sequence[str]) -> dict[str, dict[str, str]]:
+    """What differs between the cases' names, and its value by case: `world_size`, `context`, an override's key."""
+    columns: dict[str, dict[str, str]] = {}
+    for case in cases:
+        for place, part in enumerate(re.split(r"(?<!\de)-", case)):  # the dash of 1e-05 parts nothing
+            key, _, value = part.partition("=")
+            if size := re.fullmatch(r"([cn])(\d+k?)", part):
+                key, value = {"c": "context", "n": "world_size"}[size[1]], size[2]
+            elif not value:
+                key, value = ("link" if part.endswith("gbps") else ("data", "method")[min(place, 1)]), part
+            columns.setdefault(key, {})[case] = value
+    full = {key: {case: values.get(case, "") for case in cases} for key, values in columns.items()}
+    return {key: values for key, values in full.items() if len(set(values.values())) > 1}
+
+
+def step_parts(line: Line) -> dict[str, float]:
+    """A step's median split in attention and exchange (the slowest rank's) and the rest, ms.
+
+    Two ranks may be slowest in turn: what the two say together beyond the step is taken from the exchange. Between
+    levels of overlap attention is that of `none`, the exchange what is exposed beside it.
+    """
+    step, attention, exchange = (x or 0.0 for x in (line.step_ms, line.attention_ms, line.exposed_exchange_ms))
+    if line.exposed_ms is not None:
+        attention, exchange = attention + exchange - line.exposed_ms, max(0.0, line.exposed_ms)
+    attention = min(attention, step)
+    exchange = min(exchange, step - attention)
+    return {"attention": attention, "exchange": exchange, "rest": step - attention - exchange}
+
+
+class Column(NamedTuple):
+    """A column of the table as it is told. title: its heading. says: what the number is. form: how it is written."""
+
+    name: str
+    title: str
+    form: str
+    says: str
+
+    def cell(self, line: Line) -> str:
+        """The number as text; where there is none, nothing, or why there is no speedup."""
+        value = getattr(line, self.name)
+        if value is None:
+            return (getattr(line, "missing", "") or "") if self.name == "speedup" else ""
+        if self.name == "speedup":
+            return str(line.speedup_text)
+        plan = line.provider == REFERENCE and self.name in ("imbalance", "saving", "exposed_ms", "hidden", "wait_ms")
+        return "" if plan else format(value, self.form)
+
+
+ATTENTION = "attention kernels of one step, forward and backward, slowest rank"
+RESULT = (
+    Column("step_ms", "step ms", ".0f", "whole optimizer step: median over steps after warm-up, with p20 - p80 below"),
+    Column(
+        "speedup",
+        "speedup over {baseline}",
+        ".3f",
+        "step of the baseline / this step: median of the ratios within a turn, in brackets p20 - p80; not told apart: "
+        "that range has 1 in it",
+    ),
+    Column("final_loss", "final loss", ".5f", "nats a token at the last step"),
+    Column(
+        "loss_difference",
+        "loss difference",
+        ".1e",
+        "largest relative difference at any step from one process on the same packs; "
+        f"{LOSS_TOLERANCE:.0e} is the limit in fp32",
+    ),
+)
+METHODS = (
+    Column(
+        "imbalance",
+        "imbalance",
+        ".3f",
+        "work of the busiest rank / mean work, mean over windows; 1 is balanced",
+    ),
+    Column("saving", "saving", ".3f", "1 - KV rows on the critical rank / the all-gather's"),
+    Column("attention_ms", "attention ms", ".0f", ATTENTION),
+    Column(
+        "exposed_exchange_ms",
+        "exchange ms",
+        ".1f",
+        "packing, sending and waiting for rows that no attention hides, slowest rank",
+    ),
+)
+OVERLAPS = (
+    Column(
+        "exposed_ms",
+        "exposed ms",
+        ".1f",
+        "what the exchange adds to a step: attention ms, and time in the exchange outside it, beyond the attention ms "
+        "of overlap none",
+    ),
+    Column(
+        "hidden",
+        "hidden",
+        ".2f",
+        "1 - exposed ms / that of overlap none; not within 0 and 1 where attention varied too much between the runs",
+    ),
+    Column("wait_ms", "wait ms", ".1f", "waiting for slower ranks, slowest rank"),
+    Column("attention_ms", "attention ms", ".0f", f"{ATTENTION}; under fused with the waits inside"),
+)
+
+
+def columns(comparison: Comparison) -> list[Column]:
+    """What is told of each line beside its name."""
+    chosen = (*(OVERLAPS if comparison.of_overlap else METHODS), *RESULT)
+    return [column._replace(title=column.title.format(baseline=comparison.over)) for column in chosen]
