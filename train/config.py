@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from flashcp.options import planner, read_sharding
 from flashcp.schema import read_dataclass
 from flashcp.train.checkpoint import CheckpointConfig
 from flashcp.train.data.sources import DataConfig
@@ -15,7 +18,7 @@ from flashcp.train.data.windows import LONGEST_CONTEXT
 from flashcp.train.loop import LoopConfig
 from flashcp.train.model import ModelConfig
 from flashcp.train.optimizer import OptimizerConfig
-from flashcp.train.parallel import ParallelConfig
+from flashcp.train.parallel import ExchangeConfig, ParallelConfig
 from flashcp.train.tracker import TrackerConfig
 
 __all__ = ["TrainConfig"]
@@ -23,10 +26,7 @@ __all__ = ["TrainConfig"]
 
 @dataclass
 class TrainConfig:
-    """One run. out: its directory. context: tokens of a window over all ranks. seed: of the weights.
-
-    profile: leave a trace of a few steps in out/trace (`train/trace.py`).
-    """
+    """One run, as `conf/train.yaml` explains it. out: its directory. sharding: a strategy's `name`, and its options."""
 
     out: str = "runs/train"
     context: int = 4096
@@ -34,6 +34,8 @@ class TrainConfig:
     profile: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    sharding: dict[str, Any] = field(default_factory=lambda: {"name": "flashcp"})
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -70,7 +72,9 @@ class TrainConfig:
             raise ValueError(f"profile=true with loop.steps={self.loop.steps}: expected at least 2, for one warms up")
         self.data.check()
         self.model.check()
-        self.parallel.check(world_size, self.model.heads, self.model.kv_heads)
+        self.exchange.check(world_size, self.model.heads, self.model.kv_heads)
+        self.parallel.check()
+        planner(read_sharding(self.sharding), world_size)(np.array([world_size]))  # checks the options by using them
         self.optimizer.check()
         self.loop.check()
         self.tracker.check()

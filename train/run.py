@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from flashcp.options import planner
 from flashcp.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.documents import read_documents
@@ -80,7 +81,7 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
     ready = prepare(config, launched_rank()[1])
     with world(config.loop.device, config.loop.timeout_s) as ranks:
         torch.manual_seed(config.seed)
-        cp = config.parallel.operator()
+        cp = config.parallel.operator(config.exchange.name)
         model = Decoder(ready.model, cp, config.seed).to(ranks.device)
         optimizer = build_optimizer(model, config.optimizer)
         progress = load_checkpoint(ready.checkpoint, model, optimizer) if ready.checkpoint else Progress()
@@ -89,8 +90,8 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
         windows = pack_documents(
             documents, ready.tokenizer, config.context, data.overflow, progress.position, data.longest
         )
-        planner = config.parallel.planner(ranks.world_size)
-        with Loader(windows, planner, config.parallel.exchange, ranks.rank, config.data.prefetch) as loader:
+        make_plan = planner(config.sharding, ranks.world_size)
+        with Loader(windows, make_plan, config.exchange.name, ranks.rank, config.data.prefetch) as loader:
             batches = _peek(loader, config, progress)
             trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, batches, progress, ranks)
             return _train(trainer, config, ready.identity, ranks)
