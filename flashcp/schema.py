@@ -29,7 +29,7 @@ def read_dataclass(kind: type[Section], values: Any, name: str = "") -> Section:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{name or 'config'}={values!r}: expected a mapping of fields")
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     given = {}
     for key, value in values.items():
@@ -61,10 +61,18 @@ def _takes_function(hint: Any) -> bool:
 def _read(hint: Any, value: Any, name: str) -> Any:
     if hint is Any:
         return value
+    if typing.get_origin(hint) is typing.Annotated:
+        read = _read(typing.get_args(hint)[0], value, name)
+        for limit in typing.get_args(hint)[1:]:
+            if not limit.holds(read):
+                raise ValueError(f"{name}={read!r}: expected {limit.wanted}")
+        return read
     if isinstance(hint, types.UnionType):  # of a type and None
         return None if value is None else _read(typing.get_args(hint)[0], value, name)
     if dataclasses.is_dataclass(hint):
         return read_dataclass(hint, value, name)  # type: ignore[arg-type]
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # Hydra reads out=2026 as a number
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)

@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from flashcp.limits import Limit
 from flashcp.options import planner, read_sharding
 from flashcp.schema import read_dataclass
 from flashcp.train.checkpoint import CheckpointConfig
@@ -30,7 +31,7 @@ class TrainConfig:
 
     out: str = "runs/train"
     context: int = 4096
-    seed: int = 0
+    seed: Annotated[int, Limit(lambda value: 0 <= value < 2**63, "a whole number >= 0 and < 2**63")] = 0
     profile: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -59,15 +60,16 @@ class TrainConfig:
         return cls.from_dict(values)
 
     def check(self, world_size: int) -> None:
-        """Raise ValueError, naming value, field and legal values, for what `world_size` ranks cannot run."""
+        """Raise ValueError, naming value, field and legal values, for what `world_size` ranks cannot run.
+
+        The range of each value alone was checked when it was read.
+        """
         if not self.out:
             raise ValueError("out is empty: expected a directory to write to")
         if self.context < world_size:
             raise ValueError(f"context={self.context}: expected at least one token a rank, world_size={world_size}")
         if not 2 <= self.context <= LONGEST_CONTEXT:  # a token alone has no next token to predict
             raise ValueError(f"context={self.context}: expected a whole number from 2 to {LONGEST_CONTEXT}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed}: expected a whole number >= 0 and < 2**63")
         if self.profile and self.loop.steps < 2:
             raise ValueError(f"profile=true with loop.steps={self.loop.steps}: expected at least 2, for one warms up")
         self.data.check()
@@ -75,7 +77,3 @@ class TrainConfig:
         self.exchange.check(world_size, self.model.heads, self.model.kv_heads)
         self.parallel.check()
         planner(read_sharding(self.sharding), world_size)(np.array([world_size]))  # checks the options by using them
-        self.optimizer.check()
-        self.loop.check()
-        self.tracker.check()
-        self.checkpoint.check()

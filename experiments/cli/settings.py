@@ -11,6 +11,7 @@ from typing import Any
 
 from flashcp.experiments.sweep.comparison import NO_OVERLAP
 from flashcp.experiments.sweep.rows import REFERENCE
+from flashcp.limits import Count
 from flashcp.options import read_sharding
 from flashcp.schema import read_dataclass
 from flashcp.sharding.methods import METHODS
@@ -36,8 +37,8 @@ class RunSettings(TrainConfig):
     """`conf/train.yaml`: what the ranks read, and what starts them."""
 
     out: str = ""
-    world_size: int = 2
-    threads: int = 1
+    world_size: Count = 2
+    threads: Count = 1
     method: str = ""
     sweep: SweepSettings = field(default_factory=SweepSettings)
 
@@ -110,9 +111,6 @@ def read_run(values: Mapping[str, Any], label: str = "") -> Run:
     if values["data"].get("source") not in SOURCES:
         open_source(DataConfig(source=values["data"].get("source")))  # says why it cannot be trained on
     settings = read_dataclass(RunSettings, values)
-    for name in ("world_size", "threads"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name}={getattr(settings, name)}: expected a whole number >= 1")
     config = settings.of_ranks
     config.check(settings.world_size)
     dataclasses.replace(config.parallel, transport="auto").operator(config.exchange.name)  # it knows its legal values
