@@ -1,1 +1,1 @@
-"""Hydra configuration: config.yaml, its groups and the committed sweeps in experiment/."""
+"""Hydra configuration: a file for each verb (train.yaml is also the sweeps'), the groups, the committed sweeps."""

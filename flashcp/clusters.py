@@ -115,7 +115,7 @@ def _with_defaults(values: Any, field: str) -> Any:
             found = _merged(found, own)
         elif isinstance(name, str) and name in files:
             found = _merged(found, _with_defaults(_load(files[name].read_text("utf-8"), field), field))
-        elif name != "cluster_schema":  # the fields themselves, which `read_machine` knows
+        elif name != "cluster_schema":  # files of earlier versions name it
             raise ValueError(f"{field}: defaults holds {name!r}: expected one of {', '.join(files)}, _self_")
     return found
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-__all__ = ["read_dataclass"]
+__all__ = ["read_dataclass", "read_options"]
 
 Section = TypeVar("Section")
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list, written [a,b]",
+}
 
 
 def read_dataclass(kind: type[Section], values: Any, name: str = "") -> Section:
@@ -20,7 +29,7 @@ def read_dataclass(kind: type[Section], values: Any, name: str = "") -> Section:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{name or 'config'}={values!r}: expected a mapping of fields")
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     fields = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     given = {}
     for key, value in values.items():
@@ -31,9 +40,39 @@ def read_dataclass(kind: type[Section], values: Any, name: str = "") -> Section:
     return kind(**given)
 
 
+def read_options(function: Callable[..., Any], values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Keyword options of a function, with the types that it says they have. Raises ValueError as `read_dataclass`.
+
+    Options without a default are the caller's own, and those that take a function are for Python alone: no such keys.
+    """
+    hints = typing.get_type_hints(function)
+    options = [item.name for item in inspect.signature(function).parameters.values() if item.default is not item.empty]
+    legal = [option for option in options if not _takes_function(hints[option])]
+    for key in values:
+        if key not in legal:
+            raise ValueError(f"{name}.{key}: no such field; expected one of {', '.join(legal)}")
+    return {key: _read(hints[key], value, f"{name}.{key}") for key, value in values.items()}
+
+
+def _takes_function(hint: Any) -> bool:
+    return any(part is Callable or typing.get_origin(part) is Callable for part in (hint, *typing.get_args(hint)))
+
+
 def _read(hint: Any, value: Any, name: str) -> Any:
+    if hint is Any:
+        return value
+    if typing.get_origin(hint) is typing.Annotated:
+        read = _read(typing.get_args(hint)[0], value, name)
+        for limit in typing.get_args(hint)[1:]:
+            if not limit.holds(read):
+                raise ValueError(f"{name}={read!r}: expected {limit.wanted}")
+        return read
+    if isinstance(hint, types.UnionType):  # of a type and None
+        return None if value is None else _read(typing.get_args(hint)[0], value, name)
     if dataclasses.is_dataclass(hint):
         return read_dataclass(hint, value, name)  # type: ignore[arg-type]
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # Hydra reads out=2026 as a number
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
@@ -42,6 +81,5 @@ def _read(hint: Any, value: Any, name: str) -> Any:
     if origin is list and isinstance(value, Sequence) and not isinstance(value, str):
         return [_read(inner[0], item, f"{name}[{index}]") for index, item in enumerate(value)]
     if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
-        wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        raise ValueError(f"{name}={value!r}: expected {wanted.get(origin, f'a {origin.__name__}')}")
+        raise ValueError(f"{name}={value!r}: expected {KINDS.get(origin, f'a {origin.__name__}')}")
     return value

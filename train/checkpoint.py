@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from flashcp.limits import Count, Natural
 from flashcp.train.data.documents import Position
 from flashcp.train.ranks import Ranks
 
@@ -33,16 +34,9 @@ class CheckpointConfig:
     resume: `never`, `latest` (the newest of this run; a fresh start when there is none) or a step_* path.
     """
 
-    every: int = 0
-    keep: int = 2
+    every: Natural = 0
+    keep: Count = 2
     resume: str = "never"
-
-    def check(self) -> None:
-        """Raise ValueError for a number outside its range."""
-        if self.every < 0:
-            raise ValueError(f"checkpoint.every={self.every}: expected a whole number >= 0")
-        if self.keep < 1:
-            raise ValueError(f"checkpoint.keep={self.keep}: expected a whole number >= 1")
 
 
 @dataclass

@@ -6,8 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
+
+from flashcp.limits import Limit
+from flashcp.options import planner, read_sharding
 from flashcp.schema import read_dataclass
 from flashcp.train.checkpoint import CheckpointConfig
 from flashcp.train.data.sources import DataConfig
@@ -15,7 +19,7 @@ from flashcp.train.data.windows import LONGEST_CONTEXT
 from flashcp.train.loop import LoopConfig
 from flashcp.train.model import ModelConfig
 from flashcp.train.optimizer import OptimizerConfig
-from flashcp.train.parallel import ParallelConfig
+from flashcp.train.parallel import ExchangeConfig, ParallelConfig
 from flashcp.train.tracker import TrackerConfig
 
 __all__ = ["TrainConfig"]
@@ -23,17 +27,16 @@ __all__ = ["TrainConfig"]
 
 @dataclass
 class TrainConfig:
-    """One run. out: its directory. context: tokens of a window over all ranks. seed: of the weights.
-
-    profile: leave a trace of a few steps in out/trace (`train/trace.py`).
-    """
+    """One run, as `conf/train.yaml` explains it. out: its directory. sharding: a strategy's `name`, and its options."""
 
     out: str = "runs/train"
     context: int = 4096
-    seed: int = 0
+    seed: Annotated[int, Limit(lambda value: 0 <= value < 2**63, "a whole number >= 0 and < 2**63")] = 0
     profile: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    sharding: dict[str, Any] = field(default_factory=lambda: {"name": "flashcp"})
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -57,21 +60,20 @@ class TrainConfig:
         return cls.from_dict(values)
 
     def check(self, world_size: int) -> None:
-        """Raise ValueError, naming value, field and legal values, for what `world_size` ranks cannot run."""
+        """Raise ValueError, naming value, field and legal values, for what `world_size` ranks cannot run.
+
+        The range of each value alone was checked when it was read.
+        """
         if not self.out:
             raise ValueError("out is empty: expected a directory to write to")
         if self.context < world_size:
             raise ValueError(f"context={self.context}: expected at least one token a rank, world_size={world_size}")
         if not 2 <= self.context <= LONGEST_CONTEXT:  # a token alone has no next token to predict
             raise ValueError(f"context={self.context}: expected a whole number from 2 to {LONGEST_CONTEXT}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed}: expected a whole number >= 0 and < 2**63")
         if self.profile and self.loop.steps < 2:
             raise ValueError(f"profile=true with loop.steps={self.loop.steps}: expected at least 2, for one warms up")
         self.data.check()
         self.model.check()
-        self.parallel.check(world_size, self.model.heads, self.model.kv_heads)
-        self.optimizer.check()
-        self.loop.check()
-        self.tracker.check()
-        self.checkpoint.check()
+        self.exchange.check(world_size, self.model.heads, self.model.kv_heads)
+        self.parallel.check()
+        planner(read_sharding(self.sharding), world_size)(np.array([world_size]))  # checks the options by using them

@@ -7,17 +7,18 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from flashcp.context_parallel import ContextParallel
+from flashcp.limits import Count, Seconds, one_of
 from flashcp.train.checkpoint import Progress
 from flashcp.train.data.loader import Batch
 from flashcp.train.model import Decoder
 from flashcp.train.optimizer import FlatGradients, OptimizerConfig, learning_rate
-from flashcp.train.ranks import DEVICES, LONGEST_WAIT_S, Ranks
+from flashcp.train.ranks import DEVICES, Ranks
 
 __all__ = ["PRECISIONS", "LoopConfig", "Trainer"]
 
@@ -32,23 +33,12 @@ class LoopConfig:
     GPU where there is one. timeout_s: how long ranks wait for each other. progress: a bar on standard error.
     """
 
-    steps: int = 100
-    accumulation: int = 1
-    precision: str = "fp32"
-    device: str = "auto"
-    timeout_s: float = 600.0
+    steps: Count = 100
+    accumulation: Count = 1
+    precision: Annotated[str, one_of(PRECISIONS)] = "fp32"
+    device: Annotated[str, one_of(DEVICES)] = "auto"
+    timeout_s: Seconds = 600.0
     progress: bool = True
-
-    def check(self) -> None:
-        """Raise ValueError for a value outside its range."""
-        for name in ("steps", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"loop.{name}={getattr(self, name)}: expected a whole number >= 1")
-        for name, legal in (("precision", PRECISIONS), ("device", DEVICES)):
-            if getattr(self, name) not in legal:
-                raise ValueError(f"loop.{name}={getattr(self, name)!r}: expected one of {', '.join(legal)}")
-        if not 0 < self.timeout_s <= LONGEST_WAIT_S:
-            raise ValueError(f"loop.timeout_s={self.timeout_s}: expected seconds > 0 and <= {LONGEST_WAIT_S:.0e}")
 
 
 class Trainer:

@@ -4,43 +4,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from flashcp.limits import FINITE, Limit, Natural, NonNegative, Positive
+
 __all__ = ["FlatGradients", "OptimizerConfig", "build_optimizer", "learning_rate"]
+
+Beta = Annotated[float, FINITE, Limit(lambda value: 0 <= value < 1, "a number >= 0 and < 1")]
 
 
 @dataclass
 class OptimizerConfig:
     """AdamW (arXiv 1711.05101). clip_norm: 0 leaves gradients as they are. min_lr_ratio: last rate / peak."""
 
-    lr: float = 3e-4
-    min_lr_ratio: float = 0.1
-    warmup_steps: int = 10
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-
-    def check(self) -> None:
-        """Raise ValueError for a number outside its range."""
-        for name, value in vars(self).items():
-            if not math.isfinite(value):
-                raise ValueError(f"optimizer.{name}={value}: expected a finite number")
-        for name in ("lr", "eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)}: expected a number > 0")
-        for name in ("warmup_steps", "weight_decay", "clip_norm"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)}: expected a number >= 0")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)}: expected 0 <= {name} < 1")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"optimizer.min_lr_ratio={self.min_lr_ratio}: expected 0 to 1")
+    lr: Positive = 3e-4
+    min_lr_ratio: Annotated[float, FINITE, Limit(lambda value: 0 <= value <= 1, "0 to 1")] = 0.1
+    warmup_steps: Natural = 10
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    clip_norm: NonNegative = 1.0
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -13,10 +13,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from flashcp.limits import LONGEST_WAIT_S
+
 __all__ = ["DEVICES", "LONGEST_WAIT_S", "Ranks", "exit_code", "launched_rank", "world"]
 
 DEVICES = ("auto", "cpu", "cuda")
-LONGEST_WAIT_S = 1e9  # 30 years: clocks that count nanoseconds in 64 bits still hold it
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from flashcp.options import planner
 from flashcp.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.documents import read_documents
@@ -89,15 +90,15 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
 def training(config: TrainConfig, ready: Prepared, ranks: Ranks) -> Iterator[Training]:
     """A run that is ready for its first step, and closed at the end whatever happens."""
     torch.manual_seed(config.seed)
-    cp = config.parallel.operator()
+    cp = config.parallel.operator(config.exchange.name)
     model = Decoder(ready.model, cp, config.seed).to(ranks.device)
     optimizer = build_optimizer(model, config.optimizer)
     progress = load_checkpoint(ready.checkpoint, model, optimizer) if ready.checkpoint else Progress()
     data = config.data
     documents = read_documents(ready.source, data.epochs, progress.position)
     windows = pack_documents(documents, ready.tokenizer, config.context, data.overflow, progress.position, data.longest)
-    planner = config.parallel.planner(ranks.world_size)
-    with Loader(windows, planner, config.parallel.exchange, ranks.rank, data.prefetch) as loader:
+    make_plan = planner(config.sharding, ranks.world_size)
+    with Loader(windows, make_plan, config.exchange.name, ranks.rank, data.prefetch) as loader:
         batches = _peek(loader, config, progress)
         trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, batches, progress, ranks)
         one = Training(config, trainer, ready.identity)

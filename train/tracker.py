@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
+
+from flashcp.limits import one_of
 
 __all__ = ["WANDB_MODES", "Tracker", "TrackerConfig", "track_comparison"]
 
@@ -18,17 +20,12 @@ WANDB_MODES = ("offline", "online", "disabled")
 class TrackerConfig:
     """How a run shows in Weights & Biases. Offline runs need no key; `wandb sync` uploads them later."""
 
-    wandb: str = "offline"
+    wandb: Annotated[str, one_of(WANDB_MODES)] = "offline"
     project: str = "flashcp"
     group: str = ""
     job_type: str = "train"
     name: str = ""
     tags: list[str] = field(default_factory=list)
-
-    def check(self) -> None:
-        """Raise ValueError for a mode that does not exist."""
-        if self.wandb not in WANDB_MODES:
-            raise ValueError(f"tracker.wandb={self.wandb!r}: expected one of {', '.join(WANDB_MODES)}")
 
 
 class Tracker:

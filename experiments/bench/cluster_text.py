@@ -13,8 +13,7 @@ __all__ = ["cluster_text"]
 
 def cluster_text(machine: Machine, about: str) -> str:
     """The file of a machine. about: its first line."""
-    lines = [f"# {about}", "defaults:", "  - cluster_schema", "  - _self_", ""]
-    return "\n".join([*lines, *_lines(dataclasses.asdict(machine), "")]) + "\n"
+    return "\n".join([f"# {about}", *_lines(dataclasses.asdict(machine), "")]) + "\n"
 
 
 def _lines(section: dict[str, Any], indent: str) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flashcp.experiments.cli.compose import compose, register_config
+from flashcp.experiments.cli.compose import compose
 from flashcp.experiments.cli.launch import RanksFailedError
 from flashcp.experiments.folders import check_file
 from flashcp.schema import read_dataclass
@@ -21,15 +21,14 @@ Run = Callable[[Any, str], tuple[list[Any], Path]]
 
 
 class Bench(NamedTuple):
-    """A dataclass of what to measure; from it and `out` rows (named tuples or dataclasses) and the place they were
-    written to; from rows a table. out: the default, empty where `run` finds one. beside: suffixes of files that
-    are written beside it.
+    """A dataclass of what to measure, the keys of conf/bench/NAME.yaml but for `out`; from it and `out` rows (named
+    tuples or dataclasses) and the place they were written to; from rows a table. beside: suffixes of files that are
+    written beside it.
     """
 
     settings: type[Any]
     run: Run
     table: Callable[[list[Any]], str]
-    out: str
     beside: tuple[str, ...] = ()
 
 
@@ -37,7 +36,7 @@ def _planner() -> Bench:
     from flashcp.experiments.bench.planner import PlannerBench, bench_planner, planner_table, write_planner_rows
 
     run = _into_file(bench_planner, write_planner_rows)
-    return Bench(PlannerBench, run, planner_table, "outputs/bench/planner.csv")
+    return Bench(PlannerBench, run, planner_table)
 
 
 def _awkward() -> Bench:
@@ -45,25 +44,25 @@ def _awkward() -> Bench:
     from flashcp.experiments.bench.planner import write_planner_rows
 
     run = _into_file(bench_awkward, write_planner_rows)
-    return Bench(AwkwardBench, run, awkward_table, "outputs/bench/awkward.csv")
+    return Bench(AwkwardBench, run, awkward_table)
 
 
 def _attention() -> Bench:
     from flashcp.experiments.bench.attention import AttentionBench, attention_table, bench_attention
 
-    return Bench(AttentionBench, bench_attention, attention_table, "")
+    return Bench(AttentionBench, bench_attention, attention_table)
 
 
 def _exchange() -> Bench:
-    from flashcp.experiments.bench.exchange import OUT, ExchangeBench, bench_exchange, exchange_table
+    from flashcp.experiments.bench.exchange import ExchangeBench, bench_exchange, exchange_table
 
-    return Bench(ExchangeBench, bench_exchange, exchange_table, OUT)
+    return Bench(ExchangeBench, bench_exchange, exchange_table)
 
 
 def _paper_fit() -> Bench:
     from flashcp.experiments.paper.fit import PaperFit, fit_rows, fit_table, write_fit
 
-    return Bench(PaperFit, _into_file(fit_rows, write_fit, ".yaml"), fit_table, "outputs/bench/paper_fit.yaml")
+    return Bench(PaperFit, _into_file(fit_rows, write_fit, ".yaml"), fit_table)
 
 
 def _calibrate() -> Bench:
@@ -76,7 +75,7 @@ def _calibrate() -> Bench:
     )
 
     run = _into_file(bench_calibrate, write_calibration, ".yaml", BESIDE)
-    return Bench(CalibrateBench, run, calibration_table, "outputs/bench/calibrate.yaml", BESIDE)
+    return Bench(CalibrateBench, run, calibration_table, BESIDE)
 
 
 BENCHES: dict[str, Callable[[], Bench]] = {
@@ -93,7 +92,7 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
     """Measure, write to out= (by default below outputs/), print the table or one JSON document."""
     name, overrides = _name(arguments)
     bench = BENCHES[name]()
-    settings = compose(_config(name, bench), overrides)
+    settings = compose(f"bench/{name}", overrides)
     out = settings.pop("out")
     try:
         rows, written = bench.run(read_dataclass(bench.settings, settings), out)
@@ -137,7 +136,7 @@ def _fields(row: Any) -> dict[str, Any]:
 
 def keys(arguments: Sequence[str]) -> str:
     """For --help: the configuration of the benchmark that is named; empty when none is."""
-    return _config(arguments[0], BENCHES[arguments[0]]()) if arguments[:1] and arguments[0] in BENCHES else ""
+    return f"bench/{arguments[0]}" if arguments[:1] and arguments[0] in BENCHES else ""
 
 
 def _name(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -145,10 +144,3 @@ def _name(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if len(names) != 1 or names[0] not in BENCHES:
         raise ValueError(f"bench {' '.join(names)!r}: expected one of {', '.join(BENCHES)}")
     return names[0], [argument for argument in arguments if "=" in argument]
-
-
-def _config(name: str, bench: Bench) -> str:
-    """The benchmark's settings and `out`, as a configuration in the ConfigStore. Returns its name."""
-    out = ("out", str, dataclasses.field(default=bench.out))
-    register_config(f"bench_{name}", dataclasses.make_dataclass("Settings", [out], bases=(bench.settings,)))
-    return f"bench_{name}"

@@ -10,19 +10,17 @@ from typing import Any, NamedTuple
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flashcp.experiments.cli.schema import GROUPS, register
+from flashcp.experiments.cli.schema import GROUPS, SETTINGS, typed
 
-__all__ = ["Job", "compose", "expand", "register_config"]
+__all__ = ["Job", "compose", "expand"]
 
 CONFIGS = "flashcp.conf"
-KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
 
 
 class Job(NamedTuple):
@@ -35,7 +33,7 @@ class Job(NamedTuple):
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration `conf/NAME.yaml` with overrides, as plain values. Raises ValueError in one line."""
     with _composing(name, overrides):
-        return _plain(hydra_compose(name, list(overrides)))
+        return _plain(name, hydra_compose(name, list(overrides)))
 
 
 def expand(name: str, overrides: Sequence[str]) -> list[Job]:
@@ -54,13 +52,12 @@ def expand(name: str, overrides: Sequence[str]) -> list[Job]:
     jobs = []
     for chosen in combined:
         with _composing(name, chosen):
-            jobs.append(Job(_plain(hydra_compose(name, chosen)), chosen))
+            jobs.append(Job(_plain(name, hydra_compose(name, chosen)), chosen))
     return jobs
 
 
 @contextmanager
 def _composing(name: str, overrides: Sequence[str]) -> Iterator[None]:
-    register()
     _check(overrides)
     with _one_line(name, overrides), initialize_config_module(config_module=CONFIGS, version_base="1.3"):
         yield
@@ -75,11 +72,6 @@ def _choices(override: Override) -> list[str]:
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
-def register_config(name: str, schema: type[Any]) -> None:
-    """Make a dataclass a configuration that `compose` knows by name."""
-    ConfigStore.instance().store(name=name, node=schema)
-
-
 def _check(overrides: Sequence[str]) -> None:
     """Hydra would let `+key=1` and `~key` change which keys there are; a configuration's keys are fixed."""
     for override in overrides:
@@ -87,9 +79,9 @@ def _check(overrides: Sequence[str]) -> None:
             raise ValueError(f"{override!r} is not an override: expected KEY=VALUE")
 
 
-def _plain(config: DictConfig) -> dict[str, Any]:
-    values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
-    return values
+def _plain(name: str, config: DictConfig) -> dict[str, Any]:
+    values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return typed(name, values) if name in SETTINGS else values
 
 
 @contextmanager
@@ -125,12 +117,6 @@ def _complaint(name: str, overrides: Sequence[str], error: Exception) -> str:
         return f"{key}: no such override; expected one of {', '.join(legal)}"
     if ambiguous := re.match(r"Ambiguous value for argument '(.+?)'", message):
         return f"{ambiguous[1]}: expected one value (`flashcp sweep` takes several; a list is written [a,b])"
-    if merging := re.match(r"Error merging override (.+)", message):
-        wanted = re.search(r"could not be converted to (\w+)|is not a valid (bool)", cause)
-        if "is not a ListConfig" in cause:
-            return f"{merging[1]}: expected a list, written [a,b]"
-        kind = KINDS.get((wanted[1] or wanted[2]) if wanted else "")
-        return f"{merging[1]}: expected {kind}" if kind else f"{merging[1]}: {cause}"
     return f"{' '.join(message.splitlines()[:2])}{f' ({cause})' if cause else ''}"
 
 

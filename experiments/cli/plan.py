@@ -14,9 +14,9 @@ import numpy as np
 
 import flashcp
 from flashcp.experiments.cli.compose import compose
-from flashcp.experiments.cli.options import naming_options
 from flashcp.experiments.cli.packs import read_packs
 from flashcp.experiments.cli.schema import GROUPS
+from flashcp.options import naming_options
 from flashcp.sharding.methods import METHODS, Method
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.text import table

@@ -1,4 +1,4 @@
-"""A training run as Hydra sees it, and the domain object it becomes at the door."""
+"""A training run as `conf/train.yaml` describes it, and the runs of a sweep made from it."""
 
 from __future__ import annotations
 
@@ -7,52 +7,23 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, get_type_hints
+from typing import Any
 
-from hydra.core.config_store import ConfigStore
-
-from flashcp.experiments.cli.options import naming_options
-from flashcp.experiments.cli.schema import register
 from flashcp.experiments.sweep.results import NO_OVERLAP, REFERENCE
+from flashcp.limits import Count
+from flashcp.options import read_sharding
+from flashcp.schema import read_dataclass
 from flashcp.sharding.methods import METHODS
-from flashcp.train.checkpoint import CheckpointConfig
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.sources import SOURCES, DataConfig, open_source
-from flashcp.train.loop import LoopConfig
-from flashcp.train.model import ModelConfig
-from flashcp.train.optimizer import OptimizerConfig
-from flashcp.train.parallel import ParallelConfig
-from flashcp.train.tracker import TrackerConfig
+from flashcp.train.parallel import ExchangeConfig
 
-__all__ = ["Run", "RunSettings", "SweepSettings", "read_run", "register_run"]
-
-
-GROUP_FIELDS = ("sharding", "sharding_options", "exchange")  # of ParallelConfig: set by the groups
-
-ParallelSettings: Any = dataclasses.make_dataclass(
-    "ParallelSettings",
-    [
-        (
-            item.name,
-            get_type_hints(ParallelConfig)[item.name],
-            field(default=item.default, default_factory=item.default_factory),
-        )
-        for item in dataclasses.fields(ParallelConfig)
-        if item.name not in GROUP_FIELDS
-    ],
-)
+__all__ = ["Run", "RunSettings", "SweepSettings", "read_run"]
 
 
 @dataclass
 class SweepSettings:
-    """What only `flashcp sweep` reads. name: of the sweep, and of its directory under outputs/.
-
-    baseline: the method that speedups are over; `none`: the sweep's lines are levels of overlap (`parallel.overlap`),
-    compared with overlap `none` on each case. reference: also run every job's packs on one process and compare
-    the losses. rerun: run what results.csv already holds again. turns: runs of one case that differ in the method take
-    turns, step by step, on the same ranks; false: one after another, for models of which memory holds only one.
-    """
+    """What only `flashcp sweep` reads."""
 
     name: str = "sweep"
     baseline: str = "llama3"
@@ -62,33 +33,28 @@ class SweepSettings:
 
 
 @dataclass
-class RunSettings:
-    """`flashcp train` and `flashcp sweep`. threads: of each rank. out: directory, empty: below outputs/."""
+class RunSettings(TrainConfig):
+    """`conf/train.yaml`: what the ranks read, and what starts them."""
 
-    world_size: int = 2
-    threads: int = 1
-    context: int = 4096
-    seed: int = 0
-    profile: bool = False
     out: str = ""
+    world_size: Count = 2
+    threads: Count = 1
     method: str = ""
-    data: Any = None
-    sharding: Any = None
-    exchange: Any = None
-    parallel: ParallelSettings = field(default_factory=ParallelSettings)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sweep: SweepSettings = field(default_factory=SweepSettings)
 
+    @property
+    def of_ranks(self) -> TrainConfig:
+        """The part that every rank reads."""
+        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(TrainConfig)}
+        return TrainConfig(**{**fields, "out": self.out or "outputs", "sharding": read_sharding(self.sharding)})
 
-@cache
-def register_run() -> None:
-    """Put the schema of a training run into the ConfigStore, once."""
-    register()
-    ConfigStore.instance().store(name="run_schema", node=RunSettings)
+    @property
+    def provider(self) -> str:
+        """The published name of strategy and exchange, else both their names."""
+        pair = (self.sharding["name"], self.exchange.name)
+        if self.method in METHODS and METHODS[self.method][1:] == pair:
+            return self.method
+        return next((name for name, published in METHODS.items() if published[1:] == pair), "+".join(pair))
 
 
 @dataclass(frozen=True)
@@ -118,17 +84,12 @@ class Run:
 
     def alone(self) -> Run:
         """The same packs trained on by one process."""
-        parallel = dataclasses.replace(
-            self.config.parallel,
-            sharding="contiguous",
-            sharding_options={},
-            exchange="exact",
-            overlap="auto",
-            transport="auto",
+        parallel = dataclasses.replace(self.config.parallel, overlap="auto", transport="auto")
+        one = dataclasses.replace(
+            self.config, sharding={"name": "contiguous"}, exchange=ExchangeConfig("exact"), parallel=parallel
         )
-        config = dataclasses.replace(self.config, parallel=parallel)
         case = self.case.replace(f"-n{self.world_size}", "-n1", 1)
-        return Run(case, REFERENCE, 1, self.threads, config)
+        return Run(case, REFERENCE, 1, self.threads, one)
 
     def placed(self, folder: str, group: str, tags: Sequence[str]) -> Run:
         """The same run writing to a folder, tracked under a group with a name of its own."""
@@ -142,39 +103,22 @@ class Run:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, out=folder, tracker=tracker))
 
 
-def read_run(settings: Mapping[str, Any], label: str = "") -> Run:
-    """A run from a composed configuration. label: added to its case.
+def read_run(values: Mapping[str, Any], label: str = "") -> Run:
+    """A run from a composed `conf/train.yaml`. label: added to its case.
 
     Raises ValueError naming value, field and legal values.
     """
-    sections = dict(settings)
-    world_size, threads, method = (sections.pop(name) for name in ("world_size", "threads", "method"))
-    sharding, exchange = (dict(sections.pop(name)) for name in ("sharding", "exchange"))
-    of_overlap = sections.pop("sweep")["baseline"] == NO_OVERLAP
-    for name, value in (("world_size", world_size), ("threads", threads)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected a whole number >= 1")
-    if sections["data"]["source"] not in SOURCES:
-        open_source(DataConfig(source=sections["data"]["source"]))  # says why it cannot be trained on
-    parallel = {"sharding": sharding.pop("name"), "sharding_options": sharding, "exchange": exchange["name"]}
-    sections["parallel"] = {**sections["parallel"], **parallel}
-    config = TrainConfig.from_dict({**sections, "out": sections["out"] or "outputs"})
-    with naming_options(config.parallel.sharding_options):
-        config.check(world_size)
-    dataclasses.replace(config.parallel, transport="auto").operator()  # it knows its legal values
+    if values["data"].get("source") not in SOURCES:
+        open_source(DataConfig(source=values["data"].get("source")))  # says why it cannot be trained on
+    settings = read_dataclass(RunSettings, values)
+    config = settings.of_ranks
+    config.check(settings.world_size)
+    dataclasses.replace(config.parallel, transport="auto").operator(config.exchange.name)  # it knows its legal values
     tokens = config.context
     short = f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
-    case, provider = f"{config.data.source}-c{short}-n{world_size}", _provider(method, config.parallel)
-    if of_overlap:
+    case, provider = f"{config.data.source}-c{short}-n{settings.world_size}", settings.provider
+    if settings.sweep.baseline == NO_OVERLAP:
         throttle = config.parallel.throttle_gbps
         case = f"{case}-{provider}" + (f"-{throttle:g}gbps" if throttle else "")
         provider = config.parallel.overlap
-    return Run(case + label, provider, world_size, threads, config)
-
-
-def _provider(method: str, parallel: ParallelConfig) -> str:
-    """The published name of strategy and exchange, else both their names."""
-    pair = (parallel.sharding, parallel.exchange)
-    if method in METHODS and METHODS[method][1:] == pair:
-        return method
-    return next((name for name, published in METHODS.items() if published[1:] == pair), "+".join(pair))
+    return Run(case + label, provider, settings.world_size, settings.threads, config)

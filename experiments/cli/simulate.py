@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashcp.experiments.cli.compose import compose
-from flashcp.experiments.cli.options import naming_options
 from flashcp.experiments.cli.packs import read_packs
 from flashcp.experiments.cli.plan import heading, plannable, strategy_options
 from flashcp.experiments.cli.simulate_choices import (
@@ -25,6 +24,7 @@ from flashcp.experiments.cli.simulate_choices import (
 )
 from flashcp.experiments.progress import bar
 from flashcp.experiments.provenance import commit
+from flashcp.options import naming_options
 from flashcp.sharding.strategies import plan
 from flashcp.simulation import summary_table
 from flashcp.simulator.batch import Options, make_plans

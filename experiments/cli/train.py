@@ -9,19 +9,18 @@ from pathlib import Path
 
 from flashcp.experiments.cli.compose import compose
 from flashcp.experiments.cli.launch import launch
-from flashcp.experiments.cli.settings import read_run, register_run
+from flashcp.experiments.cli.settings import read_run
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit
 from flashcp.train.run import prepare
 
 __all__ = ["CONFIG", "main"]
 
-CONFIG = "config"
+CONFIG = "train"
 
 
 def main(overrides: Sequence[str], as_json: bool = False) -> int:
     """Train; the exit code is the ranks'. With as_json the run's summary.json goes to standard output."""
-    register_run()
     settings = compose(CONFIG, overrides)
     run = read_run(settings).placed(settings["out"] or "outputs/train", group="", tags=[commit()])
     check_out(Path(run.config.out))

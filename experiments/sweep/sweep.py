@@ -16,7 +16,7 @@ from tqdm import tqdm
 from flashcp.experiments.cli.compose import Job, expand
 from flashcp.experiments.cli.launch import launch, rank_environment
 from flashcp.experiments.cli.schema import committed
-from flashcp.experiments.cli.settings import Run, read_run, register_run
+from flashcp.experiments.cli.settings import Run, read_run
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep import simulations
@@ -29,7 +29,7 @@ from flashcp.train.tracker import TrackerConfig, track_comparison
 
 __all__ = ["CONFIG", "main"]
 
-CONFIG = "config"
+CONFIG = "train"
 SHOWN = {"method", "data", "context", "world_size", "sharding", "exchange"}
 """Overrides that a job's case and provider show already."""
 
@@ -42,7 +42,6 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     if is_simulation(overrides):
         return simulations.main(overrides, as_json)
     _check_experiment(overrides)
-    register_run()
     sweep = Sweep(overrides)
     sweep.run()
     comparison = publish(sweep.out, sweep.baseline, as_json)

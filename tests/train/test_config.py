@@ -13,7 +13,7 @@ from flashcp.train.config import TrainConfig
 
 
 def test_from_file_and_back(tmp_path: Path) -> None:
-    values = {"context": 128, "model": {"layers": 3}, "parallel": {"sharding_options": {}}}
+    values = {"context": 128, "model": {"layers": 3}, "sharding": {"name": "flashcp"}}
     (tmp_path / "c.json").write_text(json.dumps(values))
     config = TrainConfig.from_file(tmp_path / "c.json")
     assert (config.context, config.model.layers, config.model.dim) == (128, 3, TrainConfig().model.dim)
@@ -45,11 +45,17 @@ def test_omegaconf_composes_it() -> None:
         ({"data": {"overflow": "split"}}, 1, r"data\.overflow='split': expected one of truncate, carry"),
         ({"data": {"epochs": -1}}, 1, r"data\.epochs=-1: expected a whole number >= 0"),
         ({"data": {"prefetch": 0}}, 1, r"data\.prefetch=0: expected a whole number >= 1"),
-        ({"parallel": {"sharding": "zigzag"}}, 1, r"parallel\.sharding='zigzag': expected one of contiguous"),
-        ({"parallel": {"exchange": "smoke"}}, 1, r"parallel\.exchange='smoke': expected one of exact"),
-        ({"parallel": {"sharding_options": {"x": 1}}}, 1, r"option 'x' of strategy 'flashcp'"),
+        ({"sharding": {"name": "zigzag"}}, 1, r"sharding\.name='zigzag': expected one of contiguous"),
+        ({"exchange": {"name": "smoke"}}, 1, r"exchange\.name='smoke': expected one of exact"),
         (
-            {"parallel": {"exchange": "ulysses"}, "model": {"heads": 8, "kv_heads": 4}},
+            {"sharding": {"name": "flashcp", "x": 1}},
+            1,
+            r"sharding\.x: no such field; expected one of tolerance",
+        ),
+        ({"sharding": {"name": "flashcp", "budget": "many"}}, 1, r"sharding\.budget='many': expected a whole number"),
+        ({"sharding": {"name": "flashcp", "tolerance": 0}}, 1, r"sharding\.tolerance=0\.0: expected"),
+        (
+            {"exchange": {"name": "ulysses"}, "model": {"heads": 8, "kv_heads": 4}},
             3,
             r"model\.heads=8, model\.kv_heads=4: expected multiples of world_size=3",
         ),

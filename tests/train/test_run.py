@@ -108,7 +108,7 @@ METHODS = [
 
 def test_every_method_on_two_ranks_gives_the_losses_of_one(single: list[dict[str, Any]], tmp_path: Path) -> None:
     cases = [
-        (small(tmp_path / sharding, parallel={"sharding": sharding, "exchange": exchange}),)
+        (small(tmp_path / sharding, sharding={"name": sharding}, exchange={"name": exchange}),)
         for sharding, exchange in METHODS
     ]
     run_cases(train, 2, cases)

@@ -48,8 +48,9 @@ def common(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> float:
 
 
 def profiled(out: Path, overlap: str) -> dict[str, Any]:
-    slow = {"sharding": "per_document", "transport": "shm", "throttle_gbps": THROTTLE_GBPS}
-    config = small(out, parallel={**slow, "overlap": overlap}, loop={"steps": STEPS + 2, "accumulation": 1})
+    slow = {"transport": "shm", "throttle_gbps": THROTTLE_GBPS}
+    sections = {"sharding": {"name": "per_document"}, "parallel": {**slow, "overlap": overlap}}
+    config = small(out, **sections, loop={"steps": STEPS + 2, "accumulation": 1})
     return {**config, "context": 1024, "profile": True}
 
 

@@ -20,7 +20,7 @@ METHODS = {"llama3": ("per_sequence", "all_gather"), "flashcp": ("flashcp", "exa
 
 def configs(out: Path) -> list[dict[str, Any]]:
     return [
-        small(out / name, parallel={"sharding": sharding, "exchange": exchange})
+        small(out / name, sharding={"name": sharding}, exchange={"name": exchange})
         for name, (sharding, exchange) in METHODS.items()
     ]
 

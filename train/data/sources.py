@@ -6,8 +6,9 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
+from flashcp.limits import Count, Natural, one_of
 from flashcp.sharding.lengths import LENGTH_DATA
 from flashcp.sharding.packing import OVERFLOWS
 from flashcp.train.data.files import find_files, read_utf8
@@ -39,25 +40,18 @@ class DataConfig:
     split: str = "train"
     tokenizer: str = "bytes"
     end_token: str = ""
-    overflow: str = "truncate"
-    longest: int = 0
-    epochs: int = 0
-    prefetch: int = 4
+    overflow: Annotated[str, one_of(OVERFLOWS)] = "truncate"
+    longest: Natural = 0
+    epochs: Natural = 0
+    prefetch: Count = 4
 
     def check(self) -> None:
-        """Raise ValueError for a value outside its range (what `path` holds is found out by opening it)."""
+        """Raise ValueError for a path that is not read (what `path` holds is found out by opening it)."""
         if self.source == "stdlib" and self.path:
             raise ValueError(
                 f"data.path={self.path!r}: data=stdlib reads Python's own files and takes no path; expected another "
                 f"data, one of {', '.join(name for name in SOURCES if name != 'stdlib')}"
             )
-        if self.overflow not in OVERFLOWS:
-            raise ValueError(f"data.overflow={self.overflow!r}: expected one of {', '.join(OVERFLOWS)}")
-        for name in ("longest", "epochs"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"data.{name}={getattr(self, name)}: expected a whole number >= 0")
-        if self.prefetch < 1:
-            raise ValueError(f"data.prefetch={self.prefetch}: expected a whole number >= 1")
 
 
 class Source(Protocol):

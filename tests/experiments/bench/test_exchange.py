@@ -23,8 +23,8 @@ from flashcp.experiments.bench.exchange import exchange_table, main, options_of,
 from flashcp.experiments.bench.exchange_cases import ExchangeBench, Problem, check, offered, operator, overlaps_of
 from flashcp.experiments.bench.exchange_times import Number, in_turns, measure
 from flashcp.experiments.cli.bench import keys as bench_keys
+from flashcp.experiments.cli.compose import compose
 from flashcp.experiments.cli.main import main as flashcp
-from flashcp.experiments.cli.usage import config_keys
 from flashcp.experiments.sweep.results import read_rows
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.train.ranks import Ranks
@@ -178,7 +178,7 @@ def test_bad_input_is_one_line(refused: Callable[..., str], words: str, said: st
 
 
 def test_both_ways_to_start_it_take_the_same_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    assert {key for key, _ in config_keys(bench_keys(["exchange"]))} == {*vars(TINY), "out"}
+    assert set(compose(bench_keys(["exchange"]), [])) == {*vars(TINY), "out"}
     wrong = dataclasses.replace(TINY, exchanges=["exact", "ring"], seed=-1)
     assert main(options_of(wrong)) == 2
     assert capsys.readouterr().err == "bench_exchange: seed=-1: expected a whole number >= 0\n"

@@ -17,7 +17,7 @@ import pytest
 
 from flashcp.experiments.cli.compose import compose
 from flashcp.experiments.cli.launch import Echo, diagnose, launch, rank_environment, start_ranks
-from flashcp.experiments.cli.settings import read_run, register_run
+from flashcp.experiments.cli.settings import read_run
 
 LAUNCHER = """Traceback (most recent call last):
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError: flashcp.train FAILED
@@ -73,9 +73,8 @@ def test_echo_stops_at_the_first_trouble(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_bad_input_found_by_the_ranks_leaves_only_what_was_there(tmp_path: Path, tiny: list[str]) -> None:
-    register_run()
     (tmp_path / "a.jsonl").write_text('{"text": "hello"}\nnot json\n')
-    run = read_run(compose("config", [*tiny, "data=jsonl", f"data.path={tmp_path}/a.jsonl", "world_size=1"]))
+    run = read_run(compose("train", [*tiny, "data=jsonl", f"data.path={tmp_path}/a.jsonl", "world_size=1"]))
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept/mine.txt").write_text("mine")
     outcome = launch(run.placed(str(tmp_path / "kept/made/out"), "", ()))
@@ -85,10 +84,9 @@ def test_bad_input_found_by_the_ranks_leaves_only_what_was_there(tmp_path: Path,
 
 
 def test_bad_input_met_after_the_first_step_keeps_what_was_written(tmp_path: Path, tiny: list[str]) -> None:
-    register_run()
     (tmp_path / "a.jsonl").write_text('{"text": "%s"}\n' % ("hello " * 50) * 8 + "not json\n")
     overrides = ["data=jsonl", f"data.path={tmp_path}/a.jsonl", "data.prefetch=1", "loop.steps=50", "world_size=1"]
-    run = read_run(compose("config", [*tiny, *overrides]))
+    run = read_run(compose("train", [*tiny, *overrides]))
     outcome = launch(run.placed(str(tmp_path / "out"), "", ()))
     assert (outcome.code, outcome.error[: len(f"{tmp_path}/a.jsonl:9")]) == (2, f"{tmp_path}/a.jsonl:9")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "metrics.jsonl", "ranks.log"}
@@ -137,8 +135,7 @@ def alive(out: Path) -> list[str]:
     ],
 )
 def test_interpreter_is_on_where_triton_runs_on_a_cpu(overrides: list[str], wanted: dict[str, str]) -> None:
-    register_run()
-    assert rank_environment(read_run(compose("config", overrides)).config) == wanted
+    assert rank_environment(read_run(compose("train", overrides)).config) == wanted
 
 
 def test_ranks_start_with_their_number_threads_and_environment(tmp_path: Path) -> None:
@@ -151,9 +148,8 @@ def test_ranks_start_with_their_number_threads_and_environment(tmp_path: Path) -
 
 
 def test_an_interpreted_run_trains(tmp_path: Path, tiny: list[str]) -> None:
-    register_run()
     small = ["context=32", "parallel.attention=triton", "parallel.overlap=staged", "parallel.transport=shm"]
-    run = read_run(compose("config", [*tiny, *small])).placed(str(tmp_path / "out"), "", ())
+    run = read_run(compose("train", [*tiny, *small])).placed(str(tmp_path / "out"), "", ())
     assert launch(run, watch=lambda: None) == (0, "")
     losses = json.loads((tmp_path / "out/summary.json").read_text())["losses"]
     assert launch(run.alone().placed(str(tmp_path / "alone"), "", ()), watch=lambda: None) == (0, "")

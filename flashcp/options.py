@@ -1,0 +1,46 @@
+"""The section `sharding` of a configuration: a strategy's `name`, and its keyword options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from flashcp.schema import read_options
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.strategies import STRATEGIES, plan
+
+__all__ = ["naming_options", "planner", "read_sharding"]
+
+
+def read_sharding(sharding: Mapping[str, Any]) -> dict[str, Any]:
+    """The same section, each option with the strategy's type. Raises ValueError naming key, value and what is legal."""
+    name = sharding.get("name")
+    if name not in STRATEGIES:
+        raise ValueError(f"sharding.name={name!r}: expected one of {', '.join(STRATEGIES)}")
+    options = {key: value for key, value in sharding.items() if key != "name"}
+    return {"name": name, **read_options(STRATEGIES[name], options, "sharding")}
+
+
+def planner(sharding: Mapping[str, Any], world_size: int) -> Callable[[np.ndarray], ShardingPlan]:
+    """Document lengths of a pack -> its plan: what the loader calls ahead of each step."""
+    options = {key: value for key, value in sharding.items() if key != "name"}
+
+    def make_plan(document_lengths: np.ndarray) -> ShardingPlan:
+        with naming_options(options):
+            return plan(document_lengths, world_size, sharding["name"], **options)
+
+    return make_plan
+
+
+@contextmanager
+def naming_options(options: Container[str]) -> Iterator[None]:
+    """A ValueError about one of a strategy's `options` names it as a key of the section `sharding`."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).partition("=")[0] in options:
+            raise ValueError(f"sharding.{error}") from error
+        raise
