@@ -18,7 +18,14 @@ from matplotlib.ticker import MaxNLocator
 
 from flashcp.experiments.bench.calibration.times import DIRECTIONS, TimeRow, errors
 from flashcp.experiments.folders import check_file
-from flashcp.experiments.sweep.compare import LOSS_TOLERANCE, Comparison, Line, relative_difference, step_parts
+from flashcp.experiments.sweep.compare import (
+    LOSS_TOLERANCE,
+    Comparison,
+    Line,
+    is_told_apart,
+    relative_difference,
+    step_parts,
+)
 from flashcp.experiments.sweep.results import Row
 from flashcp.sharding.plan import ShardingPlan
 
@@ -179,6 +186,7 @@ def _draw_steps(axes: Any, lines: list[Line], case: str, baseline: str) -> None:
         left = [begin + width for begin, width in zip(left, widths, strict=True)]
     for place, (line, end) in enumerate(zip(lines, left, strict=True)):
         speedup = f"  {line.missing}" if line.speedup is None else f"  {line.speedup:.2f}x"
+        speedup = speedup if is_told_apart(line) else "  not told apart"
         axes.text(end, place, speedup, va="center", fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.14 * max(left))
@@ -221,10 +229,11 @@ def _steps(losses: Sequence[float]) -> range:
 
 
 def _draw_speedups(axes: Any, comparison: Comparison, colours: Mapping[str, str]) -> None:
-    (name, *cases), body = comparison.by_factor()
-    for provider, *cells in body:
-        speedups = [float(cell or "nan") for cell in cells]
-        axes.plot(range(len(cases)), speedups, "o-", color=colours[provider], lw=1.4, ms=5, label=provider)
+    (name, *cases), _ = comparison.by_factor()
+    found = {(line.provider, line.case): line.speedup for line in comparison.runs}
+    for provider, colour in colours.items():
+        speedups = [found.get((provider, case)) or np.nan for case in comparison.cases]
+        axes.plot(range(len(cases)), speedups, "o-", color=colour, lw=1.4, ms=5, label=provider)
     axes.set_xticks(range(len(cases)), cases)
     axes.set_xlabel(name)
     axes.set_title(f"speedup over {comparison.over}")

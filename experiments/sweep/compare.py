@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flashcp.experiments.sweep.results import NO_OVERLAP, REFERENCE, Row
+import numpy as np
+
+from flashcp.experiments.sweep.results import NO_OVERLAP, REFERENCE, TURN_MS, TURNS, Row
 
 if TYPE_CHECKING:
     import pandas
@@ -21,6 +23,7 @@ __all__ = [
     "Line",
     "columns",
     "compare",
+    "is_told_apart",
     "relative_difference",
     "step_parts",
 ]
@@ -37,11 +40,12 @@ class Comparison:
     """The runs of a sweep, case by case, the baseline first and the single-process run last.
 
     table: one line a run, NaN where there is no number. Times are medians over steps, ms; p20 and p80 are of step_ms.
-    factors: what differs between the cases, a column each. speedup: the baseline's step over this one's; missing: why
-    there is none. losses: of every step. loss_difference: largest over the steps, relative, against the single-process
-    run. exposed_ms: attention_ms + exposed_exchange_ms beyond the attention_ms of overlap `none` on the same case, that
-    is, what the exchange adds wherever a level waits for it (`fused` waits inside attention); hidden: the share of that
-    of `none` which is gone.
+    factors: what differs between the cases, a column each. speedup: the baseline's step over this one's: in turns the
+    median of the ratios within a turn, with speedup_p20 and speedup_p80, else the ratio of the medians; missing: why
+    there is none; begun: when turns began, which tells whose they were. losses: of every step. loss_difference: largest
+    over the steps, relative, against the single-process run. exposed_ms: attention_ms + exposed_exchange_ms beyond the
+    attention_ms of overlap `none` on the same case, that is, what the exchange adds wherever a level waits for it
+    (`fused` waits inside attention); hidden: the share of that of `none` which is gone.
     """
 
     baseline: str
@@ -94,10 +98,10 @@ class Comparison:
 
     def by_factor(self) -> tuple[list[str], list[list[str]]]:
         """Head and body of a table of speedups, methods down and cases across, named by what differs between them."""
-        wide = self.table[self.table.provider != REFERENCE].pivot(index="provider", columns="case", values="speedup")
-        wide = wide.reindex(index=self.table.provider[self.table.provider != REFERENCE].unique(), columns=self.cases)
         labels = self.table.drop_duplicates("case").set_index("case")[self.factors].agg(", ".join, axis=1)
-        body = [[name, *("" if math.isnan(x) else f"{x:.3f}" for x in values)] for name, *values in wide.itertuples()]
+        found = {(line.provider, line.case): speedup_text(line) for line in self.runs}
+        providers = dict.fromkeys(line.provider for line in self.runs)
+        body = [[name, *(found.get((name, case), "") for case in self.cases)] for name in providers]
         return [", ".join(self.factors), *labels], body
 
 
@@ -114,13 +118,14 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
         values.pivot(index=key, columns="metric", values="median").reindex(columns=METRICS).astype(float)
     )
     steps = frame[frame.metric == "step_ms"].drop_duplicates(key).set_index(key)
-    losses = frame[(frame.metric == "loss") & frame.step.notna()].sort_values("step", kind="stable")
-    losses = losses.drop_duplicates([*key, "step"], keep="last")
-    table = table.join(steps[["p20", "p80"]].astype(float)).join(
-        losses.groupby(key, sort=False)["median"].agg(tuple).rename("losses")
-    )
+    begun = frame[frame.metric == TURNS].drop_duplicates(key).set_index(key)["median"]
+    table = table.join(steps[["p20", "p80"]].astype(float)).join(begun.astype(float).rename("begun"))
+    stepwise = frame[frame.step.notna()].sort_values("step", kind="stable")
+    stepwise = stepwise.drop_duplicates([*key, "metric", "step"], keep="last")
+    for name, metric in (("losses", "loss"), ("turn_ms", TURN_MS)):
+        values = stepwise[stepwise.metric == metric].groupby(key, sort=False)["median"].agg(tuple)
+        table[name] = [values.get(run, ()) for run in table.index]
     table = table.reset_index()
-    table["losses"] = [value if isinstance(value, tuple) else () for value in table.losses]
     single = table.provider == REFERENCE
     runs, alone = table[~single].copy(), table[single].drop_duplicates("config")
 
@@ -129,6 +134,11 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
     # Runs of other settings (steps, model, data) have another single-process run: no speedup over those.
     same = settings == runs.reference
     runs["speedup"] = (base_ms / runs.step_ms).where(same & (base_ms > 0) & (runs.step_ms > 0))
+    base_turns, base_begun = runs.case.map(dict(first.turn_ms)), runs.case.map(first.begun)
+    pairs = zip(base_turns, runs.turn_ms, same & (runs.begun == base_begun), strict=True)
+    spread = np.array([_in_turns(theirs, own) if together else (np.nan,) * 3 for theirs, own, together in pairs])
+    runs["speedup_p20"], within, runs["speedup_p80"] = spread.reshape(-1, 3).T
+    runs["speedup"] = np.where(np.isnan(within), runs.speedup, within)
     runs["missing"] = ""
     runs.loc[~same, "missing"] = "other settings"
     runs.loc[settings.isna(), "missing"] = f"no {baseline}"
@@ -159,6 +169,15 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
 def relative_difference(loss: float, reference: float) -> float:
     """Relative to the reference; where that is 0, to the loss itself."""
     return abs(loss - reference) / (abs(reference) or abs(loss) or 1.0)
+
+
+def _in_turns(theirs: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
+    """p20, median, p80 of the ratios within a turn, after warm-up."""
+    from flashcp.train.summary import WARM_UP_STEPS
+
+    ratios = [b / a for a, b in zip(own, theirs, strict=False)]
+    p20, median, p80 = np.percentile(ratios[WARM_UP_STEPS:] or ratios, (20, 50, 80)).tolist()
+    return p20, median, p80
 
 
 def _farthest(own: tuple[float, ...], expected: object) -> float:
@@ -197,6 +216,24 @@ def step_parts(line: Line) -> dict[str, float]:
     return {"attention": attention, "exchange": exchange, "rest": step - attention - exchange}
 
 
+def is_told_apart(line: Line) -> bool:
+    """Whether most turns agree on which of the two is faster; runs that took no turns are not asked."""
+    return line.speedup_p20 is None or not line.speedup_p20 < 1 < line.speedup_p80
+
+
+def speedup_text(line: Line) -> str:
+    """`1.24 (1.19 - 1.31)`, with the range where turns tell it; `not told apart` where they disagree; or what is
+    missing."""
+    if line.speedup is None:
+        return line.missing or ""
+    if line.speedup_p20 is None:
+        return f"{line.speedup:.3f}" + (" (other turns)" if line.begun is not None else "")
+    if line.speedup_p20 == line.speedup_p80 == 1:  # the baseline itself
+        return "1"
+    spread = f"({line.speedup_p20:.2f} - {line.speedup_p80:.2f})"
+    return f"{line.speedup:.2f} {spread}" if is_told_apart(line) else f"not told apart {spread}"
+
+
 class Column(NamedTuple):
     """A column of the table as it is told. title: its heading. says: what the number is. form: how it is written."""
 
@@ -208,8 +245,10 @@ class Column(NamedTuple):
     def cell(self, line: Line) -> str:
         """The number as text; where there is none, nothing, or why there is no speedup."""
         value = getattr(line, self.name)
+        if self.name == "speedup":
+            return speedup_text(line)
         if value is None:
-            return (getattr(line, "missing", "") or "") if self.name == "speedup" else ""
+            return ""
         plan = line.provider == REFERENCE and self.name in ("imbalance", "saving", "exposed_ms", "hidden", "wait_ms")
         return "" if plan else format(value, self.form)
 
@@ -217,7 +256,13 @@ class Column(NamedTuple):
 ATTENTION = "attention kernels of one step, forward and backward, slowest rank"
 RESULT = (
     Column("step_ms", "step ms", ".0f", "whole optimizer step: median over steps after warm-up, with p20 - p80 below"),
-    Column("speedup", "speedup over {baseline}", ".3f", "step of the baseline / this step"),
+    Column(
+        "speedup",
+        "speedup over {baseline}",
+        ".3f",
+        "step of the baseline / this step: median of the ratios within a turn, in brackets p20 - p80; "
+        "not told apart: that range has 1 in it",
+    ),
     Column("final_loss", "final loss", ".5f", "nats a token at the last step"),
     Column(
         "loss_difference",

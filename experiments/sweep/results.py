@@ -25,6 +25,8 @@ __all__ = [
     "NO_OVERLAP",
     "REFERENCE",
     "RESULTS",
+    "TURNS",
+    "TURN_MS",
     "WINDOWS",
     "Failure",
     "Number",
@@ -43,6 +45,8 @@ WINDOWS = "windows"
 """Metric: how many packs the other numbers of a case are over."""
 FAILED = "failed"
 """Metric of a provider that did not come through a case; the row's `kind` says why."""
+TURN_MS, TURNS = "turn_ms", "turns"
+"""Metrics of runs that took turns: the step of each turn, and when their turns began, which tells whose they were."""
 REFERENCE = "single_process"
 """Provider of the run of the same packs on one process, which the others' losses are compared with."""
 NO_OVERLAP = "none"
@@ -72,8 +76,8 @@ by less than both vary."""
 class Row:
     """One number. median: over a run's steps after warm-up, or the number itself where there is one (p20, p80 None).
 
-    case: the work. provider: the method. step: of `loss`, else None. kind: `measured`, `simulated`, both in words, or
-    `failed: ` and why.
+    case: the work. provider: the method. step: of `loss` and `turn_ms`, else None. kind: `measured`,
+    `simulated`, both in words, or `failed: ` and why.
     config: digest of the run's configuration; reference: of the single-process run of the same packs, or empty.
     """
 
@@ -164,7 +168,11 @@ def summary_rows(case: str, provider: str, config: str, summary: Mapping[str, An
         return Row(case, provider, metric, unit, step, None, float(value), None, *carried)
 
     numbers = [row(metric, unit, summary[metric]) for metric, unit in UNITS.items()]
-    return numbers + [row("loss", "nats", loss, step) for step, loss in enumerate(summary["losses"], start=1)]
+    numbers += [row("loss", "nats", loss, step) for step, loss in enumerate(summary["losses"], start=1)]
+    if turns := summary.get("turns"):
+        numbers.append(row(TURNS, "s since 1970", turns["begun"]))
+        numbers += [row(TURN_MS, "ms", time, step) for step, time in enumerate(summary["step_times_ms"], start=1)]
+    return numbers
 
 
 def read_rows(folder: Path) -> list[Row]:
