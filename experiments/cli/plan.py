@@ -50,13 +50,16 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
     packs = plannable(packs, world_size)
     with naming_options(options):
         first = flashcp.plan(packs[0], world_size, methods[0].sharding, **options)
-    if settings["figure"] and len(methods) > 1:
-        raise ValueError(f"figure={settings['figure']!r} shows one plan: name a method= or a sharding= with it")
     planned = [measure(method, packs, world_size, options) for method in methods]
     if settings["figure"]:
-        from flashcp.experiments.plots import draw_plan
+        from flashcp.experiments.cli.picture import draw_methods, draw_plan
 
-        file = draw_plan(first, methods[0].exchange, Path(settings["figure"]))
+        file = Path(settings["figure"])
+        if len(methods) == 1:
+            file = draw_plan(first, methods[0].exchange, file)
+        else:
+            each = {m.name: (flashcp.plan(packs[0], world_size, m.sharding), m.exchange) for m in methods}
+            file = draw_methods(each, file)
         print(f"wrote {file}", file=sys.stderr)
     if as_json:
         print(json.dumps(_document(settings, packs, planned, first if len(methods) == 1 else None), indent=1))

@@ -135,8 +135,8 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
     same = settings == runs.reference
     runs["speedup"] = (base_ms / runs.step_ms).where(same & (base_ms > 0) & (runs.step_ms > 0))
     base_turns, base_begun = runs.case.map(dict(first.turn_ms)), runs.case.map(first.begun)
-    pairs = zip(base_turns, runs.turn_ms, same & (runs.begun == base_begun), strict=True)
-    spread = np.array([_in_turns(theirs, own) if together else (np.nan,) * 3 for theirs, own, together in pairs])
+    turns = zip(base_turns, runs.turn_ms, same & (runs.begun == base_begun), strict=True)
+    spread = np.array([_in_turns(theirs, own) if together else (np.nan,) * 3 for theirs, own, together in turns])
     runs["speedup_p20"], within, runs["speedup_p80"] = spread.reshape(-1, 3).T
     runs["speedup"] = np.where(np.isnan(within), runs.speedup, within)
     runs["missing"] = ""

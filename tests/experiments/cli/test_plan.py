@@ -72,6 +72,19 @@ def test_picture(tmp_path: Path) -> None:
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_a_method_the_picture_shows_all_side_by_side(tmp_path: Path) -> None:
+    assert main(["plan", "windows=1", "context=1024", "world_size=3", f"figure={tmp_path / 'all.png'}"]) == 0
+    all_of_them, one = read_png(tmp_path / "all.png"), tmp_path / "one.png"
+    assert main(["plan", "windows=1", "context=1024", "world_size=3", "method=flashcp", f"figure={one}"]) == 0
+    assert all_of_them[0] > read_png(one)[0]  # two lines of four
+
+
+def read_png(path: Path) -> tuple[int, int]:
+    """Height and width."""
+    head = path.read_bytes()[16:24]
+    return int.from_bytes(head[4:], "big"), int.from_bytes(head[:4], "big")
+
+
 def test_picture_says_the_file_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "method=llama3", "windows=1", "context=1024", f"figure={tmp_path / 'plan'}"]) == 0
     assert f"wrote {tmp_path / 'plan.png'}" in capsys.readouterr().err
