@@ -70,7 +70,7 @@ def draw_methods(plans: Mapping[str, tuple[ShardingPlan, str]], path: Path) -> P
         below.bar(range(plan.world_size), route.received_rows, color=colours)
         below.set_ylim(0, 1.1 * max(1, most))
         below.set_xlabel("rank")
-        below.set_title(f"KV rows received: {route.received_rows.sum():,}")
+        below.set_title(f"KV rows received: {route.received_rows.sum():,.0f}")
         for axes in (above, below):
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
             axes.grid(visible=False)
