@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import matplotlib
 import numpy as np
-from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -20,14 +19,13 @@ from flashcp.experiments.bench.calibration.times import DIRECTIONS, TimeRow, err
 from flashcp.experiments.folders import check_file
 from flashcp.experiments.sweep.compare import (
     LOSS_TOLERANCE,
-    NOT_TOLD,
     Comparison,
     Line,
+    is_told_apart,
     relative_difference,
     step_parts,
 )
 from flashcp.experiments.sweep.results import Row
-from flashcp.sharding.plan import ShardingPlan
 
 if TYPE_CHECKING:
     from flashcp.simulator.planned import Module
@@ -42,8 +40,6 @@ __all__ = [
     "comparison_figure",
     "draw_calibration",
     "draw_exchanges",
-    "draw_methods",
-    "draw_plan",
     "draw_rates",
     "draw_timelines",
     "legend_below",
@@ -186,8 +182,8 @@ def _draw_steps(axes: Any, lines: list[Line], case: str, baseline: str) -> None:
         axes.barh([line.provider for line in lines], widths, left=left, color=colour, label=part, height=0.66)
         left = [begin + width for begin, width in zip(left, widths, strict=True)]
     for place, (line, end) in enumerate(zip(lines, left, strict=True)):
-        speedup = NOT_TOLD if line.speedup and not line.told_apart else f"{line.speedup or 0:.2f}x"
-        speedup = f"  {line.missing if line.speedup is None else speedup}"
+        speedup = f"  {line.missing}" if line.speedup is None else f"  {line.speedup:.2f}x"
+        speedup = speedup if is_told_apart(line) else "  not told apart"
         axes.text(end, place, speedup, va="center", fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.14 * max(left))
@@ -230,136 +226,15 @@ def _steps(losses: Sequence[float]) -> range:
 
 
 def _draw_speedups(axes: Any, comparison: Comparison, colours: Mapping[str, str]) -> None:
-    (name, *cases), body = comparison.by_factor()
-    for provider, *cells in body:
-        speedups = [float(cell) if cell and cell != NOT_TOLD else float("nan") for cell in cells]
-        axes.plot(range(len(cases)), speedups, "o-", color=colours[provider], lw=1.4, ms=5, label=provider)
+    (name, *cases), _ = comparison.by_factor()
+    found = {(line.provider, line.case): line.speedup for line in comparison.runs}
+    for provider, colour in colours.items():
+        speedups = [found.get((provider, case)) or np.nan for case in comparison.cases]
+        axes.plot(range(len(cases)), speedups, "o-", color=colour, lw=1.4, ms=5, label=provider)
     axes.set_xticks(range(len(cases)), cases)
     axes.set_xlabel(name)
     axes.set_title(f"speedup over {comparison.over}")
     axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
-
-
-# --- one plan: who holds which rows, who computes what, and how even that is
-
-LEGEND_RANKS = 16  # more ranks than this are told apart by their order alone
-
-
-@styled
-def draw_plan(plan: ShardingPlan, exchange: str, path: Path) -> Path:
-    """Write the picture in the format of the path's suffix, PNG where there is none. Returns the file written.
-
-    Raises ValueError when it cannot be written.
-
-    Left: the causal pairs of the pack, coloured by the rank that computes them (for `ulysses`, which splits heads,
-    by the rank that holds the query). Right: the rows each rank holds; its work, and the rows it sends and receives.
-    """
-    file = _picture(path)
-    figure = Figure(figsize=(13, 6.2))
-    grid = figure.add_gridspec(2, 2, width_ratios=(1.0, 1.25), height_ratios=(1.4, 1.0))
-    colours = np.array([PALETTE[rank % len(PALETTE)] for rank in range(plan.world_size)])
-    _draw_pairs(figure.add_subplot(grid[:, 0]), plan, colours)
-    _draw_rows(figure.add_subplot(grid[0, 1]), plan, colours)
-    below = grid[1, 1].subgridspec(1, 2)
-    _draw_work(figure.add_subplot(below[0]), plan, colours)
-    _draw_traffic(figure.add_subplot(below[1]), plan, exchange)
-    for axes in figure.axes:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.grid(visible=False)
-    figure.suptitle(
-        f"{plan.strategy}, {exchange}: {len(plan.document_lengths)} documents, {plan.offsets[-1]} tokens, "
-        f"{plan.world_size} ranks; imbalance {plan.imbalance:.3f}, saving {plan.route(exchange).saving:.3f}"
-    )
-    return save(figure, file)
-
-
-@styled
-def draw_methods(plans: Mapping[str, tuple[ShardingPlan, str]], path: Path) -> Path:
-    """Write one picture of several methods on the same pack, each a plan and its exchange, side by side.
-
-    Above: who computes what. Below: the KV rows that each rank receives, all to one scale. Returns the file written.
-    Raises ValueError when it cannot be written.
-    """
-    file = _picture(path)
-    columns = min(len(plans), 4)
-    lines = -(-len(plans) // columns)
-    figure = Figure(figsize=(4.1 * columns, 5.4 * lines))
-    grid = figure.add_gridspec(2 * lines, columns, height_ratios=(3.4, 1.0) * lines)
-    most = max(int(plan.route(exchange).received_rows.max()) for plan, exchange in plans.values())
-    for number, (name, (plan, exchange)) in enumerate(plans.items()):
-        line, column = divmod(number, columns)
-        colours = np.array([PALETTE[rank % len(PALETTE)] for rank in range(plan.world_size)])
-        above, below = (figure.add_subplot(grid[2 * line + half, column]) for half in (0, 1))
-        _draw_pairs(above, plan, colours)
-        route = plan.route(exchange)
-        above.set_title(f"{name}: busiest rank {route.imbalance:.2f} x the mean")
-        below.bar(range(plan.world_size), route.received_rows, color=colours)
-        below.set_ylim(0, 1.1 * max(1, most))
-        below.set_xlabel("rank")
-        below.set_title(f"KV rows received: {route.received_rows.sum():,}")
-        for axes in (above, below):
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-            axes.grid(visible=False)
-    return save(figure, file)
-
-
-def _picture(path: Path) -> Path:
-    """The file that a figure= names. Raises ValueError for a directory."""
-    if path.is_dir():
-        raise ValueError(f"figure={str(path)!r}: cannot be written (it is a directory); expected a file")
-    return path if path.suffix else path.with_name(f"{path.name}.png")
-
-
-def _draw_pairs(axes: Any, plan: ShardingPlan, colours: np.ndarray) -> None:
-    """A shard's pairs are a trapezoid: its queries down, from the document's first key to the query itself across."""
-    document, start, stop, rank = plan.table
-    first = plan.offsets[document]
-    begin, end = first + start, first + stop
-    corners = np.stack([first, begin, begin, begin, end, end, first, end], axis=1).reshape(-1, 4, 2)
-    axes.add_collection(PolyCollection(list(corners), facecolors=colours[rank], linewidths=0))
-    size = int(plan.offsets[-1])
-    axes.set_xlim(0, size)
-    axes.set_ylim(size, 0)
-    axes.set_aspect("equal")
-    axes.set_xlabel("key (row of the pack)")
-    axes.set_ylabel("query (row of the pack)")
-    axes.set_title("who computes what")
-    if plan.world_size <= LEGEND_RANKS:
-        axes.legend(handles=[Patch(color=c, label=f"rank {rank}") for rank, c in enumerate(colours)], loc="upper right")
-
-
-def _draw_rows(axes: Any, plan: ShardingPlan, colours: np.ndarray) -> None:
-    for rank, colour in enumerate(colours):
-        mine = plan.local(rank)
-        places = plan.offsets[mine.document] + mine.start
-        bars = list(zip(places.tolist(), (mine.stop - mine.start).tolist(), strict=True))
-        axes.broken_barh(bars, (rank - 0.36, 0.72), facecolors=colour, linewidth=0)
-    for edge in plan.offsets[1:-1]:
-        axes.axvline(edge, color=INK, lw=0.5, alpha=0.35)
-    axes.set_xlim(0, int(plan.offsets[-1]))
-    axes.set_ylim(plan.world_size - 0.4, -0.6)
-    axes.set_xlabel("row of the pack; lines: where documents meet")
-    axes.set_ylabel("rank")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title("who holds what")
-
-
-def _draw_work(axes: Any, plan: ShardingPlan, colours: np.ndarray) -> None:
-    axes.bar(range(plan.world_size), plan.work * plan.world_size / plan.work.sum(), color=colours)
-    axes.axhline(1, color=INK, lw=1, ls=(0, (4, 3)))
-    axes.set_xlabel("rank")
-    axes.set_title("work / mean")
-
-
-def _draw_traffic(axes: Any, plan: ShardingPlan, exchange: str) -> None:
-    route = plan.route(exchange)
-    ranks = np.arange(plan.world_size)
-    axes.bar(ranks - 0.2, route.sent_rows, width=0.4, color=PARTS["exchange"], label="sent")
-    axes.bar(ranks + 0.2, route.received_rows, width=0.4, color=PARTS["rest"], label="received")
-    axes.set_xlabel("rank")
-    axes.set_title("KV rows")
-    axes.set_ylim(0, 1.25 * max(1, route.sent_rows.max(), route.received_rows.max()))
-    axes.legend(loc="upper right", ncols=2)
 
 
 # --- one pack's simulation: what every rank does when, method by method

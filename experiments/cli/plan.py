@@ -52,7 +52,7 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
         first = flashcp.plan(packs[0], world_size, methods[0].sharding, **options)
     planned = [measure(method, packs, world_size, options) for method in methods]
     if settings["figure"]:
-        from flashcp.experiments.plots import draw_methods, draw_plan
+        from flashcp.experiments.cli.picture import draw_methods, draw_plan
 
         file = Path(settings["figure"])
         if len(methods) == 1:

@@ -12,27 +12,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flashcp.experiments.sweep.results import NO_OVERLAP, REFERENCE, TURN_MS, TURNS, Row
-from flashcp.train.summary import WARM_UP_STEPS
 
 if TYPE_CHECKING:
     import pandas
 
 __all__ = [
     "LOSS_TOLERANCE",
-    "NOT_TOLD",
     "Column",
     "Comparison",
     "Line",
     "columns",
     "compare",
+    "is_told_apart",
     "relative_difference",
+    "speedup_text",
     "step_parts",
 ]
 
 LOSS_TOLERANCE = 1e-4
 """Relative difference at one step up to which losses agree (fp32)."""
-NOT_TOLD = "not told apart"
-"""What is said in place of a speedup when turns disagree on which of the two is faster."""
 METRICS = ["imbalance", "saving", "attention_ms", "exposed_exchange_ms", "wait_ms", "step_ms", "final_loss"]
 Line = Any
 """A line of the table as a named tuple, None where there is no number."""
@@ -43,13 +41,12 @@ class Comparison:
     """The runs of a sweep, case by case, the baseline first and the single-process run last.
 
     table: one line a run, NaN where there is no number. Times are medians over steps, ms; p20 and p80 are of step_ms.
-    factors: what differs between the cases, a column each. speedup: the baseline's step over this one's, in turns the
-    median of the ratios within a turn, with p20 and p80 in speedup_p20 and speedup_p80, else the ratio of the medians;
-    speedup_text: how that is told; told_apart: whether most turns agree on who is faster; missing: why there is none.
-    losses: of every step. loss_difference: largest over the steps, relative, against the single-process
-    run. exposed_ms: attention_ms + exposed_exchange_ms beyond the attention_ms of overlap `none` on the same case, that
-    is, what the exchange adds wherever a level waits for it (`fused` waits inside attention); hidden: the share of that
-    of `none` which is gone.
+    factors: what differs between the cases, a column each. speedup: the baseline's step over this one's: in turns the
+    median of the ratios within a turn, with speedup_p20 and speedup_p80, else the ratio of the medians; missing: why
+    there is none; begun: when turns began, which tells whose they were. losses: of every step. loss_difference: largest
+    over the steps, relative, against the single-process run. exposed_ms: attention_ms + exposed_exchange_ms beyond the
+    attention_ms of overlap `none` on the same case, that is, what the exchange adds wherever a level waits for it
+    (`fused` waits inside attention); hidden: the share of that of `none` which is gone.
     """
 
     baseline: str
@@ -96,22 +93,18 @@ class Comparison:
 
     def mean_speedups(self) -> dict[str, float]:
         """Geometric mean over cases of every method's speedup, where all cases tell one."""
-        told = self.table[self.table.told_apart == True].dropna(subset="speedup")  # noqa: E712, of a column
-        told = told.groupby("provider", sort=False).speedup
-        found = {str(provider): [*map(math.log, values)] for provider, values in told}
+        found: dict[str, list[float]] = {}
+        for line in self.runs:
+            if line.speedup is not None and is_told_apart(line):
+                found.setdefault(line.provider, []).append(math.log(line.speedup))
         return {p: math.exp(sum(logs) / len(logs)) for p, logs in found.items() if len(logs) == len(self.cases)}
 
     def by_factor(self) -> tuple[list[str], list[list[str]]]:
         """Head and body of a table of speedups, methods down and cases across, named by what differs between them."""
-        runs = self.table[self.table.provider != REFERENCE]
-        cells = [
-            "" if math.isnan(x) else f"{x:.3f}" if told else NOT_TOLD
-            for x, told in runs[["speedup", "told_apart"]].to_numpy()
-        ]
-        wide = runs.assign(cell=cells).pivot(index="provider", columns="case", values="cell")
-        wide = wide.reindex(index=runs.provider.unique(), columns=self.cases, fill_value="")
         labels = self.table.drop_duplicates("case").set_index("case")[self.factors].agg(", ".join, axis=1)
-        body = [list(line) for line in wide.fillna("").itertuples()]
+        found = {(line.provider, line.case): speedup_text(line) for line in self.runs}
+        providers = dict.fromkeys(line.provider for line in self.runs)
+        body = [[name, *(found.get((name, case), "") for case in self.cases)] for name in providers]
         return [", ".join(self.factors), *labels], body
 
 
@@ -128,13 +121,14 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
         values.pivot(index=key, columns="metric", values="median").reindex(columns=METRICS).astype(float)
     )
     steps = frame[frame.metric == "step_ms"].drop_duplicates(key).set_index(key)
-    losses = frame[(frame.metric == "loss") & frame.step.notna()].sort_values("step", kind="stable")
-    losses = losses.drop_duplicates([*key, "step"], keep="last")
-    table = table.join(steps[["p20", "p80"]].astype(float)).join(
-        losses.groupby(key, sort=False)["median"].agg(tuple).rename("losses")
-    )
+    begun = frame[frame.metric == TURNS].drop_duplicates(key).set_index(key)["median"]
+    table = table.join(steps[["p20", "p80"]].astype(float)).join(begun.astype(float).rename("begun"))
+    stepwise = frame[frame.step.notna()].sort_values("step", kind="stable")
+    stepwise = stepwise.drop_duplicates([*key, "metric", "step"], keep="last")
+    for name, metric in (("losses", "loss"), ("turn_ms", TURN_MS)):
+        values = stepwise[stepwise.metric == metric].groupby(key, sort=False)["median"].agg(tuple)
+        table[name] = [values.get(run, ()) for run in table.index]
     table = table.reset_index()
-    table["losses"] = [value if isinstance(value, tuple) else () for value in table.losses]
     single = table.provider == REFERENCE
     runs, alone = table[~single].copy(), table[single].drop_duplicates("config")
 
@@ -143,16 +137,11 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
     # Runs of other settings (steps, model, data) have another single-process run: no speedup over those.
     same = settings == runs.reference
     runs["speedup"] = (base_ms / runs.step_ms).where(same & (base_ms > 0) & (runs.step_ms > 0))
-    turns = _turns(rows)
-    beside = [turns.get((case, baseline)) if same else None for case, same in zip(runs.case, same, strict=True)]
-    own = [turns.get(name) for name in zip(runs.case, runs.provider, strict=True)]
-    ranges = [_within_turns(a, b) for a, b in zip(own, beside, strict=True)]
-    for place, name in enumerate(("speedup_p20", "speedup", "speedup_p80")):
-        found = pd.Series([r[place] if r else math.nan for r in ranges], index=runs.index, dtype=float)
-        runs[name] = found.fillna(runs.speedup) if name == "speedup" else found
-    runs["told_apart"] = ~((runs.speedup_p20 < 1) & (runs.speedup_p80 > 1))
-    texts = zip(runs.speedup, runs.speedup_p20, runs.speedup_p80, [bool(x) for x in own], strict=True)
-    runs["speedup_text"] = [_told(*numbers) for numbers in texts]
+    base_turns, base_begun = runs.case.map(dict(first.turn_ms)), runs.case.map(first.begun)
+    turns = zip(base_turns, runs.turn_ms, same & (runs.begun == base_begun), strict=True)
+    spread = np.array([_in_turns(theirs, own) if together else (np.nan,) * 3 for theirs, own, together in turns])
+    runs["speedup_p20"], within, runs["speedup_p80"] = spread.reshape(-1, 3).T
+    runs["speedup"] = np.where(np.isnan(within), runs.speedup, within)
     runs["missing"] = ""
     runs.loc[~same, "missing"] = "other settings"
     runs.loc[settings.isna(), "missing"] = f"no {baseline}"
@@ -180,42 +169,18 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
     return Comparison(baseline, whole, list(factors))
 
 
-def _turns(rows: Sequence[Row]) -> dict[tuple[str, str], tuple[float, list[float]]]:
-    """Of each run that took turns, by case and provider: when they began, and its step times, ms."""
-    begun = {(row.case, row.provider): row.median for row in rows if row.metric == TURNS}
-    steps: dict[tuple[str, str], dict[int, float]] = {name: {} for name in begun}
-    for row in rows:
-        if row.metric == TURN_MS and row.step is not None:
-            steps.setdefault((row.case, row.provider), {})[row.step] = row.median
-    return {name: (start, [steps[name][step] for step in sorted(steps[name])]) for name, start in begun.items()}
-
-
-def _within_turns(
-    own: tuple[float, list[float]] | None, baseline: tuple[float, list[float]] | None
-) -> tuple[float, float, float] | None:
-    """p20, median and p80 of the ratios of two runs' steps; None unless both took the same turns."""
-    if own is None or baseline is None or own[0] != baseline[0]:
-        return None
-    ratios = [b / a for a, b in zip(own[1], baseline[1], strict=False)]
-    p20, median, p80 = np.percentile(ratios[WARM_UP_STEPS:] or ratios, [20, 50, 80]).tolist()
-    return p20, median, p80
-
-
-def _told(speedup: float, p20: float, p80: float, took_turns: bool) -> str:
-    """`1.24 (1.19 - 1.31)` with the range where turns tell it; NOT_TOLD where they disagree."""
-    if math.isnan(speedup):
-        return ""
-    if math.isnan(p20):
-        return f"{speedup:.3f}" + (" (other turns)" if took_turns else "")
-    if p20 == p80 == 1:  # the baseline itself
-        return "1"
-    spread = f"({p20:.2f} - {p80:.2f})"
-    return f"{NOT_TOLD} {spread}" if p20 < 1 < p80 else f"{speedup:.2f} {spread}"
-
-
 def relative_difference(loss: float, reference: float) -> float:
     """Relative to the reference; where that is 0, to the loss itself."""
     return abs(loss - reference) / (abs(reference) or abs(loss) or 1.0)
+
+
+def _in_turns(theirs: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
+    """p20, median, p80 of the ratios within a turn, after warm-up."""
+    from flashcp.train.summary import WARM_UP_STEPS
+
+    ratios = [b / a for a, b in zip(own, theirs, strict=False)]
+    p20, median, p80 = np.percentile(ratios[WARM_UP_STEPS:] or ratios, (20, 50, 80)).tolist()
+    return p20, median, p80
 
 
 def _farthest(own: tuple[float, ...], expected: object) -> float:
@@ -254,6 +219,24 @@ def step_parts(line: Line) -> dict[str, float]:
     return {"attention": attention, "exchange": exchange, "rest": step - attention - exchange}
 
 
+def is_told_apart(line: Line) -> bool:
+    """Whether most turns agree on which of the two is faster; runs that took no turns are not asked."""
+    return line.speedup_p20 is None or not line.speedup_p20 < 1 < line.speedup_p80
+
+
+def speedup_text(line: Line) -> str:
+    """`1.24 (1.19 - 1.31)`, with the range where turns tell it; `not told apart` where they disagree; or what is
+    missing."""
+    if line.speedup is None:
+        return line.missing or ""
+    if line.speedup_p20 is None:
+        return f"{line.speedup:.3f}" + (" (other turns)" if line.begun is not None else "")
+    if line.speedup_p20 == line.speedup_p80 == 1:  # the baseline itself
+        return "1"
+    spread = f"({line.speedup_p20:.2f} - {line.speedup_p80:.2f})"
+    return f"{line.speedup:.2f} {spread}" if is_told_apart(line) else f"not told apart {spread}"
+
+
 class Column(NamedTuple):
     """A column of the table as it is told. title: its heading. says: what the number is. form: how it is written."""
 
@@ -265,10 +248,10 @@ class Column(NamedTuple):
     def cell(self, line: Line) -> str:
         """The number as text; where there is none, nothing, or why there is no speedup."""
         value = getattr(line, self.name)
-        if value is None:
-            return (getattr(line, "missing", "") or "") if self.name == "speedup" else ""
         if self.name == "speedup":
-            return str(line.speedup_text)
+            return speedup_text(line)
+        if value is None:
+            return ""
         plan = line.provider == REFERENCE and self.name in ("imbalance", "saving", "exposed_ms", "hidden", "wait_ms")
         return "" if plan else format(value, self.form)
 
@@ -280,8 +263,8 @@ RESULT = (
         "speedup",
         "speedup over {baseline}",
         ".3f",
-        "step of the baseline / this step: median of the ratios within a turn, in brackets p20 - p80; not told apart: "
-        "that range has 1 in it",
+        "step of the baseline / this step: median of the ratios within a turn, in brackets p20 - p80; "
+        "not told apart: that range has 1 in it",
     ),
     Column("final_loss", "final loss", ".5f", "nats a token at the last step"),
     Column(

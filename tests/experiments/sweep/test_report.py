@@ -92,6 +92,26 @@ def test_missing_baseline_and_reference_are_empty_cells(make_rows: MakeRows) -> 
     assert [text.split()[0] for text in shown.splitlines()[3:5]] == ["flashcp", "llama3"]
 
 
+def test_a_speedup_in_turns_is_the_median_of_the_ratios_within_a_turn(make_rows: MakeRows) -> None:
+    def turns(provider: str, times: tuple[float, ...], begun: float = 7.0) -> list[Row]:
+        rows = make_rows(provider)
+        turn = [dataclasses.replace(rows[0], metric="turn_ms", step=i, median=t) for i, t in enumerate(times, start=1)]
+        return [*rows, *turn, dataclasses.replace(rows[0], metric="turns", median=begun)]
+
+    rows = turns("llama3", (900, 900, 900, 10, 40, 10, 10, 10))  # the load of one turn slows both
+    rows += turns("faster", (5, 5, 5, 5, 20, 5, 4, 5)) + turns("alike", (5, 5, 5, 9, 44, 9, 11, 10))
+    rows += turns("later", (5, 5, 5, 5, 5, 5, 5, 5), begun=8.0)
+    llama3, faster, alike, later = compare(rows, "llama3").lines
+    assert (llama3.speedup, faster.speedup) == (1.0, 2.0)
+    assert faster.speedup_p20 == 2.0
+    assert alike.speedup_p20 < 1 < alike.speedup_p80
+    assert (later.speedup, later.speedup_p20) == (1.0, None)  # medians: their turns were others'
+    shown = render(compare(rows, "llama3"), {})
+    assert "2.00 (2.00 - 2." in shown
+    assert "not told apart (0.9" in shown
+    assert "1.000 (other turns)" in shown
+
+
 def test_speedups_over_cases_are_geometric_means(make_rows: MakeRows) -> None:
     rows = []
     for case, ms in (("a", 5.0), ("b", 20.0)):
