@@ -132,4 +132,6 @@ def _draw_traffic(axes: Any, plan: ShardingPlan, exchange: str) -> None:
 def _save(figure: Figure, path: Path) -> Path:
     if path.is_dir():
         raise ValueError(f"figure={str(path)!r}: cannot be written (it is a directory); expected a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"figure={str(path)!r}: cannot be written (there is no directory {str(path.parent)!r})")
     return save(figure, path if path.suffix else path.with_name(f"{path.name}.png"))
