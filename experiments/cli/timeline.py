@@ -56,7 +56,7 @@ def draw_timeline(out: Path) -> Path | None:
     summary = json.loads((out / "summary.json").read_text())
     figure = timeline_figure(ranks, call)
     figure.suptitle(
-        f"{summary['config']['parallel']['exchange']} over {summary['transport']}, overlap {summary['overlap']}: "
+        f"{summary['config']['exchange']['name']} over {summary['transport']}, overlap {summary['overlap']}: "
         f"attention call {call} of the run, profiled ({summary['versions']['device']})"
     )
     picture = out / "timeline.png"
