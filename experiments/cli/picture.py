@@ -32,15 +32,12 @@ def draw_plan(plan: ShardingPlan, exchange: str, path: Path) -> Path:
     """
     figure = Figure(figsize=(13, 6.2))
     grid = figure.add_gridspec(2, 2, width_ratios=(1.0, 1.25), height_ratios=(1.4, 1.0))
-    colours = np.array([PALETTE[rank % len(PALETTE)] for rank in range(plan.world_size)])
+    colours = _colours(plan)
     _draw_pairs(figure.add_subplot(grid[:, 0]), plan, colours)
     _draw_rows(figure.add_subplot(grid[0, 1]), plan, colours)
     below = grid[1, 1].subgridspec(1, 2)
     _draw_work(figure.add_subplot(below[0]), plan, colours)
     _draw_traffic(figure.add_subplot(below[1]), plan, exchange)
-    for axes in figure.axes:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.grid(visible=False)
     figure.suptitle(
         f"{plan.strategy}, {exchange}: {len(plan.document_lengths)} documents, {plan.offsets[-1]} tokens, "
         f"{plan.world_size} ranks; imbalance {plan.imbalance:.3f}, saving {plan.route(exchange).saving:.3f}"
@@ -59,21 +56,18 @@ def draw_methods(plans: Mapping[str, tuple[ShardingPlan, str]], path: Path) -> P
     lines = -(-len(plans) // columns)
     figure = Figure(figsize=(4.1 * columns, 5.4 * lines))
     grid = figure.add_gridspec(2 * lines, columns, height_ratios=(3.4, 1.0) * lines)
-    most = max(int(plan.route(exchange).received_rows.max()) for plan, exchange in plans.values())
-    for number, (name, (plan, exchange)) in enumerate(plans.items()):
+    routes = {name: plan.route(exchange) for name, (plan, exchange) in plans.items()}
+    most = max(int(route.received_rows.max()) for route in routes.values())
+    for number, (name, route) in enumerate(routes.items()):
         line, column = divmod(number, columns)
-        colours = np.array([PALETTE[rank % len(PALETTE)] for rank in range(plan.world_size)])
+        plan, colours = plans[name][0], _colours(plans[name][0])
         above, below = (figure.add_subplot(grid[2 * line + half, column]) for half in (0, 1))
         _draw_pairs(above, plan, colours)
-        route = plan.route(exchange)
         above.set_title(f"{name}: busiest rank {route.imbalance:.2f} x the mean")
         below.bar(range(plan.world_size), route.received_rows, color=colours)
         below.set_ylim(0, 1.1 * max(1, most))
         below.set_xlabel("rank")
         below.set_title(f"KV rows received: {route.received_rows.sum():,.0f}")
-        for axes in (above, below):
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-            axes.grid(visible=False)
     return _save(figure, path)
 
 
@@ -129,7 +123,15 @@ def _draw_traffic(axes: Any, plan: ShardingPlan, exchange: str) -> None:
     axes.legend(loc="upper right", ncols=2)
 
 
+def _colours(plan: ShardingPlan) -> np.ndarray:
+    """The colour of each rank."""
+    return np.array([PALETTE[rank % len(PALETTE)] for rank in range(plan.world_size)])
+
+
 def _save(figure: Figure, path: Path) -> Path:
+    for axes in figure.axes:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.grid(visible=False)
     if path.is_dir():
         raise ValueError(f"figure={str(path)!r}: cannot be written (it is a directory); expected a file")
     if not path.parent.is_dir():
