@@ -180,7 +180,9 @@ class Sweep:
             shutil.rmtree(folder, ignore_errors=True)
         self.bar.set_description(runs[0].provider if len(runs) == 1 else f"{len(runs)} methods in turns")
         steps = len(runs) * runs[0].config.loop.steps
-        self.bar.total += sum(run.config.loop.steps for run in runs if run.digest in {row.config for row in self.rows})
+        have_rows = {row.config for row in self.rows}
+        again = 0 if self.rerun else sum(run.config.loop.steps for run in runs if run.digest in have_rows)
+        self.bar.total += again
 
         def watch() -> None:
             files = [folder / "metrics.jsonl" for folder in folders]
@@ -190,7 +192,7 @@ class Sweep:
 
         outcome = launch(*runs, watch=watch)
         if outcome.code and len(runs) > 1:  # they go on one after another, from the beginning
-            self.bar.n = begun
+            self.bar.n, self.bar.total = begun, self.bar.total - again
         else:
             self.bar.total += self.bar.n - begun - steps  # a run may end before its last step
         self.bar.refresh()
