@@ -48,16 +48,23 @@ def _is_filled(widths, head_dim):
 
 
 @triton.jit
-def load_rows(pointer, stride_row, rows_left, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BOUNDED: tl.constexpr,
-              first=None, stride_head=None, TILE_HEADS: tl.constexpr = 1):  # fmt: skip
-    """Parts [ROWS, W] from `pointer` on; zeros beyond HEAD_DIM and, when BOUNDED, below row `first` (None: 0) and from
-    row `rows_left` on. stride_head: between the heads of a tile of several."""
-    WIDTHS: tl.constexpr = part_widths(HEAD_DIM)
+def _rows(ROWS: tl.constexpr, stride_row, stride_head, TILE_HEADS: tl.constexpr):
+    """The row [ROWS, 1] that each row of a tile is, counted from the tile's first, and where it lies."""
     row = tl.arange(0, ROWS)[:, None]
     offset = row * stride_row
     if TILE_HEADS > 1:
         offset = row // TILE_HEADS * stride_row + row % TILE_HEADS * stride_head
         row = row // TILE_HEADS
+    return row, offset
+
+
+@triton.jit
+def load_rows(pointer, stride_row, rows_left, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BOUNDED: tl.constexpr,
+              first=None, stride_head=None, TILE_HEADS: tl.constexpr = 1):  # fmt: skip
+    """Parts [ROWS, W] from `pointer` on; zeros beyond HEAD_DIM and, when BOUNDED, below row `first` (None: 0) and from
+    row `rows_left` on. stride_head: between the heads of a tile of several."""
+    WIDTHS: tl.constexpr = part_widths(HEAD_DIM)
+    row, offset = _rows(ROWS, stride_row, stride_head, TILE_HEADS)
     parts = ()
     for i in tl.static_range(len(WIDTHS)):
         column = _begin(WIDTHS, i) + tl.arange(0, WIDTHS[i])[None, :]
@@ -83,11 +90,7 @@ def store_rows(pointer, stride_row, rows_left, parts, HEAD_DIM: tl.constexpr, fi
                TILE_HEADS: tl.constexpr = 1):  # fmt: skip
     """Store parts [M, W] at `pointer`, leaving out rows below `first` (None: 0) and from `rows_left` on."""
     WIDTHS: tl.constexpr = part_widths(HEAD_DIM)
-    row = tl.arange(0, parts[0].shape[0])[:, None]
-    offset = row * stride_row
-    if TILE_HEADS > 1:
-        offset = row // TILE_HEADS * stride_row + row % TILE_HEADS * stride_head
-        row = row // TILE_HEADS
+    row, offset = _rows(parts[0].shape[0], stride_row, stride_head, TILE_HEADS)
     there = row < rows_left
     if first is not None:
         there &= row >= first
