@@ -25,7 +25,17 @@ from flashcp.kernels.one_sided import wait_kernel
 from flashcp.kernels.pack import BLOCK_ROWS, WARPS, pack_rows_kernel
 from flashcp.kernels.tuning import Blocks, Pass
 
-__all__ = ["TARGETS", "TRANSFERS", "Build", "build", "build_rows", "build_transfer", "read"]
+__all__ = [
+    "TARGETS",
+    "TRANSFERS",
+    "Build",
+    "build",
+    "build_hopper",
+    "build_rows",
+    "build_transfer",
+    "compile_hopper",
+    "read",
+]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -107,6 +117,26 @@ def build_transfer(name: str, target: str, head_dim: int, dtype: str) -> Build:
     return _compile(TRANSFERS[name], target, dtype, chosen, {"num_warps": WARPS})
 
 
+def build_hopper(head_dim: int, dtype: str, group: int = 1, merge: bool = False) -> Build:
+    """Compile the forward of `kernels/hopper.py`. merge: it goes on from earlier ranges."""
+    return read(compile_hopper(head_dim, dtype, group, merge), "sm_90")
+
+
+def compile_hopper(head_dim: int, dtype: str, group: int = 1, merge: bool = False) -> triton.compiler.CompiledKernel:
+    """See `build_hopper`."""
+    import torch
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from flashcp.kernels import hopper
+
+    kernel, element = hopper.hopper_forward_kernel, _DTYPES[dtype]
+    chosen = {"GROUP": group, "STAGES": hopper.STAGES, "MERGE": merge}
+    block = f"{element}[{hopper.BLOCK_N}, 1, {head_dim}],{hopper.block_layout(head_dim, getattr(torch, dtype))!r}"
+    types = dict.fromkeys(("k", "v", "k_received", "v_received"), f"tensordesc<{block}>")
+    types["out"] = "*fp32" if merge else f"*{element}"
+    return _to_binary(GluonASTSource, kernel, "sm_90", dtype, chosen, hopper.OPTIONS, types)
+
+
 def _compile(
     kernel: Any,
     target: str,
@@ -116,20 +146,35 @@ def _compile(
     totals: Set[str] = frozenset(),
 ) -> Build:
     """`totals` are tensors that are fp32 whatever the dtype. Raises ValueError for an argument of unknown type."""
+    types = dict.fromkeys(totals, "*fp32")
+    return read(_to_binary(ASTSource, kernel, target, dtype, chosen, options, types), target)
+
+
+def _to_binary(
+    make_source: Any,
+    kernel: Any,
+    target: str,
+    dtype: str,
+    chosen: dict[str, Any],
+    options: dict[str, int],
+    types: dict[str, str],
+) -> triton.compiler.CompiledKernel:
+    """types: of arguments that have other types than their names say."""
     signature, constexprs, attributes = {}, {}, {}
     any_value = {kernel.arg_names[i] if isinstance(i, int) else i for i in kernel.do_not_specialize}
     for index, name in enumerate(kernel.arg_names):
         if name in chosen:
             signature[name], constexprs[(index,)] = "constexpr", chosen[name]
             continue
-        kind = "i32" if _STRIDE.fullmatch(name) else _TYPES.get(name)
+        kind = types.get(name) or ("i32" if _STRIDE.fullmatch(name) else _TYPES.get(name))
         if kind is None:
             raise ValueError(f"argument {name!r} of {kernel.__name__}: expected a name that _TYPES or _STRIDE knows")
-        signature[name] = "*fp32" if name in totals else kind.replace(_ROWS_OF, f"*{_DTYPES[dtype]}")
-        if kind != "fp32" and name not in any_value:
+        signature[name] = kind.replace(_ROWS_OF, f"*{_DTYPES[dtype]}")
+        if kind != "fp32" and not kind.startswith("tensordesc") and name not in any_value:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs, attributes)
-    return read(triton.compile(source, target=TARGETS[target], options=options), target)
+    return triton.compile(
+        make_source(kernel, signature, constexprs, attributes), target=TARGETS[target], options=options
+    )
 
 
 def read(compiled: triton.compiler.CompiledKernel, target: str) -> Build:

@@ -100,6 +100,7 @@ def _tile(
     i = tl.arange(0, BLOCK_M)
     lse_at = lse + (row + i // TILE_HEADS).to(tl.int64) * lse_row + (head + i % TILE_HEADS)
     if APART:
+        noted = tl.load(mixed + 1 + tile * heads + head)  # 1: all of the tile; of the forward on Hopper a half, or both
         past = stop
         while past > row:
             first = tl.load(reach + past - 1)
@@ -109,9 +110,10 @@ def _tile(
                 row, stop, range_first, range_stop, first, past, head, flags, epoch, stuck, spins,
                 GROUP, TILE_HEADS, HEAD_DIM, BLOCK_M, BLOCK_N, MERGE, PRECISION, FUSED,
             )  # fmt: skip
-            _finish(
-                out_at, lse_at, acc, total, maximum, out_row, out_head, first - row, past - row, TILE_HEADS, HEAD_DIM
-            )
+            # The other half, if it is well, was stored, and must not be merged twice.
+            begin = tl.maximum(first - row, tl.where((noted & 3) != 0, 0, BLOCK_M // 2 // TILE_HEADS))
+            end = tl.minimum(past - row, tl.where((noted & 5) != 0, BLOCK_M, BLOCK_M // 2) // TILE_HEADS)
+            _finish(out_at, lse_at, acc, total, maximum, out_row, out_head, begin, end, TILE_HEADS, HEAD_DIM)
             past = first
     else:
         acc, total, maximum = _sums(

@@ -21,7 +21,7 @@ from flashcp.kernels.forward import forward_kernel
 from flashcp.kernels.interface import KV, AttentionKernel, Gradients, WaitFlags
 from flashcp.kernels.one_sided import spins
 from flashcp.kernels.schedule import Schedule
-from flashcp.kernels.tiles import key_tiles, query_tiles
+from flashcp.kernels.tiles import Tiles, key_tiles, query_tiles
 from flashcp.kernels.tuning import Blocks, Pass, Tuning, architecture, choose, tile_heads
 from flashcp.kernels.uploads import to_device
 
@@ -41,7 +41,8 @@ _INTERPRETED = 3  # programs of a small grid under the interpreter, which runs t
 class _Prepared(NamedTuple):
     """What a launch needs beside the tensors: block shapes, query heads of a query tile, the tile tables on the device,
     rows that tiles cover, how many tiles are of the first kind, which waits for nobody (query tiles) or is of received
-    rows (key tiles), and whether several documents share a tile of the other kind or, of query tiles, of any."""
+    rows (key tiles), whether several documents share a tile of the other kind or, of query tiles, of any, and whether
+    the forward is Hopper's."""
 
     blocks: Blocks
     heads: int
@@ -50,6 +51,7 @@ class _Prepared(NamedTuple):
     received_rows: int
     first_kind: int
     shared: bool
+    on_hopper: bool
 
     def parts(self) -> tuple[_Prepared, _Prepared]:
         """Key tiles of received rows, which no documents share, and those of local rows."""
@@ -140,7 +142,15 @@ class TritonAttention(AttentionKernel):
     ) -> None:
         tensors, strides = (q, *local, *received, out, lse), (*_strides(q, *local, *received, out), lse.stride(0))
         waits = None if flags is None else (*flags[:3], spins(q.device, flags.timeout_s))
-        _launch(forward_kernel, prepared, q, local, q.shape[1], tensors, (scale * _LOG2E, *strides), waits, MERGE=merge)
+        first = None
+        if prepared.on_hopper:
+            from flashcp.kernels.hopper import launch_hopper_forward
+
+            first = partial(
+                launch_hopper_forward, q, local, received, out, lse, prepared.tables, scale=scale * _LOG2E, merge=merge
+            )
+        numbers = (scale * _LOG2E, *strides)
+        _launch(forward_kernel, prepared, q, local, q.shape[1], tensors, numbers, waits, first, MERGE=merge)
 
     def _prepare(self, which: Pass, schedule: Schedule, q: Tensor, local: KV, by_source: bool = False) -> _Prepared:
         if q.device.type == "cpu" and q.dtype is torch.bfloat16:
@@ -159,8 +169,25 @@ class TritonAttention(AttentionKernel):
             tiles = make(schedule, len(q), blocks.tile_rows(which) // heads)
             table, ranges, reach = (to_device(x, q.device) for x in (tiles.table, tiles.ranges, tiles.reach))
             first_kind = int(tiles.table[:, 0].sum()) if which is Pass.BACKWARD_KV else tiles.ready
-            kept[key] = _Prepared(blocks, heads, (table, ranges, reach), *tiles.rows, first_kind, tiles.shared)
+            on_hopper = (
+                which is Pass.FORWARD
+                and not by_source
+                and self.tuning.forward is None
+                and arch == "sm_90"
+                and heads == 1
+                and _hopper_takes(q, blocks, tiles)
+            )
+            kept[key] = _Prepared(
+                blocks, heads, (table, ranges, reach), *tiles.rows, first_kind, tiles.shared, on_hopper
+            )
         return kept[key]
+
+
+def _hopper_takes(q: Tensor, blocks: Blocks, tiles: Tiles) -> bool:
+    """Whether the forward of `kernels/hopper.py` serves; short documents are left to smaller tiles."""
+    from flashcp.kernels import hopper  # Gluon is imported where there is a Hopper
+
+    return blocks.block_m == hopper.TILE_ROWS and hopper.takes(q.dtype, q.shape[2]) and hopper.takes_tables(tiles)
 
 
 def _row_terms(out: Tensor, grad_out: Tensor, lse: Tensor) -> Tensor:
@@ -186,11 +213,13 @@ def _launch(
     tensors: tuple[Tensor, ...],
     numbers: tuple[float, ...],
     waits: tuple[Any, ...] | None = None,
+    first: Callable[[Tensor], bool] | None = None,
     **constants: bool,
 ) -> None:
     """One program per tile and its heads. Tiles run fastest: programs side by side find one head's KV in the cache.
 
     Where programs wait, as many as fit beside each other share the tiles, and some of the device stays free.
+    first: a launch in the place of the first one, if it returns that it could; it notes tiles in what it is given.
     """
     tiles, blocks, head_dim = len(prepared.tables[0]), prepared.blocks, q.shape[2]
     if tiles == 0:
@@ -213,7 +242,8 @@ def _launch(
         )  # fmt: skip
 
     with torch.cuda.device_of(q):
-        start(programs if waits is None else few, waits, False)
+        if first is None or not first(mixed):
+            start(programs if waits is None else few, waits, False)
         if prepared.shared:
             start(few, None, True)
 

@@ -15,17 +15,23 @@ import torch
 from torch import Tensor
 
 from flashcp.experiments.bench.attention_cases import OURS, Case, Forward, Tensors, ours
-from flashcp.experiments.bench.hopper_check import candidate, passed
-from flashcp.kernels.tuning import architecture
+from flashcp.kernels.interface import KV
+from flashcp.kernels.launch import TritonAttention
+from flashcp.kernels.tuning import Pass, Tuning, architecture, choose
 
 __all__ = ["PEERS"]
 
 
-def gluon(case: Case, x: Tensors) -> Forward | None:
-    """The candidate of `hopper_forward.py`, forward only: on Hopper, for cases that `hopper_check.py` came through."""
-    if architecture(x.q.device) != "sm_90":
+def portable(case: Case, x: Tensors) -> Forward | None:
+    """Our own portable kernels where a chip has others, forward only: what those gain."""
+    arch = architecture(x.q.device)
+    if arch != "sm_90":
         return None
-    return candidate(case, x) if case.label in passed() else None
+    blocks = choose(Pass.FORWARD, arch, case.head_dim, x.q.dtype, case.schedule, case.query_heads // case.kv_heads)
+    kernel = TritonAttention(Tuning(forward=blocks))  # blocks that are asked for are the portable kernel's
+    q, k, v, received = (y.detach() for y in (x.q, x.k, x.v, x.received))
+    inputs = q, KV(k, v), KV(*received.unbind(1)), case.schedule, case.head_dim**-0.5
+    return lambda: kernel.attend(*inputs)[0]
 
 
 def torch_fa2(case: Case, x: Tensors) -> Forward | None:
@@ -132,7 +138,7 @@ def fa4(case: Case, x: Tensors) -> Forward | None:
 
 PEERS: dict[str, Callable[[Case, Tensors], Forward | None]] = {
     OURS: ours,
-    "gluon": gluon,
+    "portable": portable,
     "torch_fa2": torch_fa2,
     "flex": flex,
     "cudnn": cudnn,

@@ -12,10 +12,10 @@ import triton
 
 from flashcp.experiments.bench.tune_attention import Kernel, compile_all, compilers, fit, shipped
 from flashcp.experiments.campaign.part import PARTS, load
-from flashcp.kernels.ahead import TARGETS, TRANSFERS, Build, build, build_transfer, read
+from flashcp.kernels.ahead import TRANSFERS, Build, build, build_hopper, build_transfer
 from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, TABLE, Blocks, Pass, table_dim
 
-__all__ = ["compile_candidate", "dry_run", "kernels"]
+__all__ = ["dry_run", "kernels"]
 
 ARCH = "sm_90"
 
@@ -60,7 +60,7 @@ def dry_run(
 
 def kernels() -> Iterator[Kernel]:
     """Every kernel that a GPU of that architecture may be asked for: the table's, those under context parallelism, the
-    transfers, the candidate."""
+    transfers, the forward on Hopper."""
     yield from (kernel for kernel in shipped() if kernel.arch == ARCH)
     for head_dim, dtype, which in product(HEAD_DIMS, DTYPES, Pass):
         for blocks in dict.fromkeys(TABLE[ARCH, table_dim(head_dim), 4 if dtype == "float32" else 2, which]):
@@ -70,42 +70,13 @@ def kernels() -> Iterator[Kernel]:
     for name, head_dim, dtype in product(TRANSFERS, HEAD_DIMS, DTYPES):
         work = partial(build_transfer, name, ARCH, head_dim, dtype)
         yield Kernel(f"{ARCH} {head_dim} {dtype} {name}", ARCH, False, False, work)
-    for head_dim, dtype, group in product((64, 128), ("bfloat16", "float16"), (1, 4)):
-        work = partial(build_candidate, head_dim, dtype, group)
-        yield Kernel(f"{ARCH} {head_dim} {dtype} candidate group {group}", ARCH, True, True, work)
+    for head_dim, dtype, group, merge in product((64, 128), ("bfloat16", "float16"), (1, 4), (False, True)):
+        work = partial(build_hopper, head_dim, dtype, group, merge)
+        name = f"{ARCH} {head_dim} {dtype} hopper forward group {group}{' merge' if merge else ''}"
+        yield Kernel(name, ARCH, True, True, work)
 
 
 def _variant(kind: str, which: Pass, head_dim: int, dtype: str, blocks: Blocks, **options: bool) -> Kernel:
     name = f"{ARCH} {head_dim} {dtype} {which.value} {blocks.block_m}x{blocks.block_n} {kind}"
     work: Any = partial(build, which, ARCH, head_dim, dtype, blocks, **options)
     return Kernel(name, ARCH, False, dtype != "float32", work)
-
-
-def build_candidate(head_dim: int, dtype: str, group: int) -> Build:
-    """What the candidate for Hopper takes."""
-    return read(compile_candidate(head_dim, dtype, group), ARCH)
-
-
-def compile_candidate(head_dim: int, dtype: str, group: int) -> triton.compiler.CompiledKernel:
-    """Compile `hopper_forward.py`, the candidate for Hopper."""
-    import torch
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    from flashcp.experiments.bench import hopper_forward
-
-    kernel, element = hopper_forward.hopper_forward_kernel, {"bfloat16": "bf16", "float16": "fp16"}[dtype]
-    layout = hopper_forward.block_layout(head_dim, getattr(torch, dtype))
-    chosen = {"GROUP": group, "STAGES": hopper_forward.STAGES}
-    types = dict.fromkeys(("table", "ranges", "reach"), "*i32") | {"lse": "*fp32", "scale": "fp32"}
-    for name in ("k", "v", "k_received", "v_received"):
-        types[name] = f"tensordesc<{element}[{hopper_forward.BLOCK_N}, 1, {head_dim}],{layout!r}>"
-    signature, constants, attributes = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in chosen:
-            signature[name], constants[(index,)] = "constexpr", chosen[name]
-        else:
-            signature[name] = types.get(name, "i32" if name.endswith(("_row", "_head")) else f"*{element}")
-            if not signature[name].startswith("tensordesc"):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    source = GluonASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=TARGETS[ARCH], options=hopper_forward.OPTIONS)

@@ -1,4 +1,4 @@
-"""A candidate for Hopper, compiled and never run: the forward pass of `kernels/forward.py`, warp-specialised in Gluon.
+"""The forward pass on Hopper, warp-specialised in Gluon: what `kernels/forward.py` computes, by TMA and wgmma.
 
 A program has three warpgroups. One copies K and V blocks into rings of shared memory (TMA), two attend, 64 query rows
 each, in FlashAttention-3's order: the scores of a block and the product of the block before it are computed while the
@@ -6,14 +6,17 @@ weights of neither are needed. A slot of a ring is *full* when its copy has land
 tile have read it. Both sides walk the same blocks in the same order, so the n-th wait for a slot is for its n-th use.
 
 Which rows are read is said by the tables of `kernels/tiles.py`. Rows of a block beyond its range may hold anything,
-NaN too: their scores are masked, and their V rows zeroed, since a weight of zero does not undo a NaN.
+NaN too: their scores are masked, and their V rows zeroed, since a weight of zero does not undo a NaN. A half of a tile
+of several documents that meets a NaN all the same is not stored but noted, and done again by the second launch that
+`kernels/blocks.py` speaks of: the portable kernel's, so that the documents beside the NaN are right, but not to the bit
+what they are without it.
+
+It waits for no flags: a flag does not order what TMA reads. `fused` takes the portable kernel.
 
 Shapes: M = 64 query rows of a half, N key rows of a block (BLOCK_N), D head_dim.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,18 +33,28 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashcp.kernels import tiles
 from flashcp.kernels.interface import KV
-from flashcp.kernels.schedule import Schedule
-from flashcp.kernels.uploads import to_device
 
-__all__ = ["BLOCK_N", "OPTIONS", "STAGES", "block_layout", "hopper_forward_kernel", "prepare"]
+__all__ = [
+    "BLOCK_N",
+    "OPTIONS",
+    "STAGES",
+    "TILE_ROWS",
+    "block_layout",
+    "hopper_forward_kernel",
+    "launch_hopper_forward",
+    "takes",
+    "takes_tables",
+]
 
 BLOCK_N, STAGES = 128, 2
+TILE_ROWS = 128
 OPTIONS = {"num_warps": 4, "maxnreg": 168}  # warps of one half; 168 registers x 3 warpgroups are all there are
-_LOG2E = 1.4426950408889634
+_ALIGNED = 16  # bytes: what TMA asks of addresses and strides
 _copy_rows = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name from triton 3.9 on
 
 HALF = gl.constexpr(64)
 LN2 = gl.constexpr(0.6931471805599453)
+LOG2E = gl.constexpr(1.4426950408889634)
 LOWEST = gl.constexpr(-3.0e38)  # a maximum before the first score: finite, so that differences are never NaN
 RECEIVED = gl.constexpr(tiles.RECEIVED)
 OWN = gl.constexpr(tiles.OWN)
@@ -51,8 +64,8 @@ RANGE_COLUMNS = gl.constexpr(tiles.RANGE_COLUMNS)
 
 @gluon.jit
 def hopper_forward_kernel(
-    q, k, v, k_received, v_received, out, lse, table, ranges, reach, scale,
-    q_row, q_head, out_row, out_head, lse_row, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    q, k, v, k_received, v_received, out, lse, table, ranges, reach, mixed, scale,
+    q_row, q_head, out_row, out_head, lse_row, GROUP: gl.constexpr, STAGES: gl.constexpr, MERGE: gl.constexpr,
 ):  # fmt: skip
     """Program (tile, query head). As `forward_kernel`, with K and V as descriptors of [rows, heads, head_dim]."""
     BLOCK_N: gl.constexpr = k.block_type.shape[0]
@@ -74,11 +87,11 @@ def hopper_forward_kernel(
         mbarrier.init(empty.index(slot), count=2)
 
     rings = (k_ring, v_ring, full, empty)
-    tensors = (q, out, lse, ranges, reach)
+    tensors = (q, out, lse, ranges, reach, mixed)
     strides = (q_row, q_head, out_row, out_head, lse_row)
     gl.warp_specialize([
-        (_attend, (rings, q_tiles.index(0), tensors, strides, tile, tile[0], head, blocks, scale)),
-        (_attend, (rings, q_tiles.index(1), tensors, strides, tile, tile[0] + HALF, head, blocks, scale)),
+        (_attend, (rings, q_tiles.index(0), tensors, strides, tile, 0, head, blocks, scale, MERGE)),
+        (_attend, (rings, q_tiles.index(1), tensors, strides, tile, 1, head, blocks, scale, MERGE)),
         (_fetch, (rings, landed, (k, v, k_received, v_received), ranges, tile, head // GROUP)),
     ], [4, 4], [232, 40])  # fmt: skip
 
@@ -164,10 +177,10 @@ def _zero_from(slot, row):
 
 
 @gluon.jit
-def _attend(rings, q_tile, tensors, strides, tile, first_row, head, blocks, scale):
-    """A warpgroup that attends: the 64 query rows from `first_row` on, those below the tile's stop."""
+def _attend(rings, q_tile, tensors, strides, tile, half, head, blocks, scale, MERGE: gl.constexpr):
+    """A warpgroup that attends: the first or second 64 query rows of the tile, those below the tile's stop."""
     k_ring, v_ring, full, empty = rings
-    q, out, lse, ranges, reach = tensors
+    q, out, lse, ranges, reach, mixed = tensors
     q_row, q_head, out_row, out_head, lse_row = strides
     STAGES: gl.constexpr = k_ring.shape[0]
     BLOCK_N: gl.constexpr = k_ring.shape[1]
@@ -178,21 +191,25 @@ def _attend(rings, q_tile, tensors, strides, tile, first_row, head, blocks, scal
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
 
-    lines = first_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, WIDE))
-    inside = (lines < tile[1])[:, None]
-    columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, WIDE))[None, :]
-    wide_head = gl.to_tensor(head).to(gl.int64)
-    q_at = lines.to(gl.int64)[:, None] * q_row + wide_head * q_head + columns
-    q_tile.store(gl.load(q + q_at, mask=inside, other=0.0))
+    first_row = tile[0] + HALF * half
+    offsets, there = _offsets(first_row, tile[1], head, q_row, q_head, WIDE, HEAD_DIM)
+    q_tile.store(gl.load(q + offsets, mask=there, other=0.0))
     fence_async_shared()
     rows = first_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
     lowest_key = gl.load(reach + rows, mask=rows < tile[1], other=0)  # [M]
 
     # The first block, with nothing to multiply beside it.
     no_scores = gl.zeros([HALF, BLOCK_N], gl.float32, SCORES)
-    acc = gl.zeros([HALF, HEAD_DIM], gl.float32, OUT)
-    total = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, SCORES))
-    maximum = gl.full([HALF], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
+    if MERGE:
+        offsets, there = _offsets(first_row, tile[1], head, out_row, out_head, OUT, HEAD_DIM)
+        acc = gl.load(out + offsets, mask=there, other=0.0)
+        before = gl.load(lse + rows.to(gl.int64) * lse_row + head, mask=rows < tile[1], other=float("-inf"))
+        total = gl.where(before == float("-inf"), 0.0, 1.0)
+        maximum = gl.maximum(before * LOG2E, LOWEST)
+    else:
+        acc = gl.zeros([HALF, HEAD_DIM], gl.float32, OUT)
+        total = gl.zeros([HALF], gl.float32, gl.SliceLayout(1, SCORES))
+        maximum = gl.full([HALF], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
     i = tile[2]
     place, n, end, seen_by_all = _range(ranges, i, tile)
     mbarrier.wait(full.index(0), 0)
@@ -202,6 +219,8 @@ def _attend(rings, q_tile, tensors, strides, tile, first_row, head, blocks, scal
     mbarrier.arrive(empty.index(0), count=1)
     scores = _mask(scores, place, n, end, rows, lowest_key)
     weights, fade, maximum, total = _softmax(scores, maximum, total, scale)
+    if MERGE:
+        acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, OUT))[:, None]
     p = gl.convert_layout(weights.to(ELEMENT), WEIGHTS)
 
     for block in range(1, blocks):
@@ -234,14 +253,35 @@ def _attend(rings, q_tile, tensors, strides, tile, first_row, head, blocks, scal
     acc = warpgroup_mma(p, v_ring.index(last).reshape([BLOCK_N, HEAD_DIM]), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
 
-    nothing = total == 0.0
-    divisor = gl.where(nothing, 1.0, total)
-    log_sum = gl.where(nothing, float("-inf"), (maximum + gl.log2(divisor)) * LN2)
-    gl.store(lse + rows.to(gl.int64) * lse_row + head, log_sum, mask=rows < tile[1])
-    acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, OUT))[:, None]
-    q_tile.store(acc.to(ELEMENT))  # through shared memory, for whole rows to be stored at a time
-    out_at = lines.to(gl.int64)[:, None] * out_row + wide_head * out_head + columns
-    gl.store(out + out_at, q_tile.load(WIDE), mask=inside)
+    spoilt = False
+    if gl.load(reach + tile[1] - 1) > tile[0]:  # several documents share the tile
+        sums = gl.sum(acc, 1)
+        spoilt = gl.sum((sums != sums).to(gl.int32), 0) > 0
+        if spoilt:
+            gl.store(mixed, 1)
+            gl.atomic_or(mixed + 1 + gl.program_id(0) * gl.num_programs(1) + head, 2 << half)
+    if not spoilt:  # what is to be merged again has to stay
+        nothing = total == 0.0
+        divisor = gl.where(nothing, 1.0, total)
+        log_sum = gl.where(nothing, float("-inf"), (maximum + gl.log2(divisor)) * LN2)
+        gl.store(lse + rows.to(gl.int64) * lse_row + head, log_sum, mask=rows < tile[1])
+        acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, OUT))[:, None]
+        if MERGE:
+            offsets, there = _offsets(first_row, tile[1], head, out_row, out_head, OUT, HEAD_DIM)
+            gl.store(out + offsets, acc, mask=there)
+        else:
+            q_tile.store(acc.to(ELEMENT))  # through shared memory, for whole rows to be stored at a time
+            offsets, there = _offsets(first_row, tile[1], head, out_row, out_head, WIDE, HEAD_DIM)
+            gl.store(out + offsets, q_tile.load(WIDE), mask=there)
+
+
+@gluon.jit
+def _offsets(first_row, stop, head, stride_row, stride_head, LAYOUT: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Where the elements [M, D] of a head's rows from `first_row` on lie, and which of them are below row `stop`."""
+    row = first_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    wide_head = gl.to_tensor(head).to(gl.int64)
+    return row.to(gl.int64)[:, None] * stride_row + wide_head * stride_head + column, (row < stop)[:, None]
 
 
 @gluon.jit
@@ -268,32 +308,45 @@ def block_layout(head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([BLOCK_N, 1, head_dim], element)
 
 
-def prepare(
-    q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float
-) -> Callable[[], tuple[Tensor, Tensor]]:
-    """A function that computes out [T, H, D] and log-sum-exp [T, H], as `TritonAttention.attend` does.
+def takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether it was made for tensors of that kind."""
+    return dtype in (torch.bfloat16, torch.float16) and head_dim in (64, 128)
 
-    Raises ValueError for dtypes and head_dims it was not made for. Row and head strides: multiples of 16 bytes.
+
+def takes_tables(cut: tiles.Tiles) -> bool:
+    """Whether each tile reads a row: one of no blocks would wait for its first for ever."""
+    ranges_there = (cut.table[:, 3] < cut.table[:, 4]).all()
+    return bool(ranges_there and (cut.ranges[:, 1] < cut.ranges[:, 2]).all())
+
+
+def launch_hopper_forward(
+    q: Tensor,
+    local: KV,
+    received: KV,
+    out: Tensor,
+    lse: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor],
+    mixed: Tensor,
+    scale: float,
+    merge: bool,
+) -> bool:
+    """Launch it and return whether it could be: TMA wants rows and heads that begin at multiples of 16 bytes.
+
+    tables: of query tiles of TILE_ROWS rows, as `takes_tables` wants them. mixed: see `kernels/blocks.py`. scale: of
+    the scores, times log2(e). merge: go on from `out` (fp32) and `lse`.
     """
-    head_dim = q.shape[2]
-    if q.dtype not in (torch.bfloat16, torch.float16) or head_dim not in (64, 128):
-        raise ValueError(f"q is {q.dtype} of head_dim {head_dim}: expected bfloat16 or float16, and 64 or 128")
-    cut = tiles.query_tiles(schedule, len(q), 2 * HALF.value)
-    # A tile of no blocks would wait for its first for ever; schedules leave queries that read nothing out.
-    assert (cut.table[:, 3] < cut.table[:, 4]).all(), "a tile without ranges"
-    assert (cut.ranges[:, 1] < cut.ranges[:, 2]).all(), "an empty range"
-    tables = [to_device(x, q.device) for x in (cut.table, cut.ranges, cut.reach)]
-    layout = block_layout(head_dim, q.dtype)
     both = (*local, *(received if len(received.k) else local))  # a descriptor of nothing cannot be made
-    keys = [TensorDescriptor.from_tensor(x, [BLOCK_N, 1, head_dim], layout) for x in both]
-    group, grid = q.shape[1] // local.k.shape[1], (len(cut.table), q.shape[1])
+    if not all(_is_aligned(x) for x in both):
+        return False
+    layout = block_layout(q.shape[2], q.dtype)
+    keys = [TensorDescriptor.from_tensor(x, [BLOCK_N, 1, q.shape[2]], layout) for x in both]
+    strides = (*q.stride()[:2], *out.stride()[:2], lse.stride(0))
+    hopper_forward_kernel[len(tables[0]), q.shape[1]](
+        q, *keys, out, lse, *tables, mixed, scale, *strides, q.shape[1] // local.k.shape[1], STAGES, merge, **OPTIONS
+    )
+    return True
 
-    def forward() -> tuple[Tensor, Tensor]:
-        out = (torch.empty_like if cut.rows[0] == len(q) else torch.zeros_like)(q)
-        lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-        strides = (*q.stride()[:2], *out.stride()[:2], lse.stride(0))
-        with torch.cuda.device_of(q):
-            hopper_forward_kernel[grid](q, *keys, out, lse, *tables, scale * _LOG2E, *strides, group, STAGES, **OPTIONS)
-        return out, lse
 
-    return forward
+def _is_aligned(x: Tensor) -> bool:
+    steps = (stride * x.element_size() for stride in x.stride()[:2])
+    return x.data_ptr() % _ALIGNED == 0 and all(step > 0 and step % _ALIGNED == 0 for step in steps)

@@ -1,4 +1,4 @@
-"""Which rows the Hopper candidate reads: its own functions over the tables, on numpy instead of a GPU.
+"""Which rows the forward on Hopper reads: its own functions over the tables, on numpy instead of a GPU.
 
 `_tile`, `_range` and `_count` are the kernel's, run as Python on arrays; what surrounds them in `_fetch` and `_attend`
 is walked here beside them. Nothing is imported from `kernels/tiles.py` but what makes the tables: a wrong stride, index
@@ -17,14 +17,14 @@ import pytest
 pytest.importorskip("triton.experimental.gluon", reason="this triton has no Gluon")
 
 import flashcp
-from flashcp.experiments.bench import hopper_forward
 from flashcp.experiments.bench.attention_cases import all_cases
+from flashcp.kernels import hopper
 from flashcp.kernels.schedule import Schedule, build_schedule, whole_pack_schedule
 from flashcp.kernels.tiles import Tiles, query_tiles
 from tests.packs import AWKWARD, random_lengths
 
-BLOCK_N = hopper_forward.BLOCK_N
-TILE_ROWS = 2 * hopper_forward.HALF.value
+BLOCK_N = hopper.BLOCK_N
+TILE_ROWS = hopper.TILE_ROWS
 LOCAL, RECEIVED, OWN = 0, 1, 2
 
 
@@ -50,10 +50,10 @@ def where(condition: Any, yes: Any, no: Any) -> Any:
 def on_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's functions and widths as Python's."""
     for name in ("_tile", "_range", "_count"):
-        monkeypatch.setattr(hopper_forward, name, getattr(hopper_forward, name).fn)
+        monkeypatch.setattr(hopper, name, getattr(hopper, name).fn)
     for name in ("TILE_COLUMNS", "RANGE_COLUMNS", "OWN", "RECEIVED"):
-        monkeypatch.setattr(hopper_forward, name, getattr(hopper_forward, name).value)
-    monkeypatch.setattr(hopper_forward, "gl", SimpleNamespace(load=load, where=where, constexpr=int))
+        monkeypatch.setattr(hopper, name, getattr(hopper, name).value)
+    monkeypatch.setattr(hopper, "gl", SimpleNamespace(load=load, where=where, constexpr=int))
 
 
 class Block(NamedTuple):
@@ -69,7 +69,7 @@ def fetched(ranges: Pointer, tile: tuple[int, ...]) -> list[tuple[int, int, int]
     """The blocks that the copying warpgroup brings: (place, first key, end of the range)."""
     blocks = []
     for i in range(tile[2], tile[3]):
-        place, start, end, _ = hopper_forward._range(ranges, i, tile)
+        place, start, end, _ = hopper._range(ranges, i, tile)
         blocks += [(int(place), n, int(end)) for n in range(int(start), int(end), BLOCK_N)]
     return blocks
 
@@ -77,13 +77,13 @@ def fetched(ranges: Pointer, tile: tuple[int, ...]) -> list[tuple[int, int, int]
 def attended(ranges: Pointer, tile: tuple[int, ...], count: int) -> Iterator[Block]:
     """The blocks that an attending warpgroup computes on; the first one always masked."""
     i = tile[2]
-    place, n, end, seen_by_all = hopper_forward._range(ranges, i, tile)
+    place, n, end, seen_by_all = hopper._range(ranges, i, tile)
     for block in range(count):
         if block:
             n += BLOCK_N
             if n >= end:
                 i += 1
-                place, n, end, seen_by_all = hopper_forward._range(ranges, i, tile)
+                place, n, end, seen_by_all = hopper._range(ranges, i, tile)
         yield Block(int(place), int(n), int(end), block == 0 or bool(n + BLOCK_N > seen_by_all))
 
 
@@ -91,8 +91,8 @@ def walk(tiles: Tiles) -> Iterator[tuple[tuple[int, ...], list[Block]]]:
     """Each tile and its blocks; both sides must take the same ones, and each tile at least one."""
     table, ranges = Pointer(tiles.table.reshape(-1)), Pointer(tiles.ranges.reshape(-1))
     for index in range(len(tiles.table)):
-        tile = tuple(map(int, hopper_forward._tile(table, index)))
-        count = int(hopper_forward._count(ranges, tile, BLOCK_N))
+        tile = tuple(map(int, hopper._tile(table, index)))
+        count = int(hopper._count(ranges, tile, BLOCK_N))
         assert count > 0, "a tile that waits for its first block for ever"
         blocks = list(attended(ranges, tile, count))
         assert [block[:3] for block in blocks] == fetched(ranges, tile)
@@ -171,10 +171,10 @@ def test_the_benchmark_counts_as_many_pairs(case: Any) -> None:
     tile has a block, and the pairs are the schedule's."""
     tiles = query_tiles(case.schedule, case.rows, TILE_ROWS)
     table, ranges = Pointer(tiles.table.reshape(-1)), Pointer(tiles.ranges.reshape(-1))
-    row, stop, first, last = hopper_forward._tile(table, np.arange(len(tiles.table)))
+    row, stop, first, last = hopper._tile(table, np.arange(len(tiles.table)))
     tile = np.repeat(np.arange(len(row)), last - first)
     i = np.arange(len(tile)) - np.repeat(np.cumsum(last - first) - (last - first), last - first) + first[tile]
-    place, start, end, seen_by_all = hopper_forward._range(ranges, i, (row[tile], stop[tile], first[tile], last[tile]))
+    place, start, end, seen_by_all = hopper._range(ranges, i, (row[tile], stop[tile], first[tile], last[tile]))
     assert set(place.tolist()) <= {LOCAL, RECEIVED, OWN}
     assert (start < end).all()
     assert (start >= 0).all()
@@ -183,7 +183,7 @@ def test_the_benchmark_counts_as_many_pairs(case: Any) -> None:
     assert (blocks > 0).all()
     for index in (0, len(row) // 2, len(row) - 1):
         one = tuple(map(int, (row[index], stop[index], first[index], last[index])))
-        assert hopper_forward._count(ranges, one, BLOCK_N) == blocks[index]
+        assert hopper._count(ranges, one, BLOCK_N) == blocks[index]
     own = place == OWN
     assert np.array_equal(seen_by_all, np.where(own, row[tile], end))
     read = np.where(own, 0, (end - start) * (stop - row)[tile]).sum()
