@@ -8,7 +8,7 @@ computes. On a GPU the backward pass works as well: the host waits for nothing, 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
@@ -85,12 +85,16 @@ class VirtualRanks:
         k: Sequence[Tensor],
         v: Sequence[Tensor],
         softmax_scale: float | None = None,
+        attending: Collection[int] | None = None,
     ) -> list[Tensor]:
         """Attention of every rank's rows; q, k, v: one tensor a rank. Where gradients are on, regions are kept for the
-        backward pass, as `ContextParallel` keeps them."""
+        backward pass, as `ContextParallel` keeps them.
+
+        attending: the ranks that compute, None for all; the others only send, as if they computed on GPUs of their own.
+        """
         if self.device.type == "cuda":
             self._load_kernels(plan, q, k, v)
-        return self._forward(plan, q, k, v, softmax_scale)
+        return self._forward(plan, q, k, v, softmax_scale, attending)
 
     def _forward(
         self,
@@ -99,6 +103,7 @@ class VirtualRanks:
         k: Sequence[Tensor],
         v: Sequence[Tensor],
         softmax_scale: float | None = None,
+        attending: Collection[int] | None = None,
     ) -> list[Tensor]:
         if self._retired:
             self.synchronize()
@@ -110,6 +115,8 @@ class VirtualRanks:
             with self._stream(rank):
                 handles.append(cp.prefetch(k[rank], v[rank], plan))
         for rank, handle in enumerate(handles):
+            if attending is not None and rank not in attending:
+                continue
             with self._stream(rank):
                 outs.append(handle.attention(q[rank], softmax_scale))
         for stream in self.streams:

@@ -49,7 +49,12 @@ def transports(device: torch.device, name: str, timeout_s: float) -> TwoSided:
 
     if not symmetric.is_nvshmem_available():
         pytest.skip("this torch has no NVSHMEM")
-    return Nvshmem(None, timeout_s, device)
+    try:
+        return Nvshmem(None, timeout_s, device)
+    except RuntimeError as error:
+        if "global_ranks.size() > 1" not in str(error):
+            raise
+        pytest.skip("this torch gives a group of one rank no memory over NVSHMEM")
 
 
 def exchanged(transport: TwoSided, rows: Tensor) -> list[Tensor]:

@@ -18,7 +18,7 @@ def errors_on_rank(exchange: str, overlap: str, backward: str) -> list[float]:
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     torch.cuda.set_device(0)
     cp = flashcp.ContextParallel(
-        exchange=exchange, overlap=overlap, backward=backward, transport="cuda_symmetric", timeout_s=30
+        exchange=exchange, overlap=overlap, backward=backward, transport="cuda_symmetric", timeout_s=100
     )
     worst = []
     for seed, strategy in enumerate(("per_document", "flashcp", "per_sequence")):
@@ -37,17 +37,18 @@ def errors_on_rank(exchange: str, overlap: str, backward: str) -> list[float]:
     return worst
 
 
+CASES = [
+    (exchange, overlap, backward)
+    for exchange in ("exact", "compacted", "ring")
+    for overlap in ("none", "staged", "fused")
+    for backward in ("keep", "refetch")
+    if (exchange, overlap) != ("ring", "fused")
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("backward", ["keep", "refetch"])
-@pytest.mark.parametrize(
-    ("exchange", "overlap"),
-    [
-        (e, o)
-        for e in ("exact", "compacted", "ring")
-        for o in ("none", "staged", "fused")
-        if (e, o) != ("ring", "fused")
-    ],
-)
-def test_processes_on_one_gpu_match_the_reference(exchange: str, overlap: str, backward: str) -> None:
-    (ranks,) = run_cases(errors_on_rank, 2, [(exchange, overlap, backward)], timeout_s=120)
-    assert max(max(errors) for errors in ranks) < 1e-2
+@pytest.mark.timeout(400)
+def test_processes_on_one_gpu_match_the_reference() -> None:
+    """In one group: torch's symmetric memory takes a process's later groups of the same name for the first."""
+    for case, ranks in zip(CASES, run_cases(errors_on_rank, 2, CASES, timeout_s=120), strict=True):
+        assert max(max(errors) for errors in ranks) < 1e-2, case
