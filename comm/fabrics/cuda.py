@@ -221,8 +221,10 @@ def symmetric_memories(
         handle = symmetric.rendezvous(own, group)
         own[:_HEAD_BYTES].zero_()
         device.synchronize()
-        share(b"+")  # nobody raises a flag before it was zeroed
-        tensors = [handle.get_buffer(rank, (size,), torch.uint8) for rank in range(handle.world_size)]
+        # torch may take several allocations from one block, and its handle's buffers begin where the block does.
+        begin = own.data_ptr() - handle.get_buffer(handle.rank, (size,), torch.uint8).data_ptr()
+        begins = [int(word) for word in share(str(begin).encode())]  # and nobody raises a flag before it was zeroed
+        tensors = [handle.get_buffer(rank, (size,), torch.uint8, at) for rank, at in enumerate(begins)]
         # Neither `handle` nor its buffers keep the allocation: `own` does, and the handle the mapping of the others'.
         return tensors, (own, handle)
 

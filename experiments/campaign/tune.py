@@ -53,17 +53,15 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
     dtype, lengths = getattr(torch, DTYPE), SMALL if turn.small else PACKS[pack]
     work = partial(timed_work, which, head_dim=head_dim, dtype=dtype, lengths=lengths, device=turn.device)
     shipped = TABLE[arch, table_dim(head_dim), dtype.itemsize, which][list(PACKS).index(pack)]
-    fitting = _fitting(which, arch, head_dim, turn.small)
-    for blocks, found in fitting.items():
-        yield Number(blocks.to_text(), "registers", "registers", None, float(found.registers), None)
     alone: dict[Blocks, float] = {}
     expected: tuple[Tensor, ...] = ()
-    for blocks in dict.fromkeys([shipped, *fitting]):
+    for blocks, registers in _fitting(which, arch, head_dim, shipped, turn.small):
         name = blocks.to_text()
         if time.monotonic() > until:
             break
         if name in turn.left_out:
             continue
+        yield Number(name, "registers", "registers", None, float(registers), None)
         turn.begin(name)
         try:
             (one,) = work([blocks]).values()
@@ -90,13 +88,15 @@ def _results(found: object) -> tuple[Tensor, ...]:
     return (found.detach(),) if isinstance(found, Tensor) else tuple(cast(tuple[Tensor, ...], found))
 
 
-@cache
-def _fitting(which: Pass, arch: str, head_dim: int, small: bool) -> dict[Blocks, Build]:
-    """Candidates that spill nothing, fit the chip and use its tensor cores, with what the compiler made of them."""
-    candidates = list(grid(DTYPE))[:: 20 if small else 1]
+def _fitting(which: Pass, arch: str, head_dim: int, shipped: Blocks, small: bool) -> Iterator[tuple[Blocks, int]]:
+    """The table's blocks, then candidates that spill nothing, fit the chip and use its tensor cores, as they are
+    compiled, the largest first: of those most win. With the registers that they take."""
+    by_size = sorted(grid(DTYPE), key=lambda blocks: -blocks.block_m * blocks.block_n)
+    candidates = list(dict.fromkeys([shipped, *by_size[:: 20 if small else 1]]))
     kernels = [tuned(which, arch, head_dim, DTYPE, blocks) for blocks in candidates]
-    found = zip(candidates, kernels, compile_all(kernels, _pool()), strict=True)
-    return {blocks: one for blocks, kernel, one in found if isinstance(one, Build) and fit(one, kernel)}
+    for blocks, kernel, one in zip(candidates, kernels, compile_all(kernels, _pool()), strict=True):
+        if isinstance(one, Build) and (blocks == shipped or fit(one, kernel)):
+            yield blocks, one.registers
 
 
 @cache

@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -311,6 +314,48 @@ def test_a_rank_without_memory_is_named_on_all() -> None:
 
     for said in run_emulated(program, 2, 0, memories=full):
         assert said.startswith("rank 1: no 0 MiB for receive buffers on its GPU (CUDA driver error: out of memory)")
+
+
+class Pool:
+    """torch's symmetric memory with one block a rank, from which allocations are taken at places of the rank's own."""
+
+    def __init__(self, rank: int, blocks: list[Tensor]) -> None:
+        self.rank, self.blocks, self.world_size, self.used = rank, blocks, len(blocks), 512 * rank
+
+    def empty(self, size: int, **_: Any) -> Tensor:
+        begin, self.used = self.used, self.used + size
+        return self.blocks[self.rank][begin : begin + size]
+
+    def rendezvous(self, tensor: Tensor, group: object) -> Pool:
+        return self
+
+    def get_buffer(self, rank: int, sizes: tuple[int, ...], dtype: torch.dtype, storage_offset: int = 0) -> Tensor:
+        return self.blocks[rank][storage_offset : storage_offset + sizes[0]].view(dtype)
+
+
+def test_regions_of_one_block_are_apart() -> None:
+    blocks, meet = [torch.ones(1 << 16, dtype=torch.uint8) for _ in range(2)], Barrier(2)
+    said: list[bytes] = [b""] * 2
+    device: Any = SimpleNamespace(synchronize=lambda: None)
+
+    def regions(rank: int) -> list[Sequence[Tensor]]:
+        def share(words: bytes) -> list[bytes]:
+            said[rank] = words
+            meet.wait(10)
+            found = list(said)
+            meet.wait(10)
+            return found
+
+        memories = symmetric_memories(Pool(rank, blocks), None, rank, device, torch.device("cpu"), share)  # type: ignore[arg-type]
+        return [memories(index, 8192)[0] for index in range(3)]
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(regions, range(2))
+    for index in range(3):
+        for owner in range(2):
+            place = blocks[owner].data_ptr() + 512 * owner + 8192 * index
+            assert {first[index][owner].data_ptr(), second[index][owner].data_ptr()} == {place}
+            assert not first[index][owner][:4096].any(), "flags that are not 0"
 
 
 def test_a_pass_in_which_nobody_waits_leaves_the_next_one_right() -> None:

@@ -107,7 +107,8 @@ class _Rendezvous:
 class EmulatedSymmetricMemory:
     """`torch.distributed._symmetric_memory` as far as it is used.
 
-    An allocation lives as long as the tensor that `empty` returned; the handle's buffers own nothing.
+    An allocation lives as long as the tensor that `empty` returned; the handle's buffers own nothing. As in torch's
+    pool it begins somewhere in a block, elsewhere on each rank, and the handle's buffers begin where the block does.
     """
 
     def __init__(self, device: EmulatedDevice, shared: _Rendezvous) -> None:
@@ -115,7 +116,8 @@ class EmulatedSymmetricMemory:
 
     def empty(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory of this rank's."""
-        return self.device.new_mapped(size, "a symmetric region").view(dtype)
+        begin = 512 * (self.device.rank + self.calls % 3)
+        return self.device.new_mapped(begin + size, "a symmetric region")[begin:].view(dtype)
 
     def rendezvous(self, tensor: Tensor, group: object) -> _Handle:
         """Return when all ranks have brought theirs."""
@@ -124,13 +126,13 @@ class EmulatedSymmetricMemory:
         block = self.device.memory.find(tensor.data_ptr())
         brought[self.device.rank] = block
         self.device.host.wait(lambda: len(brought) == self.shared.world_size, "all ranks' symmetric memory")
-        return _Handle(brought, self.shared.world_size)
+        return _Handle(brought, self.device.rank, self.shared.world_size)
 
 
 class _Handle:
-    def __init__(self, blocks: dict[int, Any], world_size: int) -> None:
-        self.blocks, self.world_size = blocks, world_size
+    def __init__(self, blocks: dict[int, Any], rank: int, world_size: int) -> None:
+        self.blocks, self.rank, self.world_size = blocks, rank, world_size
 
-    def get_buffer(self, rank: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def get_buffer(self, rank: int, sizes: tuple[int, ...], dtype: torch.dtype, storage_offset: int = 0) -> Tensor:
         (size,) = sizes
-        return torch.from_numpy(self.blocks[rank].bytes[:size]).view(dtype)
+        return torch.from_numpy(self.blocks[rank].bytes[storage_offset : storage_offset + size]).view(dtype)
