@@ -134,7 +134,7 @@ def _legal(backend: str, hosts: int) -> tuple[str, ...]:
 def _best(backend: str, hosts: int) -> tuple[str, str]:
     """The name, and in words why not a better one."""
     if backend != "gloo":
-        return backend, "not run on a GPU yet; nor were cuda_symmetric and nvshmem, ask for them by name"
+        return backend, "not run between GPUs yet; nor were cuda_symmetric and nvshmem, ask for them by name"
     if hosts > 1:
         return "gloo", f"the ranks are on {hosts} hosts, and shm needs one"
     if not FOLDER.is_dir():

@@ -1,4 +1,5 @@
-"""`nvshmem`: torch's NVSHMEM operators, across nodes. Written, never run.
+"""`nvshmem`: torch's NVSHMEM operators, across nodes. Written, never run: torch gives no group of one
+rank memory over NVSHMEM, and no two GPUs were at hand.
 
 `all_to_all_vdev` moves rows of any number between all ranks from GPU to GPU; it returns when all have arrived, so
 there are no flags to wait on source by source. It reads and writes symmetric memory: rows pass through buffers that

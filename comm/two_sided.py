@@ -1,4 +1,4 @@
-"""Two-sided transport: torch.distributed's sends, receives and collectives (gloo; nccl is written and was never run).
+"""Two-sided transport: torch.distributed's sends, receives and collectives (gloo; nccl, so far in a group of one rank).
 
 Rows travel as bytes, so any dtype does. Over gloo the host waits for rows, over NCCL the stream that needs them.
 """

@@ -60,7 +60,7 @@ class HostWaits:
 
 
 class StreamWaits(HostWaits):
-    """The current stream waits, within the time-out of a watchdog. Written for NCCL and NVSHMEM, never run on a GPU.
+    """The current stream waits, within the time-out of a watchdog: for NCCL (run in a group of one rank) and NVSHMEM.
 
     NCCL's `Work.wait()` makes the current stream wait and lets go of the tensors that it held for the operation. With
     a time-out it also keeps the host until the operation has ended, and takes the communicators down past it

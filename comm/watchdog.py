@@ -26,7 +26,7 @@ class Watchdog:
     better than a time-out. What `late` raises is printed like the error of any thread; the others stay watched.
 
     Events may only be recorded outside of a CUDA graph's capture. A capture beside this thread is not disturbed by its
-    queries (`_context_of_this_thread`); that part was never run.
+    queries (`_context_of_this_thread`).
     """
 
     def __init__(self, timeout_s: float) -> None:

@@ -22,7 +22,7 @@ def to_device(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
 
 
 class Uploaded:
-    """An array that stays on a device, for whatever stream asks for it. What is for GPUs was never run."""
+    """An array that stays on a device, for whatever stream asks for it."""
 
     def __init__(self, array: np.ndarray, device: torch.device) -> None:
         self._tensor = to_device(array, device)

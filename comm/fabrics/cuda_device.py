@@ -1,4 +1,4 @@
-"""A CUDA device as the fabric sees it: torch's streams and events, the driver's stream memory operations. Never run.
+"""A CUDA device as the fabric sees it: torch's streams and events, the driver's stream memory operations.
 
 `cuStreamWaitValue32` and `cuStreamWriteValue32` are executed by the stream itself. They take no SM, so they go on while
 a kernel holds every one of them; the write comes after a fence for the whole system. A copy is a copy engine's. So

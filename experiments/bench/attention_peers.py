@@ -18,6 +18,7 @@ from flashcp.experiments.bench.attention_cases import OURS, Case, Forward, Tenso
 from flashcp.kernels.interface import KV
 from flashcp.kernels.launch import TritonAttention
 from flashcp.kernels.tuning import Pass, Tuning, architecture, choose
+from flashcp.kernels.varlen import KERNELS
 
 __all__ = ["PEERS"]
 
@@ -94,11 +95,15 @@ def cudnn(case: Case, x: Tensors) -> Forward | None:
 
 
 def cudnn_varlen(case: Case, x: Tensors) -> Forward | None:
-    """cuDNN on packs, by the operators that `torch.nn.attention.varlen` has in store for it (torch 2.11)."""
+    """cuDNN on packs, by the operators that `torch.nn.attention.varlen` has in store for it (torch 2.11).
+
+    Forward only where the backward writes past its buffers (`kernels/varlen/cudnn.py`).
+    """
     if case.lengths is None:
         return None
     offsets, longest = _offsets(case, x), max(case.lengths)
-    return _with_heads_it_takes(lambda q, k, v: CudnnVarlen.apply(q, k, v, offsets, longest), x)
+    forward = _with_heads_it_takes(lambda q, k, v: CudnnVarlen.apply(q, k, v, offsets, longest), x)
+    return torch.no_grad()(forward) if KERNELS["cudnn"].no_backward() else forward
 
 
 class CudnnVarlen(torch.autograd.Function):

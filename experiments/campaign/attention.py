@@ -38,7 +38,7 @@ FIRST = ("one_16k", "pile", "16x8k", "wlb_llm", "one_4k", "one_32k", "rank_of_8_
 def cases(small: bool) -> list[Case]:
     """The ceilings, the cases of `attention_cases` by value, and one call under ncu."""
     labels = list(_attention_cases(small))
-    found = [Case(label, 6, 120) for label in labels]  # the first one has the candidate kernel checked on all
+    found = [Case(label, 6, 120) for label in labels]
     built = [Case(f"{label}{OF_SLOW}", 45, 150) for label in (labels if small else BUILT)]
     plain = sum(not _attention_cases(small)[label].grouped for label in labels)
     return [Case(CEILINGS, 5, 60), *found[:plain], *built, *found[plain:], case_of(NCU)]

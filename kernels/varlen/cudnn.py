@@ -1,4 +1,4 @@
-"""cuDNN's attention by cumulative lengths, through torch's operator. Written, never run on a GPU.
+"""cuDNN's attention by cumulative lengths, through torch's operator. The backward was never run.
 
 torch finds a sequence at its first row x heads x head_dim, whatever the strides: tensors must be dense
 (`aten/src/ATen/native/cudnn/MHA.cpp`). Until the summer of 2026 it built cuDNN's graph anew in every call

@@ -1,4 +1,4 @@
-"""FlashAttention-3 for Hopper (Dao-AILab/flash-attention, folder hopper/). Written, never run on a GPU.
+"""FlashAttention-3 for Hopper (Dao-AILab/flash-attention, folder hopper/). The backward was never run.
 
 The operators that `hopper/flash_api.cpp` registers, by argument names: module `flash_attn_interface` registers them as
 flash_attn_3, the wheel fa3-fwd 0.0.3 (module `fa3_fwd_interface`: no backward, no fp16) as fa3_fwd.

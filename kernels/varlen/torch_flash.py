@@ -1,4 +1,4 @@
-"""torch's own FlashAttention-2, the operator under `torch.nn.attention.varlen`. Written, never run on a GPU.
+"""torch's own FlashAttention-2, the operator under `torch.nn.attention.varlen`.
 
 Log-sum-exp: [H, Q] both ways, as torch's own fake function of it says (`torch/nn/attention/varlen.py`).
 """
