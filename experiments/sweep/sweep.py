@@ -234,7 +234,7 @@ class Sweep:
             if begun + done > self.bar.n:
                 self.bar.set_description(at_work, refresh=False)
                 self.bar.update(begun + done - self.bar.n)
-            else:
+            elif sys.stderr.isatty():
                 self.bar.refresh()  # time goes on
 
         outcome = launch(*runs, watch=watch)
