@@ -40,6 +40,10 @@ class OneSided(Transport):
         return self.heap.total_bytes
 
     @property
+    def throttle_gbps(self) -> float:
+        return self.fabric.throttle_gbps
+
+    @property
     def oldest(self) -> int:
         return min(self.heap.oldest_alive, self.fabric.oldest_put)
 

@@ -74,6 +74,12 @@ class Transport(ABC):
         return 0
 
     @property
+    def throttle_gbps(self) -> float:
+        """GB/s at which this rank's rows leave; 0: at once, also where `TransportOptions` ask for less and nobody here
+        slows rows."""
+        return 0.0
+
+    @property
     def oldest(self) -> int:
         """The oldest of the inboxes that this rank still reads, for the header of its next call."""
         return 0

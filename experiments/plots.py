@@ -167,7 +167,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
     for row, case in zip(grid, cases, strict=True):
         lines = [line for line in comparison.runs if line.case == case]
         reference = next((line for line in comparison.lines if line.case == case and line not in lines), None)
-        _draw_steps(row[0], lines, case, comparison.over)
+        _draw_steps(row[0], lines, comparison.title(case), comparison.over)
         _draw_losses(row[1], lines, reference, colours)
         _draw_differences(row[2], lines, reference, colours)
     if across:
@@ -186,7 +186,7 @@ def _draw_steps(axes: Any, lines: list[Line], case: str, baseline: str) -> None:
         speedup = speedup if is_told_apart(line) else "  not told apart"
         axes.text(end, place, speedup, va="center", fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.14 * max(left))
+    axes.set_xlim(0, 1.14 * max(left) or 1)  # all may have been left out
     axes.grid(visible=False, axis="y")
     axes.grid(visible=True, axis="x")
     axes.set_xlabel("ms a step (median)")
@@ -227,13 +227,18 @@ def _steps(losses: Sequence[float]) -> range:
 
 def _draw_speedups(axes: Any, comparison: Comparison, colours: Mapping[str, str]) -> None:
     (name, *cases), _ = comparison.by_factor()
-    found = {(line.provider, line.case): line.speedup for line in comparison.runs}
-    for provider, colour in colours.items():
-        speedups = [found.get((provider, case)) or np.nan for case in comparison.cases]
-        axes.plot(range(len(cases)), speedups, "o-", color=colour, lw=1.4, ms=5, label=provider)
+    found = {(line.provider, line.case): line for line in comparison.runs}
+    for number, (provider, colour) in enumerate(colours.items()):
+        lines = [found.get((provider, case)) for case in comparison.cases]
+        speedups = [line.speedup if line and line.speedup else np.nan for line in lines]
+        places = np.arange(len(cases)) + 0.3 * (number / max(1, len(colours) - 1) - 0.5)  # ranges stand side by side
+        axes.plot(places, speedups, "o-", color=colour, lw=1.4, ms=5, label=provider)
+        for place, line in zip(places, lines, strict=True):
+            if line and line.speedup_p20 is not None:
+                axes.vlines(place, line.speedup_p20, line.speedup_p80, color=colour, lw=1)
     axes.set_xticks(range(len(cases)), cases)
     axes.set_xlabel(name)
-    axes.set_title(f"speedup over {comparison.over}")
+    axes.set_title(f"speedup over {comparison.over}, p20 to p80 of the turns")
     axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
 
 

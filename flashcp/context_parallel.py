@@ -104,6 +104,12 @@ class ContextParallel:
         return self._transport.sent_bytes
 
     @property
+    def throttle_gbps(self) -> float:
+        """GB/s at which rows leave this rank, all tensors of both passes; 0: at once. Two-sided transports and NVSHMEM
+        do not slow rows, whatever `options` say."""
+        return self._transport.throttle_gbps
+
+    @property
     def receive_bytes(self) -> int:
         """Memory of this rank's receive buffers and gradient slots that stays allocated (one-sided transports)."""
         return self._transport.receive_bytes

@@ -9,8 +9,12 @@ import flashcp
 from flashcp.kernels.tuning import Blocks, Pass, Tuning
 from flashcp.limits import Seconds, one_of
 from flashcp.sharding.exchanges import EXCHANGES
+from flashcp.train.link import FREE, check_link
 
 __all__ = ["ExchangeConfig", "ParallelConfig", "TuningConfig"]
+
+SLOWING = ("shm", "cuda_symmetric")
+"""Transports that can make rows leave slowly."""
 
 
 @dataclass
@@ -52,7 +56,10 @@ class TuningConfig:
 
 @dataclass
 class ParallelConfig:
-    """The arguments of `flashcp.ContextParallel`, which says what they mean."""
+    """The arguments of `flashcp.ContextParallel`, which says what they mean.
+
+    link: `free`, or the cluster whose link across nodes rows leave over (`flashcp/train/link.py`).
+    """
 
     overlap: str = "auto"
     attention: str = "auto"
@@ -63,20 +70,30 @@ class ParallelConfig:
     heap_mib: float = 0.0
     region_mib: float = 0.0
     throttle_gbps: float = 0.0
+    link: str = FREE
     tuning: TuningConfig = field(default_factory=TuningConfig)
 
     def check(self) -> None:
-        """Raise ValueError for text that is no block shape; `operator` checks the names."""
+        """Raise ValueError for text that is no block shape and no link; `operator` checks the other names."""
         self.tuning.read()
+        check_link(self.link)
+        if self.link != FREE and self.throttle_gbps:
+            raise ValueError(
+                f"parallel.throttle_gbps={self.throttle_gbps:g} with parallel.link={self.link}: expected 0, for the "
+                "link has a rate of its own"
+            )
 
-    def operator(self, exchange: str) -> flashcp.ContextParallel:
+    def operator(self, exchange: str, link_gbps: float = 0.0) -> flashcp.ContextParallel:
         """The attention operator over the default process group, or for one rank alone.
 
-        Raises ValueError for names and block shapes.
+        link_gbps: GB/s at which rows leave over `link`; 0: as `throttle_gbps` says.
+        Raises ValueError for names and block shapes, and where rows should leave slowly and the transport does not slow
+        them.
         """
         tuning = self.tuning.read()
+        gbps = link_gbps or self.throttle_gbps
         try:
-            return flashcp.ContextParallel(
+            operator = flashcp.ContextParallel(
                 exchange=exchange,
                 overlap=self.overlap,
                 attention=self.attention,
@@ -85,7 +102,13 @@ class ParallelConfig:
                 timeout_s=self.timeout_s,
                 tuning=tuning,
                 stages=self.stages,
-                options=flashcp.TransportOptions(self.heap_mib, self.region_mib, self.throttle_gbps),
+                options=flashcp.TransportOptions(self.heap_mib, self.region_mib, gbps),
             )
         except ValueError as error:
             raise ValueError(f"parallel.{error}") from error
+        if operator.world_size > 1 and operator.throttle_gbps != gbps:
+            raise ValueError(
+                f"parallel.transport={operator.transport!r}: rows leave at once there, not at {gbps:.3g} GB/s; "
+                f"expected one of {', '.join(SLOWING)}"
+            )
+        return operator

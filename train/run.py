@@ -23,7 +23,9 @@ from flashcp.train.data.loader import Batch, Loader
 from flashcp.train.data.sources import Source, open_source
 from flashcp.train.data.tokenizer import Tokenizer, load_tokenizer
 from flashcp.train.data.windows import pack_documents
+from flashcp.train.link import SlowedLink
 from flashcp.train.loop import Trainer
+from flashcp.train.measured_link import slowed_link
 from flashcp.train.model import Decoder, ModelConfig
 from flashcp.train.optimizer import build_optimizer
 from flashcp.train.ranks import Ranks, launched_rank, world
@@ -80,17 +82,19 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
     Raises ValueError for bad input, before anything is written unless a document goes bad later.
     """
     ready = prepare(config, launched_rank()[1])
-    with world(config.loop.device, config.loop.timeout_s) as ranks, training(config, ready, ranks) as one:
-        for _ in one.steps():
-            pass
-        return one.finish()
+    with world(config.loop.device, config.loop.timeout_s) as ranks:
+        link = slowed_link(config, ready.source, ready.tokenizer, ranks)
+        with training(config, ready, ranks, link) as one:
+            for _ in one.steps():
+                pass
+            return one.finish()
 
 
 @contextmanager
-def training(config: TrainConfig, ready: Prepared, ranks: Ranks) -> Iterator[Training]:
+def training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLink | None = None) -> Iterator[Training]:
     """A run that is ready for its first step, and closed at the end whatever happens."""
     torch.manual_seed(config.seed)
-    cp = config.parallel.operator(config.exchange.name)
+    cp = config.parallel.operator(config.exchange.name, link.gbps if link else 0.0)
     model = Decoder(ready.model, cp, config.seed).to(ranks.device)
     optimizer = build_optimizer(model, config.optimizer)
     progress = load_checkpoint(ready.checkpoint, model, optimizer) if ready.checkpoint else Progress()
@@ -101,7 +105,7 @@ def training(config: TrainConfig, ready: Prepared, ranks: Ranks) -> Iterator[Tra
     with Loader(windows, make_plan, config.exchange.name, ranks.rank, data.prefetch) as loader:
         batches = _peek(loader, config, progress)
         trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, batches, progress, ranks)
-        one = Training(config, trainer, ready.identity)
+        one = Training(config, trainer, ready.identity, link)
         try:
             yield one
         finally:
@@ -123,8 +127,10 @@ def _peek(loader: Loader, config: TrainConfig, progress: Progress) -> Iterator[B
 class Training:
     """One run under way on this rank, and what it writes down (rank 0)."""
 
-    def __init__(self, config: TrainConfig, trainer: Trainer, identity: dict[str, Any]) -> None:
-        self.config, self.trainer = config, trainer
+    def __init__(
+        self, config: TrainConfig, trainer: Trainer, identity: dict[str, Any], link: SlowedLink | None
+    ) -> None:
+        self.config, self.trainer, self._link = config, trainer, link
         self.out, self._identity = Path(config.out), identity
         self._is_first = trainer.ranks.rank == 0
         self._written = dataclasses.asdict(config)
@@ -172,6 +178,8 @@ class Training:
             "transport": cp.transport,
             "overlap": cp.overlap,
             "receive_mib": cp.receive_bytes / 2**20,
+            "throttle_gbps": cp.throttle_gbps,
+            "emulated": self._emulated(),
             "versions": versions(ranks.device),
             **more,
             "config": self._written,
@@ -180,6 +188,11 @@ class Training:
         if self.config.profile:
             print(f"traces of the ranks: {self.out / TRACE} (open one in ui.perfetto.dev)", file=sys.stderr)
         return self._summary
+
+    def _emulated(self) -> str:
+        """What the times are not a measurement of, in words; empty where rows leave at once."""
+        gbps = self.trainer.cp.throttle_gbps
+        return str(self._link) if self._link else f"rows leave at {gbps:g} GB/s" if gbps else ""
 
     def close(self) -> None:
         """Close the record, as that of a run that failed unless `finish` was called."""

@@ -14,12 +14,13 @@ from typing import Any
 
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.sources import DataConfig
+from flashcp.train.measured_link import slowed_link
 from flashcp.train.ranks import launched_rank, world
 from flashcp.train.run import prepare, training
 
 __all__ = ["order_of_turn", "run_in_turns"]
 
-SHARED = ("context", "seed", "loop.steps", "loop.accumulation", "loop.device", "loop.timeout_s")
+SHARED = ("context", "seed", "parallel.link", "loop.steps", "loop.accumulation", "loop.device", "loop.timeout_s")
 
 
 def run_in_turns(configs: Sequence[TrainConfig]) -> list[dict[str, Any] | None]:
@@ -33,7 +34,9 @@ def run_in_turns(configs: Sequence[TrainConfig]) -> list[dict[str, Any] | None]:
     ready = [prepare(config, launched_rank()[1]) for config in configs]
     loop = configs[0].loop
     with world(loop.device, loop.timeout_s) as ranks, ExitStack() as stack:
-        runs = [stack.enter_context(training(config, one, ranks)) for config, one in zip(configs, ready, strict=True)]
+        link = slowed_link(configs[0], ready[0].source, ready[0].tokenizer, ranks)  # one rate for all
+        pairs = zip(configs, ready, strict=True)
+        runs = [stack.enter_context(training(config, one, ranks, link)) for config, one in pairs]
         begun = time.time()
         steps = [run.steps() for run in runs]
         turn, going = 0, True

@@ -80,12 +80,16 @@ class Put(NamedTuple):
 
 
 class Fabric(ABC):
-    """Memory of one kind and who writes to it. sent_bytes: what has left this rank for others so far."""
+    """Memory of one kind and who writes to it.
+
+    sent_bytes: what has left this rank for others so far. throttle_gbps: GB/s at which it leaves; 0: at once.
+    """
 
     name: str
     rank: int
     world_size: int
     sent_bytes: int
+    throttle_gbps: float
 
     @property
     @abstractmethod

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from flashcp.experiments.sweep.results import NO_OVERLAP, REFERENCE, TURN_MS, TURNS, Row
+from flashcp.experiments.sweep.results import (
+    EMULATED,
+    LEFT_OUT,
+    MEASURED,
+    NO_OVERLAP,
+    REFERENCE,
+    TURN_MS,
+    TURNS,
+    Row,
+    label,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -21,6 +31,7 @@ __all__ = [
     "Column",
     "Comparison",
     "Line",
+    "attribute",
     "columns",
     "compare",
     "is_told_apart",
@@ -31,6 +42,8 @@ __all__ = [
 
 LOSS_TOLERANCE = 1e-4
 """Relative difference at one step up to which losses agree (fp32)."""
+ALIKE = 1.03
+"""Ratio of steps up to which nobody is ranked: beside other work turns agreed on less than idle ones confirmed."""
 METRICS = ["imbalance", "saving", "attention_ms", "exposed_exchange_ms", "wait_ms", "step_ms", "final_loss"]
 Line = Any
 """A line of the table as a named tuple, None where there is no number."""
@@ -41,7 +54,8 @@ class Comparison:
     """The runs of a sweep, case by case, the baseline first and the single-process run last.
 
     table: one line a run, NaN where there is no number. Times are medians over steps, ms; p20 and p80 are of step_ms.
-    factors: what differs between the cases, a column each. speedup: the baseline's step over this one's: in turns the
+    factors: what differs between the cases, a column each. kind: of the rows; a line that was left out has no numbers.
+    speedup: the baseline's step over this one's: in turns the
     median of the ratios within a turn, with speedup_p20 and speedup_p80, else the ratio of the medians; missing: why
     there is none; begun: when turns began, which tells whose they were. losses: of every step. loss_difference: largest
     over the steps, relative, against the single-process run. exposed_ms: attention_ms + exposed_exchange_ms beyond the
@@ -57,7 +71,7 @@ class Comparison:
     def lines(self) -> list[Line]:
         """The table's lines."""
         whole = self.table.astype(object)
-        named = whole.where(self.table.notna(), None).rename(columns=lambda name: re.sub(r"\W", "_", name))
+        named = whole.where(self.table.notna(), None).rename(columns=attribute)
         return list(named.itertuples(index=False, name="Line"))
 
     @property
@@ -91,17 +105,40 @@ class Comparison:
         """Whether every `hidden` is a share, give or take a tenth: attention varies between runs."""
         return bool(self.table.hidden.dropna().between(-0.1, 1.1).all())
 
-    def mean_speedups(self) -> dict[str, float]:
-        """Geometric mean over cases of every method's speedup, where all cases tell one."""
+    @cached_property
+    def emulated(self) -> dict[str, str]:
+        """The cases over a link that was slowed, and how."""
+        kinds = {case: [line.kind for line in self.runs if line.case == case] for case in self.cases}
+        hows = {case: [kind.partition(": ")[2] for kind in of if label(kind) == EMULATED] for case, of in kinds.items()}
+        return {case: "; ".join(dict.fromkeys(how)) for case, how in hows.items() if how}
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of cases there are: numbers of two kinds have no mean."""
+        return list(dict.fromkeys(EMULATED if case in self.emulated else MEASURED for case in self.cases))
+
+    @property
+    def left_out(self) -> list[Line]:
+        """The lines of what was not compared, and in `kind` why."""
+        return [line for line in self.runs if label(line.kind) == LEFT_OUT]
+
+    def title(self, case: str) -> str:
+        """A case as headings name it."""
+        return f"{case} ({EMULATED})" if case in self.emulated else case
+
+    def mean_speedups(self, kind: str = MEASURED) -> dict[str, float]:
+        """Geometric mean over the cases of a kind of every method's speedup, where all of them tell one."""
+        cases = [case for case in self.cases if (case in self.emulated) == (kind == EMULATED)]
         found: dict[str, list[float]] = {}
         for line in self.runs:
-            if line.speedup is not None and is_told_apart(line):
+            if line.case in cases and line.speedup is not None and is_told_apart(line):
                 found.setdefault(line.provider, []).append(math.log(line.speedup))
-        return {p: math.exp(sum(logs) / len(logs)) for p, logs in found.items() if len(logs) == len(self.cases)}
+        return {p: math.exp(sum(logs) / len(logs)) for p, logs in found.items() if len(logs) == len(cases)}
 
     def by_factor(self) -> tuple[list[str], list[list[str]]]:
         """Head and body of a table of speedups, methods down and cases across, named by what differs between them."""
         labels = self.table.drop_duplicates("case").set_index("case")[self.factors].agg(", ".join, axis=1)
+        labels = [f"{label} ({EMULATED})" if case in self.emulated else label for case, label in labels.items()]
         found = {(line.provider, line.case): speedup_text(line) for line in self.runs}
         providers = dict.fromkeys(line.provider for line in self.runs)
         body = [[name, *(found.get((name, case), "") for case in self.cases)] for name in providers]
@@ -135,7 +172,8 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
     first = runs[runs.provider == baseline].set_index("case")
     base_ms, settings = runs.case.map(first.step_ms), runs.case.map(first.reference)
     # Runs of other settings (steps, model, data) have another single-process run: no speedup over those.
-    same = settings == runs.reference
+    alike = runs.kind == runs.case.map(first.kind)  # over one link, and where it was slowed at one rate
+    same = (settings == runs.reference) & alike
     runs["speedup"] = (base_ms / runs.step_ms).where(same & (base_ms > 0) & (runs.step_ms > 0))
     base_turns, base_begun = runs.case.map(dict(first.turn_ms)), runs.case.map(first.begun)
     turns = zip(base_turns, runs.turn_ms, same & (runs.begun == base_begun), strict=True)
@@ -144,7 +182,9 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
     runs["speedup"] = np.where(np.isnan(within), runs.speedup, within)
     runs["missing"] = ""
     runs.loc[~same, "missing"] = "other settings"
-    runs.loc[settings.isna(), "missing"] = f"no {baseline}"
+    runs.loc[~alike, "missing"] = "other link"
+    runs.loc[base_ms.isna(), "missing"] = f"no {baseline}"
+    runs.loc[runs.kind.map(label) == LEFT_OUT, "missing"] = LEFT_OUT
 
     expected = dict(zip(alone.config, alone.losses, strict=True))
     pairs = zip(runs.losses, runs.reference.map(expected), strict=True)
@@ -167,6 +207,11 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
     for name, values_of in factors.items():
         whole[name] = whole.case.map(values_of)
     return Comparison(baseline, whole, list(factors))
+
+
+def attribute(column: str) -> str:
+    """The name under which a line has a column of the table."""
+    return re.sub(r"\W", "_", column)
 
 
 def relative_difference(loss: float, reference: float) -> float:
@@ -194,7 +239,8 @@ def _factors(cases: Sequence[str]) -> dict[str, dict[str, str]]:
     """What differs between the cases' names, and its value by case: `world_size`, `context`, an override's key."""
     columns: dict[str, dict[str, str]] = {}
     for case in cases:
-        for place, part in enumerate(re.split(r"(?<!\de)-", case)):  # the dash of 1e-05 parts nothing
+        head, *overrides = re.split(r"-(?=[\w.]+=)", case)  # values may have dashes
+        for place, part in enumerate([*([head] if "=" in head else head.split("-")), *overrides]):
             key, _, value = part.partition("=")
             if size := re.fullmatch(r"([cn])(\d+k?)", part):
                 key, value = {"c": "context", "n": "world_size"}[size[1]], size[2]
@@ -220,8 +266,11 @@ def step_parts(line: Line) -> dict[str, float]:
 
 
 def is_told_apart(line: Line) -> bool:
-    """Whether most turns agree on which of the two is faster; runs that took no turns are not asked."""
-    return line.speedup_p20 is None or not line.speedup_p20 < 1 < line.speedup_p80
+    """Whether most turns agree on which of the two is faster, and by more than load alone moves a ratio (ALIKE); runs
+    that took no turns are not asked."""
+    if line.speedup_p20 is None or line.speedup_p20 == line.speedup_p80 == 1:  # the baseline itself
+        return True
+    return bool(line.speedup_p20 > ALIKE or line.speedup_p80 < 1 / ALIKE)
 
 
 def speedup_text(line: Line) -> str:
@@ -247,7 +296,7 @@ class Column(NamedTuple):
 
     def cell(self, line: Line) -> str:
         """The number as text; where there is none, nothing, or why there is no speedup."""
-        value = getattr(line, self.name)
+        value = getattr(line, attribute(self.name))
         if self.name == "speedup":
             return speedup_text(line)
         if value is None:
@@ -264,7 +313,7 @@ RESULT = (
         "speedup over {baseline}",
         ".3f",
         "step of the baseline / this step: median of the ratios within a turn, in brackets p20 - p80; "
-        "not told apart: that range has 1 in it",
+        f"not told apart: that range comes within {ALIKE - 1:.0%} of 1",
     ),
     Column("final_loss", "final loss", ".5f", "nats a token at the last step"),
     Column(
@@ -312,5 +361,6 @@ OVERLAPS = (
 
 def columns(comparison: Comparison) -> list[Column]:
     """What is told of each line beside its name."""
-    chosen = (*(OVERLAPS if comparison.of_overlap else METHODS), *RESULT)
+    factors = [Column(name, name, "", "what differs between the cases") for name in comparison.factors]
+    chosen = (*OVERLAPS, *RESULT) if comparison.of_overlap else (*factors, *METHODS, *RESULT)
     return [column._replace(title=column.title.format(baseline=comparison.over)) for column in chosen]

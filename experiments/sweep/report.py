@@ -18,7 +18,17 @@ from flashcp.experiments.paper.figures import FIGURES, paper_folders, publish_fi
 from flashcp.experiments.paper.figures import PAGE as PAPER_PAGE
 from flashcp.experiments.plots import PARTS, comparison_figure
 from flashcp.experiments.sweep.compare import LOSS_TOLERANCE, Comparison, columns, compare, step_parts
-from flashcp.experiments.sweep.results import NO_OVERLAP, REFERENCE, RESULTS, Row, read_rows
+from flashcp.experiments.sweep.results import (
+    EMULATED,
+    LEFT_OUT,
+    MEASURED,
+    NO_OVERLAP,
+    REFERENCE,
+    RESULTS,
+    Row,
+    label,
+    read_rows,
+)
 from flashcp.experiments.templates import render as fill
 from flashcp.experiments.templates import write_whole
 from flashcp.sharding.methods import METHODS
@@ -52,7 +62,7 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
     if not read_rows(folder) and not read_failures(folder):
         raise ValueError(f"{folder / RESULTS}: no rows in it, and no failed run beside it")
     rows = read_rows(folder)
-    if any(row.kind != "measured" for row in rows):
+    if any(label(row.kind) not in (MEASURED, EMULATED, LEFT_OUT) for row in rows):
         text = publish_figure(_figure_name(folder), rows, folder)
         print(text, file=sys.stderr if as_json else sys.stdout)
         if as_json:
@@ -114,6 +124,7 @@ def publish(folder: Path, baseline: str, as_json: bool) -> Comparison:
     if rows:
         figure, drawn = comparison_figure(comparison), io.BytesIO()
         figure.savefig(folder / FIGURE, dpi=160)
+        figure.set_layout_engine("none")  # as it was laid out; once more takes as long again
         figure.savefig(drawn, format="svg")
         told = _told(folder.resolve().name, comparison, rows, failures)
         told["svg"] = base64.b64encode(drawn.getvalue()).decode()
@@ -143,13 +154,16 @@ def render(comparison: Comparison, failures: dict[tuple[str, str], str]) -> str:
         lines = [line for line in comparison.lines if line.case == case]
         body = [[line.provider, *(column.cell(line) for column in chosen)] for line in lines]
         body += [[provider, *[""] * (len(head) - 1)] for failed, provider in failures if failed == case]
-        parts.append(f"{case}\n{table(head, body)}")
+        parts.append(f"{comparison.title(case)}\n{table(head, body)}")
     if len(comparison.factors) and not comparison.of_overlap:
         parts.append(f"speedup over {comparison.over}, by case\n{table(*comparison.by_factor())}")
     notes = [f"failed: {case} {provider}: {error}" for (case, provider), error in failures.items()]
-    if (means := comparison.mean_speedups()) and len(comparison.cases) > 2:
-        shown = ", ".join(f"{provider} {value:.3f}" for provider, value in means.items())
-        notes.append(f"speedup over {comparison.baseline}, geometric mean over cases: {shown}")
+    notes += [f"{case} {line}" for case, line in _remarks(comparison)]
+    for kind in comparison.kinds:
+        if (means := comparison.mean_speedups(kind)) and len(comparison.cases) > 2:
+            shown = ", ".join(f"{provider} {value:.3f}" for provider, value in means.items())
+            cases = f"{kind} cases" if comparison.emulated else "cases"
+            notes.append(f"speedup over {comparison.baseline}, geometric mean over {cases}: {shown}")
     if not comparison.is_hidden_told:
         notes.append("hidden is not within 0 and 1: attention varied too much between the runs")
     if worst := comparison.worst_difference:
@@ -159,6 +173,12 @@ def render(comparison: Comparison, failures: dict[tuple[str, str], str]) -> str:
             f"({worst.provider}), {verdict} {LOSS_TOLERANCE:.0e}"
         )
     return "\n\n".join([*parts, "\n".join(notes)]).rstrip()
+
+
+def _remarks(comparison: Comparison) -> list[tuple[str, str]]:
+    """Cases, and what must be known of them: how a link was slowed, who was left out and why."""
+    emulated = [(case, f"is {EMULATED}: {how}") for case, how in comparison.emulated.items()]
+    return emulated + [(line.case, f"{line.provider}: {line.kind}") for line in comparison.left_out]
 
 
 def _document(comparison: Comparison, failures: dict[tuple[str, str], str]) -> dict[str, object]:
@@ -180,6 +200,7 @@ def _told(
         "lead": _lead(comparison, rows),
         "tiles": _tiles(comparison),
         "failures": failures,
+        "remarks": _remarks(comparison),
         "cases": cases,
         "columns": columns(comparison),
         "longest": {
@@ -206,7 +227,8 @@ def _lead(comparison: Comparison, rows: Sequence[Row]) -> str:
     providers = dict.fromkeys(line.provider for line in comparison.runs)
     counts = sorted({len(line.losses) for line in comparison.lines})
     steps = f"{counts[0]} to {counts[-1]}" if counts[1:] else "".join(map(str, counts))
-    kinds, devices = (_several(getattr(row, name) for row in rows) for name in ("kind", "device"))
+    told = [row for row in rows if row.metric != LEFT_OUT]
+    kinds, devices = " and ".join(dict.fromkeys(label(row.kind) for row in told)), _several(row.device for row in told)
     what = "levels of overlap" if comparison.of_overlap else "methods"
     return f"{len(providers)} {what}, {steps} training steps each, {kinds} on {devices}"
 
@@ -223,12 +245,13 @@ def _tiles(comparison: Comparison) -> list[tuple[str, str]]:
                     (f"{100 * min(1.0, best.hidden):.0f}%", f"of the exchange hidden by {best.provider}: {case}")
                 )
     else:
-        if means := comparison.mean_speedups():
-            fastest = max(means, key=lambda provider: means[provider])
-            what = f"{fastest}, fastest step over {baseline}"
-            tiles.append(
-                (f"{means[fastest]:.2f}x", f"no step faster than {baseline}'s" if fastest == baseline else what)
-            )
+        for kind in comparison.kinds:
+            if means := comparison.mean_speedups(kind):
+                fastest = max(means, key=lambda provider: means[provider])
+                what = f"{fastest}, fastest step over {baseline}"
+                what = f"no step faster than {baseline}'s" if fastest == baseline else what
+                link = " (link slowed: emulated)" if kind == EMULATED else ""
+                tiles.append((f"{means[fastest]:.2f}x", f"{what}{link}"))
         if balanced := [line for line in runs if line.imbalance is not None and line.provider == baseline]:
             tiles.append((f"{balanced[0].imbalance:.2f}", f"imbalance of {baseline}; 1 is balanced"))
         if saving := max(runs, key=lambda line: line.saving or 0.0, default=None):

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "EMULATED",
     "FAILED",
+    "LEFT_OUT",
+    "MEASURED",
     "NO_OVERLAP",
     "REFERENCE",
     "RESULTS",
@@ -32,6 +35,8 @@ __all__ = [
     "Number",
     "Row",
     "check_device",
+    "label",
+    "left_out_row",
     "read_rows",
     "reason",
     "summary_rows",
@@ -45,6 +50,10 @@ WINDOWS = "windows"
 """Metric: how many packs the other numbers of a case are over."""
 FAILED = "failed"
 """Metric of a provider that did not come through a case; the row's `kind` says why."""
+LEFT_OUT = "left out"
+"""Metric of a provider that cannot be compared in a case; the row's `kind` says why."""
+MEASURED, EMULATED = "measured", "emulated"
+"""Kinds of a training run's rows: as this machine is, or with a link that was slowed (and how)."""
 TURN_MS, TURNS = "turn_ms", "turns"
 """Metrics of runs that took turns: the step of each turn, and when their turns began, which tells whose they were."""
 REFERENCE = "single_process"
@@ -77,7 +86,7 @@ class Row:
     """One number. median: over a run's steps after warm-up, or the number itself where there is one (p20, p80 None).
 
     case: the work. provider: the method. step: of `loss` and `turn_ms`, else None. kind: `measured`,
-    `simulated`, both in words, or `failed: ` and why.
+    `simulated`, both in words, `emulated: ` and how, `left out: ` and why, or `failed: ` and why.
     config: digest of the run's configuration; reference: of the single-process run of the same packs, or empty.
     """
 
@@ -115,6 +124,17 @@ class Failure(NamedTuple):
 
     provider: str
     reason: str
+
+
+def label(kind: str) -> str:
+    """The first word or two of a row's kind, without how and why."""
+    return kind.partition(":")[0]
+
+
+def left_out_row(case: str, provider: str, why: str, config: str) -> Row:
+    """A provider that is not compared in a case, and why. config: digest of the run that was not made."""
+    left_out = to_row(case, Number(provider, LEFT_OUT, "1", None, 1.0, None), "none", f"{LEFT_OUT}: {why}")
+    return dataclasses.replace(left_out, config=config)
 
 
 def reason(failure: BaseException) -> str:
@@ -159,8 +179,9 @@ def to_row(
 
 def summary_rows(case: str, provider: str, config: str, summary: Mapping[str, Any]) -> list[Row]:
     """The rows of a training run, from its summary.json; `reference` is still empty."""
-    versions = summary["versions"]
-    carried = (versions["device"], versions_text(versions), commit(), versions["date"], "measured", config, "")
+    versions, how = summary["versions"], summary["emulated"]
+    kind = f"{EMULATED}: {how}" if how else MEASURED
+    carried = (versions["device"], versions_text(versions), commit(), versions["date"], kind, config, "")
 
     def row(metric: str, unit: str, value: Any, step: int | None = None) -> Row:
         if isinstance(value, Mapping):

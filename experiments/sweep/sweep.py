@@ -20,10 +20,21 @@ from flashcp.experiments.cli.settings import Run, read_run
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep import simulations
-from flashcp.experiments.sweep.compare import LOSS_TOLERANCE, Comparison
+from flashcp.experiments.sweep.compare import LOSS_TOLERANCE, Comparison, attribute
 from flashcp.experiments.sweep.report import publish, read_baseline
-from flashcp.experiments.sweep.results import NO_OVERLAP, REFERENCE, Row, read_rows, summary_rows, write_rows
+from flashcp.experiments.sweep.results import (
+    EMULATED,
+    NO_OVERLAP,
+    REFERENCE,
+    Row,
+    left_out_row,
+    read_rows,
+    summary_rows,
+    write_rows,
+)
 from flashcp.experiments.sweep.simulations import is_simulation
+from flashcp.train.link import FREE
+from flashcp.train.parallel import SLOWING
 from flashcp.train.run import prepare
 from flashcp.train.tracker import TrackerConfig, track_comparison
 
@@ -68,12 +79,25 @@ def track(comparison: Comparison, tracker: TrackerConfig, out: Path) -> None:
     """The comparison as one run of wandb: a table, a bar chart, the speedups as numbers of the summary."""
     lines = [line for line in comparison.lines if line.provider != REFERENCE]
     own = ["exposed_ms", "hidden", "wait_ms"] if comparison.of_overlap else ["imbalance", "saving"]
-    columns = ["case", "provider", *own, "attention_ms", "exposed_exchange_ms", "step_ms", "speedup", "final_loss"]
+    columns = [
+        "case",
+        "provider",
+        *comparison.factors,
+        *own,
+        "attention_ms",
+        "exposed_exchange_ms",
+        "step_ms",
+        "speedup",
+        "final_loss",
+    ]
     name = f"speedup_vs_{comparison.baseline}"
-    summary: dict[str, float] = {f"{name}/{provider}": value for provider, value in comparison.mean_speedups().items()}
-    if summary:
-        summary[name] = max(summary.values())
-    table = [[getattr(line, column) for column in columns] for line in lines]
+    summary: dict[str, float] = {}
+    for kind in comparison.kinds:
+        means, of_kind = comparison.mean_speedups(kind), name if kind != EMULATED else f"{name}/{kind}"
+        summary |= {f"{of_kind}/{provider}": value for provider, value in means.items()}
+        if means:
+            summary[of_kind] = max(means.values())
+    table = [[getattr(line, attribute(column)) for column in columns] for line in lines]
     track_comparison(tracker, out, columns, table, ("provider", "speedup"), summary)
 
 
@@ -90,16 +114,25 @@ class Sweep:
         self.out = Path(settings["out"] or f"outputs/{self.name}")
         check_out(self.out)
         self.swept = _swept(jobs)
-        runs = [run for job in jobs for run in self.runs(job)]
-        for run in runs:
+        asked = [self.runs(job) for job in jobs]
+        self.left_out = {runs[-1].digest: (runs[-1], why) for runs in asked if (why := bypass(runs[-1]))}
+        self.wanted = [runs for runs in asked if runs[-1].digest not in self.left_out]
+        runs = [run for together in self.wanted for run in together]
+        for run in (*runs, *(run for run, _ in self.left_out.values())):
+            if (link := run.config.parallel.link) != FREE and not self.turns:
+                raise ValueError(f"sweep.turns=False with parallel.link={link}: expected true: turns share its rate")
             fresh = dataclasses.replace(run.config, out=f"{run.config.out}.new")  # whatever an older run left there
             prepare(fresh, run.world_size)
         self.rows = read_rows(self.out)
         here = {run.digest for run in runs} & {row.config for row in self.rows}
         self.exact = all(run.config.loop.precision == "fp32" for run in runs)
+        for run, why in self.left_out.values():
+            print(f"left out: {run.case} {run.provider}: {why}", file=sys.stderr)
+            row = left_out_row(run.case, run.provider, why, run.digest)
+            self.rows = [*_without(self.rows, run), row]
         self.done = set() if self.rerun else here
         self.failed: list[str] = []
-        self.tracker = dataclasses.replace(runs[0].config.tracker, group=self.name, job_type="compare")
+        self.tracker = dataclasses.replace(asked[0][-1].config.tracker, group=self.name, job_type="compare")
         waiting = {run.digest: run.config.loop.steps for run in runs if run.digest not in self.done}
         if self.done:
             print(
@@ -116,9 +149,17 @@ class Sweep:
     def runs(self, job: Job) -> list[Run]:
         """The runs that a job asks for: its own, after the single-process run it is compared with."""
         told = self.swept - SHOWN - ({"parallel.overlap"} if self.baseline == NO_OVERLAP else set())
-        label = "".join(f"-{item}" for item in job.overrides if item.split("=")[0] in told)
-        own = read_run(job.settings, label)
-        return [self.placed(run) for run in ([own.alone(), own] if self.with_reference else [own])]
+        of_link = {"parallel.link"}
+
+        def named(keys: set[str]) -> str:
+            chosen = [item for item in job.overrides if item.split("=")[0] in keys]
+            return "".join(f"-{item.removeprefix('parallel.')}" for item in chosen)
+
+        own = read_run(job.settings, named(told))
+        # One process has no link: the same run is the reference over every link.
+        parallel = {**job.settings["parallel"], "link": FREE}
+        alone = read_run({**job.settings, "parallel": parallel}, named(told - of_link)).alone()
+        return [self.placed(run) for run in ([alone, own] if self.with_reference else [own])]
 
     def placed(self, run: Run) -> Run:
         """The run in its directory, out/jobs/CASE/PROVIDER."""
@@ -129,11 +170,13 @@ class Sweep:
 
     def run(self) -> None:
         """What the jobs ask for: single processes first, then the runs of a case in turns."""
-        jobs = [self.runs(job) for job in self.jobs]
+        if self.left_out:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_rows(self.out, self.rows)
         with self.bar:
-            for group in self.groups(jobs):
+            for group in self.groups(self.wanted):
                 self.train_together(group)
-                for runs in jobs:
+                for runs in self.wanted:
                     if runs[-1] in group:
                         self.rows = _named(self.rows, runs[-1], runs[0].digest if self.with_reference else "")
                 write_rows(self.out, self.rows)
@@ -178,7 +221,8 @@ class Sweep:
         folders, begun = [Path(run.config.out) for run in runs], self.bar.n
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-        self.bar.set_description(runs[0].provider if len(runs) == 1 else f"{len(runs)} methods in turns")
+        at_work = runs[0].provider if len(runs) == 1 else f"{len(runs)} methods in turns"
+        self.bar.set_description(f"{at_work}: ranks start")
         steps = len(runs) * runs[0].config.loop.steps
         have_rows = {row.config for row in self.rows}
         again = 0 if self.rerun else sum(run.config.loop.steps for run in runs if run.digest in have_rows)
@@ -188,7 +232,10 @@ class Sweep:
             files = [folder / "metrics.jsonl" for folder in folders]
             done = sum(file.read_bytes().count(b"\n") for file in files if file.is_file())
             if begun + done > self.bar.n:
+                self.bar.set_description(at_work, refresh=False)
                 self.bar.update(begun + done - self.bar.n)
+            elif sys.stderr.isatty():
+                self.bar.refresh()  # time goes on
 
         outcome = launch(*runs, watch=watch)
         if outcome.code and len(runs) > 1:  # they go on one after another, from the beginning
@@ -198,13 +245,31 @@ class Sweep:
         self.bar.refresh()
         if outcome.code:
             return outcome.error
+        how = ""
         for run, folder in zip(runs, folders, strict=True):
             summary = json.loads((folder / "summary.json").read_text())
-            kept = [row for row in self.rows if (row.case, row.provider) != (run.case, run.provider)]
+            kept = _without(self.rows, run)
             reference = next((row.reference for row in self.rows if row.config == run.digest), "")
             made = summary_rows(run.case, run.provider, run.digest, summary)
             self.rows = kept + [dataclasses.replace(row, reference=reference) for row in made]
+            how = summary["emulated"]
+        if how:
+            self.bar.write(f"{runs[0].case} is {EMULATED}: {how}", file=sys.stderr)
         return ""
+
+
+def bypass(run: Run) -> str:
+    """Why a run's rows would not leave as slowly as its link asks; empty where they do, or where the link is free."""
+    parallel = run.config.parallel
+    slowed = parallel.link != FREE or parallel.throttle_gbps
+    if not slowed or parallel.transport in ("auto", *SLOWING):
+        return ""
+    return f"over {parallel.transport} rows leave at once, not over a slowed link; {' and '.join(SLOWING)} slow them"
+
+
+def _without(rows: list[Row], run: Run) -> list[Row]:
+    """All rows but those of a run's case and provider."""
+    return [row for row in rows if (row.case, row.provider) != (run.case, run.provider)]
 
 
 def _named(rows: list[Row], run: Run, reference: str) -> list[Row]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Protocol
 
@@ -82,11 +84,17 @@ class StdlibSource(TextSource):
     SKIPPED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
 
     def __init__(self) -> None:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        self._files = sorted(
-            file for file in root.rglob("*.py") if not self.SKIPPED & set(file.relative_to(root).parts)
-        )
+        self._files = list(self._found())
         self.parts = [str(file) for file in self._files]
+
+    @classmethod
+    @cache  # a sweep opens the source for each of its runs
+    def _found(cls) -> tuple[Path, ...]:
+        files = []
+        for folder, below, names in os.walk(sysconfig.get_paths()["stdlib"]):
+            below[:] = [name for name in below if name not in cls.SKIPPED]
+            files += [Path(folder, name) for name in names if name.endswith(".py")]
+        return tuple(sorted(files))
 
 
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {

@@ -215,7 +215,7 @@ def test_a_case_without_rows_is_named() -> None:
 
 
 def test_measured_times_of_several_sweeps_become_one(tmp_path: Path) -> None:
-    rows = [row for row in read_rows(ROOT / "experiments/results/demo") if row.metric == "step_ms"]
+    rows = [row for row in read_rows(ROOT / "experiments/results/demo_repeats") if row.metric == "step_ms"]
     for number, factor in enumerate((1.0, 1.2, 2.0)):
         place = tmp_path / str(number)
         place.mkdir()

@@ -52,6 +52,15 @@ def test_turns_that_disagree_rank_nobody(make_rows: Rows) -> None:
     assert speedup.cell(found) == speedup_text(found)
 
 
+@pytest.mark.parametrize(("ratio", "told"), [(0.96, True), (0.98, False), (1.02, False), (1.04, True)])
+def test_turns_that_agree_on_next_to_nothing_rank_nobody(make_rows: Rows, ratio: float, told: bool) -> None:
+    base = in_turns(make_rows("llama3"), 7.0, [10 * ratio] * 6)
+    ours = in_turns(make_rows("flashcp"), 7.0, [10] * 6)
+    found = line(base + ours, "flashcp")
+    assert is_told_apart(found) == told
+    assert speedup_text(found).startswith("not told apart") != told
+
+
 def test_steps_of_other_turns_are_no_neighbours(make_rows: Rows) -> None:
     base = in_turns(make_rows("llama3", step_ms=10), 7.0, [10, 10])
     ours = in_turns(make_rows("flashcp", step_ms=5), 8.0, [1, 1])
