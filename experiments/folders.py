@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["check_file", "check_out"]
+__all__ = ["check_file", "check_out", "leave_no_trace"]
 
 
 def check_file(file: Path, field: str = "out") -> None:
@@ -37,3 +38,12 @@ def check_out(out: Path, field: str = "out") -> None:
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def leave_no_trace(files: Iterable[Path], made: Iterable[Path]) -> None:
+    """Remove the files, and of the folders that were made for them, innermost first, those that are empty then."""
+    for file in files:
+        file.unlink(missing_ok=True)
+    for folder in made:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

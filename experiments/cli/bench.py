@@ -6,11 +6,13 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flashcp.experiments.cli.compose import compose
+from flashcp.experiments.cli.compose import Job, run
 from flashcp.experiments.cli.launch import RanksFailedError
+from flashcp.experiments.cli.verbs import AS_JSON
 from flashcp.experiments.folders import check_file
 from flashcp.schema import read_dataclass
 
@@ -35,16 +37,14 @@ class Bench(NamedTuple):
 def _planner() -> Bench:
     from flashcp.experiments.bench.planner import PlannerBench, bench_planner, planner_table, write_planner_rows
 
-    run = _into_file(bench_planner, write_planner_rows)
-    return Bench(PlannerBench, run, planner_table)
+    return Bench(PlannerBench, _into_file(bench_planner, write_planner_rows), planner_table)
 
 
 def _awkward() -> Bench:
     from flashcp.experiments.bench.awkward import AwkwardBench, awkward_table, bench_awkward
     from flashcp.experiments.bench.planner import write_planner_rows
 
-    run = _into_file(bench_awkward, write_planner_rows)
-    return Bench(AwkwardBench, run, awkward_table)
+    return Bench(AwkwardBench, _into_file(bench_awkward, write_planner_rows), awkward_table)
 
 
 def _attention() -> Bench:
@@ -74,8 +74,8 @@ def _calibrate() -> Bench:
         write_calibration,
     )
 
-    run = _into_file(bench_calibrate, write_calibration, ".yaml", BESIDE)
-    return Bench(CalibrateBench, run, calibration_table, BESIDE)
+    into = _into_file(bench_calibrate, write_calibration, ".yaml", BESIDE)
+    return Bench(CalibrateBench, into, calibration_table, BESIDE)
 
 
 BENCHES: dict[str, Callable[[], Bench]] = {
@@ -88,21 +88,26 @@ BENCHES: dict[str, Callable[[], Bench]] = {
 }
 
 
-def main(arguments: Sequence[str], as_json: bool = False) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Measure, write to out= (by default below outputs/), print the table or one JSON document."""
-    name, overrides = _name(arguments)
-    bench = BENCHES[name]()
-    settings = compose(f"bench/{name}", overrides)
+    name = arguments[0] if arguments else ""
+    if name not in BENCHES:
+        raise ValueError(f"bench {name!r}: expected one of {', '.join(BENCHES)}")
+    return run(partial(measure, name), f"bench/{name}", arguments[1:])
+
+
+def measure(name: str, job: Job) -> None:
+    """One job of `flashcp bench NAME`."""
+    bench, settings = BENCHES[name](), dict(job.settings)
     out = settings.pop("out")
     try:
         rows, written = bench.run(read_dataclass(bench.settings, settings), out)
     except RanksFailedError as error:
         print(f"flashcp: error: {error}", file=sys.stderr)
-        return 1
-    print(_json(rows) if as_json else bench.table(rows))
+        sys.exit(1)
+    print(_json(rows) if AS_JSON.get() else bench.table(rows))
     files = [written, *map(written.with_suffix, bench.beside)]
     print(f"wrote {', '.join(map(str, files))}", file=sys.stderr)
-    return 0
 
 
 def _into_file(
@@ -113,7 +118,7 @@ def _into_file(
 ) -> Run:
     """Rows written to one file, and those beside it, when all are there."""
 
-    def run(settings: Any, out: str) -> tuple[list[Any], Path]:
+    def into(settings: Any, out: str) -> tuple[list[Any], Path]:
         path = Path(out)
         if path.suffix != suffix:
             raise ValueError(f"out={out!r}: expected a file *{suffix}")
@@ -123,7 +128,7 @@ def _into_file(
         write(path, rows)
         return rows, path
 
-    return run
+    return into
 
 
 def _json(rows: list[Any]) -> str:
@@ -137,10 +142,3 @@ def _fields(row: Any) -> dict[str, Any]:
 def keys(arguments: Sequence[str]) -> str:
     """For --help: the configuration of the benchmark that is named; empty when none is."""
     return f"bench/{arguments[0]}" if arguments[:1] and arguments[0] in BENCHES else ""
-
-
-def _name(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    names = [argument for argument in arguments if "=" not in argument]
-    if len(names) != 1 or names[0] not in BENCHES:
-        raise ValueError(f"bench {' '.join(names)!r}: expected one of {', '.join(BENCHES)}")
-    return names[0], [argument for argument in arguments if "=" in argument]

@@ -8,12 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import torch
 
+from flashcp.experiments.folders import leave_no_trace
 from flashcp.train.config import TrainConfig
 from flashcp.train.summary import write_json
 
@@ -78,15 +79,6 @@ def launch(*runs: Run, watch: Callable[[], None] | None = None) -> Outcome:
     if outcome.code == BAD_INPUT and not any((out / METRICS).exists() for out in folders):  # before the first step
         leave_no_trace([*configs, log], sorted(made, key=lambda folder: -len(folder.parts)))
     return outcome
-
-
-def leave_no_trace(files: Iterable[Path], made: Iterable[Path]) -> None:
-    """Remove the files, and of the folders that were made for them, innermost first, those that are empty then."""
-    for file in files:
-        file.unlink()
-    for folder in made:
-        if not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def rank_environment(config: TrainConfig) -> dict[str, str]:

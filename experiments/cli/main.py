@@ -13,9 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
-from flashcp.experiments.cli.verbs import VERBS
+from flashcp.experiments.cli.verbs import AS_JSON, VERBS
 
 __all__ = ["main"]
+
+OPTIONS = ("-h", "--help", "--json")
+HYDRA_OPTIONS = {"-m", "--multirun", "-r", "--run", "-c", "--cfg", "-p", "--package", "--resolve", "-i", "--info"}
+HYDRA_OPTIONS |= {"-cd", "--config-dir", "-cn", "--config-name", "-cp", "--config-path", "--hydra-help", "--version"}
 
 
 class Stopped(BaseException):
@@ -31,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"flashcp: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except SystemExit as end:  # of a verb, or of Hydra's parser of options
+        return int(end.code or 0)
     except KeyboardInterrupt:
         print("flashcp: interrupted", file=sys.stderr)
         return 130
@@ -62,34 +68,63 @@ def _signals_raise() -> Iterator[None]:
 
 
 def _run(given: list[str]) -> int:
-    asks_help = bool({"-h", "--help"} & set(given))
-    options, words = [word for word in given if word.startswith("-")], [word for word in given if word[:1] != "-"]
-    for option in options:
-        if option not in ("-h", "--help", "--json"):
-            raise ValueError(f"{option}: no such option; expected --help, --json or overrides KEY=VALUE")
-    if not words:
+    if {"-sc", "--shell-completion"} & set(given):
+        return _complete(given)
+    asks_help, verb = bool({"-h", "--help"} & set(given)), next((word for word in given if word[:1] != "-"), "")
+    for option in given:
+        if option.startswith("-") and option.partition("=")[0] not in (*OPTIONS, *HYDRA_OPTIONS):
+            raise ValueError(f"{option}: no such option; expected --help, --json or one of Hydra's (--hydra-help)")
+    if not verb:
         print(usage())
         return 0 if asks_help else 2
-    if words[0] not in VERBS:
-        raise ValueError(f"{words[0]!r}: no such verb; expected one of {', '.join(VERBS)}")
+    if verb not in VERBS:
+        raise ValueError(f"{verb!r}: no such verb; expected one of {', '.join(VERBS)}")
+    given.remove(verb)
     if asks_help:
         from flashcp.experiments.cli.usage import verb_usage
 
-        print(verb_usage(words[0], words[1:]))
+        print(verb_usage(verb, [word for word in given if word[:1] != "-"]))
         return 0
-    module = import_module(f"flashcp.experiments.{VERBS[words[0]].module}")
-    return int(module.main(words[1:], as_json="--json" in options))
+    module = import_module(f"flashcp.experiments.{VERBS[verb].module}")
+    told = AS_JSON.set("--json" in given)
+    try:
+        return int(module.main([word for word in given if word not in OPTIONS]))
+    finally:
+        AS_JSON.reset(told)
+
+
+def _complete(given: list[str]) -> int:
+    """`-sc install=SHELL`: what the shell evaluates; `-sc query=SHELL`: words that may end COMP_LINE.
+
+    Hydra completes the line of an application: ours without the verb.
+    """
+    verb, *rest = os.environ.get("COMP_LINE", "flashcp train ").split(" ")[1:] or [""]
+    words = [word for word in given if word not in VERBS]
+    if not rest:
+        print(" ".join(VERBS))
+    elif verb in VERBS:
+        from flashcp.experiments.cli.compose import run_app
+
+        module = import_module(f"flashcp.experiments.{VERBS[verb].module}")
+        if verb == "bench" and len(rest) == 1:
+            print(" ".join(module.BENCHES))
+        elif config := module.keys(rest) if hasattr(module, "keys") else getattr(module, "CONFIG", ""):
+            os.environ["COMP_LINE"] = " ".join(["flashcp", *rest[verb == "bench" :]])
+            return run_app(print, config, words)
+    return 0
 
 
 def usage() -> str:
     """What `flashcp --help` prints."""
     verbs = "\n".join(f"  {name:<8} {verb.summary}" for name, verb in VERBS.items())
-    return f"""usage: flashcp VERB [KEY=VALUE ...] [--json]
+    return f"""usage: flashcp VERB [KEY=VALUE ...] [--json] [-m]
 
 {verbs}
 
 flashcp VERB --help lists the keys of a verb and their legal values.
 --json: one JSON document on standard output, everything else on standard error.
+-m: several values KEY=a,b, one job each. Verbs are Hydra applications: --cfg job, --info, --config-dir, --hydra-help.
+Completion: eval "$(flashcp -sc install=bash)"
 
   flashcp plan world_size=8 data=pile
   flashcp plan method=flashcp data=lengths 'data.lengths=[70000,40000,21072]' figure=plan.png

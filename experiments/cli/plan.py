@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 import flashcp
-from flashcp.experiments.cli.compose import compose
+from flashcp.experiments.cli.compose import Job, run
 from flashcp.experiments.cli.packs import read_packs
 from flashcp.experiments.cli.schema import GROUPS
+from flashcp.experiments.cli.verbs import AS_JSON
 from flashcp.options import naming_options
 from flashcp.sharding.methods import METHODS, Method
 from flashcp.sharding.plan import ShardingPlan
@@ -40,9 +41,14 @@ class PlannedMethod:
     ms: float
 
 
-def main(overrides: Sequence[str], as_json: bool = False) -> int:
+def main(words: Sequence[str]) -> int:
     """Print the table, or one JSON document."""
-    settings = compose(CONFIG, overrides)
+    return run(show_plans, CONFIG, words)
+
+
+def show_plans(job: Job) -> None:
+    """One job of `flashcp plan`."""
+    settings = job.settings
     options = strategy_options(settings)
     methods = chosen_methods(settings)
     packs = read_packs(settings["data"], settings["context"], settings["windows"], settings["seed"])
@@ -61,14 +67,13 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
             each = {m.name: (flashcp.plan(packs[0], world_size, m.sharding), m.exchange) for m in methods}
             file = draw_methods(each, file)
         print(f"wrote {file}", file=sys.stderr)
-    if as_json:
+    if AS_JSON.get():
         print(json.dumps(_document(settings, packs, planned, first if len(methods) == 1 else None), indent=1))
     else:
         print(heading(settings, packs))
         print(_table(planned))
         if len(methods) == 1:
             print(f"\nfirst window\n{first}\n\n{first.certificate}")
-    return 0
 
 
 def measure(method: Method, packs: Sequence[np.ndarray], world_size: int, options: Mapping[str, Any]) -> PlannedMethod:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flashcp.experiments.cli.compose import compose
+from flashcp.experiments.cli.compose import Job, run
 from flashcp.experiments.cli.packs import read_packs
 from flashcp.experiments.cli.plan import heading, plannable, strategy_options
 from flashcp.experiments.cli.simulate_choices import (
@@ -22,6 +22,7 @@ from flashcp.experiments.cli.simulate_choices import (
     read_kernels,
     read_setting,
 )
+from flashcp.experiments.cli.verbs import AS_JSON
 from flashcp.experiments.progress import bar
 from flashcp.experiments.provenance import commit
 from flashcp.options import naming_options
@@ -58,10 +59,15 @@ class Simulated(NamedTuple):
     kernels: Kernels
 
 
-def main(overrides: Sequence[str], as_json: bool = False) -> int:
+def main(words: Sequence[str]) -> int:
     """Print the table and a recommendation, or one JSON document."""
-    settings = compose(CONFIG, overrides)
-    check_cluster_file(settings, overrides)
+    return run(show_methods, CONFIG, words)
+
+
+def show_methods(job: Job) -> None:
+    """One job of `flashcp simulate`."""
+    settings = job.settings
+    check_cluster_file(settings, job.overrides)
     if settings["figure"]:
         from flashcp.experiments.plots import check_figure, draw_timelines
 
@@ -75,13 +81,12 @@ def main(overrides: Sequence[str], as_json: bool = False) -> int:
         title = f"{len(pack)} documents, {pack.sum()} tokens, {ranks} ranks, simulated on {found.setting.machine.name}"
         draw_timelines(modules, title, figure)
         print(f"wrote {figure}", file=sys.stderr)
-    if as_json:
+    if AS_JSON.get():
         print(json.dumps(_document(settings, found), indent=1))
     else:
         kernels = f", its kernels measured on {found.kernels.device}" if found.kernels.device else ""
         print(f"{heading(settings, found.packs)}; simulated on {found.setting.machine.name}{kernels}")
         print(f"{summary_table(found.summaries)}\n\n{recommendation(found.summaries)}")
-    return 0
 
 
 def simulate(settings: Mapping[str, Any], label: str = "") -> Simulated:

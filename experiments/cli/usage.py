@@ -12,6 +12,10 @@ from flashcp.experiments.cli.verbs import VERBS
 __all__ = ["groups", "verb_usage"]
 
 
+HYDRA = """Hydra's own options: -m (several values KEY=a,b, one job each), --cfg job, --info, --config-dir DIR,
+--hydra-help; hydra/launcher=NAME, hydra/sweeper=NAME (docs/training.md)"""
+
+
 def verb_usage(verb: str, arguments: Sequence[str] = ()) -> str:
     """Usage, groups and keys with their defaults."""
     module = import_module(f"flashcp.experiments.{VERBS[verb].module}")
@@ -25,6 +29,8 @@ def verb_usage(verb: str, arguments: Sequence[str] = ()) -> str:
         parts += [f"{name} (conf/{file}.yaml):\n\n{body}" for name, file, body in _members(taken)]
     if about := getattr(module, "ABOUT", ""):
         parts.append(_wrapped("", about))
+    if config:
+        parts.append(HYDRA)
     return "\n\n".join(parts)
 
 
@@ -50,8 +56,8 @@ def _text(file: str) -> str:
 
 
 def _body(file: str) -> str:
-    """A file's own keys: without its first lines of comment and its defaults list."""
-    lines = _text(file).splitlines()
+    """A file's own keys: without its first lines of comment, its defaults list and what it tells Hydra."""
+    lines = _text(file).partition("\nhydra:\n")[0].splitlines()
     start = lines.index("", lines.index("defaults:")) if "defaults:" in lines else 0
     return "\n".join(f"  {line}".rstrip() for line in lines[start:] if not line.startswith("# @")).strip("\n")
 

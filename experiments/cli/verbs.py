@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import NamedTuple
 
-__all__ = ["VERBS", "Verb"]
+__all__ = ["AS_JSON", "VERBS", "Verb"]
+
+AS_JSON: ContextVar[bool] = ContextVar("AS_JSON", default=False)
+"""Whether the command line says --json."""
 
 
 class Verb(NamedTuple):
-    """A module of `experiments/` with `main(arguments, as_json) -> exit code`, and what `--help` says of it.
+    """A module of `experiments/` with `main(arguments) -> exit code`, and what `--help` says of it.
 
     A module that reads a Hydra configuration names it in `CONFIG`, or finds it in `keys(arguments)`: `--help` lists
     its keys, and then prints its `ABOUT` where there is one.

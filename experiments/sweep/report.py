@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flashcp.experiments.bench.calibration.times import DIRECTIONS, read_times
+from flashcp.experiments.cli.verbs import AS_JSON
 from flashcp.experiments.folders import check_file
 from flashcp.experiments.paper.figures import FIGURES, paper_folders, publish_figure, write_paper_page
 from flashcp.experiments.paper.figures import PAGE as PAPER_PAGE
@@ -40,7 +41,7 @@ FIGURE, PAGE, MARKDOWN = "comparison.png", "dashboard.html", "report.md"
 BASELINE = "llama3"
 
 
-def main(arguments: Sequence[str], as_json: bool = False) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Rebuild everything in the directory that is made from rows: of one sweep, or of the paper's figures below it."""
     folders = [argument for argument in arguments if "=" not in argument]
     options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
@@ -64,11 +65,11 @@ def main(arguments: Sequence[str], as_json: bool = False) -> int:
     rows = read_rows(folder)
     if any(label(row.kind) not in (MEASURED, EMULATED, LEFT_OUT) for row in rows):
         text = publish_figure(_figure_name(folder), rows, folder)
-        print(text, file=sys.stderr if as_json else sys.stdout)
-        if as_json:
+        print(text, file=sys.stderr if AS_JSON.get() else sys.stdout)
+        if AS_JSON.get():
             print(json.dumps({"rows": [vars(row) for row in rows]}, indent=1))
         return 0
-    publish(folder, read_baseline(options.get("baseline", _baseline(rows)), "baseline"), as_json)
+    publish(folder, read_baseline(options.get("baseline", _baseline(rows)), "baseline"))
     return 0
 
 
@@ -116,7 +117,7 @@ def read_baseline(name: str, field: str) -> str:
     return name
 
 
-def publish(folder: Path, baseline: str, as_json: bool) -> Comparison:
+def publish(folder: Path, baseline: str) -> Comparison:
     """Print the table (or one JSON document); write the figure and the pages beside the rows."""
     rows = read_rows(folder)
     failures = read_failures(folder)
@@ -130,7 +131,7 @@ def publish(folder: Path, baseline: str, as_json: bool) -> Comparison:
         told["svg"] = base64.b64encode(drawn.getvalue()).decode()
         for name, template in ((PAGE, "dashboard.html.j2"), (MARKDOWN, "report.md.j2")):
             write_whole(folder / name, fill(Path(__file__).with_name(template), **told))
-    if as_json:
+    if AS_JSON.get():
         print(json.dumps(_document(comparison, failures), indent=1))
     else:
         print(render(comparison, failures))

@@ -6,30 +6,33 @@ import datetime
 import hashlib
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import numpy as np
+from hydra.core.hydra_config import HydraConfig
 
 import flashcp
-from flashcp.experiments.cli.compose import Job, expand
+from flashcp.experiments.cli.compose import Job, run_app
 from flashcp.experiments.cli.packs import read_packs
 from flashcp.experiments.cli.schema import committed
 from flashcp.experiments.cli.simulate import simulate
 from flashcp.experiments.cli.simulate_choices import check_cluster_file, chosen_machine, read_setting
-from flashcp.experiments.folders import check_out
+from flashcp.experiments.cli.verbs import AS_JSON
 from flashcp.experiments.paper.figures import FIGURES, publish_figure
 from flashcp.experiments.paper.reality import measured_rows
 from flashcp.experiments.paper.solver import METRICS as SOLVED
 from flashcp.experiments.paper.solver import solve_packs
 from flashcp.experiments.provenance import commit
-from flashcp.experiments.sweep.results import WINDOWS, Row, write_rows
+from flashcp.experiments.sweep.multirun import Multirun
+from flashcp.experiments.sweep.results import WINDOWS, Row, read_rows, write_rows
 from flashcp.simulation import summary_table
 from flashcp.simulator.summary import Summary
 
-__all__ = ["case_name", "is_simulation", "main"]
+__all__ = ["Simulations", "case_name", "is_simulation", "main"]
 
 CONFIG = "simulations"
 METRICS = tuple(name for name, kind in get_type_hints(Summary).items() if kind is float)
@@ -41,31 +44,48 @@ def is_simulation(overrides: Sequence[str]) -> bool:
     return bool({f"experiment={name}" for name in committed("simulation")} & set(overrides))
 
 
-def main(overrides: Sequence[str], as_json: bool = False) -> int:
+def main(words: Sequence[str]) -> int:
     """Run every job, write the rows, draw what belongs to them, say how far the paper is."""
-    named = [override.replace("experiment=", "simulation=", 1) for override in overrides]
-    jobs = expand(CONFIG, named)
-    first = jobs[0].settings
-    out = Path(first["out"] or f"outputs/{first['name']}")
-    for job in jobs:
+    named = [word.replace("experiment=", "simulation=", 1) for word in words]
+    return run_app(Multirun.run_job, CONFIG, ["hydra.mode=MULTIRUN", *named])
+
+
+class Simulations(Multirun):
+    """The jobs of a sweep that simulates, and the figure of their rows."""
+
+    config = CONFIG
+
+    def start(self, settings: dict[str, Any]) -> None:
+        self.name, self.rows = settings["name"], measured_rows(settings["measured"])
+        shutil.rmtree(self.out / "jobs", ignore_errors=True)
+
+    def check(self, job: Job) -> None:
         check_cluster_file(job.settings, job.overrides)
         read_setting(job.settings)
         _check(job.settings)
-    check_out(out)
-    rows = measured_rows(first["measured"])
-    for number, job in enumerate(jobs, start=1):
-        rows += _run(job, f"{number}/{len(jobs)}")
-    out.mkdir(parents=True, exist_ok=True)
-    write_rows(out, rows)
-    if first["name"] in FIGURES:
-        try:
-            print(publish_figure(first["name"], rows, out), file=sys.stderr if as_json else sys.stdout)
-        except ValueError as error:  # the sweep was narrowed: its rows are worth keeping
-            print(f"no figure: {' '.join(str(error).split())}", file=sys.stderr)
-    if as_json:
-        print(json.dumps({"rows": [vars(row) for row in rows]}, indent=1))
-    print(f"wrote {out}", file=sys.stderr)
-    return 0
+
+    def run_alone(self, job: Job) -> None:
+        place = self.out / "jobs" / f"{HydraConfig.get().job.num:04d}"
+        place.mkdir(parents=True, exist_ok=True)
+        write_rows(place, _run(job, case_name(job.settings)))
+
+    def run_all(self) -> None:
+        for number, job in enumerate(self.jobs, start=1):
+            self.rows += _run(job, f"{number}/{len(self.jobs)}")
+
+    def report(self) -> None:
+        """Write all rows and draw their figure."""
+        rows = self.rows + [row for place in sorted(self.out.glob("jobs/*")) for row in read_rows(place)]
+        write_rows(self.out, rows)
+        if self.name in FIGURES:
+            try:
+                text = publish_figure(self.name, rows, self.out)
+                print(text, file=sys.stderr if AS_JSON.get() else sys.stdout)
+            except ValueError as error:  # the sweep was narrowed: its rows are worth keeping
+                print(f"no figure: {' '.join(str(error).split())}", file=sys.stderr)
+        if AS_JSON.get():
+            print(json.dumps({"rows": [vars(row) for row in rows]}, indent=1))
+        print(f"wrote {self.out}", file=sys.stderr)
 
 
 def _check(settings: Mapping[str, Any]) -> None:

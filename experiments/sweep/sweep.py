@@ -1,27 +1,30 @@
-"""`flashcp sweep`: a Hydra multirun whose jobs are training runs, and the report on them."""
+"""`flashcp sweep`, and `flashcp train -m`: a Hydra multirun whose jobs are training runs, and the report on them."""
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from flashcp.experiments.cli.compose import Job, expand
+from flashcp.experiments.cli import train as training
+from flashcp.experiments.cli.compose import Job, run_app
 from flashcp.experiments.cli.launch import launch, rank_environment
-from flashcp.experiments.cli.schema import committed
 from flashcp.experiments.cli.settings import Run, read_run
-from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep import simulations
 from flashcp.experiments.sweep.compare import LOSS_TOLERANCE, Comparison, attribute
-from flashcp.experiments.sweep.report import publish, read_baseline
+from flashcp.experiments.sweep.multirun import Multirun
 from flashcp.experiments.sweep.results import (
     EMULATED,
     NO_OVERLAP,
@@ -32,47 +35,27 @@ from flashcp.experiments.sweep.results import (
     summary_rows,
     write_rows,
 )
-from flashcp.experiments.sweep.simulations import is_simulation
+from flashcp.schema import read_dataclass
 from flashcp.train.link import FREE
 from flashcp.train.parallel import SLOWING
 from flashcp.train.run import prepare
 from flashcp.train.tracker import TrackerConfig, track_comparison
 
-__all__ = ["CONFIG", "main"]
+__all__ = ["CONFIG", "Sweep", "main"]
 
-CONFIG = "train"
+CONFIG = training.CONFIG
 SHOWN = {"method", "data", "context", "world_size", "sharding", "exchange"}
 """Overrides that a job's case and provider show already."""
 
 
-def main(overrides: Sequence[str], as_json: bool = False) -> int:
+def main(words: Sequence[str]) -> int:
     """Run every job that has no rows yet, then report on all. Exit code 1 when a job failed or losses disagree.
 
     A sweep of `conf/simulation/` trains nothing: `flashcp.experiments.sweep.simulations` runs it.
     """
-    if is_simulation(overrides):
-        return simulations.main(overrides, as_json)
-    _check_experiment(overrides)
-    sweep = Sweep(overrides)
-    sweep.run()
-    comparison = publish(sweep.out, sweep.baseline, as_json)
-    track(comparison, sweep.tracker, sweep.out)
-    worst = comparison.worst_difference
-    disagree = sweep.exact and worst is not None and (worst.loss_difference or 0.0) > LOSS_TOLERANCE
-    return int(bool(sweep.failed) or disagree)
-
-
-def _check_experiment(overrides: Sequence[str]) -> None:
-    """Hydra, asked for a sweep that trains, would name only those."""
-    trained, simulated = committed("experiment"), committed("simulation")
-    for override in overrides:
-        key, _, value = override.partition("=")
-        names = value.split(",") if key == "experiment" else []
-        for name in names:
-            if name not in (*trained, *simulated, "null"):
-                raise ValueError(f"experiment={name}: expected one of {', '.join((*trained, *simulated))}")
-        if set(names) & set(simulated):
-            raise ValueError(f"{override}: expected one sweep that simulates at a time")
+    if simulations.is_simulation(words):
+        return simulations.main(words)
+    return run_app(training.train, CONFIG, ["hydra.mode=MULTIRUN", *words])
 
 
 def track(comparison: Comparison, tracker: TrackerConfig, out: Path) -> None:
@@ -101,50 +84,84 @@ def track(comparison: Comparison, tracker: TrackerConfig, out: Path) -> None:
     track_comparison(tracker, out, columns, table, ("provider", "speedup"), summary)
 
 
-class Sweep:
-    """The jobs of one sweep and what became of them. Every job is composed and checked before the first one runs."""
+class Sweep(Multirun):
+    """The training runs of a sweep. All are composed and checked before the first begins, and those of a case take
+    turns; launchers of other processes run each by itself."""
 
-    def __init__(self, overrides: Sequence[str]) -> None:
-        self.jobs = jobs = expand(CONFIG, overrides)
-        settings = jobs[0].settings
-        self.name = settings["sweep"]["name"]
-        self.baseline = read_baseline(settings["sweep"]["baseline"], "sweep.baseline")
-        self.with_reference, self.rerun = settings["sweep"]["reference"], settings["sweep"]["rerun"]
-        self.turns = settings["sweep"]["turns"]
-        self.out = Path(settings["out"] or f"outputs/{self.name}")
-        check_out(self.out)
-        self.swept = _swept(jobs)
-        asked = [self.runs(job) for job in jobs]
-        self.left_out = {runs[-1].digest: (runs[-1], why) for runs in asked if (why := bypass(runs[-1]))}
-        self.wanted = [runs for runs in asked if runs[-1].digest not in self.left_out]
-        runs = [run for together in self.wanted for run in together]
-        for run in (*runs, *(run for run, _ in self.left_out.values())):
+    config = CONFIG
+
+    def start(self, settings: dict[str, Any]) -> None:
+        from flashcp.experiments.sweep.report import read_baseline  # late: one run alone needs no pictures
+
+        told = settings["sweep"]
+        self.name, self.turns, self.rerun, self.with_reference = (
+            told[key] for key in ("name", "turns", "rerun", "reference")
+        )
+        self.baseline = read_baseline(told["baseline"], "sweep.baseline")
+        self.exact = settings["loop"]["precision"] == "fp32" and "loop.precision" not in self.swept
+        self.tracker = read_dataclass(TrackerConfig, settings["tracker"], "tracker")
+        self.failed_before = self.failures()
+
+    def failures(self) -> dict[Path, int]:
+        """Notes of runs that failed, and when."""
+        return {file: file.stat().st_mtime_ns for file in self.out.glob("jobs/*/*/failure.txt")}
+
+    def check(self, job: Job) -> None:
+        for run in self.runs(job):
             if (link := run.config.parallel.link) != FREE and not self.turns:
                 raise ValueError(f"sweep.turns=False with parallel.link={link}: expected true: turns share its rate")
             fresh = dataclasses.replace(run.config, out=f"{run.config.out}.new")  # whatever an older run left there
             prepare(fresh, run.world_size)
-        self.rows = read_rows(self.out)
-        here = {run.digest for run in runs} & {row.config for row in self.rows}
-        self.exact = all(run.config.loop.precision == "fp32" for run in runs)
-        for run, why in self.left_out.values():
-            print(f"left out: {run.case} {run.provider}: {why}", file=sys.stderr)
-            row = left_out_row(run.case, run.provider, why, run.digest)
-            self.rows = [*_without(self.rows, run), row]
-        self.done = set() if self.rerun else here
-        self.failed: list[str] = []
-        self.tracker = dataclasses.replace(asked[0][-1].config.tracker, group=self.name, job_type="compare")
-        waiting = {run.digest: run.config.loop.steps for run in runs if run.digest not in self.done}
+
+    def run_alone(self, job: Job) -> float | None:
+        own = self.runs(job)[-1]
+        if (link := own.config.parallel.link) != FREE:
+            raise ValueError(f"parallel.link={link}: expected Hydra's own launcher and sweeper: turns share its rate")
+        self.jobs = [job]
+        self.run_all(shown=False)
+        self.jobs = []
+        rows = read_rows(self.out)
+        losses = [row.median for row in rows if (row.config, row.metric) == (own.digest, "final_loss")]
+        return losses[0] if losses else math.nan
+
+    def run_all(self, shown: bool = True) -> None:
+        """Single processes first, then the runs of a case in turns. shown: with a bar."""
+        asked = [self.runs(job) for job in self.jobs]
+        left_out = {runs[-1].digest: (runs[-1], why) for runs in asked if (why := bypass(runs[-1]))}
+        with self.changing_rows() as rows:
+            for run, why in left_out.values():
+                print(f"left out: {run.case} {run.provider}: {why}", file=sys.stderr)
+                rows[:] = [*_without(rows, run), left_out_row(run.case, run.provider, why, run.digest)]
+        jobs = [runs for runs in asked if runs[-1].digest not in left_out]
+        runs = {run.digest: run for of_job in jobs for run in of_job}
+        self.done = set() if self.rerun else runs.keys() & {row.config for row in read_rows(self.out)}
+        waiting = [run for digest, run in runs.items() if digest not in self.done]
         if self.done:
-            print(
-                f"{len(self.done)} of {len({run.digest for run in runs})} runs are in {self.out} already",
-                file=sys.stderr,
-            )
+            print(f"{len(self.done)} of {len(runs)} runs are in {self.out} already", file=sys.stderr)
         if waiting and (load := os.getloadavg()[0]) > (os.cpu_count() or 1):
             print(
                 f"times will be noisy: load {load:.1f} on {os.cpu_count()} cores before the sweep began",
                 file=sys.stderr,
             )
-        self.bar = tqdm(total=sum(waiting.values()), unit="step", disable=not waiting)
+        steps = sum(run.config.loop.steps for run in waiting)
+        with tqdm(total=steps, unit="step", disable=not (waiting and shown)) as self.bar:
+            for group in self.groups(jobs):
+                self.train_together(group)
+                with self.changing_rows() as rows:
+                    for of_job in jobs:
+                        if of_job[-1] in group:
+                            rows[:] = _named(rows, of_job[-1], of_job[0].digest if self.with_reference else "")
+
+    def report(self) -> None:
+        """Table, figure and pages of all rows. Exits 1 when a run failed or losses disagree."""
+        from flashcp.experiments.sweep.report import publish
+
+        comparison = publish(self.out, self.baseline)
+        track(comparison, dataclasses.replace(self.tracker, group=self.name, job_type="compare"), self.out)
+        worst = comparison.worst_difference
+        disagree = self.exact and worst is not None and (worst.loss_difference or 0.0) > LOSS_TOLERANCE
+        if self.failures().items() - self.failed_before.items() or disagree:
+            sys.exit(1)
 
     def runs(self, job: Job) -> list[Run]:
         """The runs that a job asks for: its own, after the single-process run it is compared with."""
@@ -168,19 +185,6 @@ class Sweep:
         run = dataclasses.replace(run, config=dataclasses.replace(run.config, loop=quiet))
         return run.placed(str(folder), self.name, [commit()])
 
-    def run(self) -> None:
-        """What the jobs ask for: single processes first, then the runs of a case in turns."""
-        if self.left_out:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_rows(self.out, self.rows)
-        with self.bar:
-            for group in self.groups(self.wanted):
-                self.train_together(group)
-                for runs in self.wanted:
-                    if runs[-1] in group:
-                        self.rows = _named(self.rows, runs[-1], runs[0].digest if self.with_reference else "")
-                write_rows(self.out, self.rows)
-
     def groups(self, jobs: Sequence[Sequence[Run]]) -> list[list[Run]]:
         """The runs of the jobs, together those that take turns: of one case, and started alike."""
         found: dict[object, list[Run]] = {}
@@ -195,7 +199,17 @@ class Sweep:
 
     def train_together(self, group: Sequence[Run]) -> None:
         """Whatever of a group has no rows yet, in turns, the baseline among them even if it has. Where a run fails, all
-        go on one after another; the one that fails then is reported and does not stop the others."""
+        go on one after another; the one that fails then is reported and does not stop the others.
+
+        A single process that other jobs compare with too is trained by one of them, and the others wait for it.
+        """
+        alone = group[0].provider == REFERENCE
+        with locked(Path(group[0].config.out).parent) if alone else nullcontext():
+            if alone and not self.rerun:
+                self.done |= {row.config for row in read_rows(self.out)}
+            self._train_together(group)
+
+    def _train_together(self, group: Sequence[Run]) -> None:
         missing = {run.digest: run for run in group if run.digest not in self.done}
         self.done |= missing.keys()
         runs = list(missing.values())
@@ -210,7 +224,6 @@ class Sweep:
                 folder = Path(run.config.out)
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "failure.txt").write_text(error + "\n", encoding="utf-8")
-                self.failed.append(run.provider)
                 self.bar.write(f"failed: {run.case} {run.provider}: {error}", file=sys.stderr)
 
     def train(self, runs: Sequence[Run]) -> str:
@@ -224,7 +237,7 @@ class Sweep:
         at_work = runs[0].provider if len(runs) == 1 else f"{len(runs)} methods in turns"
         self.bar.set_description(f"{at_work}: ranks start")
         steps = len(runs) * runs[0].config.loop.steps
-        have_rows = {row.config for row in self.rows}
+        have_rows = {row.config for row in read_rows(self.out)}
         again = 0 if self.rerun else sum(run.config.loop.steps for run in runs if run.digest in have_rows)
         self.bar.total += again
 
@@ -248,14 +261,34 @@ class Sweep:
         how = ""
         for run, folder in zip(runs, folders, strict=True):
             summary = json.loads((folder / "summary.json").read_text())
-            kept = _without(self.rows, run)
-            reference = next((row.reference for row in self.rows if row.config == run.digest), "")
             made = summary_rows(run.case, run.provider, run.digest, summary)
-            self.rows = kept + [dataclasses.replace(row, reference=reference) for row in made]
+            with self.changing_rows() as rows:
+                reference = next((row.reference for row in rows if row.config == run.digest), "")
+                rows[:] = _without(rows, run) + [dataclasses.replace(row, reference=reference) for row in made]
             how = summary["emulated"]
         if how:
             self.bar.write(f"{runs[0].case} is {EMULATED}: {how}", file=sys.stderr)
         return ""
+
+    @contextmanager
+    def changing_rows(self) -> Iterator[list[Row]]:
+        """The rows in `out`, to be changed in place: read and written while no other job does."""
+        with locked(self.out):
+            rows = read_rows(self.out)
+            yield rows
+            write_rows(self.out, rows)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else who asks for this folder goes on before we are done with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
 
 
 def bypass(run: Run) -> str:
@@ -281,12 +314,3 @@ def _named(rows: list[Row], run: Run, reference: str) -> list[Row]:
     mine = [row for row in made if (row.case, row.provider) == copied]
     others = [row for row in rows if (row.case, row.provider) != name]
     return others + [dataclasses.replace(row, case=name[0], provider=name[1], reference=reference) for row in mine]
-
-
-def _swept(jobs: Sequence[Job]) -> set[str]:
-    """Keys of the overrides that differ between jobs."""
-    values: dict[str, set[str]] = {}
-    for job in jobs:
-        for item in job.overrides:
-            values.setdefault(item.split("=")[0], set()).add(item)
-    return {key for key, found in values.items() if len(found) > 1}

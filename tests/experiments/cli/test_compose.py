@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flashcp.experiments.cli.bench import BENCHES
-from flashcp.experiments.cli.compose import compose, expand
+from flashcp.experiments.cli.compose import compose
 from flashcp.experiments.cli.schema import DATA, GROUPS, SETTINGS, committed
 from flashcp.experiments.cli.settings import RunSettings, read_run
 from flashcp.experiments.cli.usage import groups, verb_usage
@@ -22,6 +22,7 @@ from flashcp.sharding.methods import METHODS
 from flashcp.sharding.strategies import STRATEGIES
 from flashcp.train.run import prepare
 from tests.checkout import ROOT
+from tests.experiments.jobs import expand
 
 SWEEPS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 SNAPSHOT = Path(__file__).with_name("command_line.txt")

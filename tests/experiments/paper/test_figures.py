@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashcp.experiments.cli.compose import expand
 from flashcp.experiments.cli.main import main
 from flashcp.experiments.cli.schema import committed
 from flashcp.experiments.cli.simulate_choices import chosen_variants, read_setting
@@ -26,6 +25,7 @@ from flashcp.experiments.sweep.results import read_rows, write_rows
 from flashcp.experiments.sweep.simulations import case_name
 from flashcp.sharding.methods import METHODS
 from tests.checkout import ROOT
+from tests.experiments.jobs import expand
 
 SMALL = {
     "paper_fig3": [],

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from flashcp.experiments.cli.compose import expand
 from flashcp.experiments.cli.main import main
 from flashcp.experiments.sweep.results import read_rows
 from flashcp.experiments.sweep.simulations import case_name
 from tests.checkout import ROOT
+from tests.experiments.jobs import expand
 
 MEASURED = f"measured=[{ROOT / 'experiments/results/demo_repeats'}]"
 TINY = ["windows=1", "context=8192", "world_size=2"]

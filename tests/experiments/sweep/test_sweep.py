@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 
 from flashcp.experiments.cli.main import main
 from flashcp.experiments.sweep.compare import compare
 from flashcp.experiments.sweep.results import REFERENCE, RESULTS, TURNS, read_rows
+from flashcp.experiments.sweep.sweep import locked
 
 
 def test_sweep_resumes_and_outlives_a_failing_job(
@@ -55,3 +57,18 @@ def test_sweep_resumes_and_outlives_a_failing_job(
     assert cases == {"stdlib-c256-n2", "stdlib-c256-n2-optimizer.lr=0.0003"}
     assert main(["report", str(out)]) == 0
     assert failures[0] in capsys.readouterr().out
+
+
+def test_jobs_of_other_processes_wait_for_a_folder(tmp_path: Path) -> None:
+    entered = Event()
+
+    def other() -> None:
+        with locked(tmp_path / "case"):
+            entered.set()
+
+    with locked(tmp_path / "case"):
+        thread = Thread(target=other)
+        thread.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(30)
+    thread.join()
