@@ -3,7 +3,8 @@
 Short documents may share a tile. The mask gives what a row does not see a weight of 0, and 0 times NaN is NaN: so a
 tile of several documents in whose sums a NaN turns up is not stored. The program notes the tile in `mixed`, and a
 second launch (APART) does the noted tiles again, document by document, with zeros for the rows of all others. Sums of
-other documents then hold the same numbers in the same order, bit for bit. Without a NaN the second launch ends at once.
+other documents then hold the same numbers in the same order, bit for bit (but for the forward on Hopper, whose tiles
+this kernel does again in its own order). Without a NaN the second launch ends at once.
 
 Shapes: M query rows, N key rows, W the width of a part of head_dim (`kernels/parts.py`).
 """

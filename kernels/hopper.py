@@ -18,6 +18,8 @@ Shapes: M = 64 query rows of a half, N key rows of a block (BLOCK_N), D head_dim
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -38,16 +40,12 @@ __all__ = [
     "BLOCK_N",
     "OPTIONS",
     "STAGES",
-    "TILE_ROWS",
     "block_layout",
     "hopper_forward_kernel",
     "launch_hopper_forward",
-    "takes",
-    "takes_tables",
 ]
 
 BLOCK_N, STAGES = 128, 2
-TILE_ROWS = 128
 OPTIONS = {"num_warps": 4, "maxnreg": 168}  # warps of one half; 168 registers x 3 warpgroups are all there are
 _ALIGNED = 16  # bytes: what TMA asks of addresses and strides
 _copy_rows = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name from triton 3.9 on
@@ -55,6 +53,7 @@ _copy_rows = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 HALF = gl.constexpr(64)
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
+NO_KEY = gl.constexpr(2147483647)
 LOWEST = gl.constexpr(-3.0e38)  # a maximum before the first score: finite, so that differences are never NaN
 RECEIVED = gl.constexpr(tiles.RECEIVED)
 OWN = gl.constexpr(tiles.OWN)
@@ -196,7 +195,8 @@ def _attend(rings, q_tile, tensors, strides, tile, half, head, blocks, scale, ME
     q_tile.store(gl.load(q + offsets, mask=there, other=0.0))
     fence_async_shared()
     rows = first_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
-    lowest_key = gl.load(reach + rows, mask=rows < tile[1], other=0)  # [M]
+    # Rows beyond the tile see no own row: a NaN behind the tile would otherwise count as one of its rows'.
+    lowest_key = gl.load(reach + rows, mask=rows < tile[1], other=NO_KEY)  # [M]
 
     # The first block, with nothing to multiply beside it.
     no_scores = gl.zeros([HALF, BLOCK_N], gl.float32, SCORES)
@@ -261,11 +261,10 @@ def _attend(rings, q_tile, tensors, strides, tile, half, head, blocks, scale, ME
             gl.store(mixed, 1)
             gl.atomic_or(mixed + 1 + gl.program_id(0) * gl.num_programs(1) + head, 2 << half)
     if not spoilt:  # what is to be merged again has to stay
-        nothing = total == 0.0
-        divisor = gl.where(nothing, 1.0, total)
-        log_sum = gl.where(nothing, float("-inf"), (maximum + gl.log2(divisor)) * LN2)
+        # A row reads a key at least. Where all its scores are -inf the output is no number, as the reference's.
+        log_sum = (maximum + gl.log2(total)) * LN2
         gl.store(lse + rows.to(gl.int64) * lse_row + head, log_sum, mask=rows < tile[1])
-        acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, OUT))[:, None]
+        acc = acc / gl.convert_layout(total, gl.SliceLayout(1, OUT))[:, None]
         if MERGE:
             offsets, there = _offsets(first_row, tile[1], head, out_row, out_head, OUT, HEAD_DIM)
             gl.store(out + offsets, acc, mask=there)
@@ -302,21 +301,11 @@ def _softmax(scores, maximum, total, scale):
     return weights, fade, new_maximum, total * fade + gl.sum(weights, 1)
 
 
+@lru_cache
 def block_layout(head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """How K and V blocks lie in shared memory."""
     element = gl.bfloat16 if dtype is torch.bfloat16 else gl.float16
     return gl.NVMMASharedLayout.get_default_for([BLOCK_N, 1, head_dim], element)
-
-
-def takes(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether it was made for tensors of that kind."""
-    return dtype in (torch.bfloat16, torch.float16) and head_dim in (64, 128)
-
-
-def takes_tables(cut: tiles.Tiles) -> bool:
-    """Whether each tile reads a row: one of no blocks would wait for its first for ever."""
-    ranges_there = (cut.table[:, 3] < cut.table[:, 4]).all()
-    return bool(ranges_there and (cut.ranges[:, 1] < cut.ranges[:, 2]).all())
 
 
 def launch_hopper_forward(
@@ -330,13 +319,14 @@ def launch_hopper_forward(
     scale: float,
     merge: bool,
 ) -> bool:
-    """Launch it and return whether it could be: TMA wants rows and heads that begin at multiples of 16 bytes.
+    """Launch it and return whether it could be: TMA wants rows and heads that begin at multiples of 16 bytes, and rows
+    a whole number of heads apart.
 
-    tables: of query tiles of TILE_ROWS rows, as `takes_tables` wants them. mixed: see `kernels/blocks.py`. scale: of
+    tables: of query tiles of 128 rows, each with a row to read. mixed: see `kernels/blocks.py`. scale: of
     the scores, times log2(e). merge: go on from `out` (fp32) and `lse`.
     """
     both = (*local, *(received if len(received.k) else local))  # a descriptor of nothing cannot be made
-    if not all(_is_aligned(x) for x in both):
+    if not len(local.k) or not all(_is_aligned(x) for x in both):
         return False
     layout = block_layout(q.shape[2], q.dtype)
     keys = [TensorDescriptor.from_tensor(x, [BLOCK_N, 1, q.shape[2]], layout) for x in both]
@@ -348,5 +338,6 @@ def launch_hopper_forward(
 
 
 def _is_aligned(x: Tensor) -> bool:
-    steps = (stride * x.element_size() for stride in x.stride()[:2])
-    return x.data_ptr() % _ALIGNED == 0 and all(step > 0 and step % _ALIGNED == 0 for step in steps)
+    row, head = (stride * x.element_size() for stride in x.stride()[:2])
+    aligned = x.data_ptr() % _ALIGNED == row % _ALIGNED == head % _ALIGNED == 0
+    return aligned and row > 0 and head > 0 and row % head == 0

@@ -5,6 +5,7 @@ Shapes: T local rows, R received rows, H query heads, K KV heads, D head_dim.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,8 +23,8 @@ from flashcp.kernels.interface import KV, AttentionKernel, Gradients, WaitFlags
 from flashcp.kernels.one_sided import spins
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.tiles import Tiles, key_tiles, query_tiles
-from flashcp.kernels.tuning import Blocks, Pass, Tuning, architecture, choose, tile_heads
-from flashcp.kernels.uploads import to_device
+from flashcp.kernels.tuning import HOPPER_GAIN, Blocks, Pass, Tuning, architecture, choose, tile_heads
+from flashcp.kernels.uploads import Uploaded, to_device
 
 __all__ = ["TritonAttention"]
 
@@ -33,6 +34,8 @@ _LOG2E = 1.4426950408889634
 MARGIN = 2
 """Multiprocessors that a kernel which waits for rows leaves free. Copy engines and stream memory operations, which
 bring and announce the rows, need none; copies within one device may be kernels, and so may what others do beside us."""
+HOPPER_ROWS = 128
+"""Query rows of a tile of the forward on Hopper."""
 PROGRAMS_PER_SM = {8: 1, 4: 2}
 """By warps: the kernels take up to 255 registers a thread, of the 65,536 that a multiprocessor has."""
 _INTERPRETED = 3  # programs of a small grid under the interpreter, which runs them one after another
@@ -41,8 +44,8 @@ _INTERPRETED = 3  # programs of a small grid under the interpreter, which runs t
 class _Prepared(NamedTuple):
     """What a launch needs beside the tensors: block shapes, query heads of a query tile, the tile tables on the device,
     rows that tiles cover, how many tiles are of the first kind, which waits for nobody (query tiles) or is of received
-    rows (key tiles), whether several documents share a tile of the other kind or, of query tiles, of any, and whether
-    the forward is Hopper's."""
+    rows (key tiles), whether several documents share a tile of the other kind or, of query tiles, of any, whether
+    the forward is Hopper's, and what came to the device last, for other streams to wait for."""
 
     blocks: Blocks
     heads: int
@@ -52,6 +55,7 @@ class _Prepared(NamedTuple):
     first_kind: int
     shared: bool
     on_hopper: bool
+    uploaded: Uploaded
 
     def parts(self) -> tuple[_Prepared, _Prepared]:
         """Key tiles of received rows, which no documents share, and those of local rows."""
@@ -163,31 +167,53 @@ class TritonAttention(AttentionKernel):
         key = (which, by_source, len(q), group, q.shape[2], q.dtype, q.device)
         if key not in kept:
             arch = architecture(q.device)
-            blocks = self.tuning.of(which) or choose(which, arch, q.shape[2], q.dtype, schedule, group)
-            heads = tile_heads(which, blocks, schedule, group)
-            make = key_tiles if which is Pass.BACKWARD_KV else partial(query_tiles, by_source=by_source)
-            tiles = make(schedule, len(q), blocks.tile_rows(which) // heads)
-            table, ranges, reach = (to_device(x, q.device) for x in (tiles.table, tiles.ranges, tiles.reach))
-            first_kind = int(tiles.table[:, 0].sum()) if which is Pass.BACKWARD_KV else tiles.ready
             on_hopper = (
                 which is Pass.FORWARD
                 and not by_source
                 and self.tuning.forward is None
                 and arch == "sm_90"
-                and heads == 1
-                and _hopper_takes(q, blocks, tiles)
+                and _hopper_takes(q)
             )
+            gain = HOPPER_GAIN if on_hopper else 1.0
+            blocks = self.tuning.of(which) or choose(which, arch, q.shape[2], q.dtype, schedule, group, gain)
+            heads = tile_heads(which, blocks, schedule, group, gain if blocks.block_m == HOPPER_ROWS else 1.0)
+            make = key_tiles if which is Pass.BACKWARD_KV else partial(query_tiles, by_source=by_source)
+            tiles = make(schedule, len(q), blocks.tile_rows(which) // heads)
+            table, ranges = (to_device(x, q.device) for x in (tiles.table, tiles.ranges))
+            uploaded = Uploaded(tiles.reach, q.device)  # the last: what waits for it waits for all
+            first_kind = int(tiles.table[:, 0].sum()) if which is Pass.BACKWARD_KV else tiles.ready
+            on_hopper = on_hopper and heads == 1 and blocks.block_m == HOPPER_ROWS and _no_empty_tiles(tiles)
             kept[key] = _Prepared(
-                blocks, heads, (table, ranges, reach), *tiles.rows, first_kind, tiles.shared, on_hopper
+                blocks,
+                heads,
+                (table, ranges, uploaded.here()),
+                *tiles.rows,
+                first_kind,
+                tiles.shared,
+                on_hopper,
+                uploaded,
             )
         return kept[key]
 
 
-def _hopper_takes(q: Tensor, blocks: Blocks, tiles: Tiles) -> bool:
-    """Whether the forward of `kernels/hopper.py` serves; short documents are left to smaller tiles."""
-    from flashcp.kernels import hopper  # Gluon is imported where there is a Hopper
+def _hopper_takes(q: Tensor) -> bool:
+    """Whether the forward of `kernels/hopper.py` was made for such queries, and triton has what it is written in."""
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] not in (64, 128):
+        return False
+    try:
+        from flashcp.kernels import hopper  # noqa: F401  (Gluon is imported where there is a Hopper)
+    except (ImportError, AttributeError) as error:  # Gluon is experimental: names come and go
+        warnings.warn(
+            f"the portable forward runs on this Hopper, for triton's Gluon has changed: {error}", stacklevel=2
+        )
+        return False
+    return True
 
-    return blocks.block_m == hopper.TILE_ROWS and hopper.takes(q.dtype, q.shape[2]) and hopper.takes_tables(tiles)
+
+def _no_empty_tiles(tiles: Tiles) -> bool:
+    """Whether each tile reads a row: on Hopper one of no blocks would wait for its first for ever."""
+    ranges_there = (tiles.table[:, 3] < tiles.table[:, 4]).all()
+    return bool(ranges_there and (tiles.ranges[:, 1] < tiles.ranges[:, 2]).all())
 
 
 def _row_terms(out: Tensor, grad_out: Tensor, lse: Tensor) -> Tensor:
@@ -242,6 +268,7 @@ def _launch(
         )  # fmt: skip
 
     with torch.cuda.device_of(q):
+        prepared.uploaded.here()
         if first is None or not first(mixed):
             start(programs if waits is None else few, waits, False)
         if prepared.shared:

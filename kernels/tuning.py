@@ -39,6 +39,9 @@ SHORT_SPEED = 0.8
 """Speed assumed of the tiles for short documents, next to the large ones on a long document (not measured)."""
 SHARING_GAIN = 0.9
 """Heads share a tile where that leaves less than this share of the pairs to compute (a choice, not measured)."""
+HOPPER_GAIN = 1.3
+"""Speed of the forward on Hopper next to the portable kernel's large tiles, at the least (1.28 to 1.51 on an H100): so
+much more must small tiles, or heads that share one, leave out to be chosen."""
 
 
 _TEXT = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)(?:x(\w+))?")
@@ -205,31 +208,39 @@ def table_dim(head_dim: int) -> int:
     raise ValueError(f"head_dim={head_dim}: expected at most {HEAD_DIMS[-1]} with attention='triton' on a GPU")
 
 
-def choose(which: Pass, arch: str, head_dim: int, dtype: torch.dtype, schedule: Schedule, group: int = 1) -> Blocks:
+def choose(
+    which: Pass,
+    arch: str,
+    head_dim: int,
+    dtype: torch.dtype,
+    schedule: Schedule,
+    group: int = 1,
+    gain: float = 1.0,
+) -> Blocks:
     """The table's blocks for a pass, for long or for short documents: whichever computes less for its speed.
 
-    group: query heads a KV head.
+    group: query heads a KV head. gain: speed of another kernel on the large tiles, next to the portable one's.
     """
     if arch == "cpu":
         return Blocks(32, 32, 4, 1)
     long, short = TABLE[arch, table_dim(head_dim), dtype.itemsize, which]
-    large, small = (
-        computed_pairs(which, schedule, blocks, tile_heads(which, blocks, schedule, group)) for blocks in (long, short)
-    )
-    return short if small < SHORT_SPEED * large else long
+    large = computed_pairs(which, schedule, long, tile_heads(which, long, schedule, group, gain))
+    small = computed_pairs(which, schedule, short, tile_heads(which, short, schedule, group))
+    return short if small < SHORT_SPEED / gain * large else long
 
 
-def tile_heads(which: Pass, blocks: Blocks, schedule: Schedule, group: int) -> int:
+def tile_heads(which: Pass, blocks: Blocks, schedule: Schedule, group: int, gain: float = 1.0) -> int:
     """How many of the `group` query heads of a KV head share a query tile, which then holds fewer rows of each.
 
     Several where documents are short: a tile of fewer rows computes fewer pairs that the mask throws away (known as
-    PackGQA). As many as divide the group and leave 16 rows; one unless they save a tenth of the pairs.
+    PackGQA). As many as divide the group and leave 16 rows; one unless they save a tenth of the pairs. gain: as for
+    `choose`, of a kernel that has one head a tile.
     """
     if which is Pass.BACKWARD_KV:
         return 1
     most = min(group & -group, blocks.block_m // 16)
     alone, together = (computed_pairs(which, schedule, blocks, heads) for heads in (1, most))
-    return most if together < SHARING_GAIN * alone else 1
+    return most if together < SHARING_GAIN / gain * alone else 1
 
 
 def computed_pairs(which: Pass, schedule: Schedule, blocks: Blocks, heads: int = 1) -> int:

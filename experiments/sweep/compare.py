@@ -170,7 +170,7 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
     runs, alone = table[~single].copy(), table[single].drop_duplicates("config")
 
     first = runs[runs.provider == baseline].set_index("case")
-    base_ms, settings = runs.case.map(first.step_ms), runs.case.map(first.reference)
+    base_ms, settings = runs.case.map(first.step_ms).astype(float), runs.case.map(first.reference)
     # Runs of other settings (steps, model, data) have another single-process run: no speedup over those.
     alike = runs.kind == runs.case.map(first.kind)  # over one link, and where it was slowed at one rate
     same = (settings == runs.reference) & alike
@@ -190,7 +190,7 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
     pairs = zip(runs.losses, runs.reference.map(expected), strict=True)
     runs["loss_difference"] = [_farthest(own, other) for own, other in pairs]
     plain = runs[runs.provider == NO_OVERLAP].set_index("case")
-    attention, exchange = (runs.case.map(plain[name]) for name in ("attention_ms", "exposed_exchange_ms"))
+    attention, exchange = (runs.case.map(plain[x]).astype(float) for x in ("attention_ms", "exposed_exchange_ms"))
     told = (exchange > 0) & (baseline == NO_OVERLAP)
     exposed = runs.attention_ms.fillna(0) + runs.exposed_exchange_ms.fillna(0) - attention
     runs["exposed_ms"] = exposed.where(told)

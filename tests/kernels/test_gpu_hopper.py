@@ -22,8 +22,8 @@ pytestmark = pytest.mark.gpu
 LIMIT = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 LENGTHS = (3000, 50, 20, 40, 30, 60, 30, 700, 1, 1290, 7)
 """Long ones, cut between ranks, and short ones that share tiles, some of them across the middle of one."""
-SPOILT = 3
-"""A document in the first half of a tile that four others share."""
+SPOILT = (3, 4, 5)
+"""Documents that share tiles: in the second half of one, in the first half of the next, across its middle."""
 
 
 @pytest.fixture
@@ -77,15 +77,19 @@ def test_every_rank_gets_the_references_rows(
 
 
 @pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", "kv")
+@pytest.mark.parametrize("document", SPOILT)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_nan_stays_in_its_document(head_dim: int, name: str, merge: bool, launched: list[bool]) -> None:
+def test_nan_stays_in_its_document(
+    head_dim: int, document: int, name: str, value: float, merge: bool, launched: list[bool]
+) -> None:
     """merge: two times the same, onto what is there: a row done once too often has a third."""
     kernel, schedule = TritonAttention(), whole_pack_schedule(np.array(LENGTHS))
-    start = sum(LENGTHS[:SPOILT])
+    start = sum(LENGTHS[:document])
     q, *healthy = (x.cuda() for x in pack((4, 2), head_dim, torch.bfloat16)[:3])
     spoilt = [x.clone() for x in healthy]
-    spoilt["kv".index(name)][start + 2, 1, 5] = torch.nan
+    spoilt["kv".index(name)][start + 2, 1, 5] = value
 
     def attend(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         inputs = q, KV(k, v), KV(k[:0], v[:0]), schedule, head_dim**-0.5
@@ -98,8 +102,10 @@ def test_nan_stays_in_its_document(head_dim: int, name: str, merge: bool, launch
 
     (out, lse), (wanted, wanted_lse) = attend(*spoilt), attend(*healthy)
     seen = torch.zeros(q.shape[:2], dtype=torch.bool, device="cuda")
-    seen[start + 2 : start + LENGTHS[SPOILT], 2:] = True  # from the NaN on, by the second KV head's query heads
-    assert out[seen].isnan().any(-1).all()
+    # By the second KV head's query heads: K from its row on, V by all of the document, for 0 times it is no number.
+    seen[start + 2 * (name == "k") : start + LENGTHS[document], 2:] = True
+    if value != value:
+        assert out[seen].isnan().any(-1).all()
     torch.testing.assert_close(out[~seen], wanted[~seen], rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(lse[~seen], wanted_lse[~seen], rtol=0, atol=1e-4)
     if merge:
@@ -115,8 +121,11 @@ def test_what_it_does_not_take_is_computed_all_the_same(launched: list[bool]) ->
     odd = torch.cat((k, k[..., :1]), -1)[..., :64]  # rows 130 bytes apart
     out = TritonAttention().attend(q, KV(odd, v), KV(k[:0], v[:0]), schedule, scale)[0]
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
-    assert launched == [True, False]
+    by_head = k.transpose(0, 1).contiguous().transpose(0, 1)  # a head's rows one behind the other
+    out = TritonAttention().attend(q, KV(by_head, v), KV(k[:0], v[:0]), schedule, scale)[0]
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+    assert launched == [True, False, False]
     asked = TritonAttention(Tuning(forward=Blocks(128, 64, 8, 3)))
     out = asked.attend(q, KV(k, v), KV(k[:0], v[:0]), schedule, scale)[0]
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
-    assert len(launched) == 2
+    assert len(launched) == 3

@@ -7,18 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 import triton
-
-from flashcp.kernels.ahead import compile_hopper, read
-
-pytest.importorskip("triton.experimental.gluon", reason="this triton has no Gluon")
-
 from triton.backends.nvidia.compiler import get_ptxas
 
 from flashcp.kernels import hopper
-from flashcp.kernels.schedule import whole_pack_schedule
-from flashcp.kernels.tiles import query_tiles
+from flashcp.kernels.ahead import compile_hopper, read
+from flashcp.kernels.launch import HOPPER_ROWS
 from flashcp.kernels.tuning import SHARED_BYTES, TABLE, Pass
 
 
@@ -60,16 +54,6 @@ def test_it_compiles_to_what_it_is_meant_to_be(
     assert not re.search(r"\b(LDL|STL)\b", "".join(beside))
 
 
-def test_it_takes_what_it_was_made_for() -> None:
-    assert hopper.takes(torch.bfloat16, 128)
-    assert not hopper.takes(torch.float32, 128)
-    assert not hopper.takes(torch.float16, 80)
-    cut = query_tiles(whole_pack_schedule([300, 5]), 305, hopper.TILE_ROWS)
-    assert hopper.takes_tables(cut)
-    cut.table[1, 4] = cut.table[1, 3]  # a tile that reads nothing
-    assert not hopper.takes_tables(cut)
-
-
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_second_launch_walks_the_same_tiles(head_dim: int) -> None:
-    assert TABLE["sm_90", head_dim, 2, Pass.FORWARD][0].block_m == hopper.TILE_ROWS
+    assert TABLE["sm_90", head_dim, 2, Pass.FORWARD][0].block_m == HOPPER_ROWS

@@ -14,17 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-pytest.importorskip("triton.experimental.gluon", reason="this triton has no Gluon")
-
 import flashcp
 from flashcp.experiments.bench.attention_cases import all_cases
 from flashcp.kernels import hopper
+from flashcp.kernels.launch import HOPPER_ROWS
 from flashcp.kernels.schedule import Schedule, build_schedule, whole_pack_schedule
 from flashcp.kernels.tiles import Tiles, query_tiles
 from tests.packs import AWKWARD, random_lengths
 
 BLOCK_N = hopper.BLOCK_N
-TILE_ROWS = hopper.TILE_ROWS
+TILE_ROWS = HOPPER_ROWS
 LOCAL, RECEIVED, OWN = 0, 1, 2
 
 

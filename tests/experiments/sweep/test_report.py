@@ -92,6 +92,10 @@ def test_missing_baseline_and_reference_are_empty_cells(make_rows: MakeRows) -> 
     assert [text.split()[0] for text in shown.splitlines()[3:5]] == ["flashcp", "llama3"]
 
 
+def test_a_sweep_that_has_only_begun_can_be_looked_at(make_rows: MakeRows) -> None:
+    assert compare(make_rows(REFERENCE, config="alone"), "llama3").runs == []
+
+
 def test_a_speedup_in_turns_is_the_median_of_the_ratios_within_a_turn(make_rows: MakeRows) -> None:
     def turns(provider: str, times: tuple[float, ...], begun: float = 7.0) -> list[Row]:
         rows = make_rows(provider)
