@@ -49,6 +49,6 @@ CASES = [
 @pytest.mark.gpu
 @pytest.mark.timeout(400)
 def test_processes_on_one_gpu_match_the_reference() -> None:
-    """In one group: torch's symmetric memory takes a process's later groups of the same name for the first."""
+    """In one group: torch's symmetric memory knows groups by name, and later default groups have the first one's."""
     for case, ranks in zip(CASES, run_cases(errors_on_rank, 2, CASES, timeout_s=120), strict=True):
         assert max(max(errors) for errors in ranks) < 1e-2, case
