@@ -123,6 +123,8 @@ def publish(folder: Path, baseline: str) -> Comparison:
     failures = read_failures(folder)
     comparison = compare(rows, baseline)
     if rows:
+        for name in (FIGURE, PAGE, MARKDOWN):
+            check_file(folder / name, "report")
         figure, drawn = comparison_figure(comparison), io.BytesIO()
         figure.savefig(folder / FIGURE, dpi=160)
         figure.set_layout_engine("none")  # as it was laid out; once more takes as long again

@@ -227,6 +227,8 @@ def write_rows(folder: Path, rows: Iterable[Row], name: str = RESULTS) -> None:
 
 
 def _parse(line: dict[str, str]) -> Row:
+    if None in line or None in line.values():
+        raise ValueError("expected one value a column")
     values: dict[str, Any] = dict(line)
     values["step"] = int(line["step"]) if line["step"] else None
     values["median"] = _number(line, "median")

@@ -97,6 +97,8 @@ class Sweep(Multirun):
         self.name, self.turns, self.rerun, self.with_reference = (
             told[key] for key in ("name", "turns", "rerun", "reference")
         )
+        if Path(self.name).name != self.name:
+            raise ValueError(f"sweep.name={self.name!r}: expected the name of a folder below outputs/")
         self.baseline = read_baseline(told["baseline"], "sweep.baseline")
         self.exact = settings["loop"]["precision"] == "fp32" and "loop.precision" not in self.swept
         self.tracker = read_dataclass(TrackerConfig, settings["tracker"], "tracker")
@@ -201,11 +203,12 @@ class Sweep(Multirun):
         """Whatever of a group has no rows yet, in turns, the baseline among them even if it has. Where a run fails, all
         go on one after another; the one that fails then is reported and does not stop the others.
 
-        A single process that other jobs compare with too is trained by one of them, and the others wait for it.
+        A single process that other jobs compare with too is trained by one of them, and the others wait for it. So
+        does another sweep for runs that take turns. Jobs of one run each do not keep each other out.
         """
-        alone = group[0].provider == REFERENCE
-        with locked(Path(group[0].config.out).parent) if alone else nullcontext():
-            if alone and not self.rerun:
+        together = group[0].provider == REFERENCE or len(group) > 1
+        with locked(Path(group[0].config.out).parent) if together else nullcontext():
+            if together and not self.rerun:
                 self.done |= {row.config for row in read_rows(self.out)}
             self._train_together(group)
 

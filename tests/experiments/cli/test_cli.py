@@ -110,6 +110,7 @@ SWEEP_REFUSED = [
     ("experiment=demo method=llama3,nope", "method=nope: expected one of llama3"),
     ("out=/proc/foo", "out='/proc/foo': cannot be written (No such file or directory)"),
     ("experiment=demo context=1", "context=1: expected at least one token a rank"),
+    ("experiment=demo sweep.name=../../x", "sweep.name='../../x': expected the name of a folder below outputs/"),
     ("experiment=demo sweep.baseline=nope", "sweep.baseline='nope': expected one of llama3"),
     ("method=llama3,ulysses world_size=3", "exchange='ulysses'"),
 ]

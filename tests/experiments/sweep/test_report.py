@@ -57,6 +57,26 @@ def test_binary_file_and_one_without_rows_are_one_line(refused: Callable[..., st
     assert refused("report", str(tmp_path)).startswith(f"{tmp_path / RESULTS}: not a file of results")
 
 
+@pytest.mark.parametrize("change", [lambda text: text[:-40], lambda text: text[:-1] + ",more\n"])
+def test_rows_that_are_cut_short_or_too_long_are_one_line(
+    refused: Callable[..., str], tmp_path: Path, make_rows: MakeRows, change: Callable[[str], str]
+) -> None:
+    write_rows(tmp_path, make_rows("llama3"))
+    file = tmp_path / RESULTS
+    file.write_text(change(file.read_text()))
+    last = len(file.read_text().splitlines())
+    assert refused("report", str(tmp_path)) == f"{file}:{last}: not a row of results (expected one value a column)"
+
+
+def test_a_figure_that_cannot_be_written_is_one_line(
+    refused: Callable[..., str], tmp_path: Path, make_rows: MakeRows
+) -> None:
+    write_rows(tmp_path, make_rows("llama3"))
+    (tmp_path / "comparison.png").mkdir()
+    assert "comparison.png': cannot be written (Is a directory)" in refused("report", str(tmp_path))
+    assert {file.name for file in tmp_path.iterdir()} == {RESULTS, "comparison.png"}
+
+
 def test_loss_of_zero_on_the_single_process_divides_nothing(make_rows: MakeRows) -> None:
     rows = [*make_rows(REFERENCE, losses=(0.0, 0.0), config="alone")]
     rows += make_rows("llama3", losses=(0.0, 0.5), reference="alone")

@@ -6,13 +6,15 @@ import json
 import re
 from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from flashcp.experiments.cli.main import main
 from flashcp.experiments.sweep.compare import compare
 from flashcp.experiments.sweep.results import REFERENCE, RESULTS, TURNS, read_rows
-from flashcp.experiments.sweep.sweep import locked
+from flashcp.experiments.sweep.sweep import Sweep, locked
 
 
 def test_sweep_resumes_and_outlives_a_failing_job(
@@ -60,11 +62,13 @@ def test_sweep_resumes_and_outlives_a_failing_job(
 
 
 def test_jobs_of_other_processes_wait_for_a_folder(tmp_path: Path) -> None:
+    """Another sweep's runs in turns, too."""
     entered = Event()
+    runs: Any = [SimpleNamespace(provider=name, config=SimpleNamespace(out=f"{tmp_path}/case/{name}")) for name in "ab"]
+    sweep: Any = SimpleNamespace(rerun=True, _train_together=lambda group: entered.set())
 
     def other() -> None:
-        with locked(tmp_path / "case"):
-            entered.set()
+        Sweep.train_together(sweep, runs)
 
     with locked(tmp_path / "case"):
         thread = Thread(target=other)
