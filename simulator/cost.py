@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 __all__ = [
+    "BACKWARD_FLOPS",
+    "FORWARD_FLOPS",
     "AttentionCost",
     "AttentionShape",
     "CopyCost",
@@ -23,6 +25,9 @@ __all__ = [
     "ReadFeatures",
     "read_features",
 ]
+
+FORWARD_FLOPS, BACKWARD_FLOPS = 4, 10
+"""Useful operations of attention: a query-key pair, query head and dimension of the head."""
 
 
 class AttentionShape(NamedTuple):
@@ -109,7 +114,7 @@ class KernelCost:
 class AttentionCost:
     """Attention forward and backward, cut in tiles of `tile_queries` x `tile_keys` rows.
 
-    Operations a pair and head: 4 D forward, 10 D backward; the backward moves twice the forward's bytes (gradients).
+    The backward moves twice the forward's bytes (gradients).
     """
 
     forward: KernelCost
@@ -125,7 +130,8 @@ class AttentionCost:
     def read_us(self, reads: ReadFeatures, shape: AttentionShape, backward: bool = False) -> np.ndarray:
         """Time of each read, without what a kernel costs as a whole."""
         kernel = self.backward if backward else self.forward
-        pair_us = (10 if backward else 4) * shape.head_dim * shape.query_heads / (1e6 * kernel.tflops)
+        flops = BACKWARD_FLOPS if backward else FORWARD_FLOPS
+        pair_us = flops * shape.head_dim * shape.query_heads / (1e6 * kernel.tflops)
         moved = 2 if backward else 1
         time = pair_us * (reads.full_pairs + kernel.masked * reads.masked_pairs)
         time += reads.kv_rows * (moved * shape.kv_bytes / (1e3 * kernel.kv_gbps))

@@ -10,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flashcp.clusters import clusters, read_cluster
+from flashcp.simulator.cost import BACKWARD_FLOPS, FORWARD_FLOPS
 
-__all__ = ["BACKWARD", "FORWARD", "FREE", "SlowedLink", "check_link", "cluster_rates"]
+__all__ = ["FREE", "SlowedLink", "check_link", "cluster_rates"]
 
 FREE = "free"
 """Rows leave at once."""
-FORWARD, BACKWARD = 4, 10
-"""Operations a query-key pair, head and dimension of the head, as `flashcp/simulator/cost.py` counts them."""
 
 
 @dataclass(frozen=True)
@@ -56,4 +55,6 @@ def cluster_rates(name: str) -> tuple[float, float]:
     backward together."""
     machine = read_cluster(name)
     forward, backward = machine.attention.forward.tflops, machine.attention.backward.tflops
-    return machine.links.network.gbps, (FORWARD + BACKWARD) / (FORWARD / forward + BACKWARD / backward)
+    return machine.links.network.gbps, (FORWARD_FLOPS + BACKWARD_FLOPS) / (
+        FORWARD_FLOPS / forward + BACKWARD_FLOPS / backward
+    )

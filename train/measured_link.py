@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 import flashcp
+from flashcp.simulator.cost import BACKWARD_FLOPS, FORWARD_FLOPS
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.documents import read_documents
 from flashcp.train.data.sources import Source
 from flashcp.train.data.tokenizer import Tokenizer
 from flashcp.train.data.windows import pack_documents
-from flashcp.train.link import BACKWARD, FORWARD, FREE, SlowedLink, cluster_rates
+from flashcp.train.link import FREE, SlowedLink, cluster_rates
 from flashcp.train.ranks import Ranks
 
 __all__ = ["measured_tflops", "slowed_link"]
@@ -79,4 +80,4 @@ def measured_tflops(
     seconds()  # warms up
     (slowest,) = ranks.max(statistics.median(seconds() for _ in range(REPEATS)))
     pairs = sum(length * (length + 1) / 2 for length in document_lengths)
-    return 1e-12 * (FORWARD + BACKWARD) * pairs * query_heads * head_dim / slowest
+    return 1e-12 * (FORWARD_FLOPS + BACKWARD_FLOPS) * pairs * query_heads * head_dim / slowest

@@ -21,6 +21,7 @@ from flashcp.kernels.tuning import Blocks, Pass
 from flashcp.sharding.documents import expand_ranges
 from flashcp.sharding.lengths import LENGTH_DATA, windows
 from flashcp.sharding.strategies import plan
+from flashcp.simulator.cost import FORWARD_FLOPS
 
 __all__ = ["OURS", "Case", "Forward", "Tensors", "all_cases", "exact_share", "make_tensors", "ours", "useful_share"]
 
@@ -59,7 +60,7 @@ class Case:
     @property
     def forward_flops(self) -> int:
         """Useful ones: causal pairs x 4 x heads x head_dim; the backward counts 2.5 times as many."""
-        return self.schedule.pairs * 4 * self.query_heads * self.head_dim
+        return self.schedule.pairs * FORWARD_FLOPS * self.query_heads * self.head_dim
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from flashcp.experiments.bench.attention_peers import PEERS
 from flashcp.experiments.bench.timing import Spread, Work, in_turns_ms
 from flashcp.experiments.sweep.results import Failure, Number, check_device, reason
 from flashcp.kernels.tuning import Pass, architecture, choose
+from flashcp.simulator.cost import BACKWARD_FLOPS, FORWARD_FLOPS
 
 __all__ = ["measure"]
 
-BACKWARD_FLOPS = 2.5
 SHARE_S = 4.0  # seconds for the measurements of one case
 
 
@@ -139,7 +139,7 @@ def _timed(case: Case, work: dict[str, Work], device: torch.device, share_s: flo
             work = {label: function for label, function in work.items() if label.split("/")[0] != name}
     for label, spread in times.items():
         name, which = label.split("/")
-        flops = case.forward_flops * (BACKWARD_FLOPS if which == "backward" else 1.0)
+        flops = case.forward_flops * (BACKWARD_FLOPS / FORWARD_FLOPS if which == "backward" else 1.0)
         yield Number(name, f"{which}_ms", "ms", *spread)
         low, middle, high = (flops / ms / 1e9 for ms in reversed(spread))
         yield Number(name, f"{which}_tflops", "TFLOP/s", low, middle, high)
