@@ -161,7 +161,7 @@ class PendingHeader:
     def _compare(self) -> None:
         handshake, header = self._handshake, self._header
         deadline = time.monotonic() + self._timeout_s
-        missing = []
+        missing = list[int]()
         for rank, receive in self._receives.items():
             try:
                 handshake._wait(receive, deadline, f"rank {rank}")
