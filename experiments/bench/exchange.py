@@ -19,12 +19,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from flashcp.experiments.bench.exchange_cases import ExchangeBench
-from flashcp.experiments.bench.exchange_times import Number, measure
+from flashcp.experiments.bench.exchange_times import measure
+from flashcp.experiments.bench.harness import rows_table
 from flashcp.experiments.cli.launch import BAD_INPUT, RanksFailedError, leave_no_trace, start_ranks
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit, versions_text
-from flashcp.experiments.sweep.results import Row, read_rows, write_rows
-from flashcp.text import table
+from flashcp.experiments.sweep.results import Number, Row, read_rows, write_rows
 from flashcp.train.ranks import exit_code, world
 from flashcp.train.summary import versions
 
@@ -124,25 +124,14 @@ def be_a_rank(bench: ExchangeBench, folder: Path) -> None:
 
 def to_row(case: str, number: Number, told: dict[str, str]) -> Row:
     """A number with all that it must carry. told: versions of what ran it."""
-    transport, exchange = number.pair
+    transport = number.provider.split("/")[0]
     device = f"{told['device']}, {os.cpu_count()} cores; {WIRES.get(transport, transport)}"
-    carried = (device, versions_text(told), commit(), told["date"], "measured")
-    return Row(case, f"{transport}/{exchange}", number.metric, number.unit, None, *number[3:], *carried)
+    return Row(case, *number[:3], None, *number[3:], device, versions_text(told), commit(), told["date"], "measured")
 
 
 def exchange_table(rows: Sequence[Row]) -> str:
     """One line a transport and exchange; columns that nothing was measured for are left out."""
-    values = {(row.provider, row.metric): row.median for row in rows}
-    shown = {title: column for title, column in COLUMNS.items() if any(row.metric == column[0] for row in rows)}
-    body = [
-        [provider, *(_cell(values.get((provider, metric)), factor, form) for metric, factor, form in shown.values())]
-        for provider in dict.fromkeys(row.provider for row in rows)
-    ]
-    return f"{rows[0].case}, of the busiest rank\n{table(['transport/exchange', *shown], body)}"
-
-
-def _cell(value: float | None, factor: float, form: str) -> str:
-    return "" if value is None else format(factor * value, form)
+    return f"{rows[0].case}, of the busiest rank\n{rows_table(rows, {'transport/exchange': 'provider'}, COLUMNS)}"
 
 
 if __name__ == "__main__":

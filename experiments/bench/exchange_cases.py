@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Annotated
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flashcp.comm.choice import TRANSPORTS, TransportOptions
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.context_parallel import OVERLAPS, ContextParallel
-from flashcp.experiments.bench.accuracy import relative_error
+from flashcp.experiments.bench.harness import relative_error
 from flashcp.kernels.reference import reference_attention
+from flashcp.limits import Count, Limit, Natural, Seconds, one_of
+from flashcp.schema import read_dataclass
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.lengths import LENGTH_DATA, windows
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan, strategies
-from flashcp.train.ranks import DEVICES, LONGEST_WAIT_S, Ranks
+from flashcp.train.ranks import DEVICES, Ranks
 
-__all__ = ["ExchangeBench", "Problem", "check", "check_bytes", "offered", "operator", "overlaps_of"]
+__all__ = ["ExchangeBench", "Problem", "both_ways", "check", "offered", "operator", "overlaps_of"]
 
 DTYPES = {"fp32": (torch.float32, 1e-5), "bf16": (torch.bfloat16, 1e-2)}
 """Legal dtypes, and the largest relative error against float64 that is timed."""
@@ -32,55 +37,41 @@ ON_CPU = ("shm", "gloo")
 """Transports of rows in CPU memory; the others move rows in a GPU's."""
 SMALL = (1, 60, 300, 129, 20, 2)
 """Documents of the gate."""
+AtLeastTwo = Annotated[int, Limit(lambda value: value >= 2, "a whole number >= 2")]
+Rate = Annotated[float, Limit(lambda value: 0 <= value < math.inf, "a number >= 0")]
 
 
 @dataclass
 class ExchangeBench:
-    """transports: names that `flashcp.ContextParallel` takes; empty: all that the ranks have on this device.
+    """What is exchanged, by what and between whom, as `conf/bench/exchange.yaml` explains it.
 
-    data_set, context, seed, strategy: of the pack that is exchanged, and its plan. world_size, threads (of each rank):
-    of the ranks that are started here. device: `shm` and `gloo` are measured on `cpu`, the others on `cuda`; `auto`
-    takes a GPU where there is one. throttle_gbps: GB/s of one-sided transports while hiding is measured; 0: over `shm`
-    so slow that the rows of `exact` take as long as the local tiles, elsewhere none. seconds: for each kind of
-    measurement, over all transports and exchanges.
+    throttle_gbps 0: over `shm` so slow that the rows of `exact` take as long as the local tiles, elsewhere no limit.
     """
 
     transports: list[str] = field(default_factory=list)
     exchanges: list[str] = field(default_factory=lambda: list(EXCHANGES))
-    world_size: int = 2
-    threads: int = 1
-    device: str = "auto"
-    data_set: str = "redpajama"
-    context: int = 8192
-    seed: int = 0
-    strategy: str = "flashcp"
-    query_heads: int = 8
-    kv_heads: int = 8
-    head_dim: int = 64
-    dtype: str = "fp32"
-    throttle_gbps: float = 0.0
-    seconds: float = 30.0
-    timeout_s: float = 60.0
+    world_size: AtLeastTwo = 2
+    threads: Count = 1
+    device: Annotated[str, one_of(DEVICES)] = "auto"
+    data_set: Annotated[str, one_of(LENGTH_DATA)] = "redpajama"
+    context: AtLeastTwo = 8192
+    seed: Natural = 0
+    strategy: Annotated[str, one_of(strategies())] = "flashcp"
+    query_heads: Count = 8
+    kv_heads: Count = 8
+    head_dim: Count = 64
+    dtype: Annotated[str, one_of(DTYPES)] = "fp32"
+    throttle_gbps: Rate = 0.0
+    seconds: Seconds = 30.0
+    timeout_s: Seconds = 60.0
 
     def check(self) -> None:
         """Raise ValueError, naming value, field and legal values."""
+        read_dataclass(ExchangeBench, vars(self))
         for name, legal in (("transports", TRANSPORTS), ("exchanges", tuple(EXCHANGES))):
             for value in getattr(self, name):
                 if value not in legal:
                     raise ValueError(f"{name} holds {value!r}: expected {', '.join(legal)}")
-        choices = {"device": DEVICES, "data_set": LENGTH_DATA, "strategy": strategies(), "dtype": tuple(DTYPES)}
-        for name, legal in choices.items():
-            if getattr(self, name) not in legal:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(legal)}")
-        least = {"world_size": 2, "threads": 1, "context": 2, "query_heads": 1, "kv_heads": 1, "head_dim": 1, "seed": 0}
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number >= {smallest}")
-        for name in ("seconds", "timeout_s"):
-            if not 0 < getattr(self, name) <= LONGEST_WAIT_S:
-                raise ValueError(f"{name}={getattr(self, name)}: expected seconds > 0 and <= {LONGEST_WAIT_S:.0e}")
-        if not 0 <= self.throttle_gbps < math.inf:
-            raise ValueError(f"throttle_gbps={self.throttle_gbps}: expected a number >= 0")
         if self.context < self.world_size:
             raise ValueError(f"context={self.context}: expected at least one token a rank, {self.world_size}")
         if self.query_heads % self.kv_heads:
@@ -121,28 +112,25 @@ class Problem:
     ranks: Ranks
 
     @cached_property
-    def whole(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def whole(self) -> list[Tensor]:
         """q, k, v of the whole pack and the gradient of its output, [tokens, heads, D], the same on every rank."""
         return self._draw(int(self.plan.offsets[-1]), self.bench.seed)
 
     @cached_property
-    def local(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def local(self) -> list[Tensor]:
         """The same of this rank's rows alone, [T, heads, D]."""
         return self._draw(int(self.plan.tokens[self.ranks.rank]), self.bench.seed + 1 + self.ranks.rank)
 
     @property
     def kv(self) -> tuple[ShardingPlan, Tensor, Tensor]:
         """What an exchange starts with: the plan, this rank's keys and values."""
-        return self.plan, *self.local[1:3]
+        return self.plan, self.local[1], self.local[2]
 
-    def _draw(self, rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _draw(self, rows: int, seed: int) -> list[Tensor]:
         random = torch.Generator().manual_seed(seed)
         heads = (self.bench.query_heads, self.bench.kv_heads, self.bench.kv_heads, self.bench.query_heads)
-        dtype, device = DTYPES[self.bench.dtype][0], self.ranks.device
-        q, k, v, grad = (
-            torch.randn(rows, count, self.bench.head_dim, generator=random).to(device, dtype) for count in heads
-        )
-        return q, k, v, grad
+        drawn = (torch.randn(rows, count, self.bench.head_dim, generator=random) for count in heads)
+        return [x.to(self.ranks.device, DTYPES[self.bench.dtype][0]) for x in drawn]
 
 
 def offered(bench: ExchangeBench, device: torch.device) -> dict[str, str]:
@@ -152,6 +140,7 @@ def offered(bench: ExchangeBench, device: torch.device) -> dict[str, str]:
     """
     found = {}
     for transport in bench.transports or [name for name in TRANSPORTS if (name in ON_CPU) == (device.type == "cpu")]:
+        found[transport] = ""
         try:
             if (transport in ON_CPU) != (device.type == "cpu"):
                 raise ValueError(f"transport={transport!r} with device={device.type}: it moves rows of another device")
@@ -160,8 +149,6 @@ def offered(bench: ExchangeBench, device: torch.device) -> dict[str, str]:
             if bench.transports:
                 raise
             found[transport] = str(error)
-        else:
-            found[transport] = ""
     return found
 
 
@@ -169,13 +156,8 @@ def operator(
     bench: ExchangeBench, transport: str, exchange: str, overlap: str = "none", throttle_gbps: float = 0.0
 ) -> ContextParallel:
     """The operator of one variant. Raises ValueError where the ranks have no such thing; all ranks call this."""
-    return ContextParallel(
-        exchange=exchange,
-        overlap=overlap,
-        transport=transport,
-        timeout_s=bench.timeout_s,
-        options=TransportOptions(throttle_gbps=throttle_gbps),
-    )
+    options = TransportOptions(throttle_gbps=throttle_gbps)
+    return ContextParallel(None, exchange, overlap, transport=transport, timeout_s=bench.timeout_s, options=options)
 
 
 def overlaps_of(bench: ExchangeBench, transport: str, exchange: str) -> list[str]:
@@ -184,47 +166,46 @@ def overlaps_of(bench: ExchangeBench, transport: str, exchange: str) -> list[str
         return ["none"]
     found = []
     for overlap in OVERLAPS:
-        try:
+        with suppress(ValueError):
             operator(bench, transport, exchange, overlap)
-        except ValueError:
-            continue
-        found.append(overlap)
+            found.append(overlap)
     return found
 
 
 def check(cp: ContextParallel, small: Problem) -> None:
     """The gate: output, gradients and bytes of a small pack. Raises RuntimeError on all ranks when one is wrong."""
-    whole, split, lengths = small.whole, small.plan, small.plan.document_lengths.tolist()
-    q, k, v = (x.detach().requires_grad_() for x in whole[:3])
-    reference = reference_attention(q, k, v, lengths)
-    wanted = [reference, *torch.autograd.grad(reference, (q, k, v), whole[3].double())]
-    q, k, v = (cp.shard(x, split).requires_grad_() for x in whole[:3])
-    before = cp.sent_bytes
-    out = cp.attention(q, k, v, split)
-    between = cp.sent_bytes
-    found = [out, *torch.autograd.grad(out, (q, k, v), cp.shard(whole[3], split))]
-    error = max(relative_error(a, cp.shard(b, split)) for a, b in zip(found, wanted, strict=True))
+    q, k, v = leaves = [x.detach().requires_grad_() for x in small.whole[:3]]
+    reference = reference_attention(q, k, v, small.plan.document_lengths.tolist())
+    wanted = [reference, *torch.autograd.grad(reference, leaves, small.whole[3].double())]
+    found, _ = both_ways(cp, small, [cp.shard(x, small.plan) for x in small.whole])
+    error = max(relative_error(a, cp.shard(b, small.plan)) for a, b in zip(found, wanted, strict=True))
     worst, limit = small.ranks.max(error)[0], DTYPES[small.bench.dtype][1]
-    what = f"{cp.transport}/{cp.exchange}, overlap {cp.overlap}"
     if not worst <= limit:
+        what = f"{cp.transport}/{cp.exchange}, overlap {cp.overlap}"
         raise RuntimeError(f"{what}: relative error {worst:.1e}: an exchange that is wrong is not timed")
-    check_bytes(cp, small, (between - before, cp.sent_bytes - between))
 
 
-def check_bytes(cp: ContextParallel, problem: Problem, sent: Sequence[int]) -> tuple[int, int]:
-    """What left the busiest rank in the forward and in the backward pass.
+def both_ways(cp: ContextParallel, problem: Problem, rows: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, int]]:
+    """Attention of this rank's rows forward and backward, its bytes counted.
 
-    sent: bytes that left this rank. Raises RuntimeError on all ranks where they are not the route's.
+    rows: q, k, v and the gradient of the output. Returns output and gradients; what left the busiest rank in each pass.
+    Raises RuntimeError on all ranks where the bytes are not the route's.
     """
+    q, k, v = leaves = [x.clone().requires_grad_() for x in rows[:3]]
+    sent = [cp.sent_bytes]
+    out = cp.attention(q, k, v, problem.plan)
+    sent.append(cp.sent_bytes)
+    results = [out, *torch.autograd.grad(out, leaves, rows[3])]
+    sent.append(cp.sent_bytes)
     bench, exchange = problem.bench, EXCHANGE_CLASSES[cp.exchange]
     route, model = problem.plan.route(cp.exchange), DTYPES[bench.dtype][0]
     heads = bench.query_heads, bench.kv_heads, bench.head_dim
     forward = route.bytes(*heads, model.itemsize)
     backward = route.bytes(*heads, (exchange.gradient_dtype or model).itemsize, backward=True)
-    differs = tuple(sent) != (forward[cp.rank], backward[cp.rank])
-    if problem.ranks.max(differs)[0]:
+    found, wanted = np.diff(sent).tolist(), [int(forward[cp.rank]), int(backward[cp.rank])]
+    if problem.ranks.max(found != wanted)[0]:
         raise RuntimeError(
-            f"{cp.transport}/{cp.exchange}: rank {cp.rank} sent {sent[0]} and {sent[1]} bytes, the route says "
-            f"{forward[cp.rank]} and {backward[cp.rank]}"
+            f"{cp.transport}/{cp.exchange}: rank {cp.rank} sent {found[0]} and {found[1]} bytes, the route says "
+            f"{wanted[0]} and {wanted[1]}"
         )
-    return int(forward.max()), int(backward.max())
+    return results, (int(forward.max()), int(backward.max()))

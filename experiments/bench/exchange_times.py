@@ -5,25 +5,26 @@ Ranks begin each measurement together, variants take turns, a time is the slowes
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flashcp.comm.exchanges.exchange import IncomingKV
 from flashcp.context_parallel import ContextParallel
 from flashcp.experiments.bench.exchange_cases import (
     ExchangeBench,
     Problem,
+    both_ways,
     check,
-    check_bytes,
     offered,
     operator,
     overlaps_of,
 )
+from flashcp.experiments.bench.harness import Work, in_turns, spread
+from flashcp.experiments.sweep.results import Number
 from flashcp.kernels.inputs import default_scale
 from flashcp.kernels.interface import KV
 from flashcp.kernels.schedule import Schedule
@@ -31,23 +32,7 @@ from flashcp.kernels.selection import select_attention
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.train.ranks import Ranks
 
-__all__ = ["Number", "in_turns", "measure", "moving", "ranks_max"]
-
-FEWEST_ROUNDS, MOST_ROUNDS = 5, 100
-Pair = tuple[str, str]  # transport, exchange
-Work = Callable[[], object]
-Key = TypeVar("Key")
-
-
-class Number(NamedTuple):
-    """One measured number of a transport and an exchange."""
-
-    pair: Pair
-    metric: str
-    unit: str
-    p20: float | None
-    median: float
-    p80: float | None
+__all__ = ["exchanged", "measure", "ranks_max"]
 
 
 def measure(bench: ExchangeBench, ranks: Ranks, say: Callable[[str], None]) -> Iterator[Number]:
@@ -55,46 +40,45 @@ def measure(bench: ExchangeBench, ranks: Ranks, say: Callable[[str], None]) -> I
 
     sent_bytes, sent_backward_bytes: that leave the busiest rank. latency_us: of one row a rank. exchange_ms: from the
     start until the sampled plan's rows are there and have left, nothing computed meanwhile (of `ulysses` K and V).
-    bandwidth_gbps: bytes of that from the busiest rank over exchange_ms. The rest is about hiding (`hiding`).
-    Raises RuntimeError for a wrong result or wrong bytes, ValueError where nothing is there to measure.
+    bandwidth_gbps: bytes of that from the busiest rank over exchange_ms. The rest is about hiding (`hiding`). Providers
+    are transport/exchange. Raises RuntimeError for a wrong result or wrong bytes, ValueError where nothing is there to
+    measure.
     """
     there = offered(bench, ranks.device)
     for transport, why in there.items():
         if why:
             say(f"{transport}: left out: {why}")
-    levels = {
-        (transport, exchange): overlaps_of(bench, transport, exchange)
-        for transport, why in there.items()
-        for exchange in bench.exchanges
-        if not why
-    }
+    pairs = {f"{x}/{exchange}": (x, exchange) for x, why in there.items() if not why for exchange in bench.exchanges}
+    levels = {name: overlaps_of(bench, *pair) for name, pair in pairs.items()}
     if not levels:
         raise ValueError(f"transports={bench.transports}: expected some that a group on {ranks.device.type} has")
     small, full, row = (Problem(bench, plan, ranks) for plan in (bench.small(), bench.sampled(), bench.one_row()))
-    for pair, found in levels.items():
+    for name, found in levels.items():
         for overlap in found:
-            check(operator(bench, *pair, overlap), small)
-        say(f"{'/'.join(pair)}: right at overlap {', '.join(found)}")
-    plain = {pair: operator(bench, *pair) for pair in levels}
-    for pair, cp in plain.items():
-        for metric, count in zip(("sent_bytes", "sent_backward_bytes"), counted(cp, full), strict=True):
-            yield Number(pair, metric, "bytes", None, count, None)
+            check(operator(bench, *pairs[name], overlap), small)
+        say(f"{name}: right at overlap {', '.join(found)}")
+    plain = {name: operator(bench, *pair) for name, pair in pairs.items()}
+    for name, cp in plain.items():
+        _, moved = both_ways(cp, full, full.local)
+        for metric, count in zip(("sent_bytes", "sent_backward_bytes"), moved, strict=True):
+            yield Number(name, metric, "bytes", None, count, None)
     say("bytes are the routes'; timing the exchanges alone")
-    one_row = {pair: moving(cp, *row.kv) for pair, cp in plain.items()}
-    for pair, times in in_turns(one_row, ranks, bench.seconds).items():
-        yield Number(pair, "latency_us", "us", *spread(1e3 * ranks_max(ranks, times)))
-    whole = {pair: moving(cp, *full.kv) for pair, cp in plain.items()}
-    moved = {pair: ranks.max(sent_by(cp, whole[pair]))[0] for pair, cp in plain.items()}
-    for pair, times in in_turns(whole, ranks, bench.seconds).items():
+    one_row = {name: partial(exchanged, cp, *row.kv) for name, cp in plain.items()}
+    for name, times in in_turns(one_row, ranks, bench.seconds).items():
+        yield Number(name, "latency_us", "us", *spread(1e3 * ranks_max(ranks, times)))
+    before = {name: cp.sent_bytes for name, cp in plain.items()}
+    whole = {name: partial(exchanged, cp, *full.kv) for name, cp in plain.items()}
+    for name, times in in_turns(whole, ranks, bench.seconds).items():
         slowest = ranks_max(ranks, times)
-        yield Number(pair, "exchange_ms", "ms", *spread(slowest))
-        yield Number(pair, "bandwidth_gbps", "GB/s", *spread(moved[pair] / slowest / 1e6))
+        moved_bytes = ranks.max((plain[name].sent_bytes - before[name]) / (1 + len(times)))[0]  # one warmed up
+        yield Number(name, "exchange_ms", "ms", *spread(slowest))
+        yield Number(name, "bandwidth_gbps", "GB/s", *spread(moved_bytes / slowest / 1e6))
     say("timing attention with the exchange")
-    yield from hiding(bench, full, plain, levels)
+    yield from hiding(bench, full, plain, {name: found for name, found in levels.items() if len(found) > 1})
 
 
 def hiding(
-    bench: ExchangeBench, full: Problem, plain: Mapping[Pair, ContextParallel], levels: Mapping[Pair, Sequence[str]]
+    bench: ExchangeBench, full: Problem, plain: Mapping[str, ContextParallel], levels: Mapping[str, Sequence[str]]
 ) -> Iterator[Number]:
     """What is exposed of each exchange beside the attention of the same rows, forward.
 
@@ -103,29 +87,31 @@ def hiding(
     exposes less than compute_ms varies. throttle_gbps: what the rows were slowed down to, if they were.
     """
     ranks, work, throttles = full.ranks, {}, {}
-    with_levels = {pair: found for pair, found in levels.items() if len(found) > 1}
     slowed = bench.throttle_gbps or _as_slow_as_local_tiles(bench, full, plain)
-    for pair, found in with_levels.items():
-        throttles[pair] = slowed if bench.throttle_gbps or pair[0] == "shm" else 0.0
-        work[pair, "compute"] = computing(plain[pair], full)
+    q, k, v, _ = full.local
+    for name, found in levels.items():
+        throttles[name] = slowed if bench.throttle_gbps or name.startswith("shm/") else 0.0
+        received = exchanged(plain[name], *full.kv, Tensor.clone).unbind(1)  # there before it begins
+        work[name, "compute"] = attend(full, plain[name]._exchange.layout(full.plan).schedule, *received)
         for overlap in found:
-            work[pair, overlap] = attending(operator(bench, *pair, overlap, throttles[pair]), full)
+            cp = operator(bench, plain[name].transport, plain[name].exchange, overlap, throttles[name])
+            work[name, overlap] = torch.no_grad()(partial(cp.attention, q, k, v, full.plan))
     times = in_turns(work, ranks, bench.seconds)
-    for pair, found in with_levels.items():
-        compute = times[pair, "compute"]
+    for name, found in levels.items():
+        compute = times[name, "compute"]
         p20, median, p80 = spread(ranks_max(ranks, compute))
-        yield Number(pair, "compute_ms", "ms", p20, median, p80)
-        exposed = {overlap: ranks_max(ranks, times[pair, overlap] - compute) for overlap in found}
+        yield Number(name, "compute_ms", "ms", p20, median, p80)
+        exposed = {overlap: ranks_max(ranks, times[name, overlap] - compute) for overlap in found}
         for overlap in found:
-            yield Number(pair, f"exposed_{overlap}_ms", "ms", *spread(exposed[overlap]))
-        if throttles[pair]:
-            yield Number(pair, "throttle_gbps", "GB/s", None, throttles[pair], None)
+            yield Number(name, f"exposed_{overlap}_ms", "ms", *spread(exposed[overlap]))
+        if throttles[name]:
+            yield Number(name, "throttle_gbps", "GB/s", None, throttles[name], None)
         if spread(exposed["none"])[0] > p80 - p20:
             for overlap in found[1:]:
-                yield Number(pair, f"hidden_{overlap}", "share", *spread(1 - exposed[overlap] / exposed["none"]))
+                yield Number(name, f"hidden_{overlap}", "share", *spread(1 - exposed[overlap] / exposed["none"]))
 
 
-def _as_slow_as_local_tiles(bench: ExchangeBench, full: Problem, plain: Mapping[Pair, ContextParallel]) -> float:
+def _as_slow_as_local_tiles(bench: ExchangeBench, full: Problem, plain: Mapping[str, ContextParallel]) -> float:
     """GB/s at which the rows of `exact` take as long as the local tiles, on the busiest ranks; 0 without such rows."""
     cp = next(iter(plain.values()))
     local = attend(full, cp._exchange.layout(full.plan).local_schedule, full.local[1][:0], full.local[2][:0])
@@ -136,40 +122,19 @@ def _as_slow_as_local_tiles(bench: ExchangeBench, full: Problem, plain: Mapping[
     return float(moved) / ms / 1e6
 
 
-def counted(cp: ContextParallel, problem: Problem) -> tuple[int, int]:
-    """Bytes that left the busiest rank, forward and backward, counted while one attention ran each way."""
-    q, k, v = (x.clone().requires_grad_() for x in problem.local[:3])
-    before = cp.sent_bytes
-    out = cp.attention(q, k, v, problem.plan)
-    between = cp.sent_bytes
-    out.backward(problem.local[3])
-    return check_bytes(cp, problem, (between - before, cp.sent_bytes - between))
+def exchanged(
+    cp: ContextParallel, plan: ShardingPlan, k: Tensor, v: Tensor, take: Callable[[Tensor], Any] = lambda rows: None
+) -> Any:
+    """The exchange alone: from its start until all rows are there and this rank's have left.
 
-
-def sent_by(cp: ContextParallel, work: Work) -> int:
-    """Bytes that leave this rank during the work."""
-    before = cp.sent_bytes
-    work()
-    return cp.sent_bytes - before
-
-
-def moving(cp: ContextParallel, plan: ShardingPlan, k: Tensor, v: Tensor) -> Work:
-    """The exchange alone: from its start until all rows are there and this rank's have left."""
-    return lambda: _free(cp, _received(cp, plan, k, v))
-
-
-def attending(cp: ContextParallel, problem: Problem) -> Work:
-    """Attention as the operator does it, without gradients."""
-    q, k, v, _ = problem.local
-    return torch.no_grad()(lambda: cp.attention(q, k, v, problem.plan))
-
-
-def computing(cp: ContextParallel, problem: Problem) -> Work:
-    """What the operator computes, with all rows there before it begins."""
-    incoming = _received(cp, *problem.kv)
-    received = incoming.inbox.rows.clone()
-    _free(cp, incoming)
-    return attend(problem, cp._exchange.layout(problem.plan).schedule, *received.unbind(1))
+    Returns what `take` makes of the receive buffer, [R, 2, K, D].
+    """
+    incoming = cp._exchange.start(plan, k, v)
+    incoming.wait()
+    incoming.leave()
+    found = take(incoming.inbox.rows)
+    cp._exchange.transport.free(incoming.inbox.ticket)
+    return found
 
 
 def attend(problem: Problem, schedule: Schedule, k: Tensor, v: Tensor) -> Work:
@@ -180,47 +145,6 @@ def attend(problem: Problem, schedule: Schedule, k: Tensor, v: Tensor) -> Work:
     return torch.no_grad()(lambda: kernel.attend(queries, KV(keys, values), KV(k, v), schedule, scale))
 
 
-def _received(cp: ContextParallel, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
-    incoming = cp._exchange.start(plan, k, v)
-    incoming.wait()
-    incoming.leave()
-    return incoming
-
-
-def _free(cp: ContextParallel, incoming: IncomingKV) -> None:
-    cp._exchange.transport.free(incoming.inbox.ticket)
-
-
-def in_turns(work: Mapping[Key, Work], ranks: Ranks, seconds: float = 0.0, rounds: int = 0) -> dict[Key, np.ndarray]:
-    """Milliseconds of each function on this rank, [rounds], one after the other in each round.
-
-    Before each, all ranks wait for each other. The first round warms up and is not among them. rounds: 0 for as many as
-    fit into `seconds`, within bounds.
-    """
-
-    def once(function: Work) -> float:
-        ranks.barrier()
-        started = time.perf_counter()
-        function()
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize(ranks.device)
-        return 1e3 * (time.perf_counter() - started)
-
-    began = time.perf_counter()
-    for function in work.values():
-        once(function)
-    took = ranks.max(time.perf_counter() - began)[0]
-    rounds = rounds or int(min(MOST_ROUNDS, max(FEWEST_ROUNDS, seconds / took)))
-    times = [[once(function) for function in work.values()] for _ in range(rounds)]
-    return dict(zip(work, np.array(times).T, strict=True))
-
-
 def ranks_max(ranks: Ranks, values: np.ndarray) -> np.ndarray:
     """The largest of all ranks, round by round."""
     return np.array(ranks.max(*values.tolist()))
-
-
-def spread(values: np.ndarray) -> tuple[float, float, float]:
-    """p20, median, p80."""
-    p20, median, p80 = np.percentile(values, [20, 50, 80]).tolist()
-    return p20, median, p80

@@ -14,21 +14,19 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
 
 from flashcp.attention import varlen_attention
-from flashcp.experiments.bench.attention_cases import Case, Tensors, make_tensors
-from flashcp.experiments.bench.timing import Work, in_turns_ms
+from flashcp.experiments.bench.attention_cases import make_tensors, pack_case
+from flashcp.experiments.bench.harness import Work, in_turns_ms
 from flashcp.kernels.ahead import TARGETS, Build, build, build_rows
 from flashcp.kernels.backward_rows import ROWS
-from flashcp.kernels.schedule import whole_pack_schedule
 from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, Tuning, architecture, table_dim
 
 __all__ = ["PACKS", "Kernel", "compile_all", "compilers", "fit", "grid", "main", "shipped", "timed_work", "tuned"]
@@ -165,26 +163,17 @@ def timed_work(
 
     A backward is both passes: dK and dV, and dQ.
     """
-    case = Case("", whole_pack_schedule(np.array(lengths)), sum(lengths), 0, tuple(lengths), 16, 16, head_dim)
-    x = make_tensors(case, dtype, device)
+    x = make_tensors(pack_case("", lengths, 16, 16, head_dim), dtype, device)
+
+    def backward(out: Callable[[], Tensor]) -> object:
+        return torch.autograd.grad(out(), x.leaves, x.grad, retain_graph=True)
+
     work: dict[str, Work] = {}
     for blocks in candidates:
         forward = partial(varlen_attention, x.q, x.k, x.v, lengths, tuning=Tuning(**{which.value: blocks}))
-        work[blocks.to_text()] = forward if which is Pass.FORWARD else _Backward(forward, x)
+        # A backward's forward runs when it is first asked for, and is kept.
+        work[blocks.to_text()] = forward if which is Pass.FORWARD else partial(backward, cache(forward))
     return work
-
-
-class _Backward:
-    """A backward whose forward ran when it was first asked for."""
-
-    def __init__(self, forward: Callable[[], Tensor], x: Tensors) -> None:
-        self.forward, self.x = forward, x
-        self.out: Tensor | None = None
-
-    def __call__(self) -> object:
-        if self.out is None:
-            self.out = self.forward()
-        return torch.autograd.grad(self.out, self.x.leaves, self.x.grad, retain_graph=True)
 
 
 if __name__ == "__main__":
