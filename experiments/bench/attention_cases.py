@@ -17,8 +17,6 @@ from flashcp.sharding.lengths import LENGTH_DATA, windows
 from flashcp.sharding.strategies import plan
 from flashcp.simulator.cost import FORWARD_FLOPS
 
-__all__ = ["OURS", "Case", "Tensors", "all_cases", "exact_share", "make_tensors", "pack_case"]
-
 OURS = "flashcp"
 CONTEXT = 131_072
 HEADS = ((32, 32), (32, 8))
@@ -91,7 +89,6 @@ def all_cases() -> Iterator[Case]:
 
 
 def pack_case(name: str, lengths: Sequence[int], query_heads: int, kv_heads: int, head_dim: int = HEAD_DIM) -> Case:
-    """A whole pack."""
     schedule = whole_pack_schedule(np.array(lengths))
     return Case(name, schedule, sum(lengths), 0, tuple(lengths), query_heads, kv_heads, head_dim)
 

@@ -24,8 +24,6 @@ from flashcp.kernels.tuning import Pass, Tuning, architecture, choose
 from flashcp.kernels.varlen import KERNELS
 from flashcp.kernels.varlen.base import Sequences
 
-__all__ = ["PEERS", "Forward"]
-
 Forward = Callable[[], Tensor]
 Peer = Callable[[Case, Tensors], Forward | None]
 

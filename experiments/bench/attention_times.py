@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashcp.experiments.bench.attention_cases import OURS, Case, Tensors, exact_share, make_tensors
 from flashcp.experiments.bench.attention_peers import PEERS, Forward
-from flashcp.experiments.bench.harness import LARGEST_ERROR, Spread, Work, in_turns_ms, relative_error
+from flashcp.experiments.bench.harness import Spread, Work, in_turns_ms, relative_error
 from flashcp.experiments.sweep.results import Failure, Number, check_device, reason
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.tiles import OWN, key_tiles, query_tiles
@@ -19,9 +19,7 @@ from flashcp.kernels.tuning import Blocks, Pass, architecture, choose
 from flashcp.sharding.documents import expand_ranges
 from flashcp.simulator.cost import BACKWARD_FLOPS, FORWARD_FLOPS
 
-__all__ = ["measure", "useful_share"]
-
-SHARE_S = 4.0  # seconds for the measurements of one case
+LARGEST_ERROR = 1e-2  # bf16 against float64
 
 
 def measure(
@@ -29,7 +27,7 @@ def measure(
     device: torch.device,
     left_out: Collection[str] = (),
     begin: Callable[[str], None] = lambda provider: None,
-    share_s: float = SHARE_S,
+    share_s: float = 4.0,
 ) -> Iterator[Number | Failure]:
     """Check, then time every provider of a case; one that has no backward, forward only.
 

@@ -48,8 +48,6 @@ from flashcp.simulator.step import layer_flops
 from flashcp.train.model import Block, ModelConfig, Rotary
 from flashcp.train.ranks import Ranks
 
-__all__ = ["BESIDE", "CalibrateBench", "Calibration", "bench_calibrate", "calibration_table", "write_calibration"]
-
 PUBLISHED = PublishedCopies(
     gathered_passes=8.0, shuffled_passes=11.0, compacted_passes=10.0, shard_us=8.0, sync_us=40.0
 )
@@ -199,7 +197,6 @@ class _NoAttention:
         return self
 
     def attention(self, q: Tensor) -> Tensor:
-        """As they came."""
         return q + self._share
 
 
@@ -208,7 +205,7 @@ def link_us(sizes: Sequence[int], repeats: int, cuda: bool) -> np.ndarray:
     them: over shared memory, or NCCL on two GPUs."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            spawn(_rank, (Path(folder), sizes, repeats, cuda), nprocs=2)
+            spawn(_rank, (Path(folder), sizes, repeats, cuda), nprocs=2, daemon=True)
         except ProcessException as error:
             raise RuntimeError("one of two ranks of this machine ended before it had measured the link") from error
         return np.load(Path(folder) / "us.npy")
@@ -272,7 +269,6 @@ def calibration_table(found: list[Calibration]) -> str:
 
 
 def _told(section: Any) -> str:
-    """Every parameter of a section with its number."""
     return ", ".join(f"{name} {value:.4g}" for name, value in asdict(section).items())
 
 

@@ -31,25 +31,6 @@ if TYPE_CHECKING:
     from flashcp.experiments.bench.kernel_times import RankSchedule
     from flashcp.kernels.schedule import Schedule
 
-__all__ = [
-    "DIRECTIONS",
-    "SPLITS",
-    "Errors",
-    "KernelSample",
-    "TimeRow",
-    "cluster_text",
-    "errors",
-    "fit_attention",
-    "fit_kernel",
-    "fit_line",
-    "fit_rates",
-    "kernel_us",
-    "read_times",
-    "schedule_features",
-    "total_features",
-    "write_times",
-]
-
 FREE = 1e6  # GB/s: what a part that the measurements do not show is given
 TILES = ((128, 64), (64, 64), (32, 32), (16, 16), (64, 1), (32, 1), (16, 1))
 """Tile shapes that are tried: kernels cut as they like, and the best fit tells."""
@@ -190,14 +171,12 @@ def fit_rates(design: np.ndarray, us: np.ndarray, needed: tuple[int, ...] = ()) 
 
 
 def errors(times: Iterable[TimeRow], direction: str, split: str) -> Errors:
-    """Of one direction and split."""
     chosen = [row for row in times if (row.direction, row.split) == (direction, split)]
     distance = [abs(row.predicted_us / row.measured_us - 1) for row in chosen]
     return Errors(float(np.median(distance)), float(np.percentile(distance, 95)), len(distance))
 
 
 def write_times(path: Path, times: Sequence[TimeRow]) -> None:
-    """As CSV."""
     with path.open("w", encoding="utf-8", newline="") as lines:
         csv.writer(lines, lineterminator="\n").writerows([TimeRow._fields, *times])
 

@@ -12,14 +12,15 @@ attention hides at each level of overlap.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
-from flashcp.experiments.bench.exchange_cases import ExchangeBench
-from flashcp.experiments.bench.exchange_times import measure
+from flashcp.experiments.bench.exchange_times import ExchangeBench, measure
 from flashcp.experiments.bench.harness import rows_table
 from flashcp.experiments.cli.launch import BAD_INPUT, RanksFailedError, leave_no_trace, start_ranks
 from flashcp.experiments.folders import check_out
@@ -27,8 +28,6 @@ from flashcp.experiments.provenance import commit, versions_text
 from flashcp.experiments.sweep.results import Number, Row, read_rows, write_rows
 from flashcp.train.ranks import exit_code, world
 from flashcp.train.summary import versions
-
-__all__ = ["OUT", "ExchangeBench", "bench_exchange", "exchange_table", "main"]
 
 OUT = "outputs/bench/exchange"
 WIRES = {"shm": "CPU shared memory", "gloo": "CPU, gloo over TCP"}
@@ -94,7 +93,6 @@ def bench_exchange(bench: ExchangeBench, out: str) -> tuple[list[Row], Path]:
 
 
 def options_of(bench: ExchangeBench) -> list[str]:
-    """The settings as `main` reads them."""
     words = []
     for name, value in vars(bench).items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -106,12 +104,8 @@ def be_a_rank(bench: ExchangeBench, folder: Path) -> None:
     with world(bench.device, bench.timeout_s) as ranks:
         bench = replace(bench, world_size=ranks.world_size)
         bench.check()
-
-        def say(line: str) -> None:
-            if ranks.rank == 0:
-                print(line, file=sys.stderr, flush=True)
-
-        numbers = list(measure(bench, ranks, say))
+        said = sys.stderr if ranks.rank == 0 else io.StringIO()
+        numbers = list(measure(bench, ranks, partial(print, file=said, flush=True)))
         if ranks.rank == 0:
             told = versions(ranks.device)
             folder.mkdir(parents=True, exist_ok=True)

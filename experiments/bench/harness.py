@@ -16,20 +16,6 @@ from flashcp.experiments.sweep.results import Row
 from flashcp.text import table
 from flashcp.train.ranks import Ranks
 
-__all__ = [
-    "LARGEST_ERROR",
-    "Clock",
-    "Spread",
-    "Work",
-    "in_turns",
-    "in_turns_ms",
-    "median_us",
-    "relative_error",
-    "rounds_in",
-    "rows_table",
-    "spread",
-]
-
 Clock = Callable[[], float]
 """Seconds since some moment."""
 Work = Callable[[], object]
@@ -37,7 +23,6 @@ Spread = tuple[float, float, float]
 """20th percentile, median, 80th percentile."""
 Key = TypeVar("Key")
 
-LARGEST_ERROR = 1e-2  # bf16 against float64
 FLUSH_BYTES = 256 << 20
 """Written before each measurement on a GPU: no work finds its inputs in the L2 cache."""
 HELD_S = 1e-3

@@ -19,8 +19,6 @@ from flashcp.kernels.selection import select_attention
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.cost import AttentionShape
 
-__all__ = ["DTYPES", "KernelTimer", "RankSchedule", "rank_schedule"]
-
 DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by a shape's dtype_bytes
 LARGEST_ERRORS = {2: 1e-2, 4: 1e-4}  # of values and gradients, relative to float64
 CHECKED = (1, 127, 129, 300)  # lengths of the pack that is compared
@@ -34,7 +32,6 @@ class RankSchedule(NamedTuple):
 
     @property
     def query_rows(self) -> int:
-        """Rows of its query shards."""
         return int((self.schedule.query_stop - self.schedule.query_start).sum())
 
 
@@ -51,6 +48,16 @@ def rank_schedule(plan: ShardingPlan, rank: int, sources: Collection[int] | None
         return RankSchedule(layout.local_schedule, rows)
     some = layout.schedule_of(tuple(sources))
     return RankSchedule(some, rows) if len(some.source) else None
+
+
+def whole_schedule(document_lengths: np.ndarray) -> RankSchedule:
+    """All of a pack on one rank."""
+    return RankSchedule(whole_pack_schedule(document_lengths), 0)
+
+
+def gathered_schedule(plan: ShardingPlan) -> RankSchedule:
+    """All of a pack on one rank, in the order in which ulysses brings it there: rank by rank."""
+    return RankSchedule(Layout("ulysses", plan, 0).gathered_schedule, 0)
 
 
 class KernelTimer:
@@ -71,7 +78,7 @@ class KernelTimer:
 
     def check(self, shape: AttentionShape) -> None:
         """Raise RuntimeError where the kernel differs from the reference: a wrong kernel is not timed."""
-        inputs, grad, out, (_, gradients) = self._run(RankSchedule(whole_pack_schedule(np.array(CHECKED)), 0), shape)
+        inputs, grad, out, (_, gradients) = self._run(whole_schedule(np.array(CHECKED)), shape)
         found = gradients()
         leaves = queries, keys, values = [x.double().requires_grad_() for x in inputs]
         expected = reference_attention(queries, keys, values, CHECKED)

@@ -29,18 +29,6 @@ from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan
 from flashcp.sharding.strategies.flashcp.members import members
 
-__all__ = [
-    "AwkwardBench",
-    "PlannerBench",
-    "awkward_table",
-    "bench_awkward",
-    "bench_planner",
-    "hard_windows",
-    "planner_table",
-    "provenance",
-    "write_planner_rows",
-]
-
 MEMBERS_CONTEXT = 16_384  # of the random windows: small, so that thousands are planned in a minute
 PLANNER_COLUMNS = {
     "imbalance max": ("imbalance_max", 1, ".4f"),
@@ -152,22 +140,22 @@ def bench_awkward(bench: AwkwardBench) -> Iterator[Row]:
     random = np.random.default_rng(bench.seed)
     worse = 0
     packs = itertools.islice(random_windows(random, bench.seed), bench.random_windows)
-    for lengths in bar(packs, total=bench.random_windows, unit="window"):
-        world_size = min(int(random.choice([2, 3, 4, 8, 16])), int(lengths.sum()))
-        worse += _a_member_is_better(lengths, world_size)
+    for pack in bar(packs, total=bench.random_windows, unit="window"):
+        world_size = min(int(random.choice([2, 3, 4, 8, 16])), int(pack.sum()))
+        worse += _a_member_is_better(pack, world_size)
     case = f"random windows, six kinds, {bench.random_windows}"
     yield _row(case, Number("flashcp", "worse_than_a_member", "windows", None, worse, None))
 
 
-def hard_windows(context: int, world_size: int, seed: int) -> dict[str, np.ndarray]:
-    """Document lengths that planners stumble over, by name, int64 each."""
+def hard_windows(context: int, world_size: int, seed: int) -> dict[str, list[int]]:
+    """Document lengths that planners stumble over, by name."""
     random = np.random.default_rng(seed)
 
     def tiny(tokens: int) -> list[int]:
         lengths = random.integers(1, 65, tokens // 16 + 64)
         return lengths[np.cumsum(lengths) <= tokens].tolist()
 
-    found = {
+    return {
         "full": [context],
         "two halves": [context // 2] * 2,
         "N+1 equal": [context // (world_size + 1)] * (world_size + 1),
@@ -183,7 +171,6 @@ def hard_windows(context: int, world_size: int, seed: int) -> dict[str, np.ndarr
         "6 documents": [context // 6] * 6,
         "30000 documents": random.integers(1, 9, 30_000).tolist(),
     }
-    return {name: np.array(lengths, dtype=np.int64) for name, lengths in found.items()}
 
 
 def random_windows(random: np.random.Generator, seed: int) -> Iterator[np.ndarray]:
@@ -224,7 +211,6 @@ def write_planner_rows(path: Path, rows: list[Row]) -> None:
 
 
 def _row(case: str, number: Number) -> Row:
-    """With what it must carry."""
     return Row(case, *number[:3], None, *number[3:], *provenance(), "measured")
 
 

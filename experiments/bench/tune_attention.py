@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
-from itertools import product
+from itertools import compress, product
 from typing import NamedTuple
 
 import torch
@@ -28,8 +28,6 @@ from flashcp.experiments.bench.harness import Work, in_turns_ms
 from flashcp.kernels.ahead import TARGETS, Build, build, build_rows
 from flashcp.kernels.backward_rows import ROWS
 from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, Tuning, architecture, table_dim
-
-__all__ = ["PACKS", "Kernel", "compile_all", "compilers", "fit", "grid", "main", "shipped", "timed_work", "tuned"]
 
 PACKS = {"long": [16_384], "short": [64] * 256}
 SECONDS = 20.0  # for the candidates of one pack
@@ -51,15 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fits = compiled(list(shipped()), options.processes)
         print(f"triton {triton.__version__}: {len(fits)} kernels, {fits.count(False)} unfit")
         return 0 if all(fits) else 1
-    which = Pass(options.which)
+    which, head_dim, device = Pass(options.which), options.head_dim, torch.device("cuda")
     candidates = list(grid(options.dtype))
-    kernels = [tuned(which, options.arch, options.head_dim, options.dtype, blocks) for blocks in candidates]
-    fits = compiled(kernels, options.processes)
-    fitting = [blocks for blocks, fit in zip(candidates, fits, strict=True) if fit]
-    if torch.cuda.is_available() and architecture(torch.device("cuda")) == options.arch:
-        rank_by_time(which, fitting, options.head_dim, getattr(torch, options.dtype))
-    else:
+    kernels = [tuned(which, options.arch, head_dim, options.dtype, blocks) for blocks in candidates]
+    fitting = [*compress(candidates, compiled(kernels, options.processes))]
+    if not torch.cuda.is_available() or architecture(device) != options.arch:
         print(f"not timed: that needs a GPU of {options.arch}")
+        return 0
+    for pack, lengths in PACKS.items():
+        work = timed_work(which, fitting, head_dim, getattr(torch, options.dtype), lengths, device)
+        times = in_turns_ms(work, device, SECONDS)
+        for blocks, (low, median, high) in sorted(times.items(), key=lambda entry: entry[1][1]):
+            print(f"{pack}: {median:.3f} ms ({low:.3f} to {high:.3f}) {blocks}")
     return 0
 
 
@@ -110,12 +111,10 @@ def compiled(kernels: Sequence[Kernel], processes: int) -> list[bool]:
         for kernel, result in zip(kernels, compile_all(kernels, pool), strict=True):
             fits.append(isinstance(result, Build) and fit(result, kernel))
             if isinstance(result, Build):
-                cores = result.wgmma + result.tcgen05 + result.mma
-                numbers = f"{result.registers:>9} {result.spilled_bytes:>9} {result.shared_bytes:>9} {cores:>11}"
-                unfit = "" if fits[-1] else "  unfit"
-                print(f"{kernel.name:<58} {numbers} {result.async_copies:>6}{unfit}", flush=True)
-            else:
-                print(f"{kernel.name:<58} {result}", flush=True)
+                cores, unfit = result.wgmma + result.tcgen05 + result.mma, "" if fits[-1] else "  unfit"
+                memory = f"{result.registers:>9} {result.spilled_bytes:>9} {result.shared_bytes:>9}"
+                result = f"{memory} {cores:>11} {result.async_copies:>6}{unfit}"
+            print(f"{kernel.name:<58} {result}", flush=True)
     return fits
 
 
@@ -140,15 +139,6 @@ def _try(kernel: Kernel) -> Build | str:
         return kernel.build()
     except Exception as error:  # compilers fail in many ways; a candidate less
         return f"does not compile: {str(error).splitlines()[0][:80]}"
-
-
-def rank_by_time(which: Pass, candidates: Sequence[Blocks], head_dim: int, dtype: torch.dtype) -> None:
-    """Time the candidates in turns on both packs; print the order."""
-    device = torch.device("cuda")
-    for pack, lengths in PACKS.items():
-        times = in_turns_ms(timed_work(which, candidates, head_dim, dtype, lengths, device), device, SECONDS)
-        for blocks, (low, median, high) in sorted(times.items(), key=lambda entry: entry[1][1]):
-            print(f"{pack}: {median:.3f} ms ({low:.3f} to {high:.3f}) {blocks}")
 
 
 def timed_work(

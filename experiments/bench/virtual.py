@@ -36,8 +36,6 @@ from flashcp.kernels.selection import select_attention
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.train.ranks import Ranks
 
-__all__ = ["VirtualRanks", "check_connections", "main"]
-
 SIZES = {"ranks": 2, "tokens": 65_536, "heads": 8, "head_dim": 128}
 LEVELS = ("none", "staged", "fused")
 ROUNDS = 10

@@ -53,7 +53,8 @@ def _attention() -> Bench:
 
 
 def _exchange() -> Bench:
-    from flashcp.experiments.bench.exchange import ExchangeBench, bench_exchange, exchange_table
+    from flashcp.experiments.bench.exchange import bench_exchange, exchange_table
+    from flashcp.experiments.bench.exchange_times import ExchangeBench
 
     return Bench(ExchangeBench, bench_exchange, exchange_table)
 

@@ -10,9 +10,13 @@ from functools import cache
 
 import numpy as np
 
-from flashcp.comm.exchanges.exchange import Layout
-from flashcp.experiments.bench.kernel_times import KernelTimer, RankSchedule, rank_schedule
-from flashcp.kernels.schedule import whole_pack_schedule
+from flashcp.experiments.bench.kernel_times import (
+    KernelTimer,
+    RankSchedule,
+    gathered_schedule,
+    rank_schedule,
+    whole_schedule,
+)
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.planned import Planned, Setting
 
@@ -68,10 +72,8 @@ class MeasuredPlanned(Planned):
         return np.array([self._times(rank_schedule(self.plan, rank, some)) for rank, some in enumerate(others)]).T
 
     def _time_heads(self, in_order: bool) -> tuple[float, float]:
-        """All of a pack on one rank: in its own order, or rank by rank, as ulysses brings it there."""
-        whole, gathered = whole_pack_schedule(self.plan.document_lengths), Layout("ulysses", self.plan, 0)
-        schedule = whole if in_order else gathered.gathered_schedule
-        return self._timer.times(RankSchedule(schedule, 0), self.heads_shape)
+        one = whole_schedule(self.plan.document_lengths) if in_order else gathered_schedule(self.plan)
+        return self._timer.times(one, self.heads_shape)
 
     def _times(self, one: RankSchedule | None) -> tuple[float, float]:
         return (0.0, 0.0) if one is None else self._timer.times(one, self.shape)

@@ -20,8 +20,15 @@ from torch import Tensor
 from flashcp.comm.exchanges.exact import Exact
 from flashcp.comm.exchanges.receiving import GradientReturn
 from flashcp.experiments.bench.exchange import exchange_table, main, options_of, to_row
-from flashcp.experiments.bench.exchange_cases import ExchangeBench, Problem, check, offered, operator, overlaps_of
-from flashcp.experiments.bench.exchange_times import measure
+from flashcp.experiments.bench.exchange_times import (
+    ExchangeBench,
+    Problem,
+    check,
+    measure,
+    offered,
+    operator,
+    overlaps_of,
+)
 from flashcp.experiments.bench.harness import in_turns
 from flashcp.experiments.cli.bench import keys as bench_keys
 from flashcp.experiments.cli.compose import compose
