@@ -31,21 +31,6 @@ from flashcp.train.summary import versions
 
 OUT = "outputs/bench/exchange"
 WIRES = {"shm": "CPU shared memory", "gloo": "CPU, gloo over TCP"}
-COLUMNS = {
-    "MB sent": ("sent_bytes", 1e-6, ".2f"),
-    "MB sent back": ("sent_backward_bytes", 1e-6, ".2f"),
-    "latency us": ("latency_us", 1, ".0f"),
-    "exchange ms": ("exchange_ms", 1, ".2f"),
-    "GB/s": ("bandwidth_gbps", 1, ".2f"),
-    "throttle GB/s": ("throttle_gbps", 1, ".3f"),
-    "attention ms": ("compute_ms", 1, ".1f"),
-    "exposed ms": ("exposed_none_ms", 1, ".1f"),
-    "staged": ("exposed_staged_ms", 1, ".1f"),
-    "fused": ("exposed_fused_ms", 1, ".1f"),
-    "hidden staged": ("hidden_staged", 1, ".2f"),
-    "hidden fused": ("hidden_fused", 1, ".2f"),
-}
-"""Columns of the table: metric, factor, form."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,7 +110,7 @@ def to_row(case: str, number: Number, told: dict[str, str]) -> Row:
 
 def exchange_table(rows: Sequence[Row]) -> str:
     """One line a transport and exchange; columns that nothing was measured for are left out."""
-    return f"{rows[0].case}, of the busiest rank\n{rows_table(rows, {'transport/exchange': 'provider'}, COLUMNS)}"
+    return f"{rows[0].case}, of the busiest rank\n{rows_table(rows, {'transport/exchange': 'provider'}, 'exchange')}"
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -103,19 +105,22 @@ def spread(values: Sequence[float] | np.ndarray) -> Spread:
     return low, middle, high
 
 
-def rows_table(rows: Sequence[Row], names: Mapping[str, str], columns: Mapping[str, tuple[str, float, str]]) -> str:
+def rows_table(rows: Sequence[Row], names: Mapping[str, str], of: str) -> str:
     """A line for each that the fields `names` (by title) tell apart, as text.
 
-    columns: metric, factor and form by title; those of metrics that no row has are left out.
+    of: whose columns of `columns.csv` are shown; those of metrics that no row has are left out.
     """
     key = attrgetter(*names.values(), "metric")
     cells = {key(row): row.median for row in rows}
-    shown = {title: column for title, column in columns.items() if any(row.metric == column[0] for row in rows)}
+    metrics = {row.metric for row in rows}
+    with Path(__file__).with_name("columns.csv").open(encoding="utf-8", newline="") as lines:
+        columns = [column for column in csv.DictReader(lines) if column["of"] == of and column["metric"] in metrics]
     body = []
     for line in dict.fromkeys(key(row)[:-1] for row in rows):
-        found = [(cells.get((*line, metric)), factor, form) for metric, factor, form in shown.values()]
-        body.append([*line, *("" if value is None else format(factor * value, form) for value, factor, form in found)])
-    return table([*names, *shown], body, text=len(names))
+        found = [(cells.get((*line, column["metric"])), column) for column in columns]
+        shown = ["" if value is None else format(float(x["factor"]) * value, x["form"]) for value, x in found]
+        body.append([*line, *shown])
+    return table([*names, *(column["title"] for column in columns)], body, text=len(names))
 
 
 def _on_gpu(work: Mapping[str, Work], device: torch.device, rounds: Callable[[float], int]) -> dict[str, list[float]]:

@@ -30,22 +30,6 @@ from flashcp.sharding.strategies import plan
 from flashcp.sharding.strategies.flashcp.members import members
 
 MEMBERS_CONTEXT = 16_384  # of the random windows: small, so that thousands are planned in a minute
-PLANNER_COLUMNS = {
-    "imbalance max": ("imbalance_max", 1, ".4f"),
-    "saving": ("saving_mean", 1, ".3f"),
-    "to ceiling": ("ceiling_distance_mean", 1, ".2f"),
-    "to certificate": ("certificate_distance_mean", 1, ".2f"),
-    "ms mean": ("plan_ms_mean", 1, ".1f"),
-    "ms p99": ("plan_ms_p99", 1, ".1f"),
-    "CPU ms mean": ("plan_cpu_ms_mean", 1, ".1f"),
-    "CPU ms p99": ("plan_cpu_ms_p99", 1, ".1f"),
-}
-AWKWARD_COLUMNS = {
-    "imbalance": ("flashcp imbalance", 1, ".4f"),
-    "its bound": ("certificate imbalance", 1, ".4f"),
-    "critical rows": ("flashcp critical_rows", 1, ".0f"),
-    "their bound": ("certificate critical_rows", 1, ".0f"),
-}
 
 
 @dataclass
@@ -105,7 +89,7 @@ def _numbers(strategy: str, packs: Sequence[np.ndarray], world_size: int, ceilin
     for metric, ms in zip(("plan_ms", "plan_cpu_ms"), 1000 * np.array(seconds).T, strict=True):
         yield Number(strategy, metric, "ms", *spread(ms))
         yield single(f"{metric}_mean", "ms", ms.mean())
-        yield single(f"{metric}_p99", "ms", float(np.percentile(ms, 99)))
+        yield single(f"{metric}_p99", "ms", np.percentile(ms, 99))
     yield Number(strategy, "imbalance", "max/mean", *spread(imbalance))
     yield single("imbalance_max", "max/mean", imbalance.max())
     yield single("windows_over_1.01", "share", (imbalance > 1.01).mean())
@@ -193,14 +177,14 @@ def _a_member_is_better(lengths: np.ndarray, world_size: int) -> bool:
 
 def planner_table(rows: list[Row]) -> str:
     """The numbers people ask for first, one line a case and strategy."""
-    return rows_table(rows, {"case": "case", "strategy": "provider"}, PLANNER_COLUMNS)
+    return rows_table(rows, {"case": "case", "strategy": "provider"}, "planner")
 
 
 def awkward_table(rows: list[Row]) -> str:
     """One line a window: imbalance and critical rows, each with its proven bound."""
     *hard, last = rows
     told = [replace(row, metric=f"{row.provider} {row.metric}") for row in hard]
-    shown = rows_table(told, {"window": "case"}, AWKWARD_COLUMNS)
+    shown = rows_table(told, {"window": "case"}, "awkward")
     return f"{shown}\n{last.case}: a member was better in {last.median:.0f}"
 
 
