@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from itertools import compress, product
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import triton
@@ -24,13 +24,14 @@ from torch import Tensor
 
 from flashcp.attention import varlen_attention
 from flashcp.experiments.bench.attention_cases import make_tensors, pack_case
-from flashcp.experiments.bench.harness import Work, in_turns_ms
+from flashcp.experiments.bench.harness import Work, in_turns_ms, relative_error
 from flashcp.kernels.ahead import TARGETS, Build, build, build_rows
 from flashcp.kernels.backward_rows import ROWS
 from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, Tuning, architecture, table_dim
 
 PACKS = {"long": [16_384], "short": [64] * 256}
 SECONDS = 20.0  # for the candidates of one pack
+LARGEST_DIFFERENCE = 2e-2  # of two kernels in bf16
 HEAD = f"{'kernel':<58} {'registers':>9} {'spilled B':>9} {'shared B':>9} {'tensor-core':>11} {'async':>6}"
 
 
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     for pack, lengths in PACKS.items():
         work = timed_work(which, fitting, head_dim, getattr(torch, options.dtype), lengths, device)
-        times = in_turns_ms(work, device, SECONDS)
+        times = in_turns_ms(agreeing(work), device, SECONDS)
         for blocks, (low, median, high) in sorted(times.items(), key=lambda entry: entry[1][1]):
             print(f"{pack}: {median:.3f} ms ({low:.3f} to {high:.3f}) {blocks}")
     return 0
@@ -164,6 +165,26 @@ def timed_work(
         # A backward's forward runs when it is first asked for, and is kept.
         work[blocks.to_text()] = forward if which is Pass.FORWARD else partial(backward, cache(forward))
     return work
+
+
+def agreeing(work: Mapping[str, Work]) -> dict[str, Work]:
+    """Those that give what the first one gives; of the others it is said."""
+    kept: dict[str, Work] = {}
+    expected: tuple[Tensor, ...] = ()
+    for name, one in work.items():
+        found = results(one())
+        expected = expected or found
+        error = max(relative_error(value, other) for value, other in zip(found, expected, strict=True))
+        if error <= LARGEST_DIFFERENCE:
+            kept[name] = one
+        else:
+            print(f"{name} differs from the first by {error:.1e}: a wrong kernel is not timed")
+    return kept
+
+
+def results(found: object) -> tuple[Tensor, ...]:
+    """The output, or the gradients, that `timed_work` came to."""
+    return (found.detach(),) if isinstance(found, Tensor) else tuple(cast(tuple[Tensor, ...], found))
 
 
 if __name__ == "__main__":
