@@ -18,7 +18,7 @@ import torch
 
 from flashcp.experiments.bench.attention_cases import OURS
 from flashcp.experiments.bench.attention_peers import PEERS
-from flashcp.experiments.campaign import attention
+from flashcp.experiments.campaign.part import PARTS, load
 from flashcp.experiments.campaign.watch import run_part
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.sweep.results import Row
@@ -41,13 +41,13 @@ def bench_attention(bench: AttentionBench, out: str) -> tuple[list[Row], Path]:
     """
     if not torch.cuda.is_available():
         raise ValueError("attention is measured on a GPU, and torch sees none here")
-    labels = [case.label for case in attention.cases(small=False)]
+    labels = [case.label for case in load(PARTS["attention"]).cases(False)]
     if not any(bench.cases in label for label in labels):
         raise ValueError(f"cases={bench.cases!r}: expected a part of one of {', '.join(labels)}")
     device = re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()).strip("_")
     folder = Path(out or Path(__file__).resolve().parents[1] / "results" / device / "attention")
     check_out(folder)
-    rows = run_part(attention.__name__, folder, 60 * bench.minutes, cases=bench.cases).rows
+    rows = run_part(PARTS["attention"], folder, 60 * bench.minutes, cases=bench.cases).rows
     from flashcp.experiments.plots import draw_rates  # late: the campaign's machines may have no matplotlib
 
     draw_rates(rows, folder)

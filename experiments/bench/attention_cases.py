@@ -14,6 +14,7 @@ from torch import Tensor
 from flashcp.experiments.bench.kernel_times import rank_schedule
 from flashcp.kernels.schedule import Schedule, whole_pack_schedule
 from flashcp.sharding.lengths import LENGTH_DATA, windows
+from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan
 from flashcp.simulator.cost import FORWARD_FLOPS
 
@@ -78,19 +79,25 @@ def all_cases() -> Iterator[Case]:
         packs[data] = next(windows(data, CONTEXT, 1, SEED)).tolist()
     for heads in HEADS:
         for name, lengths in packs.items():
-            yield pack_case(name, lengths, *heads)
+            yield pack(name, lengths, heads)
         for strategy in ("per_sequence", "per_document", "flashcp_paper"):
             split = plan(packs["wlb_llm"], 8, strategy)
-            one = rank_schedule(split, int(split.work.argmax()))  # the busiest, its KV exchanged exactly
-            assert one is not None  # every rank reads its own rows
-            name = f"rank_of_8_{strategy}"
-            yield Case(name, one.schedule, one.query_rows, one.received_rows, None, *heads)
-            yield pack_case(f"as_one_document_{name}", [int(math.sqrt(2 * one.schedule.pairs))], *heads)
+            busiest = share(f"rank_of_8_{strategy}", split, int(split.work.argmax()), heads)
+            yield busiest
+            yield pack(f"as_one_document_{busiest.name}", [int(math.sqrt(2 * busiest.schedule.pairs))], heads)
 
 
-def pack_case(name: str, lengths: Sequence[int], query_heads: int, kv_heads: int, head_dim: int = HEAD_DIM) -> Case:
+def pack(name: str, lengths: Sequence[int], heads: tuple[int, int], head_dim: int = HEAD_DIM) -> Case:
+    """A whole pack on one device. heads: of queries and of KV."""
     schedule = whole_pack_schedule(np.array(lengths))
-    return Case(name, schedule, sum(lengths), 0, tuple(lengths), query_heads, kv_heads, head_dim)
+    return Case(name, schedule, sum(lengths), 0, tuple(lengths), *heads, head_dim)
+
+
+def share(name: str, split: ShardingPlan, rank: int, heads: tuple[int, int], head_dim: int = HEAD_DIM) -> Case:
+    """What a plan gives to one rank, its KV exchanged exactly."""
+    one = rank_schedule(split, rank)
+    assert one is not None  # every rank reads its own rows
+    return Case(name, one.schedule, one.query_rows, one.received_rows, None, *heads, head_dim)
 
 
 def make_tensors(case: Case, dtype: torch.dtype, device: torch.device) -> Tensors:

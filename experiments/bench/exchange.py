@@ -22,8 +22,8 @@ from pathlib import Path
 
 from flashcp.experiments.bench.exchange_times import ExchangeBench, measure
 from flashcp.experiments.bench.harness import rows_table
-from flashcp.experiments.cli.launch import BAD_INPUT, RanksFailedError, leave_no_trace, start_ranks
-from flashcp.experiments.folders import check_out
+from flashcp.experiments.cli.launch import BAD_INPUT, RanksFailedError, start_ranks
+from flashcp.experiments.folders import check_out, leave_no_trace
 from flashcp.experiments.provenance import commit, versions_text
 from flashcp.experiments.sweep.results import Number, Row, read_rows, write_rows
 from flashcp.train.ranks import exit_code, world

@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 
 from flashcp.attention import varlen_attention
-from flashcp.experiments.bench.attention_cases import make_tensors, pack_case
+from flashcp.experiments.bench.attention_cases import make_tensors, pack
 from flashcp.experiments.bench.harness import Work, in_turns_ms, relative_error
 from flashcp.kernels.ahead import TARGETS, Build, build, build_rows
 from flashcp.kernels.backward_rows import ROWS
@@ -57,11 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available() or architecture(device) != options.arch:
         print(f"not timed: that needs a GPU of {options.arch}")
         return 0
-    for pack, lengths in PACKS.items():
+    for name, lengths in PACKS.items():
         work = timed_work(which, fitting, head_dim, getattr(torch, options.dtype), lengths, device)
         times = in_turns_ms(agreeing(work), device, SECONDS)
         for blocks, (low, median, high) in sorted(times.items(), key=lambda entry: entry[1][1]):
-            print(f"{pack}: {median:.3f} ms ({low:.3f} to {high:.3f}) {blocks}")
+            print(f"{name}: {median:.3f} ms ({low:.3f} to {high:.3f}) {blocks}")
     return 0
 
 
@@ -154,7 +154,7 @@ def timed_work(
 
     A backward is both passes: dK and dV, and dQ.
     """
-    x = make_tensors(pack_case("", lengths, 16, 16, head_dim), dtype, device)
+    x = make_tensors(pack("", lengths, (16, 16), head_dim), dtype, device)
 
     def backward(out: Callable[[], Tensor]) -> object:
         return torch.autograd.grad(out(), x.leaves, x.grad, retain_graph=True)

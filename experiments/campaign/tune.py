@@ -7,22 +7,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from flashcp.experiments.bench.harness import in_turns_ms, relative_error
-from flashcp.experiments.bench.tune_attention import (
-    LARGEST_DIFFERENCE,
-    PACKS,
-    compile_all,
-    compilers,
-    fit,
-    grid,
-    results,
-    timed_work,
-    tuned,
-)
+from flashcp.experiments.bench.tune_attention import PACKS, compile_all, compilers, fit, grid, timed_work, tuned
 from flashcp.experiments.campaign.part import Case, Turn
 from flashcp.experiments.sweep.results import Failure, Number, check_device, reason
 from flashcp.kernels.ahead import Build
@@ -39,6 +30,7 @@ DTYPE = "bfloat16"
 CASE_S = 25.0  # of one pass on one pack, most of it compiling
 FINALISTS = 5  # take turns with the table's own, after each was timed alone
 ALONE_S, TURNS_S = 0.05, 1.0
+LARGEST_DIFFERENCE = 2e-2  # of two kernels in bf16
 SMALL = [30, 2]
 
 
@@ -72,9 +64,9 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
         turn.begin(name)
         try:
             (one,) = work([blocks]).values()
-            found = results(one())
-            expected = expected or found
-            error = max(relative_error(value, other) for value, other in zip(found, expected, strict=True))
+            results = _results(one())
+            expected = expected or results
+            error = max(relative_error(value, other) for value, other in zip(results, expected, strict=True))
             if not error <= LARGEST_DIFFERENCE:
                 raise RuntimeError(f"differs from {shipped.to_text()} by {error:.1e}: a wrong kernel is not timed")
             alone[blocks] = in_turns_ms({name: one}, turn.device, ALONE_S)[name][1]
@@ -88,6 +80,11 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
     finalists = [blocks for blocks in dict.fromkeys([shipped, *best]) if blocks in alone]
     for name, spread in in_turns_ms(work(finalists), turn.device, TURNS_S).items():
         yield Number(name, "shipped_ms" if name == shipped.to_text() else "candidate_ms", "ms", *spread)
+
+
+def _results(found: object) -> tuple[Tensor, ...]:
+    """The output, or the gradients."""
+    return (found.detach(),) if isinstance(found, Tensor) else tuple(cast(tuple[Tensor, ...], found))
 
 
 def _fitting(which: Pass, arch: str, head_dim: int, shipped: Blocks, small: bool) -> Iterator[tuple[Blocks, int]]:
