@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from flashcp.experiments.bench.calibrate import CalibrateBench, bench_calibrate, calibration_table, write_calibration
-from flashcp.experiments.bench.calibration.times import DIRECTIONS, SPLITS, errors
+from flashcp.experiments.bench.calibration import DIRECTIONS, SPLITS, errors
 from flashcp.experiments.campaign.part import Case, Turn
 from flashcp.experiments.sweep.results import Failure, Number
 from flashcp.simulator.machine import parameters

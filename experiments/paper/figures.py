@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flashcp.experiments.bench.calibration.times import DIRECTIONS, errors, read_times
+from flashcp.experiments.bench.calibration import DIRECTIONS, errors, read_times
 from flashcp.experiments.paper import beyond, published, reality
 from flashcp.experiments.paper.numbers import Cell, Numbers, farthest, verdict
 from flashcp.experiments.plots import draw_calibration

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcp.experiments.bench.calibration.times import DIRECTIONS, read_times
+from flashcp.experiments.bench.calibration import DIRECTIONS, read_times
 from flashcp.experiments.cli.verbs import AS_JSON
 from flashcp.experiments.folders import check_file
 from flashcp.experiments.paper.figures import FIGURES, paper_folders, publish_figure, write_paper_page
