@@ -31,7 +31,7 @@ class Transfer:
     def __init__(
         self,
         sources: Sequence[int] = (),
-        await_rows: Callable[[int], None] | None = None,
+        await_rows: Callable[[int], object] | None = None,
         leave: Callable[[], None] = lambda: None,
         flags: Callable[[], WaitFlags | None] = lambda: None,
     ) -> None:
@@ -44,6 +44,11 @@ class Transfer:
                 assert self._await_rows is not None
                 self._await_rows(each)
                 self._awaited.remove(each)
+
+    def finish(self) -> None:
+        """Return when all rows have arrived and this rank's own have left."""
+        self.wait()
+        self.leave()
 
     def flags(self) -> WaitFlags | None:
         """What a kernel waits on, source by source; None where only the host can wait, and where nobody is awaited:

@@ -182,8 +182,7 @@ def attend(problem: Problem, schedule: Schedule, k: Tensor, v: Tensor) -> Work:
 
 def _received(cp: ContextParallel, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
     incoming = cp._exchange.start(plan, k, v)
-    incoming.wait()
-    incoming.leave()
+    incoming.transfer.finish()
     return incoming
 
 
