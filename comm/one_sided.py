@@ -30,6 +30,7 @@ class OneSided(Transport):
     def __init__(self, fabric: Fabric, heap: SymmetricHeap) -> None:
         self.fabric, self.heap = fabric, heap
         self.name, self.rank, self.world_size = fabric.name, fabric.rank, fabric.world_size
+        self.throttle_gbps = fabric.throttle_gbps
 
     @property
     def sent_bytes(self) -> int:
@@ -38,10 +39,6 @@ class OneSided(Transport):
     @property
     def receive_bytes(self) -> int:
         return self.heap.total_bytes
-
-    @property
-    def throttle_gbps(self) -> float:
-        return self.fabric.throttle_gbps
 
     @property
     def oldest(self) -> int:

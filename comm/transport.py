@@ -60,13 +60,15 @@ class Transport(ABC):
     """Moves rows between the ranks of one group.
 
     one_sided: rows are put where they are read and each source's arrival can be waited for, so that ranks need not
-    come to an exchange together.
+    come to an exchange together. throttle_gbps: GB/s at which this rank's rows leave; 0: at once, also where
+    `TransportOptions` ask for less and nobody here slows rows.
     """
 
     name: str
     rank: int
     world_size: int
     one_sided = False
+    throttle_gbps = 0.0
 
     @property
     def sent_bytes(self) -> int:
@@ -77,12 +79,6 @@ class Transport(ABC):
     def receive_bytes(self) -> int:
         """Memory of inboxes that stays allocated on this rank."""
         return 0
-
-    @property
-    def throttle_gbps(self) -> float:
-        """GB/s at which this rank's rows leave; 0: at once, also where `TransportOptions` ask for less and nobody here
-        slows rows."""
-        return 0.0
 
     @property
     def oldest(self) -> int:

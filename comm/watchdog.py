@@ -50,11 +50,11 @@ class Watchdog:
             now = time.monotonic()  # before the query: a thread that was held up blames nobody for it
             try:
                 if ended.query():
-                    return _nothing
+                    return lambda: None
                 if deadline is None and (started is None or started.query()):
                     deadline = now + self.timeout_s
             except Exception:
-                return _nothing
+                return lambda: None
             return late if deadline is not None and now > deadline else None
 
         with self._news:
@@ -101,10 +101,6 @@ class Watchdog:
                 act()
             except Exception:
                 threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
-
-
-def _nothing() -> None:
-    """It has ended, or its device has failed: there is nobody to call."""
 
 
 def _context_of_this_thread() -> Callable[[], None]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from weakref import WeakSet
 
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashcp.comm.clock import span
-from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, HeapError
+from flashcp.comm.errors import ExchangeError, HeapError
 from flashcp.comm.fabrics.base import ARRIVED, FREED, NO_PUT, Fabric, Put, Region, head_bytes
 from flashcp.comm.fabrics.cuda_device import CudaDevice, Event, Stream
 from flashcp.comm.fabrics.memory import agree, tried
@@ -61,10 +61,9 @@ class CudaFabric(Fabric):
     ) -> None:
         if 8 * world_size > _HEAD_BYTES:
             raise ValueError(f"world_size={world_size}: expected at most {_HEAD_BYTES // 8} ranks over {name}")
-        self.name, self.rank, self.world_size = name, rank, world_size
-        self.sent_bytes, self.timeout_s, self.throttle_gbps = 0, timeout_s, throttle_gbps
+        super().__init__(name, rank, world_size, timeout_s, throttle_gbps)
         self._device, self._memories, self._retire = device, memories, retire
-        self._streams: dict[int, Stream] = {}
+        self._stream_to = cache(lambda rank: device.new_stream(f"puts to rank {rank}"))
         self._rescue = device.new_stream("end of all waits")
         self._under_way: list[tuple[list[Event], int]] = []
         self._regions: WeakSet[Region] = WeakSet()
@@ -195,12 +194,7 @@ class CudaFabric(Fabric):
         source = int(self._seen)
         what = self._late or (f"the rows of rank {source - 1}" if source else "")
         if what:
-            raise ExchangeTimeoutError(f"rank {self.rank} waited {self.timeout_s:g} s for {what}")
-
-    def _stream_to(self, rank: int) -> Stream:
-        if rank not in self._streams:
-            self._streams[rank] = self._device.new_stream(f"puts to rank {rank}")
-        return self._streams[rank]
+            raise self.late(what)
 
 
 def symmetric_memories(
