@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import flashcp
+from flashcp.clusters import clusters
 from flashcp.kernels.tuning import Blocks, Pass, Tuning
 from flashcp.limits import Seconds, one_of
 from flashcp.sharding.exchanges import EXCHANGES
-from flashcp.train.link import FREE, check_link
 
-__all__ = ["ExchangeConfig", "ParallelConfig", "TuningConfig"]
+__all__ = ["FREE", "ExchangeConfig", "ParallelConfig", "TuningConfig"]
 
+FREE = "free"
+"""As a link: rows leave at once."""
 SLOWING = ("shm", "cuda_symmetric")
 """Transports that can make rows leave slowly."""
 
@@ -76,7 +78,8 @@ class ParallelConfig:
     def check(self) -> None:
         """Raise ValueError for text that is no block shape and no link; `operator` checks the other names."""
         self.tuning.read()
-        check_link(self.link)
+        if self.link != FREE and self.link not in clusters():
+            raise ValueError(f"parallel.link={self.link!r}: expected one of {FREE}, {', '.join(clusters())}")
         if self.link != FREE and self.throttle_gbps:
             raise ValueError(
                 f"parallel.throttle_gbps={self.throttle_gbps:g} with parallel.link={self.link}: expected 0, for the "

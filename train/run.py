@@ -1,4 +1,8 @@
-"""One training run from its config to its summary: everything is checked before anything is written."""
+"""A training run from its config to its summary: everything is checked before anything is written.
+
+Compared one after another, a load that comes in the middle makes one method look slow. So runs can take turns, step by
+step: a step of one is compared with the step of the other beside it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ import dataclasses
 import itertools
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +25,11 @@ from flashcp.train.checkpoint import Progress, find_checkpoint, load_checkpoint,
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.documents import read_documents
 from flashcp.train.data.loader import Batch, Loader
-from flashcp.train.data.sources import Source, open_source
+from flashcp.train.data.sources import DataConfig, Source, open_source
 from flashcp.train.data.tokenizer import Tokenizer, load_tokenizer
 from flashcp.train.data.windows import pack_documents
-from flashcp.train.link import SlowedLink
+from flashcp.train.link import SlowedLink, slowed_link
 from flashcp.train.loop import Trainer
-from flashcp.train.measured_link import slowed_link
 from flashcp.train.model import Decoder, ModelConfig
 from flashcp.train.optimizer import build_optimizer
 from flashcp.train.ranks import Ranks, launched_rank, world
@@ -33,7 +37,9 @@ from flashcp.train.summary import summarise, versions, write_json
 from flashcp.train.trace import TRACE, traced
 from flashcp.train.tracker import Tracker
 
-__all__ = ["Prepared", "Training", "prepare", "run", "training"]
+__all__ = ["order_of_turn", "prepare", "run", "run_in_turns"]
+
+SHARED = ("context", "seed", "parallel.link", "loop.steps", "loop.accumulation", "loop.device", "loop.timeout_s")
 
 
 @dataclass(frozen=True)
@@ -81,17 +87,62 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
 
     Raises ValueError for bad input, before anything is written unless a document goes bad later.
     """
-    ready = prepare(config, launched_rank()[1])
-    with world(config.loop.device, config.loop.timeout_s) as ranks:
-        link = slowed_link(config, ready.source, ready.tokenizer, ranks)
-        with training(config, ready, ranks, link) as one:
-            for _ in one.steps():
-                pass
-            return one.finish()
+    (summary,) = run_in_turns([config])
+    return summary
+
+
+def run_in_turns(configs: Sequence[TrainConfig]) -> list[dict[str, Any] | None]:
+    """Train every configuration on the same ranks and packs, a step of each in turn: what else the machine does meets
+    all. Summaries as `run` makes them, with `turns`: when the first turn began (seconds since 1970) and how many runs
+    took turns.
+
+    Each keeps weights, optimizer and communication of its own: memory is that of all together.
+    Raises ValueError for bad input, and for configurations that cannot share their turns.
+    """
+    _check_turns(configs)
+    ready = [prepare(config, launched_rank()[1]) for config in configs]
+    loop = configs[0].loop
+    with world(loop.device, loop.timeout_s) as ranks, ExitStack() as stack:
+        link = slowed_link(configs[0], ready[0].source, ready[0].tokenizer, ranks)  # one rate for all
+        pairs = zip(configs, ready, strict=True)
+        runs = [stack.enter_context(_training(config, one, ranks, link)) for config, one in pairs]
+        turns = {"begun": time.time(), "runs": len(runs)}
+        steps = [run.steps() for run in runs]
+        turn, going = 0, True
+        while going:
+            rows = [next(steps[number], None) for number in order_of_turn(turn, len(runs))]
+            going, turn = None not in rows, turn + 1  # the same documents: all end in the same turn
+        return [run.finish(turns=turns) if len(runs) > 1 else run.finish() for run in runs]
+
+
+def order_of_turn(turn: int, count: int) -> list[int]:
+    """Who goes first changes, and every other turn runs backwards: nobody always follows the same one.
+
+    3 runs: 0 1 2, then 0 2 1, then 1 2 0, then 1 0 2, ...
+    """
+    first = turn // 2 % count
+    order = [(first + place) % count for place in range(count)]
+    return order if turn % 2 == 0 else [order[0], *order[:0:-1]]
+
+
+def _check_turns(configs: Sequence[TrainConfig]) -> None:
+    if not configs:
+        raise ValueError("no configuration to train")
+    for key in (*SHARED, *(f"data.{field.name}" for field in fields(DataConfig))):
+        section, _, name = key.rpartition(".")
+        values = {str(getattr(getattr(config, section) if section else config, name)) for config in configs}
+        if len(values) > 1:
+            raise ValueError(f"{key}={', '.join(sorted(values))}: expected one value for runs that take turns")
+    folders = [config.out for config in configs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise ValueError(f"out={folder!r}: expected a folder for each of the runs that take turns")
+    if len(configs) > 1 and any(config.profile for config in configs):
+        raise ValueError("profile=True: expected False for runs that take turns, which would be in its trace")
 
 
 @contextmanager
-def training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLink | None = None) -> Iterator[Training]:
+def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLink | None) -> Iterator[Training]:
     """A run that is ready for its first step, and closed at the end whatever happens."""
     torch.manual_seed(config.seed)
     cp = config.parallel.operator(config.exchange.name, link.gbps if link else 0.0)

@@ -1,16 +1,18 @@
-"""Files by path, directory or glob, opened through their compression."""
+"""Files by path, directory or glob, opened through their compression; packages that are optional."""
 
 from __future__ import annotations
 
 import bz2
 import glob
 import gzip
+import importlib
 import io
 import lzma
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["find_files", "open_binary", "read_utf8"]
+__all__ = ["find_files", "needed", "open_binary", "read_utf8"]
 
 
 def find_files(path: str, suffixes: Sequence[str] = ("",)) -> list[Path]:
@@ -50,23 +52,21 @@ def read_utf8(file: Path) -> str:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def open_binary(file: Path) -> io.BufferedIOBase:
+def open_binary(file: Path) -> Any:
     """The bytes of a file, decompressed by its suffix: .gz, .bz2, .xz, .zst or none.
 
     Raises ValueError when .zst cannot be read for want of a package, and whatever the decompressor raises.
     """
-    match file.suffix:
-        case ".gz":
-            return gzip.open(file)
-        case ".bz2":
-            return bz2.open(file)
-        case ".xz":
-            return lzma.open(file)
-        case ".zst":
-            try:
-                import zstandard
-            except ImportError as error:
-                raise ValueError(f"{file}: .zst needs the package zstandard: pip install zstandard") from error
-            return io.BufferedReader(zstandard.open(file, "rb"))
-        case _:
-            return file.open("rb")
+    if file.suffix == ".zst":
+        return io.BufferedReader(needed("zstandard", f"{file}: .zst").open(file, "rb"))
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(file.suffix, open)(file, "rb")
+
+
+def needed(package: str, by: str, install: str = "") -> Any:
+    """A package that is optional. Raises ValueError where it is not installed, saying how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        name = package.partition(".")[0]
+        raise ValueError(f"{by} needs the package {name}: pip install {install or name}") from error

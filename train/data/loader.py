@@ -5,8 +5,9 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,12 +43,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
-        return replace(
-            self,
-            tokens=to_device(self.tokens, device),
-            labels=to_device(self.labels, device),
-            position_ids=to_device(self.position_ids, device),
-        )
+        there: dict[str, Any] = {
+            name: to_device(getattr(self, name), device) for name in ("tokens", "labels", "position_ids")
+        }
+        return replace(self, **there)
 
 
 def make_batch(window: TokenWindow, plan: ShardingPlan, exchange: str, rank: int) -> Batch:
@@ -67,7 +66,7 @@ def make_batch(window: TokenWindow, plan: ShardingPlan, exchange: str, rank: int
     )
 
 
-class Loader:
+class Loader(AbstractContextManager["Loader"]):
     """Batches in order, made in a background thread that stays at most `prefetch` ahead.
 
     An error in the thread is raised at the batch it concerns. Iteration ends after the last batch or `close`.
@@ -105,12 +104,7 @@ class Loader:
         self._closed.set()
         self._thread.join()
 
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _work(self) -> None:
