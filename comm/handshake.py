@@ -68,7 +68,10 @@ class Handshake:
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
-        self.group = group if dist.get_backend(group) == "gloo" else _gloo_beside(group)
+        if dist.get_backend(group) != "gloo":  # headers are host data: beside a GPU group no stream waits for them
+            ranks = dist.get_process_group_ranks(group)
+            group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        self.group = group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.timeout_s = timeout_s
         self.oldest = 0
@@ -198,23 +201,13 @@ def _judge(headers: Tensor, mine: Header) -> None:
         )
     for field, values in list(zip(Header._fields, headers.T.tolist(), strict=True))[:-1]:
         if len(set(values)) > 1:
-            groups = sorted(set(values), key=lambda value: (values.count(value), value))
             said = "; ".join(
-                f"{_named([rank for rank, value in enumerate(values) if value == said])} {_shown(field, said)}"
-                for said in groups
+                f"{_named([rank for rank, value in enumerate(values) if value == each])} "
+                f"{f'{each % (1 << 64):016x}' if field == 'plan' else each}"
+                for each in sorted(set(values), key=lambda value: (values.count(value), value))
             )
             raise PlanMismatchError(f"ranks disagree on {field.replace('_', ' ')} (call {mine.call}): {said}")
 
 
-def _shown(field: str, value: int) -> str:
-    return f"{value % (1 << 64):016x}" if field == "plan" else str(value)
-
-
 def _named(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def _gloo_beside(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """Headers are host data: beside a GPU group they use gloo, so that no stream waits for them."""
-    ranks = dist.get_process_group_ranks(group)
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from flashcp.comm.clock import span
 from flashcp.comm.fabrics.base import Fabric, Put
 from flashcp.comm.heap import SymmetricHeap
-from flashcp.comm.rows import Inbox, OutgoingRows
+from flashcp.comm.rows import Inbox, OutgoingRows, row_bytes
 from flashcp.comm.transport import Transfer, Transport
 from flashcp.kernels.interface import WaitFlags
 
@@ -87,7 +87,7 @@ class OneSided(Transport):
     def _put(
         self,
         outgoing: OutgoingRows,
-        parts: Sequence[tuple[int, int, int, int]],
+        parts: Sequence[Sequence[int]],
         inbox: Inbox,
         sources: Sequence[int],
         step: int = 0,
@@ -96,10 +96,9 @@ class OneSided(Transport):
         lease = self.heap.find(inbox.ticket)
         assert lease is not None, "rows were sent to an inbox that is free"
         region, epoch, what, fabric = lease.region, lease.first + step, outgoing.what, self.fabric
-        row, dtype = tuple(inbox.rows.shape[1:]), inbox.rows.dtype
-        row_bytes = math.prod(row) * dtype.itemsize
+        row, dtype, size = tuple(inbox.rows.shape[1:]), inbox.rows.dtype, row_bytes(inbox.rows)
         leave = fabric.put([
-            Put(region, outgoing, start, stop, to, offset * row_bytes, row, dtype, lease.after, epoch)
+            Put(region, outgoing, start, stop, to, offset * size, row, dtype, lease.after, epoch)
             for start, stop, to, offset in parts
         ])  # fmt: skip
 

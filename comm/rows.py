@@ -5,6 +5,7 @@ Shapes: T local rows, K KV heads, D head_dim.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from flashcp.kernels.interface import KV
 
-__all__ = ["Inbox", "OutgoingRows"]
+__all__ = ["Inbox", "OutgoingRows", "row_bytes"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class OutgoingRows:
         chosen = self.index[start:stop]
         for i, part in enumerate(self.rows):
             into[:, i].copy_(part.index_select(0, chosen), non_blocking=True)
+
+
+def row_bytes(rows: Tensor) -> int:
+    """Of one row of a tensor [rows, ...]."""
+    return math.prod(rows.shape[1:]) * rows.element_size()
 
 
 class Inbox(NamedTuple):

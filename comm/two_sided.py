@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError
-from flashcp.comm.rows import Inbox, OutgoingRows
+from flashcp.comm.rows import Inbox, OutgoingRows, row_bytes
 from flashcp.comm.transport import ALL, Transfer, Transport
 from flashcp.comm.waits import HostWaits, StreamWaits
 
@@ -47,7 +47,7 @@ class TwoSided(Transport):
         work = dist.all_to_all_single(
             _bytes(inbox.rows), _bytes(rows), list(received), list(sent), group=self.group, async_op=True
         )
-        self.sent_bytes += (sum(sent) - sent[self.rank]) * _row_bytes(rows)
+        self.sent_bytes += (sum(sent) - sent[self.rank]) * row_bytes(rows)
         return self._start([work], rows, inbox.rows, outgoing.what)
 
     def all_gather(self, block: OutgoingRows, inbox: Inbox) -> Transfer:
@@ -119,7 +119,3 @@ class TwoSided(Transport):
 def _bytes(rows: Tensor) -> Tensor:
     """The same memory as bytes, [rows, bytes of a row]."""
     return rows.reshape(len(rows), math.prod(rows.shape[1:])).view(torch.uint8)
-
-
-def _row_bytes(rows: Tensor) -> int:
-    return math.prod(rows.shape[1:]) * rows.element_size()

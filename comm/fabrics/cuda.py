@@ -29,7 +29,7 @@ from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError, HeapError
 from flashcp.comm.fabrics.base import ARRIVED, FREED, NO_PUT, Fabric, Put, Region, head_bytes
 from flashcp.comm.fabrics.cuda_device import CudaDevice, Event, Stream
-from flashcp.comm.fabrics.memory import agree, tried
+from flashcp.comm.fabrics.memory import agreed
 from flashcp.kernels.interface import WaitFlags
 
 __all__ = ["CudaFabric", "Memories", "symmetric_memories"]
@@ -213,8 +213,9 @@ def symmetric_memories(
     """
 
     def memories(index: int, size: int) -> tuple[Sequence[Tensor], object]:
-        own, problem = tried(lambda: symmetric.empty(size, dtype=torch.uint8, device=torch_device), RuntimeError)
-        agree(share, f"rank {rank}: no {size >> 20} MiB for receive buffers on its GPU ({problem})" if problem else "")
+        blame = f"rank {rank}: no {size >> 20} MiB for receive buffers on its GPU"
+        make = partial(symmetric.empty, size, dtype=torch.uint8, device=torch_device)
+        own, _ = agreed(share, make, RuntimeError, blame)
         handle = symmetric.rendezvous(own, group)
         own[:_HEAD_BYTES].zero_()
         device.synchronize()
