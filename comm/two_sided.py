@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -52,12 +51,11 @@ class TwoSided(Transport):
 
     def all_gather(self, block: OutgoingRows, inbox: Inbox) -> Transfer:
         self.waits.check()
-        rows = block.packed()
-        if not rows.numel():  # on no rank: blocks are equally large
-            return self._start([], rows, inbox.rows, block.what)
-        work = dist.all_gather_into_tensor(_bytes(inbox.rows), _bytes(rows), group=self.group, async_op=True)
-        self.sent_bytes += (self.world_size - 1) * rows.nbytes
-        return self._start([work], rows, inbox.rows, block.what)
+        rows, works = block.packed(), []
+        if rows.numel():  # else on no rank: blocks are equally large
+            works = [dist.all_gather_into_tensor(_bytes(inbox.rows), _bytes(rows), group=self.group, async_op=True)]
+            self.sent_bytes += (self.world_size - 1) * rows.nbytes
+        return self._start(works, rows, inbox.rows, block.what)
 
     def shift(self, outgoing: OutgoingRows, inbox: Inbox, step: int, into: slice, offset: int) -> Transfer:
         """An empty tensor on either side is not sent: both neighbours know its size.
@@ -66,16 +64,14 @@ class TwoSided(Transport):
         of ranks that all send first nobody would receive.
         """
         self.waits.check()
-        batch = []
         rows, arriving = outgoing.packed(), inbox.rows[into]
         self._meet(rows.device)
-        if rows.numel():
-            to = (self.rank + 1) % self.world_size
-            batch.append(dist.P2POp(dist.isend, _bytes(rows), group=self.group, group_peer=to))
-            self.sent_bytes += rows.nbytes
-        if arriving.numel():
-            source = (self.rank - 1) % self.world_size
-            batch.append(dist.P2POp(dist.irecv, _bytes(arriving), group=self.group, group_peer=source))
+        batch = [
+            dist.P2POp(operation, _bytes(some), group=self.group, group_peer=(self.rank + way) % self.world_size)
+            for operation, some, way in ((dist.isend, rows, 1), (dist.irecv, arriving, -1))
+            if some.numel()
+        ]
+        self.sent_bytes += rows.nbytes
         return self._start(dist.batch_isend_irecv(batch) if batch else [], rows, arriving, outgoing.what)
 
     def synchronize(self) -> None:
@@ -104,11 +100,12 @@ class TwoSided(Transport):
 
         def land_unseen(*memory: Tensor) -> None:
             # Rows that nobody waits for (a handle thrown away) must still land: their memory goes with the transfer.
-            with suppress(Exception):
-                try:
-                    land()
-                except ExchangeError as error:
-                    waits.note(error)
+            try:
+                land()
+            except ExchangeError as error:
+                waits.note(error)
+            except Exception:  # a finalizer has nobody to tell
+                return
 
         transfer = Transfer([ALL], land, land)
         weakref.finalize(transfer, land_unseen, rows, arriving).atexit = False  # holds both meanwhile
