@@ -29,8 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashcp.comm.rows import Inbox, OutgoingRows, row_bytes
-from flashcp.comm.transport import Transfer
+from flashcp.comm.transport import Inbox, OutgoingRows, Transfer, row_bytes
 from flashcp.comm.two_sided import TwoSided
 from flashcp.kernels.uploads import to_device
 

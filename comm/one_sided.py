@@ -15,16 +15,13 @@ from torch import Tensor
 from flashcp.comm.clock import span
 from flashcp.comm.fabrics.base import Fabric, Put
 from flashcp.comm.heap import SymmetricHeap
-from flashcp.comm.rows import Inbox, OutgoingRows, row_bytes
-from flashcp.comm.transport import Transfer, Transport
+from flashcp.comm.transport import Inbox, OutgoingRows, Transfer, Transport, row_bytes
 from flashcp.kernels.interface import WaitFlags
 
 __all__ = ["OneSided"]
 
 
 class OneSided(Transport):
-    """See the module."""
-
     one_sided = True
 
     def __init__(self, fabric: Fabric, heap: SymmetricHeap) -> None:

@@ -16,16 +16,13 @@ from torch import Tensor
 
 from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError
-from flashcp.comm.rows import Inbox, OutgoingRows, row_bytes
-from flashcp.comm.transport import ALL, Transfer, Transport
+from flashcp.comm.transport import ALL, Inbox, OutgoingRows, Transfer, Transport, row_bytes
 from flashcp.comm.waits import HostWaits, StreamWaits
 
 __all__ = ["TwoSided"]
 
 
 class TwoSided(Transport):
-    """See the module."""
-
     sent_bytes = 0
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from flashcp.comm.exchanges.exchange import IncomingKV
 from flashcp.comm.exchanges.receiving import GradientReturn, ReceivingExchange
-from flashcp.comm.rows import OutgoingRows
-from flashcp.comm.transport import Transport
+from flashcp.comm.transport import OutgoingRows, Transport
 from flashcp.kernels.interface import KV
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.exchanges.exact import traffic
@@ -65,8 +64,6 @@ class OneTransfer(ReceivingExchange):
 
 
 class Exact(OneTransfer):
-    """See the module."""
-
     name = "exact"
 
     def __init__(self, transport: Transport) -> None:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from flashcp.comm.clock import Clock
-from flashcp.comm.rows import Inbox
-from flashcp.comm.transport import Transfer, Transport
+from flashcp.comm.transport import Inbox, Transfer, Transport
 from flashcp.kernels.interface import KV, AttentionKernel
 from flashcp.kernels.schedule import Schedule, build_schedule
 from flashcp.kernels.uploads import Uploaded
@@ -26,7 +25,7 @@ from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import Segments
 
-__all__ = ["AttentionSettings", "Exchange", "IncomingKV", "Layout", "Saved"]
+__all__ = ["AttentionSettings", "Exchange", "IncomingKV", "Layout", "Saved", "as_kv"]
 
 
 @dataclass(frozen=True)
@@ -193,3 +192,8 @@ class Exchange(ABC):
             return saved
         self.release(saved)
         return saved._replace(received=None, tickets=None, queries=None)
+
+
+def as_kv(buffer: Tensor) -> KV:
+    """The two halves of a buffer [R, 2, K, D], as views."""
+    return KV(buffer[:, 0], buffer[:, 1])

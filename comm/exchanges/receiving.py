@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from flashcp.comm.clock import span
-from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved
+from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved, as_kv
 from flashcp.comm.transport import Transfer
 from flashcp.kernels.interface import KV
 from flashcp.kernels.schedule import Schedule
@@ -118,17 +118,9 @@ class ReceivingExchange(Exchange):
 
         with settings.clock.measure("attention_ms"), ExitStack() as tiles:
             tiles.enter_context(span("gradients of remote tiles"))
+            local, received, schedule = KV(saved.k, saved.v), as_kv(saved.received), self.layout(plan).schedule
             gradients = settings.kernel.gradients(
-                grad_out,
-                q=saved.q,
-                local=KV(saved.k, saved.v),
-                received=as_kv(saved.received),
-                out=saved.out,
-                lse=saved.lse,
-                schedule=self.layout(plan).schedule,
-                scale=scale,
-                local_dtype=torch.float32,
-                on_received=send_home,
+                grad_out, saved.q, local, received, saved.out, saved.lse, schedule, scale, torch.float32, send_home
             )
         self.release(saved)
         assert returned is not None
@@ -140,8 +132,3 @@ class ReceivingExchange(Exchange):
     @abstractmethod
     def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> GradientReturn:
         """Send the gradients of the receive buffer, fp32 [R, 2, K, D], home."""
-
-
-def as_kv(buffer: Tensor) -> KV:
-    """The two halves of a buffer [R, 2, K, D], as views."""
-    return KV(buffer[:, 0], buffer[:, 1])

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from flashcp.comm.exchanges.exchange import IncomingKV
 from flashcp.comm.exchanges.receiving import GradientReturn, ReceivingExchange
-from flashcp.comm.rows import OutgoingRows
-from flashcp.comm.transport import ALL, Transfer, Transport
+from flashcp.comm.transport import ALL, OutgoingRows, Transfer, Transport
 from flashcp.kernels.interface import KV
 from flashcp.kernels.schedule import Schedule
 from flashcp.sharding.plan import ShardingPlan
@@ -26,8 +25,6 @@ __all__ = ["Ring"]
 
 
 class Ring(ReceivingExchange):
-    """See the module."""
-
     name = "ring"
     moves_later = True
 

@@ -12,8 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved
-from flashcp.comm.rows import OutgoingRows
+from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved, as_kv
+from flashcp.comm.transport import OutgoingRows
 from flashcp.kernels.interface import KV
 from flashcp.sharding.plan import ShardingPlan
 
@@ -21,8 +21,6 @@ __all__ = ["Ulysses"]
 
 
 class Ulysses(Exchange):
-    """See the module."""
-
     name = "ulysses"
     moves_later = True
     gradient_dtype = None
@@ -39,18 +37,16 @@ class Ulysses(Exchange):
             asked = self._by_heads(plan, q[:, None], "queries")
             incoming.transfer.wait()
             asked.transfer.wait()
-        queries = asked.inbox.rows[:, 0]  # [C, H / N, D]
-        keys, values = incoming.inbox.rows.unbind(1)  # [C, K / N, D] each
+        queries, rows = asked.inbox.rows, incoming.inbox.rows  # [C, 1, H / N, D], [C, 2, K / N, D]
         with settings.clock.measure("attention_ms", "all tiles"):
-            nothing = KV(keys[:0], values[:0])
             schedule = self.layout(plan).gathered_schedule
-            out, lse = settings.kernel.attend(queries, KV(keys, values), nothing, schedule, scale)
+            out, lse = settings.kernel.attend(queries[:, 0], as_kv(rows), as_kv(rows[:0]), schedule, scale)
         with settings.clock.measure("exposed_exchange_ms", "send outputs"):
             own = self._by_tokens(plan, out[:, None], "outputs")[:, 0]
             incoming.transfer.leave()
             asked.transfer.leave()
         tickets = torch.tensor([asked.inbox.ticket, incoming.inbox.ticket])
-        return own, self.held(Saved(q, *local, out, lse, incoming.inbox.rows, tickets, asked.inbox.rows), settings)
+        return own, self.held(Saved(q, *local, out, lse, rows, tickets, queries), settings)
 
     def backward(
         self, plan: ShardingPlan, grad_out: Tensor, saved: Saved, settings: AttentionSettings, scale: float
@@ -65,14 +61,13 @@ class Ulysses(Exchange):
                 tickets = torch.tensor([asked.inbox.ticket, incoming.inbox.ticket])
                 saved = saved._replace(received=incoming.inbox.rows, tickets=tickets, queries=asked.inbox.rows)
             pulled.transfer.finish()
-        assert saved.received is not None
-        assert saved.queries is not None
-        keys, values = saved.received.unbind(1)
-        nothing, schedule = KV(keys[:0], values[:0]), self.layout(plan).gathered_schedule
+        rows, queries, schedule = saved.received, saved.queries, self.layout(plan).gathered_schedule
+        assert rows is not None
+        assert queries is not None
         with settings.clock.measure("attention_ms", "gradients of all tiles"):
-            grad_all, queries = pulled.inbox.rows[:, 0], saved.queries[:, 0]
+            grad_all, local, nothing = pulled.inbox.rows[:, 0], as_kv(rows), as_kv(rows[:0])
             gradients = settings.kernel.gradients(
-                grad_all, queries, KV(keys, values), nothing, saved.out, saved.lse, schedule, scale
+                grad_all, queries[:, 0], local, nothing, saved.out, saved.lse, schedule, scale
             )
         self.transport.free(pulled.inbox.ticket)
         self.release(saved)

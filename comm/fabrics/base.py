@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flashcp.comm.errors import ExchangeTimeoutError
-from flashcp.comm.rows import OutgoingRows
+from flashcp.comm.transport import OutgoingRows
 from flashcp.kernels.interface import WaitFlags
 
 __all__ = ["ARRIVED", "FREED", "NO_PUT", "Fabric", "Put", "Region", "head_bytes"]

@@ -5,8 +5,8 @@ Run on an H100 so far between ranks that are streams of one process. Between pro
 
 A put is three operations on a stream of its target's own: wait until the target has freed the lease before, copy the
 rows, raise the flag behind them. Rows that must be picked are packed before, by one kernel on the stream that made
-them. Rows are awaited by the stream that computes on them. None of this needs an SM, a later launch or the host, so
-no kernel can stand in its way, not even one that spins on a flag and holds every SM.
+them. Rows are awaited by the stream that computes on them. None of this needs an SM (`cuda_device.py`), a later launch
+or the host.
 
 The host waits for nothing. A wait that does not end is noticed by the device's watchdog, which notes who waited for
 whom and lets the streams go on, on garbage; the error is raised at this rank's next call, or by `synchronize`.
@@ -43,10 +43,7 @@ together."""
 
 
 class CudaFabric(Fabric):
-    """memories: their first 4,096 bytes are zero. retire(region): see Fabric.
-
-    throttle_gbps: GB/s at which rows leave; 0: at once.
-    """
+    """memories: their first 4,096 bytes are zero. retire(region): see Fabric."""
 
     def __init__(
         self,

@@ -33,8 +33,6 @@ _SPIN_S = 5e-5  # between two looks at a flag: ranks share cores
 class ShmFabric(Fabric):
     """memories(index, size): that many zero bytes of every rank, as this process sees them (`shared_memories`).
 
-    throttle_gbps: GB/s at which rows leave; 0: at once.
-
     One thread puts rows, those first whose place is free. What goes wrong there is raised by this rank's next call.
     """
 
