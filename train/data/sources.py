@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import bz2
+import glob
+import gzip
+import importlib
+import io
 import itertools
 import json
+import lzma
 import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 from flashcp.limits import Count, Natural, one_of
 from flashcp.sharding.lengths import LENGTH_DATA
 from flashcp.sharding.packing import OVERFLOWS
-from flashcp.train.data.files import find_files, needed, open_binary, read_utf8
 
-__all__ = ["SOURCES", "DataConfig", "Source", "open_source"]
+__all__ = ["SOURCES", "DataConfig", "Source", "needed", "open_source"]
 
 BATCH_ROWS = 256  # of a Parquet file
 JSON_NAMES = tuple(stem + end for stem in (".jsonl", ".ndjson", ".json") for end in ("", ".gz", ".bz2", ".xz", ".zst"))
@@ -69,6 +74,51 @@ class Source(Protocol):
         ...
 
 
+def find_files(path: str, suffixes: Sequence[str] = ("",)) -> list[Path]:
+    """Files that `data.path` names, sorted: a file, a glob, or every file below a directory.
+
+    Below a directory hidden files are left out and names must end in one of the suffixes; a file or a glob is
+    taken at its word. Raises ValueError when there is nothing.
+    """
+    if not path:
+        raise ValueError("data.path is empty: expected a file, a directory or a glob")
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        below = (file for file in place.rglob("*") if file.name.endswith(tuple(suffixes)))
+        shown = (f for f in below if not any(part.startswith(".") for part in f.relative_to(place).parts))
+        wanted = f" with a name in {', '.join(f'*{suffix}' for suffix in suffixes)}" if any(suffixes) else ""
+        missing = f"data.path={path!r}: no file{wanted} in this directory"
+    else:
+        shown = (Path(match) for match in glob.glob(str(place), recursive=True))
+        missing = f"data.path={path!r}: no such file or directory, and no file matches it as a glob"
+    files = sorted(file for file in shown if file.is_file())
+    if not files:
+        raise ValueError(missing)
+    return files
+
+
+def open_binary(file: Path) -> Any:
+    """The bytes of a file, decompressed by its suffix: .gz, .bz2, .xz, .zst or none.
+
+    Raises ValueError when .zst cannot be read for want of a package, and whatever the decompressor raises.
+    """
+    if file.suffix == ".zst":
+        return io.BufferedReader(needed("zstandard", f"{file}: .zst").open(file, "rb"))
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(file.suffix, open)(file, "rb")
+
+
+def needed(package: str, by: str, install: str = "") -> Any:
+    """A package that is optional. Raises ValueError where it is not installed, saying how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        name = package.partition(".")[0]
+        raise ValueError(f"{by} needs the package {name}: pip install {install or name}") from error
+
+
 class Files:
     """Files, each a part. records: the texts of a file in order, without so many of the first."""
 
@@ -81,9 +131,16 @@ class Files:
 
 
 def whole_text(file: Path, skip: int) -> Iterator[str]:
-    """A document a file. UTF-8; a file that is not raises ValueError when its turn comes."""
-    if skip == 0:
-        yield read_utf8(file)
+    """A document a file. Raises ValueError naming the file when it cannot be read or is not UTF-8."""
+    try:
+        if skip == 0:
+            yield file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file}: not UTF-8 text (byte {error.start}); name the files to read with a glob in data.path"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 @cache  # a sweep opens the source for each of its runs

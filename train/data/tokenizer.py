@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from flashcp.train.data.files import needed
+from flashcp.train.data.sources import needed
 
 __all__ = ["BytesTokenizer", "FileTokenizer", "Tokenizer", "load_tokenizer"]
 
