@@ -23,6 +23,7 @@ from flashcp.comm.waits import bounded
 __all__ = ["Handshake", "Header", "PendingHeader", "Step"]
 
 _TAG, _SHARE_TAG = 7701, 7702  # keep headers apart from rows on the same pair of ranks
+_WORDS = 256  # bytes that a rank can share
 _AHEAD = 8  # headers posted and not yet compared
 
 
@@ -111,10 +112,10 @@ class Handshake:
             words = torch.tensor(Header(failed=1, call=call))
             self._last_words += [self._send(words, rank, _TAG) for rank in self._others]
 
-    def share(self, words: bytes, size: int = 256) -> list[bytes]:
+    def share(self, words: bytes) -> list[bytes]:
         """A few bytes of every rank, in rank order, as `compare` moves headers."""
-        padded = torch.frombuffer(bytearray(words[:size].ljust(size, b"\0")), dtype=torch.uint8).clone()
-        mail = torch.empty((self.world_size, size), dtype=torch.uint8)
+        padded = torch.frombuffer(bytearray(words[:_WORDS].ljust(_WORDS, b"\0")), dtype=torch.uint8).clone()
+        mail = torch.empty((self.world_size, _WORDS), dtype=torch.uint8)
         mail[self.rank] = padded
         works = [self._receive(mail[rank], rank, _SHARE_TAG) for rank in self._others]
         works += [self._send(padded, rank, _SHARE_TAG) for rank in self._others]

@@ -62,7 +62,11 @@ class TwoSided(Transport):
         """
         self.waits.check()
         rows, arriving = outgoing.packed(), inbox.rows[into]
-        self._meet(rows.device)
+        if not self._has_met:
+            # A batch that some ranks have no part in must not be the first that NCCL hears of a group: it makes its
+            # communicator then, with all of them (torch.distributed.batch_isend_irecv).
+            self._has_met = True
+            dist.all_reduce(torch.zeros(1, device=rows.device), group=self.group)
         batch = [
             dist.P2POp(operation, _bytes(some), group=self.group, group_peer=(self.rank + way) % self.world_size)
             for operation, some, way in ((dist.isend, rows, 1), (dist.irecv, arriving, -1))
@@ -75,13 +79,6 @@ class TwoSided(Transport):
         for transfer in list(self._under_way):
             transfer.wait()
         self.waits.synchronize()
-
-    def _meet(self, device: torch.device) -> None:
-        """A batch that some ranks have no part in must not be the first that NCCL hears of a group: it makes its
-        communicator then, with all of them (torch.distributed.batch_isend_irecv)."""
-        if not self._has_met:
-            self._has_met = True
-            dist.all_reduce(torch.zeros(1, device=device), group=self.group)
 
     def _start(self, works: Sequence[Any], rows: Tensor, arriving: Tensor, what: str) -> Transfer:
         """works: what was begun, with a `wait()`; the tensors live at least as long as they do."""

@@ -126,7 +126,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         raise ValueError(f"checkpoint {path}: cannot be read: {_reason(error)}") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     torch.set_rng_state(state["rng"])
-    return Progress(*state["counters"].tolist(), position=Position(*state["position"].tolist()))
+    step, dropped, carried = state["counters"].tolist()
+    return Progress(step, dropped, carried, Position(*state["position"].tolist()))
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> dict[str, Any]:

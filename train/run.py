@@ -6,14 +6,13 @@ step: a step of one is compared with the step of the other beside it.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +155,8 @@ def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLi
     with Loader(windows, make_plan, config.exchange.name, ranks.rank, data.prefetch) as loader:
         batches = _peek(loader, config, progress)
         trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, batches, progress, ranks)
-        one = Training(config, trainer, ready.identity, link)
-        try:
+        with closing(Training(config, trainer, ready.identity, link)) as one:
             yield one
-        finally:
-            one.close()
 
 
 def _peek(loader: Loader, config: TrainConfig, progress: Progress) -> Iterator[Batch]:
@@ -175,78 +171,66 @@ def _peek(loader: Loader, config: TrainConfig, progress: Progress) -> Iterator[B
     return itertools.chain(first, loader)
 
 
+@dataclass
 class Training:
     """One run under way on this rank, and what it writes down (rank 0)."""
 
-    def __init__(
-        self, config: TrainConfig, trainer: Trainer, identity: dict[str, Any], link: SlowedLink | None
-    ) -> None:
-        self.config, self.trainer, self._link = config, trainer, link
-        self.out, self._identity = Path(config.out), identity
-        self._is_first = trainer.ranks.rank == 0
-        self._written = dataclasses.asdict(config)
-        self._tracker: Tracker | None = None
-        self._summary: dict[str, Any] | None = None
+    config: TrainConfig
+    trainer: Trainer
+    identity: dict[str, Any]
+    link: SlowedLink | None
+    tracker: Tracker | None = None
+    summary: dict[str, Any] | None = None
 
     def steps(self) -> Iterator[dict[str, Any]]:
         """Train to the end, the row of every step written down before it is yielded."""
-        trainer, config, progress = self.trainer, self.config, self.trainer.progress
-        steps = tqdm(
-            trainer.steps(),
-            initial=progress.step,
-            total=config.loop.steps,
-            unit="step",
-            disable=not (self._is_first and config.loop.progress),
-        )
-        if self._is_first:
-            self._tracker = Tracker(config.tracker, self.out, self._written, progress.step + 1)
-            (self.out / "summary.json").unlink(missing_ok=True)  # an earlier run's
-            print(f"transport {trainer.cp.transport}: {trainer.cp.transport_reason}", file=sys.stderr)
-            shutil.rmtree(self.out / TRACE, ignore_errors=True)
+        config, trainer, progress = self.config, self.trainer, self.trainer.progress
+        cp, out, is_first = trainer.cp, Path(config.out), trainer.ranks.rank == 0
+        shown = {"initial": progress.step, "total": config.loop.steps, "unit": "step"}
+        steps = tqdm(trainer.steps(), **shown, disable=not (is_first and config.loop.progress))
+        if is_first:
+            self.tracker = Tracker(config.tracker, out, asdict(config), progress.step + 1)
+            (out / "summary.json").unlink(missing_ok=True)  # an earlier run's
+            print(f"transport {cp.transport}: {cp.transport_reason}", file=sys.stderr)
+            shutil.rmtree(out / TRACE, ignore_errors=True)
         with steps:
-            for row in traced(steps, self.out / TRACE, trainer.ranks.rank) if config.profile else steps:
+            for row in traced(steps, out / TRACE, trainer.ranks.rank) if config.profile else steps:
                 steps.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-                if self._tracker and not self._tracker.rows and trainer.cp.receive_bytes:
-                    mib = trainer.cp.receive_bytes / 2**20
-                    steps.write(
-                        f"receive buffers: {mib:.1f} MiB a rank, backward={trainer.cp.backward}", file=sys.stderr
-                    )
-                if self._tracker:
-                    self._tracker.log(row)
+                if self.tracker:
+                    if not self.tracker.rows and cp.receive_bytes:
+                        mib = f"{cp.receive_bytes / 2**20:.1f} MiB"
+                        steps.write(f"receive buffers: {mib} a rank, backward={cp.backward}", file=sys.stderr)
+                    self.tracker.log(row)
                 if config.checkpoint.every and progress.step % config.checkpoint.every == 0:
-                    keep, identity = config.checkpoint.keep, self._identity
-                    save_checkpoint(self.out, keep, identity, trainer.model, trainer.optimizer, progress, trainer.ranks)
+                    model, optimizer, keep = trainer.model, trainer.optimizer, config.checkpoint.keep
+                    save_checkpoint(out, keep, self.identity, model, optimizer, progress, trainer.ranks)
                 yield row
 
     def finish(self, **more: Any) -> dict[str, Any] | None:
         """Write summary.json, with `more` in it, and return it; None on the other ranks."""
-        if self._tracker is None:
+        if self.tracker is None:
             return None
-        cp, ranks = self.trainer.cp, self.trainer.ranks
-        self._summary = {
-            **summarise(self._tracker.rows),
+        cp, ranks, out = self.trainer.cp, self.trainer.ranks, Path(self.config.out)
+        throttled = f"rows leave at {cp.throttle_gbps:g} GB/s" if cp.throttle_gbps else ""
+        self.summary = {
+            **summarise(self.tracker.rows),
             "world_size": ranks.world_size,
             "transport": cp.transport,
             "overlap": cp.overlap,
             "receive_mib": cp.receive_bytes / 2**20,
             "throttle_gbps": cp.throttle_gbps,
-            "emulated": self._emulated(),
+            "emulated": str(self.link or throttled),  # what the times are no measurement of
             "versions": versions(ranks.device),
             **more,
-            "config": self._written,
+            "config": asdict(self.config),
         }
-        write_json(self.out / "summary.json", self._summary)
+        write_json(out / "summary.json", self.summary)
         if self.config.profile:
-            print(f"traces of the ranks: {self.out / TRACE} (open one in ui.perfetto.dev)", file=sys.stderr)
-        return self._summary
-
-    def _emulated(self) -> str:
-        """What the times are not a measurement of, in words; empty where rows leave at once."""
-        gbps = self.trainer.cp.throttle_gbps
-        return str(self._link) if self._link else f"rows leave at {gbps:g} GB/s" if gbps else ""
+            print(f"traces of the ranks: {out / TRACE} (open one in ui.perfetto.dev)", file=sys.stderr)
+        return self.summary
 
     def close(self) -> None:
         """Close the record, as that of a run that failed unless `finish` was called."""
-        if self._tracker:
-            self._tracker.close(self._summary)
-            self._tracker = None
+        if self.tracker:
+            self.tracker.close(self.summary)
+            self.tracker = None

@@ -92,12 +92,6 @@ def pack_documents(
         else:
             position = document.after
             held = {}
-        labels = shift_labels(tokens, window.document_lengths)
+        labels = np.roll(tokens, -1)  # the next token of the same piece
+        labels[np.cumsum(window.document_lengths) - 1] = NO_LABEL
         yield TokenWindow(tokens, labels, window.document_lengths, position, window.dropped, window.carried)
-
-
-def shift_labels(tokens: np.ndarray, document_lengths: np.ndarray) -> np.ndarray:
-    """The next token of the same piece, NO_LABEL at the last of each, int64 [tokens]."""
-    labels = np.roll(tokens, -1)
-    labels[np.cumsum(document_lengths) - 1] = NO_LABEL
-    return labels
