@@ -75,8 +75,8 @@ def connect(group: dist.ProcessGroup | None, name: str, timeout_s: float, option
     handshake = Handshake(group, timeout_s)
     backend = str(dist.get_backend(group))
     hosts = len(set(handshake.share(_host().encode())))
-    legal = _legal(backend, hosts)
-    chosen, why = _best(backend, hosts) if name == "auto" else (name, "as asked")
+    legal, why = _usable(backend, hosts)
+    chosen, why = (legal[0], why) if name == "auto" else (name, "as asked")
     if chosen not in legal:
         where = "one host" if hosts == 1 else f"{hosts} hosts"
         raise ValueError(f"transport={name!r} over {backend} on {where}: expected one of auto, {', '.join(legal)}")
@@ -117,23 +117,17 @@ def _cuda(group: dist.ProcessGroup | None, handshake: Handshake, throttle_gbps: 
     return CudaFabric("cuda_symmetric", rank, ranks, device, memories, retire, timeout_s, throttle_gbps)
 
 
-def _legal(backend: str, hosts: int) -> tuple[str, ...]:
-    """Names that a group can run, whether they were ever run or not."""
+def _usable(backend: str, hosts: int) -> tuple[tuple[str, ...], str]:
+    """Names that a group can run, whether they were ever run or not, and in words why no better one comes first."""
     symmetric = ("cuda_symmetric",) if hosts == 1 and torch.cuda.is_available() else ()
     if backend != "gloo":
-        return (backend, *symmetric, "nvshmem")
-    return ("shm", "gloo", *symmetric) if hosts == 1 and FOLDER.is_dir() else ("gloo", *symmetric)
-
-
-def _best(backend: str, hosts: int) -> tuple[str, str]:
-    """The name, and in words why not a better one."""
-    if backend != "gloo":
-        return backend, "not run between GPUs yet; nor were cuda_symmetric and nvshmem, ask for them by name"
+        why = "not run between GPUs yet; nor were cuda_symmetric and nvshmem, ask for them by name"
+        return (backend, *symmetric, "nvshmem"), why
     if hosts > 1:
-        return "gloo", f"the ranks are on {hosts} hosts, and shm needs one"
+        return ("gloo",), f"the ranks are on {hosts} hosts, and shm needs one"
     if not FOLDER.is_dir():
-        return "gloo", f"shm needs {FOLDER}"
-    return "shm", "the ranks share one host's memory"
+        return ("gloo", *symmetric), f"shm needs {FOLDER}"
+    return ("shm", "gloo", *symmetric), "the ranks share one host's memory"
 
 
 def _host() -> str:

@@ -10,7 +10,6 @@ Shapes: T local rows, R rows of the receive buffer, N ranks, K KV heads, D head_
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable
 from functools import lru_cache
 
@@ -29,19 +28,31 @@ from flashcp.sharding.plan import ShardingPlan
 __all__ = ["AllGather", "Compacted", "Exact"]
 
 
-class OneTransfer(ReceivingExchange):
-    """Ranks that send or receive nothing still take part."""
+class Exact(ReceivingExchange):
+    name = "exact"
 
-    @abstractmethod
+    def __init__(self, transport: Transport) -> None:
+        super().__init__(transport)
+        self._traffic = lru_cache(maxsize=4)(traffic)
+
     def rows(self, plan: ShardingPlan) -> np.ndarray:
         """Rows that go from each rank (first axis) to each other (second axis), int64 [N, N]."""
+        return self._traffic(plan)
 
-    @abstractmethod
     def slots(self, index: Tensor, sent: list[int]) -> Iterable[tuple[int, Tensor]]:
         """Where gradients come home, in rank order: a slot's first row, and the local rows that its own are for.
 
         index: local rows in the order they left. sent: how many went to each rank.
         """
+        return zip(np.cumsum([0, *sent[:-1]]).tolist(), index.split(sent), strict=True)
+
+    def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
+        """Ranks that send or receive nothing still take part."""
+        layout, rows, own = self.layout(plan), self.rows(plan), self.transport.rank
+        sent, received, before = rows[own].tolist(), rows[:, own].tolist(), rows[:own].sum(0).tolist()
+        inbox = self.transport.inbox(sum(received), int(rows.sum(0).max()), (2, *k.shape[1:]), k)  # [R, 2, K, D]
+        outgoing = OutgoingRows(KV(k, v), layout.sent_index(k.device))
+        return layout.incoming(self.transport.all_to_all(outgoing, sent, inbox, received, before), inbox)
 
     def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> GradientReturn:
         """The same exchange with senders and readers exchanged. Rows of one slot are distinct, so the sum is
@@ -63,28 +74,7 @@ class OneTransfer(ReceivingExchange):
         return GradientReturn(transfer, add_to)
 
 
-class Exact(OneTransfer):
-    name = "exact"
-
-    def __init__(self, transport: Transport) -> None:
-        super().__init__(transport)
-        self._traffic = lru_cache(maxsize=4)(traffic)
-
-    def rows(self, plan: ShardingPlan) -> np.ndarray:
-        return self._traffic(plan)
-
-    def slots(self, index: Tensor, sent: list[int]) -> Iterable[tuple[int, Tensor]]:
-        return zip(np.cumsum([0, *sent[:-1]]).tolist(), index.split(sent), strict=True)
-
-    def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
-        layout, rows, own = self.layout(plan), self.rows(plan), self.transport.rank
-        sent, received, before = rows[own].tolist(), rows[:, own].tolist(), rows[:own].sum(0).tolist()
-        inbox = self.transport.inbox(sum(received), int(rows.sum(0).max()), (2, *k.shape[1:]), k)  # [R, 2, K, D]
-        outgoing = OutgoingRows(KV(k, v), layout.sent_index(k.device))
-        return layout.incoming(self.transport.all_to_all(outgoing, sent, inbox, received, before), inbox)
-
-
-class AllGather(OneTransfer):
+class AllGather(Exact):
     """Llama 3's exchange: all rows."""
 
     name = "all_gather"
