@@ -29,10 +29,7 @@ IDENTITY = "identity.json"
 
 @dataclass
 class CheckpointConfig:
-    """When a run is kept. every: steps between checkpoints, 0: none. keep: how many of the newest stay.
-
-    resume: `never`, `latest` (the newest of this run; a fresh start when there is none) or a step_* path.
-    """
+    """When a run is kept, and which one goes on: `latest` starts fresh where there is none."""
 
     every: Natural = 0
     keep: Count = 2

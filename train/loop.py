@@ -27,11 +27,7 @@ PRECISIONS = ("fp32", "bf16")
 
 @dataclass
 class LoopConfig:
-    """How long and how. accumulation: packs of one optimizer step.
-
-    precision: `fp32`, or `bf16` by autocast (weights and their gradients stay fp32). device: `auto` takes a
-    GPU where there is one. timeout_s: how long ranks wait for each other. progress: a bar on standard error.
-    """
+    """How long and how, as `conf/train.yaml` explains it."""
 
     steps: Count = 100
     accumulation: Count = 1

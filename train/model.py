@@ -28,11 +28,7 @@ Finite = Annotated[float, Limit(lambda value: 0 < value < math.inf, "a finite nu
 
 @dataclass
 class ModelConfig:
-    """Size and shape of the decoder. vocab_size 0: taken from the tokenizer, rounded up to a multiple of 64.
-
-    ffn_dim 0: 8/3 of dim, rounded up to a multiple of 64 (SwiGLU with the parameters of a 4 x dim layer).
-    checkpoint_activations: keep only each block's input, compute the rest again in the backward.
-    """
+    """Size and shape of the decoder, as `conf/train.yaml` explains them."""
 
     layers: Count = 4
     dim: Count = 256

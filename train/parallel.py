@@ -36,9 +36,7 @@ class ExchangeConfig:
 
 @dataclass
 class TuningConfig:
-    """Block shapes that replace the Triton kernels' own, pass by pass: query rows x key rows x warps x stages, such as
-    `128x64x8x3`, for fp32 also `x` and the precision of products, `ieee` or `tf32x3`. Empty: those of
-    `kernels/tuning.py`."""
+    """Block shapes that replace the Triton kernels' own, pass by pass, such as `128x64x8x3`; empty: those stay."""
 
     forward: str = ""
     backward_kv: str = ""
@@ -58,10 +56,7 @@ class TuningConfig:
 
 @dataclass
 class ParallelConfig:
-    """The arguments of `flashcp.ContextParallel`, which says what they mean.
-
-    link: `free`, or the cluster whose link across nodes rows leave over (`flashcp/train/link.py`).
-    """
+    """The arguments of `flashcp.ContextParallel`, which says what they mean, and the link (`flashcp/train/link.py`)."""
 
     overlap: str = "auto"
     attention: str = "auto"

@@ -89,7 +89,7 @@ class Fabric(ABC):
         self.name, self.rank, self.world_size = name, rank, world_size
         self.timeout_s, self.throttle_gbps, self.sent_bytes = timeout_s, throttle_gbps, 0
 
-    def late(self, what: str) -> ExchangeTimeoutError:
+    def timed_out(self, what: str) -> ExchangeTimeoutError:
         """This rank waited in vain."""
         return ExchangeTimeoutError(f"rank {self.rank} waited {self.timeout_s:g} s for {what}")
 

@@ -191,7 +191,7 @@ class CudaFabric(Fabric):
         source = int(self._seen)
         what = self._late or (f"the rows of rank {source - 1}" if source else "")
         if what:
-            raise self.late(what)
+            raise self.timed_out(what)
 
 
 def symmetric_memories(

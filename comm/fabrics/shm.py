@@ -89,7 +89,7 @@ class ShmFabric(Fabric):
         deadline = time.monotonic() + self.timeout_s
         while arrived[source] < epoch:
             if time.monotonic() > deadline:
-                raise self.late(f"the rows of rank {source} (epoch {epoch})")
+                raise self.timed_out(f"the rows of rank {source} (epoch {epoch})")
             self._raise_error()
             time.sleep(_SPIN_S)
 
@@ -103,7 +103,7 @@ class ShmFabric(Fabric):
 
     def check(self, flags: WaitFlags) -> None:
         if source := int(flags.stuck):
-            raise self.late(f"the rows of rank {source - 1} (epoch {flags.epoch})")
+            raise self.timed_out(f"the rows of rank {source - 1} (epoch {flags.epoch})")
 
     def synchronize(self) -> None:
         with self._news:
@@ -117,7 +117,7 @@ class ShmFabric(Fabric):
         while not landed.wait(_LEFT_S):
             self._raise_error()
             if time.monotonic() > deadline:
-                raise self.late("its own rows to leave")
+                raise self.timed_out("its own rows to leave")
         self._raise_error()
 
     def _raise_error(self) -> None:
@@ -164,7 +164,7 @@ class ShmFabric(Fabric):
                     return
             if time.monotonic() - since > self.timeout_s:
                 put = pending[0][1][0]
-                raise self.late(f"rank {put.to} to free its receive buffer (epoch {put.after})")
+                raise self.timed_out(f"rank {put.to} to free its receive buffer (epoch {put.after})")
             time.sleep(_SPIN_S)
 
     def _is_free(self, put: Put) -> bool:

@@ -31,17 +31,7 @@ NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-pac
 
 @dataclass
 class DataConfig:
-    """What is read, and how it becomes packs.
-
-    source: a name in SOURCES. path: a file, a directory or a glob; for `huggingface` the data set's name.
-    text_field: JSON field or table column that holds the text. subset, split: `huggingface` only.
-    tokenizer: `bytes`, the path of a tokenizers JSON file, or a name on the Hugging Face hub.
-    end_token: vocabulary entry put after every document; empty: none (`bytes` has its own end mark).
-    overflow: what becomes of a document's tail that does not fit a window: `truncate` or `carry`.
-    longest: documents of more tokens are left out; 0 keeps all.
-    epochs: times the documents are read; 0: as often as the steps need.
-    prefetch: windows packed and planned ahead of the step.
-    """
+    """What is read, and how it becomes packs, as `conf/data/stdlib.yaml` explains it."""
 
     source: str = "stdlib"
     path: str = ""
