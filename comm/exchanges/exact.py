@@ -81,13 +81,13 @@ class AllGather(Exact):
 
     def rows(self, plan: ShardingPlan) -> np.ndarray:
         """A rank's own block stays at home: it read those rows from its local tensor."""
-        return EXCHANGES[self.name].block_rows(plan) * (1 - np.eye(plan.world_size, dtype=np.int64))
+        return self._block_rows(plan) * (1 - np.eye(plan.world_size, dtype=np.int64))
 
     def slots(self, index: Tensor, sent: list[int]) -> Iterable[tuple[int, Tensor]]:
         return ((sum(sent[:rank]), index) for rank in range(len(sent)) if rank != self.transport.rank)
 
     def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
-        layout, rows = self.layout(plan), EXCHANGES[self.name].block_rows(plan)
+        layout, rows = self.layout(plan), self._block_rows(plan)
         index, total = layout.sent_index(k.device), rows * plan.world_size
         block = k.new_zeros((rows, 2, *k.shape[1:]))  # [rows, 2, K, D]
         OutgoingRows(KV(k, v), index).write(block[: len(index)], 0, len(index))
@@ -95,9 +95,12 @@ class AllGather(Exact):
         return layout.incoming(self.transport.all_gather(OutgoingRows(block), inbox), inbox)
 
     def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> GradientReturn:
-        own, rows = self.transport.rank, EXCHANGES[self.name].block_rows(plan)
+        own, rows = self.transport.rank, self._block_rows(plan)
         others = torch.cat((gradients[: rows * own], gradients[rows * (own + 1) :]))  # [R - rows, 2, K, D]
         return super().return_gradients(plan, others)
+
+    def _block_rows(self, plan: ShardingPlan) -> int:
+        return EXCHANGES[self.name].block_rows(plan)
 
 
 class Compacted(AllGather):
