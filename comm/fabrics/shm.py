@@ -22,8 +22,10 @@ from flashcp.comm.errors import ExchangeError
 from flashcp.comm.fabrics.base import ARRIVED, FREED, NO_PUT, Fabric, Put, Region, head_bytes
 from flashcp.kernels.interface import WaitFlags
 
-__all__ = ["ShmFabric"]
+__all__ = ["PUTS", "ShmFabric"]
 
+PUTS = "flashcp-puts"
+"""The name of the thread that puts rows."""
 _CHUNK_BYTES = 1 << 18  # a throttled put pauses in between
 _IDLE_S = 10.0  # a thread without puts ends
 _LEFT_S = 0.05  # between two looks for an error of the thread
@@ -80,7 +82,7 @@ class ShmFabric(Fabric):
             self._pending[landed] = list(puts)
             self._news.notify()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="flashcp-puts", daemon=True)
+                self._thread = threading.Thread(target=self._run, name=PUTS, daemon=True)
                 self._thread.start()
         return partial(self._await_landed, landed)
 
