@@ -22,7 +22,7 @@ from flashcp.comm.one_sided import OneSided
 from flashcp.comm.transport import Alone, Transport
 from flashcp.comm.two_sided import TwoSided
 
-__all__ = ["TRANSPORTS", "Connection", "TransportOptions", "choose_transport", "connect"]
+__all__ = ["TRANSPORTS", "Connection", "TransportOptions", "connect"]
 
 TRANSPORTS = ("shm", "gloo", "nccl", "cuda_symmetric", "nvshmem")
 
@@ -60,7 +60,7 @@ class Connection(NamedTuple):
 def connect(group: dist.ProcessGroup | None, name: str, timeout_s: float, options: TransportOptions) -> Connection:
     """This rank's connection over a group; None: the default one, or this rank alone where none is initialised.
 
-    timeout_s: bound on every wait.
+    name: of a transport; `auto`: the best that all ranks of the group can use. timeout_s: bound on every wait.
 
     All ranks of the group call this together. Raises ValueError for names that do not fit and groups that this rank is
     no member of.
@@ -73,73 +73,61 @@ def connect(group: dist.ProcessGroup | None, name: str, timeout_s: float, option
             raise ValueError(f"transport={name!r}: expected one of auto, none")
         return Connection(Alone(), None, "one rank alone")
     handshake = Handshake(group, timeout_s)
-    transport, why = choose_transport(name, group, handshake, options)
-    return Connection(transport, handshake, why)
-
-
-def choose_transport(
-    name: str, group: dist.ProcessGroup | None, handshake: Handshake, options: TransportOptions
-) -> tuple[Transport, str]:
-    """The transport of that name, or for `auto` the best that all ranks of the group can use, and in words why.
-
-    All ranks call this together. Raises ValueError for names that do not fit the group.
-    """
     backend = str(dist.get_backend(group))
-    hosts = len({words.decode(errors="replace") for words in handshake.share(_host().encode())})
-    legal = _legal(backend, hosts)
-    chosen, why = _best(backend, hosts) if name == "auto" else (name, "as asked")
+    hosts = len(set(handshake.share(_host().encode())))
+    legal, why = _usable(backend, hosts)
+    chosen, why = (legal[0], why) if name == "auto" else (name, "as asked")
     if chosen not in legal:
         where = "one host" if hosts == 1 else f"{hosts} hosts"
         raise ValueError(f"transport={name!r} over {backend} on {where}: expected one of auto, {', '.join(legal)}")
+    transport: Transport
     if chosen == backend:
-        return TwoSided(group, handshake.timeout_s), why
-    if chosen == "nvshmem":
-        return Nvshmem(group, handshake.timeout_s, torch.device("cuda", torch.cuda.current_device())), why
-    fabric = _fabric(chosen, group, handshake, options)
-    start_bytes, limit_bytes = int(options.region_mib * MIB), int(options.heap_mib * MIB)
-    heap = SymmetricHeap(fabric, lambda: handshake.oldest, handshake.settle, start_bytes, limit_bytes)
-    return OneSided(fabric, heap), why
+        transport = TwoSided(group, timeout_s)
+    elif chosen == "nvshmem":
+        transport = Nvshmem(group, timeout_s, torch.device("cuda", torch.cuda.current_device()))
+    else:
+        fabric = (_shm if chosen == "shm" else _cuda)(group, handshake, options.throttle_gbps)
+        start_bytes, limit_bytes = int(options.region_mib * MIB), int(options.heap_mib * MIB)
+        heap = SymmetricHeap(fabric, lambda: handshake.oldest, handshake.settle, start_bytes, limit_bytes)
+        transport = OneSided(fabric, heap)
+    return Connection(transport, handshake, why)
 
 
-def _fabric(name: str, group: dist.ProcessGroup | None, handshake: Handshake, options: TransportOptions) -> Fabric:
-    rank, ranks, timeout_s = handshake.rank, handshake.world_size, handshake.timeout_s
-    if name == "shm":
-        shared = shared_memories(rank, handshake.share)
-        return ShmFabric(rank, ranks, shared, timeout_s, options.throttle_gbps)
+def _shm(group: dist.ProcessGroup | None, handshake: Handshake, throttle_gbps: float) -> Fabric:
+    rank, ranks = handshake.rank, handshake.world_size
+    return ShmFabric(rank, ranks, shared_memories(rank, handshake.share), handshake.timeout_s, throttle_gbps)
+
+
+def _cuda(group: dist.ProcessGroup | None, handshake: Handshake, throttle_gbps: float) -> Fabric:
     from torch.distributed import _symmetric_memory as symmetric
 
     from flashcp.comm.fabrics.cuda import CudaFabric, symmetric_memories
     from flashcp.comm.fabrics.cuda_device import CudaDevice
 
+    rank, ranks, timeout_s = handshake.rank, handshake.world_size, handshake.timeout_s
     gpu = torch.device("cuda", torch.cuda.current_device())
     device = CudaDevice(gpu, timeout_s)
-    ranks_of = group if group is not None else dist.distributed_c10d._get_default_group()
 
     def retire(region: Region) -> None:
         device.synchronize()
         handshake.share(b"+")
 
+    ranks_of = group if group is not None else dist.distributed_c10d._get_default_group()
     memories = symmetric_memories(symmetric, ranks_of, rank, device, gpu, handshake.share)
-    return CudaFabric(name, rank, ranks, device, memories, retire, timeout_s, options.throttle_gbps)
+    return CudaFabric("cuda_symmetric", rank, ranks, device, memories, retire, timeout_s, throttle_gbps)
 
 
-def _legal(backend: str, hosts: int) -> tuple[str, ...]:
-    """Names that a group can run, whether they were ever run or not."""
+def _usable(backend: str, hosts: int) -> tuple[tuple[str, ...], str]:
+    """Names that a group can run, whether they were ever run or not, and in words why no better one comes first."""
     symmetric = ("cuda_symmetric",) if hosts == 1 and torch.cuda.is_available() else ()
     if backend != "gloo":
-        return (backend, *symmetric, "nvshmem")
-    return ("shm", "gloo", *symmetric) if hosts == 1 and FOLDER.is_dir() else ("gloo", *symmetric)
-
-
-def _best(backend: str, hosts: int) -> tuple[str, str]:
-    """The name, and in words why not a better one."""
-    if backend != "gloo":
-        return backend, "not run between GPUs yet; nor were cuda_symmetric and nvshmem, ask for them by name"
+        why = "not run between GPUs yet; nor were cuda_symmetric and nvshmem, ask for them by name"
+        return (backend, *symmetric, "nvshmem"), why
     if hosts > 1:
-        return "gloo", f"the ranks are on {hosts} hosts, and shm needs one"
+        return ("gloo",), f"the ranks are on {hosts} hosts, and shm needs one"
     if not FOLDER.is_dir():
-        return "gloo", f"shm needs {FOLDER}"
-    return "shm", "the ranks share one host's memory"
+        return ("gloo", *symmetric), f"shm needs {FOLDER}"
+    return ("shm", "gloo", *symmetric), "the ranks share one host's memory"
 
 
 def _host() -> str:

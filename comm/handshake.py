@@ -23,6 +23,7 @@ from flashcp.comm.waits import bounded
 __all__ = ["Handshake", "Header", "PendingHeader", "Step"]
 
 _TAG, _SHARE_TAG = 7701, 7702  # keep headers apart from rows on the same pair of ranks
+_WORDS = 256  # bytes that a rank can share
 _AHEAD = 8  # headers posted and not yet compared
 
 
@@ -68,7 +69,10 @@ class Handshake:
     """
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
-        self.group = group if dist.get_backend(group) == "gloo" else _gloo_beside(group)
+        if dist.get_backend(group) != "gloo":  # headers are host data: beside a GPU group no stream waits for them
+            ranks = dist.get_process_group_ranks(group)
+            group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        self.group = group
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.timeout_s = timeout_s
         self.oldest = 0
@@ -108,10 +112,10 @@ class Handshake:
             words = torch.tensor(Header(failed=1, call=call))
             self._last_words += [self._send(words, rank, _TAG) for rank in self._others]
 
-    def share(self, words: bytes, size: int = 256) -> list[bytes]:
+    def share(self, words: bytes) -> list[bytes]:
         """A few bytes of every rank, in rank order, as `compare` moves headers."""
-        padded = torch.frombuffer(bytearray(words[:size].ljust(size, b"\0")), dtype=torch.uint8).clone()
-        mail = torch.empty((self.world_size, size), dtype=torch.uint8)
+        padded = torch.frombuffer(bytearray(words[:_WORDS].ljust(_WORDS, b"\0")), dtype=torch.uint8).clone()
+        mail = torch.empty((self.world_size, _WORDS), dtype=torch.uint8)
         mail[self.rank] = padded
         works = [self._receive(mail[rank], rank, _SHARE_TAG) for rank in self._others]
         works += [self._send(padded, rank, _SHARE_TAG) for rank in self._others]
@@ -198,23 +202,13 @@ def _judge(headers: Tensor, mine: Header) -> None:
         )
     for field, values in list(zip(Header._fields, headers.T.tolist(), strict=True))[:-1]:
         if len(set(values)) > 1:
-            groups = sorted(set(values), key=lambda value: (values.count(value), value))
             said = "; ".join(
-                f"{_named([rank for rank, value in enumerate(values) if value == said])} {_shown(field, said)}"
-                for said in groups
+                f"{_named([rank for rank, value in enumerate(values) if value == each])} "
+                f"{f'{each % (1 << 64):016x}' if field == 'plan' else each}"
+                for each in sorted(set(values), key=lambda value: (values.count(value), value))
             )
             raise PlanMismatchError(f"ranks disagree on {field.replace('_', ' ')} (call {mine.call}): {said}")
 
 
-def _shown(field: str, value: int) -> str:
-    return f"{value % (1 << 64):016x}" if field == "plan" else str(value)
-
-
 def _named(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def _gloo_beside(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """Headers are host data: beside a GPU group they use gloo, so that no stream waits for them."""
-    ranks = dist.get_process_group_ranks(group)
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)

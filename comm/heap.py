@@ -9,8 +9,8 @@ headers of all ranks say that they read nothing so old.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from flashcp.comm.errors import HeapError
 from flashcp.comm.fabrics.base import Fabric, Region
@@ -24,8 +24,7 @@ class LeaseToken:
     """Lives as long as the memory of a lease: its end is noticed."""
 
 
-@dataclass(eq=False)
-class Lease:
+class Lease(NamedTuple):
     """A region for one exchange. Its steps bring rows under epochs first, ..., last; after: the epoch of the lease
     before, which its readers must have freed before rows are put."""
 
@@ -33,7 +32,6 @@ class Lease:
     first: int
     last: int
     after: int
-    freed: bool = False
 
 
 class SymmetricHeap:
@@ -50,11 +48,15 @@ class SymmetricHeap:
     ) -> None:
         self.fabric, self._oldest, self._settle = fabric, oldest, settle
         self.start_bytes, self.limit_bytes = start_bytes, limit_bytes
-        self.regions: dict[int, Region] = {}
-        self._last: dict[int, Lease] = {}  # by index of the region
+        self._last: dict[int, Lease] = {}  # the last lease of each region, by the region's index
         self._leases: dict[int, Lease] = {}  # by first epoch, those not freed
         self._alive: set[int] = set()  # first epochs whose memory is in use on this rank
         self._epoch = self._made = 0
+
+    @property
+    def regions(self) -> dict[int, Region]:
+        """By index."""
+        return {index: lease.region for index, lease in self._last.items()}
 
     @property
     def total_bytes(self) -> int:
@@ -72,11 +74,14 @@ class SymmetricHeap:
         The region of the lease before is left alone: slower ranks may still read there while rows come here.
         Raises HeapError past the limit.
         """
-        self._reclaim()
-        fitting = [r for r in self._free() if r.data_bytes >= data_bytes and self._last_epoch(r) < max(self._epoch, 1)]
-        region = min(fitting, key=lambda r: (r.data_bytes, self._last_epoch(r)), default=None) or self._grow(data_bytes)
-        lease = Lease(region, self._epoch + 1, self._epoch + steps, self._last_epoch(region))
-        self._epoch += steps
+        oldest = self._oldest()
+        for first in [first for first, lease in self._leases.items() if lease.last < oldest]:
+            self.free(self._leases[first])
+        fitting = [last for last in self._free() if last.region.data_bytes >= data_bytes and last.last < self._epoch]
+        before = min(fitting, key=lambda last: (last.region.data_bytes, last.last), default=None)
+        region, after = (before.region, before.last) if before else (self._grow(data_bytes), 0)
+        lease = Lease(region, self._epoch + 1, self._epoch + steps, after)
+        self._epoch = lease.last
         self._last[region.index] = self._leases[lease.first] = lease
         self._alive.add(lease.first)
         return lease
@@ -93,47 +98,31 @@ class SymmetricHeap:
 
     def free(self, lease: Lease) -> None:
         """This rank has read it for the last time; on all ranks at the same point of the program."""
-        if not lease.freed:
-            lease.freed = True
-            del self._leases[lease.first]
-            self._alive.discard(lease.first)
-            self.fabric.free(lease.region, lease.last)
+        del self._leases[lease.first]
+        self._alive.discard(lease.first)
+        self.fabric.free(lease.region, lease.last)
 
-    def _reclaim(self) -> None:
-        oldest = self._oldest()
-        for lease in list(self._leases.values()):
-            if lease.last < oldest:
-                self.free(lease)
-
-    def _free(self) -> list[Region]:
-        return [r for r in self.regions.values() if r.index not in self._last or self._last[r.index].freed]
-
-    def _last_epoch(self, region: Region) -> int:
-        return self._last[region.index].last if region.index in self._last else 0
-
-    def _outgrown(self, data_bytes: int) -> int:
-        """Index of the largest free region that is too small; 0 where there is none."""
-        small = [region for region in self._free() if region.data_bytes < data_bytes]
-        return max(((region.data_bytes, region.index) for region in small), default=(0, 0))[1]
+    def _free(self) -> Iterator[Lease]:
+        """The last lease of each region that is free."""
+        return (lease for lease in self._last.values() if lease.first not in self._leases)
 
     def _grow(self, data_bytes: int) -> Region:
+        """A new region. The largest free one, which is too small, makes room for it."""
         self._settle()  # a rank with another plan might not come here: let headers say so first
         size = _rounded(max(data_bytes, self.start_bytes, 1))
-        outgrown = self._outgrown(data_bytes)
-        total = self.total_bytes + size - (self.regions[outgrown].data_bytes if outgrown else 0)
+        small = ((r.data_bytes, r.index) for r, *_ in self._free() if r.data_bytes < data_bytes)
+        outgrown_bytes, outgrown = max(small, default=(0, 0))
+        total = self.total_bytes + size - outgrown_bytes
         if self.limit_bytes and total > self.limit_bytes:
             raise HeapError(
                 f"receive buffers need {_mib(total)} MiB on every rank, {_mib(total - self.limit_bytes)} MiB more than "
                 f"heap_mib={_mib(self.limit_bytes)}: raise heap_mib, or take backward='refetch'"
             )
         if outgrown:
-            self.fabric.retire(self.regions[outgrown])
-            del self.regions[outgrown]  # nothing else may hold it: its memory makes room for the next one
-            self._last.pop(outgrown, None)
+            self.fabric.retire(self._last[outgrown].region)
+            del self._last[outgrown]  # nothing else may hold it: its memory makes room for the next one
         self._made += 1
-        region = self.fabric.allocate(self._made, size)
-        self.regions[region.index] = region
-        return region
+        return self.fabric.allocate(self._made, size)
 
 
 def _rounded(size: int) -> int:

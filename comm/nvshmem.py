@@ -29,8 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashcp.comm.rows import Inbox, OutgoingRows
-from flashcp.comm.transport import Transfer
+from flashcp.comm.transport import Inbox, OutgoingRows, Transfer, row_bytes
 from flashcp.comm.two_sided import TwoSided
 from flashcp.kernels.uploads import to_device
 
@@ -64,9 +63,7 @@ class Nvshmem(TwoSided):
         self._turn = 0
         self._leaving = [torch.empty(0, dtype=torch.uint8, device=device)] * 2
         self._splits = [self._memory(8 * self.world_size).view(torch.int64) for _ in range(2)]
-        self._splits_there = [
-            self._memory(16 * self.world_size).view(torch.int64).view(2, self.world_size) for _ in range(2)
-        ]
+        self._splits_there = [self._memory(16 * self.world_size).view(torch.int64).view(2, -1) for _ in range(2)]
         self._arrived = self._leaving[0]
         self._splits_of = lru_cache(maxsize=_SPLITS)(lambda splits: to_device(np.array(splits), device))
 
@@ -81,19 +78,19 @@ class Nvshmem(TwoSided):
         self, outgoing: OutgoingRows, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int]
     ) -> Transfer:
         """Rows arrive in the order of their sources."""
-        row_bytes = inbox.rows.element_size() * math.prod(inbox.rows.shape[1:])
-        if row_bytes % self._grain:
+        size = row_bytes(inbox.rows)
+        if size % self._grain:
             return super().all_to_all(outgoing, sent, inbox, received, offsets)
         self.waits.check()
         rows, turn = outgoing.packed(), self._turn
         self._turn = 1 - turn
         with self._beside():
             self._leaving[turn][: rows.nbytes].copy_(rows.reshape(-1).view(torch.uint8))
-            self._splits[turn].copy_(self._splits_of(tuple(count * row_bytes for count in sent)))
+            self._splits[turn].copy_(self._splits_of(tuple(count * size for count in sent)))
             self._exchange(turn, self._arrived)
             inbox.rows.reshape(-1).view(torch.uint8).copy_(self._arrived[: inbox.rows.nbytes])
             works = [self._mark()]
-        self.sent_bytes += (sum(sent) - sent[self.rank]) * row_bytes
+        self.sent_bytes += (sum(sent) - sent[self.rank]) * size
         return self._start(works, rows, inbox.rows, outgoing.what)
 
     def all_gather(self, block: OutgoingRows, inbox: Inbox) -> Transfer:

@@ -15,21 +15,19 @@ from torch import Tensor
 from flashcp.comm.clock import span
 from flashcp.comm.fabrics.base import Fabric, Put
 from flashcp.comm.heap import SymmetricHeap
-from flashcp.comm.rows import Inbox, OutgoingRows
-from flashcp.comm.transport import Transfer, Transport
+from flashcp.comm.transport import Inbox, OutgoingRows, Transfer, Transport, row_bytes
 from flashcp.kernels.interface import WaitFlags
 
 __all__ = ["OneSided"]
 
 
 class OneSided(Transport):
-    """See the module."""
-
     one_sided = True
 
     def __init__(self, fabric: Fabric, heap: SymmetricHeap) -> None:
         self.fabric, self.heap = fabric, heap
         self.name, self.rank, self.world_size = fabric.name, fabric.rank, fabric.world_size
+        self.throttle_gbps = fabric.throttle_gbps
 
     @property
     def sent_bytes(self) -> int:
@@ -38,10 +36,6 @@ class OneSided(Transport):
     @property
     def receive_bytes(self) -> int:
         return self.heap.total_bytes
-
-    @property
-    def throttle_gbps(self) -> float:
-        return self.fabric.throttle_gbps
 
     @property
     def oldest(self) -> int:
@@ -90,7 +84,7 @@ class OneSided(Transport):
     def _put(
         self,
         outgoing: OutgoingRows,
-        parts: Sequence[tuple[int, int, int, int]],
+        parts: Sequence[Sequence[int]],
         inbox: Inbox,
         sources: Sequence[int],
         step: int = 0,
@@ -99,10 +93,9 @@ class OneSided(Transport):
         lease = self.heap.find(inbox.ticket)
         assert lease is not None, "rows were sent to an inbox that is free"
         region, epoch, what, fabric = lease.region, lease.first + step, outgoing.what, self.fabric
-        row, dtype = tuple(inbox.rows.shape[1:]), inbox.rows.dtype
-        row_bytes = math.prod(row) * dtype.itemsize
+        row, dtype, size = tuple(inbox.rows.shape[1:]), inbox.rows.dtype, row_bytes(inbox.rows)
         leave = fabric.put([
-            Put(region, outgoing, start, stop, to, offset * row_bytes, row, dtype, lease.after, epoch)
+            Put(region, outgoing, start, stop, to, offset * size, row, dtype, lease.after, epoch)
             for start, stop, to, offset in parts
         ])  # fmt: skip
 

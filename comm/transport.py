@@ -1,23 +1,78 @@
-"""What carries rows: the interface that every transport offers, and the transport of one rank alone.
+"""What carries rows: the interface that every transport offers, what it is given, and the transport of one rank alone.
 
 Every wait is bounded. Nothing above `comm/` knows which transport runs.
+
+Shapes: T local rows, K KV heads, D head_dim.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashcp.comm.rows import Inbox, OutgoingRows
-from flashcp.kernels.interface import WaitFlags
+from flashcp.kernels.interface import KV, WaitFlags
 
-__all__ = ["ALL", "Alone", "Transfer", "Transport"]
+__all__ = ["ALL", "Alone", "Inbox", "OutgoingRows", "Transfer", "Transport", "row_bytes"]
 
 ALL = -1
 """As a source: the rows of all ranks, which come together."""
+
+
+@dataclass(frozen=True)
+class OutgoingRows:
+    """Rows on their way out of a rank. Nobody may write to their tensors before they have left.
+
+    rows: a tensor [rows, ...], whose rows leave as they lie. Or K and V [T, K, D], of which the rows `index`, int64,
+    leave side by side, [rows, 2, K, D]: K first, V behind. what: their name in a trace.
+    """
+
+    rows: Tensor | KV
+    index: Tensor | None = None
+    what: str = "rows"
+
+    def __len__(self) -> int:
+        return len(self.rows if self.index is None else self.index)
+
+    def packed(self) -> Tensor:
+        """All of them, contiguous [rows, ...]: for a transport that sends one message."""
+        if isinstance(self.rows, Tensor):
+            return self.rows.contiguous()
+        assert self.index is not None
+        if self.rows.k.is_cuda:
+            from flashcp.kernels.pack import pack_rows
+
+            return pack_rows(*self.rows, self.index)
+        packed = self.rows.k.new_empty((len(self), 2, *self.rows.k.shape[1:]))
+        self.write(packed, 0, len(self))
+        return packed
+
+    def write(self, into: Tensor, start: int, stop: int) -> None:
+        """Rows start..stop into memory [stop - start, ...] that may be another rank's."""
+        if isinstance(self.rows, Tensor):
+            into.copy_(self.rows[start:stop], non_blocking=True)
+            return
+        assert self.index is not None
+        chosen = self.index[start:stop]
+        for i, part in enumerate(self.rows):
+            into[:, i].copy_(part.index_select(0, chosen), non_blocking=True)
+
+
+def row_bytes(rows: Tensor) -> int:
+    """Of one row of a tensor [rows, ...]."""
+    return math.prod(rows.shape[1:]) * rows.element_size()
+
+
+class Inbox(NamedTuple):
+    """Memory for others' rows, [rows, ...]. ticket: what the transport knows it by; 0 for memory of its own."""
+
+    rows: Tensor
+    ticket: int = 0
 
 
 class Transfer:
@@ -31,7 +86,7 @@ class Transfer:
     def __init__(
         self,
         sources: Sequence[int] = (),
-        await_rows: Callable[[int], None] | None = None,
+        await_rows: Callable[[int], object] | None = None,
         leave: Callable[[], None] = lambda: None,
         flags: Callable[[], WaitFlags | None] = lambda: None,
     ) -> None:
@@ -45,6 +100,11 @@ class Transfer:
                 self._await_rows(each)
                 self._awaited.remove(each)
 
+    def finish(self) -> None:
+        """Return when all rows have arrived and this rank's own have left."""
+        self.wait()
+        self.leave()
+
     def flags(self) -> WaitFlags | None:
         """What a kernel waits on, source by source; None where only the host can wait, and where nobody is awaited:
         nothing holds the region of an inbox without rows."""
@@ -55,13 +115,15 @@ class Transport(ABC):
     """Moves rows between the ranks of one group.
 
     one_sided: rows are put where they are read and each source's arrival can be waited for, so that ranks need not
-    come to an exchange together.
+    come to an exchange together. throttle_gbps: GB/s at which this rank's rows leave; 0: at once, also where
+    `TransportOptions` ask for less and nobody here slows rows.
     """
 
     name: str
     rank: int
     world_size: int
     one_sided = False
+    throttle_gbps = 0.0
 
     @property
     def sent_bytes(self) -> int:
@@ -72,12 +134,6 @@ class Transport(ABC):
     def receive_bytes(self) -> int:
         """Memory of inboxes that stays allocated on this rank."""
         return 0
-
-    @property
-    def throttle_gbps(self) -> float:
-        """GB/s at which this rank's rows leave; 0: at once, also where `TransportOptions` ask for less and nobody here
-        slows rows."""
-        return 0.0
 
     @property
     def oldest(self) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,16 +16,13 @@ from torch import Tensor
 
 from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError
-from flashcp.comm.rows import Inbox, OutgoingRows
-from flashcp.comm.transport import ALL, Transfer, Transport
+from flashcp.comm.transport import ALL, Inbox, OutgoingRows, Transfer, Transport, row_bytes
 from flashcp.comm.waits import HostWaits, StreamWaits
 
 __all__ = ["TwoSided"]
 
 
 class TwoSided(Transport):
-    """See the module."""
-
     sent_bytes = 0
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
@@ -47,17 +43,16 @@ class TwoSided(Transport):
         work = dist.all_to_all_single(
             _bytes(inbox.rows), _bytes(rows), list(received), list(sent), group=self.group, async_op=True
         )
-        self.sent_bytes += (sum(sent) - sent[self.rank]) * _row_bytes(rows)
+        self.sent_bytes += (sum(sent) - sent[self.rank]) * row_bytes(rows)
         return self._start([work], rows, inbox.rows, outgoing.what)
 
     def all_gather(self, block: OutgoingRows, inbox: Inbox) -> Transfer:
         self.waits.check()
-        rows = block.packed()
-        if not rows.numel():  # on no rank: blocks are equally large
-            return self._start([], rows, inbox.rows, block.what)
-        work = dist.all_gather_into_tensor(_bytes(inbox.rows), _bytes(rows), group=self.group, async_op=True)
-        self.sent_bytes += (self.world_size - 1) * rows.nbytes
-        return self._start([work], rows, inbox.rows, block.what)
+        rows, works = block.packed(), []
+        if rows.numel():  # else on no rank: blocks are equally large
+            works = [dist.all_gather_into_tensor(_bytes(inbox.rows), _bytes(rows), group=self.group, async_op=True)]
+            self.sent_bytes += (self.world_size - 1) * rows.nbytes
+        return self._start(works, rows, inbox.rows, block.what)
 
     def shift(self, outgoing: OutgoingRows, inbox: Inbox, step: int, into: slice, offset: int) -> Transfer:
         """An empty tensor on either side is not sent: both neighbours know its size.
@@ -66,29 +61,24 @@ class TwoSided(Transport):
         of ranks that all send first nobody would receive.
         """
         self.waits.check()
-        batch = []
         rows, arriving = outgoing.packed(), inbox.rows[into]
-        self._meet(rows.device)
-        if rows.numel():
-            to = (self.rank + 1) % self.world_size
-            batch.append(dist.P2POp(dist.isend, _bytes(rows), group=self.group, group_peer=to))
-            self.sent_bytes += rows.nbytes
-        if arriving.numel():
-            source = (self.rank - 1) % self.world_size
-            batch.append(dist.P2POp(dist.irecv, _bytes(arriving), group=self.group, group_peer=source))
+        if not self._has_met:
+            # A batch that some ranks have no part in must not be the first that NCCL hears of a group: it makes its
+            # communicator then, with all of them (torch.distributed.batch_isend_irecv).
+            self._has_met = True
+            dist.all_reduce(torch.zeros(1, device=rows.device), group=self.group)
+        batch = [
+            dist.P2POp(operation, _bytes(some), group=self.group, group_peer=(self.rank + way) % self.world_size)
+            for operation, some, way in ((dist.isend, rows, 1), (dist.irecv, arriving, -1))
+            if some.numel()
+        ]
+        self.sent_bytes += rows.nbytes
         return self._start(dist.batch_isend_irecv(batch) if batch else [], rows, arriving, outgoing.what)
 
     def synchronize(self) -> None:
         for transfer in list(self._under_way):
             transfer.wait()
         self.waits.synchronize()
-
-    def _meet(self, device: torch.device) -> None:
-        """A batch that some ranks have no part in must not be the first that NCCL hears of a group: it makes its
-        communicator then, with all of them (torch.distributed.batch_isend_irecv)."""
-        if not self._has_met:
-            self._has_met = True
-            dist.all_reduce(torch.zeros(1, device=device), group=self.group)
 
     def _start(self, works: Sequence[Any], rows: Tensor, arriving: Tensor, what: str) -> Transfer:
         """works: what was begun, with a `wait()`; the tensors live at least as long as they do."""
@@ -104,11 +94,12 @@ class TwoSided(Transport):
 
         def land_unseen(*memory: Tensor) -> None:
             # Rows that nobody waits for (a handle thrown away) must still land: their memory goes with the transfer.
-            with suppress(Exception):
-                try:
-                    land()
-                except ExchangeError as error:
-                    waits.note(error)
+            try:
+                land()
+            except ExchangeError as error:
+                waits.note(error)
+            except Exception:  # a finalizer has nobody to tell
+                return
 
         transfer = Transfer([ALL], land, land)
         weakref.finalize(transfer, land_unseen, rows, arriving).atexit = False  # holds both meanwhile
@@ -119,7 +110,3 @@ class TwoSided(Transport):
 def _bytes(rows: Tensor) -> Tensor:
     """The same memory as bytes, [rows, bytes of a row]."""
     return rows.reshape(len(rows), math.prod(rows.shape[1:])).view(torch.uint8)
-
-
-def _row_bytes(rows: Tensor) -> int:
-    return math.prod(rows.shape[1:]) * rows.element_size()

@@ -1,7 +1,6 @@
 """Notices device work that does not end, from a thread of its own: no call of the host waits.
 
-On a GPU a wait for another rank is ordered by streams and blocks nobody who could look at a clock. So a thread looks
-at events: one that was recorded before the wait, one behind it.
+It looks at events (`waits.py` says why): one that was recorded before a wait, one behind it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _LOOK_S = 0.1  # at most between two looks; a tenth of a short time-out
 
 
 class Watchdog:
-    """See the module. One thread, from the first watch on until nothing has been watched for a while.
+    """One thread, from the first watch on until nothing has been watched for a while.
 
     An event whose `query` raises counts as ended: the device has failed, every later call on it says so, and says it
     better than a time-out. What `late` raises is printed like the error of any thread; the others stay watched.
@@ -50,11 +49,11 @@ class Watchdog:
             now = time.monotonic()  # before the query: a thread that was held up blames nobody for it
             try:
                 if ended.query():
-                    return _nothing
+                    return lambda: None
                 if deadline is None and (started is None or started.query()):
                     deadline = now + self.timeout_s
             except Exception:
-                return _nothing
+                return lambda: None
             return late if deadline is not None and now > deadline else None
 
         with self._news:
@@ -101,10 +100,6 @@ class Watchdog:
                 act()
             except Exception:
                 threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
-
-
-def _nothing() -> None:
-    """It has ended, or its device has failed: there is nobody to call."""
 
 
 def _context_of_this_thread() -> Callable[[], None]:

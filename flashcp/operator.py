@@ -20,6 +20,7 @@ from flashcp.comm.errors import ExchangeError, PeerFailedError, PlanMismatchErro
 from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved
 from flashcp.comm.handshake import Handshake, Header, Step
 from flashcp.kernels.inputs import check_inputs, default_scale
+from flashcp.kernels.interface import KV
 from flashcp.sharding.plan import ShardingPlan
 
 __all__ = ["Call", "Handle", "scale_code"]
@@ -102,7 +103,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, incoming: IncomingKV, scale: float) -> Tensor:
         with span(f"attention {call.header.call}, forward"):
-            out, saved = call.exchange.forward(call.plan, _rows(q), _rows(k), _rows(v), incoming, call.settings, scale)
+            local = KV(_rows(k), _rows(v))
+            out, saved = call.exchange.forward(call.plan, _rows(q), local, incoming, call.settings, scale)
         if not call.header.gradients:
             call.exchange.release(saved)
         elif any(ctx.needs_input_grad):

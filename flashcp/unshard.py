@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flashcp.comm.handshake import Handshake, Header, Step
-from flashcp.comm.rows import OutgoingRows
-from flashcp.comm.transport import Transport
+from flashcp.comm.transport import OutgoingRows, Transport
 from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.plan import ShardingPlan
 

@@ -1,6 +1,6 @@
 """`python -m flashcp.train CONFIG.json ...`: one rank, alone or under `python -m torch.distributed.run`.
 
-Several configurations take turns, step by step (`train/turns.py`).
+Several configurations take turns, step by step.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 from flashcp.train.config import TrainConfig
 from flashcp.train.ranks import exit_code
-from flashcp.train.run import run
-from flashcp.train.turns import run_in_turns
+from flashcp.train.run import run_in_turns
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,15 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "config", nargs="+", help="JSON file with the fields of flashcp.train.config.TrainConfig; several take turns"
     )
     paths = parser.parse_args(arguments).config
-    return exit_code(lambda: train([TrainConfig.from_file(path) for path in paths]))
-
-
-def train(configs: list[TrainConfig]) -> None:
-    """One run, or several in turns."""
-    if len(configs) == 1:
-        run(configs[0])
-    else:
-        run_in_turns(configs)
+    return exit_code(lambda: run_in_turns([TrainConfig.from_file(path) for path in paths]))
 
 
 if __name__ == "__main__":

@@ -29,10 +29,7 @@ IDENTITY = "identity.json"
 
 @dataclass
 class CheckpointConfig:
-    """When a run is kept. every: steps between checkpoints, 0: none. keep: how many of the newest stay.
-
-    resume: `never`, `latest` (the newest of this run; a fresh start when there is none) or a step_* path.
-    """
+    """When a run is kept, and which one goes on: `latest` starts fresh where there is none."""
 
     every: Natural = 0
     keep: Count = 2
@@ -57,23 +54,16 @@ def find_checkpoint(out: Path, resume: str, identity: dict[str, Any], steps: int
     the fields, and when it has no step left to do.
     """
     kept = _kept(out)
-    if resume == "never":
-        if kept:
-            raise ValueError(
-                f"out={str(out)!r} already holds {kept[-1].name}: go on with checkpoint.resume=latest, "
-                "or choose another out"
-            )
+    if resume == "never" and kept:
+        raise ValueError(
+            f"out={str(out)!r} already holds {kept[-1].name}: go on with checkpoint.resume=latest, or choose another "
+            "out"
+        )
+    if resume == "never" or (resume == "latest" and not kept):
         return None
-    if resume == "latest":
-        if not kept:
-            return None
-        path = kept[-1]
-    else:
-        path = Path(resume).expanduser()
-        if not (path / IDENTITY).is_file():
-            raise ValueError(
-                f"checkpoint.resume={resume!r}: no checkpoint there; expected never, latest or a step_* path"
-            )
+    path = kept[-1] if resume == "latest" else Path(resume).expanduser()
+    if not (path / IDENTITY).is_file():
+        raise ValueError(f"checkpoint.resume={resume!r}: no checkpoint there; expected never, latest or a step_* path")
     try:
         saved = json.loads((path / IDENTITY).read_text(encoding="utf-8"))
         done = int(saved["progress"]["step"])
@@ -133,9 +123,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         raise ValueError(f"checkpoint {path}: cannot be read: {_reason(error)}") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     torch.set_rng_state(state["rng"])
-    position = Position(*state["position"].tolist())
     step, dropped, carried = state["counters"].tolist()
-    return Progress(step, dropped, carried, position)
+    return Progress(step, dropped, carried, Position(*state["position"].tolist()))
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> dict[str, Any]:

@@ -7,15 +7,29 @@ gradients are slowed; latency, headers and the sum of weight gradients, the same
 
 from __future__ import annotations
 
+import statistics
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from flashcp.clusters import clusters, read_cluster
+import torch
+
+import flashcp
+from flashcp.clusters import read_cluster
 from flashcp.simulator.cost import BACKWARD_FLOPS, FORWARD_FLOPS
+from flashcp.train.config import TrainConfig
+from flashcp.train.data.documents import read_documents
+from flashcp.train.data.sources import Source
+from flashcp.train.data.tokenizer import Tokenizer
+from flashcp.train.data.windows import pack_documents
+from flashcp.train.parallel import FREE
+from flashcp.train.ranks import Ranks
 
-__all__ = ["FREE", "SlowedLink", "check_link", "cluster_rates"]
+__all__ = ["SlowedLink", "cluster_rates", "measured_tflops", "slowed_link"]
 
-FREE = "free"
-"""Rows leave at once."""
+REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -44,12 +58,6 @@ class SlowedLink:
         )
 
 
-def check_link(name: str) -> None:
-    """Raise ValueError for a link that is neither free nor a cluster's."""
-    if name != FREE and name not in clusters():
-        raise ValueError(f"parallel.link={name!r}: expected one of {FREE}, {', '.join(clusters())}")
-
-
 def cluster_rates(name: str) -> tuple[float, float]:
     """Of a rank of `conf/cluster/NAME.yaml`: GB/s across nodes, and 10^12 attention operations a second, forward and
     backward together."""
@@ -58,3 +66,61 @@ def cluster_rates(name: str) -> tuple[float, float]:
     return machine.links.network.gbps, (FORWARD_FLOPS + BACKWARD_FLOPS) / (
         FORWARD_FLOPS / forward + BACKWARD_FLOPS / backward
     )
+
+
+def slowed_link(config: TrainConfig, source: Source, tokenizer: Tokenizer, ranks: Ranks) -> SlowedLink | None:
+    """The link that `parallel.link` names, scaled by attention on the run's first pack; None where it is free, and for
+    one rank alone. All ranks call this together."""
+    parallel, model, data = config.parallel, config.model, config.data
+    if parallel.link == FREE or ranks.world_size == 1:
+        return None
+    documents = read_documents(source, data.epochs)
+    window = next(pack_documents(documents, tokenizer, config.context, data.overflow, longest=data.longest), None)
+    if window is None:
+        raise ValueError(f"data.epochs={data.epochs}: the documents fill no window of context={config.context}")
+    here = measured_tflops(
+        window.document_lengths.tolist(),
+        (model.heads, model.kv_heads, model.dim // model.heads),
+        ranks,
+        torch.float32 if config.loop.precision == "fp32" else torch.bfloat16,
+        attention=parallel.attention,
+        tuning=parallel.tuning.read(),
+    )
+    link = SlowedLink(parallel.link, *cluster_rates(parallel.link), here)
+    if ranks.rank == 0:
+        print(f"emulated: {link}", file=sys.stderr, flush=True)
+    return link
+
+
+def measured_tflops(
+    document_lengths: Sequence[int],
+    heads: tuple[int, int, int],
+    ranks: Ranks,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> float:
+    """10^12 attention operations a second of the slowest rank, while all compute: one layer over a pack, forward and
+    backward, the median of a few. All ranks call this together.
+
+    heads: query heads, KV heads, head_dim. options: of `flashcp.varlen_attention`.
+    """
+    query_heads, kv_heads, head_dim = heads
+    tokens = sum(document_lengths)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(tokens, count, head_dim, generator=generator).to(ranks.device, dtype).requires_grad_()
+        for count in (query_heads, kv_heads, kv_heads)
+    )
+
+    def seconds() -> float:
+        ranks.barrier()
+        started = time.perf_counter()
+        flashcp.varlen_attention(q, k, v, document_lengths, **options).sum().backward()
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize(ranks.device)
+        return time.perf_counter() - started
+
+    seconds()  # warms up
+    (slowest,) = ranks.max(statistics.median(seconds() for _ in range(REPEATS)))
+    pairs = sum(length * (length + 1) / 2 for length in document_lengths)
+    return 1e-12 * (FORWARD_FLOPS + BACKWARD_FLOPS) * pairs * query_heads * head_dim / slowest

@@ -27,11 +27,7 @@ PRECISIONS = ("fp32", "bf16")
 
 @dataclass
 class LoopConfig:
-    """How long and how. accumulation: packs of one optimizer step.
-
-    precision: `fp32`, or `bf16` by autocast (weights and their gradients stay fp32). device: `auto` takes a
-    GPU where there is one. timeout_s: how long ranks wait for each other. progress: a bar on standard error.
-    """
+    """How long and how, as `conf/train.yaml` explains it."""
 
     steps: Count = 100
     accumulation: Count = 1
@@ -41,29 +37,21 @@ class LoopConfig:
     progress: bool = True
 
 
+@dataclass(eq=False)
 class Trainer:
     """Model, optimizer and batches of one rank. `steps()` does the work, one row of metrics a step."""
 
-    def __init__(
-        self,
-        config: LoopConfig,
-        optimizer_config: OptimizerConfig,
-        model: Decoder,
-        optimizer: torch.optim.Optimizer,
-        cp: ContextParallel,
-        batches: Iterator[Batch],
-        progress: Progress,
-        ranks: Ranks,
-    ) -> None:
-        self.config = config
-        self.optimizer_config = optimizer_config
-        self.model = model
-        self.optimizer = optimizer
-        self.cp = cp
-        self.batches = batches
-        self.progress = progress
-        self.ranks = ranks
-        self.gradients = FlatGradients(model)
+    config: LoopConfig
+    optimizer_config: OptimizerConfig
+    model: Decoder
+    optimizer: torch.optim.Optimizer
+    cp: ContextParallel
+    batches: Iterator[Batch]
+    progress: Progress
+    ranks: Ranks
+
+    def __post_init__(self) -> None:
+        self.gradients = FlatGradients(self.model)
 
     def steps(self) -> Iterator[dict[str, Any]]:
         """Train to the last step, or to the last whole group of packs when the documents end before it.
@@ -77,17 +65,14 @@ class Trainer:
             if len(packs) < self.config.accumulation:
                 return
             loader_ms = 1e3 * (time.perf_counter() - started)
-            self._advance(packs)
+            self.progress.step += 1
+            self.progress.dropped += sum(pack.dropped for pack in packs)
+            self.progress.carried += sum(pack.carried for pack in packs)
+            self.progress.position = packs[-1].position
             self.cp.stats.reset()
             rate = learning_rate(self.optimizer_config, self.progress.step, self.config.steps)
             loss, norm = self._step(packs, rate)
             yield self._row(packs, loss, norm, rate, started, loader_ms)
-
-    def _advance(self, packs: list[Batch]) -> None:
-        self.progress.step += 1
-        self.progress.dropped += sum(pack.dropped for pack in packs)
-        self.progress.carried += sum(pack.carried for pack in packs)
-        self.progress.position = packs[-1].position
 
     def _step(self, packs: list[Batch], rate: float) -> tuple[Tensor, Tensor]:
         """One optimizer step. Returns this rank's share of the loss, and the norm of the gradients."""
@@ -120,14 +105,10 @@ class Trainer:
         loader_ms: waiting for batches that should have been ready.
         """
         (loss,) = self.ranks.sum(share.item())  # .item() waits for the device
-        stats = self.cp.stats
-        step_ms, attention_ms, exposed_exchange_ms, wait_ms, loader_ms = self.ranks.max(
-            1e3 * (time.perf_counter() - started),
-            stats.attention_ms,
-            stats.exposed_exchange_ms,
-            stats.wait_ms,
-            loader_ms,
-        )
+        names = ("attention_ms", "exposed_exchange_ms", "wait_ms")
+        step_ms = 1e3 * (time.perf_counter() - started)
+        slowest = self.ranks.max(step_ms, *(getattr(self.cp.stats, name) for name in names), loader_ms)
+        times = dict(zip(("step_ms", *names, "loader_ms"), slowest, strict=True))
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {self.progress.step}: the loss is {loss}")
         tokens = sum(int(pack.plan.offsets[-1]) for pack in packs)
@@ -142,18 +123,11 @@ class Trainer:
             "dropped_tokens": self.progress.dropped,
             "carried_tokens": self.progress.carried,
             "epoch": self.progress.position.epoch,
-            "step_ms": step_ms,
-            "attention_ms": attention_ms,
-            "exposed_exchange_ms": exposed_exchange_ms,
-            "wait_ms": wait_ms,
-            "loader_ms": loader_ms,
-            "tokens_per_s": 1e3 * tokens / step_ms,
-            "imbalance": _mean([pack.route.imbalance for pack in packs]),
-            "critical_rows": _mean([pack.route.critical_rows for pack in packs]),
-            "saving": _mean([pack.route.saving for pack in packs]),
-            "critical_rows_bound": _mean([pack.plan.certificate.critical_rows for pack in packs]),
+            **times,
+            "tokens_per_s": 1e3 * tokens / times["step_ms"],
+            **{
+                name: sum(getattr(pack.route, name) for pack in packs) / len(packs)
+                for name in ("imbalance", "critical_rows", "saving")
+            },
+            "critical_rows_bound": sum(pack.plan.certificate.critical_rows for pack in packs) / len(packs),
         }
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

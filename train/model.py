@@ -8,51 +8,42 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flashcp.limits import Count, Limit, Natural
+from flashcp.schema import read_dataclass
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.train.data.windows import NO_LABEL
 
 __all__ = ["AttentionHandle", "ContextParallelAttention", "Decoder", "ModelConfig"]
 
 INIT_STD = 0.02
+Finite = Annotated[float, Limit(lambda value: 0 < value < math.inf, "a finite number > 0")]
 
 
 @dataclass
 class ModelConfig:
-    """Size and shape of the decoder. vocab_size 0: taken from the tokenizer, rounded up to a multiple of 64.
+    """Size and shape of the decoder, as `conf/train.yaml` explains them."""
 
-    ffn_dim 0: 8/3 of dim, rounded up to a multiple of 64 (SwiGLU with the parameters of a 4 x dim layer).
-    checkpoint_activations: keep only each block's input, compute the rest again in the backward.
-    """
-
-    layers: int = 4
-    dim: int = 256
-    heads: int = 8
-    kv_heads: int = 4
-    ffn_dim: int = 0
-    vocab_size: int = 0
-    rope_theta: float = 500_000.0
-    norm_eps: float = 1e-5
+    layers: Count = 4
+    dim: Count = 256
+    heads: Count = 8
+    kv_heads: Count = 4
+    ffn_dim: Natural = 0
+    vocab_size: Natural = 0
+    rope_theta: Finite = 500_000.0
+    norm_eps: Finite = 1e-5
     tied_embeddings: bool = False
     checkpoint_activations: bool = False
 
     def check(self) -> None:
         """Raise ValueError for sizes that make no model."""
-        for name in ("layers", "dim", "heads", "kv_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)}: expected a whole number >= 1")
-        for name in ("ffn_dim", "vocab_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.{name}={getattr(self, name)}: expected a whole number >= 0")
-        for name in ("rope_theta", "norm_eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"model.{name}={getattr(self, name)}: expected a finite number > 0")
+        read_dataclass(ModelConfig, vars(self), "model")  # each by itself
         if self.dim % self.heads or self.dim // self.heads % 2:
             raise ValueError(f"model.dim={self.dim}: expected an even multiple of model.heads={self.heads}")
         if self.heads % self.kv_heads:

@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import flashcp
+from flashcp.clusters import clusters
 from flashcp.kernels.tuning import Blocks, Pass, Tuning
 from flashcp.limits import Seconds, one_of
 from flashcp.sharding.exchanges import EXCHANGES
-from flashcp.train.link import FREE, check_link
 
-__all__ = ["ExchangeConfig", "ParallelConfig", "TuningConfig"]
+__all__ = ["FREE", "ExchangeConfig", "ParallelConfig", "TuningConfig"]
 
+FREE = "free"
+"""As a link: rows leave at once."""
 SLOWING = ("shm", "cuda_symmetric")
 """Transports that can make rows leave slowly."""
 
@@ -34,9 +36,7 @@ class ExchangeConfig:
 
 @dataclass
 class TuningConfig:
-    """Block shapes that replace the Triton kernels' own, pass by pass: query rows x key rows x warps x stages, such as
-    `128x64x8x3`, for fp32 also `x` and the precision of products, `ieee` or `tf32x3`. Empty: those of
-    `kernels/tuning.py`."""
+    """Block shapes that replace the Triton kernels' own, pass by pass, such as `128x64x8x3`; empty: those stay."""
 
     forward: str = ""
     backward_kv: str = ""
@@ -56,10 +56,7 @@ class TuningConfig:
 
 @dataclass
 class ParallelConfig:
-    """The arguments of `flashcp.ContextParallel`, which says what they mean.
-
-    link: `free`, or the cluster whose link across nodes rows leave over (`flashcp/train/link.py`).
-    """
+    """The arguments of `flashcp.ContextParallel`, which says what they mean, and the link (`flashcp/train/link.py`)."""
 
     overlap: str = "auto"
     attention: str = "auto"
@@ -76,7 +73,8 @@ class ParallelConfig:
     def check(self) -> None:
         """Raise ValueError for text that is no block shape and no link; `operator` checks the other names."""
         self.tuning.read()
-        check_link(self.link)
+        if self.link != FREE and self.link not in clusters():
+            raise ValueError(f"parallel.link={self.link!r}: expected one of {FREE}, {', '.join(clusters())}")
         if self.link != FREE and self.throttle_gbps:
             raise ValueError(
                 f"parallel.throttle_gbps={self.throttle_gbps:g} with parallel.link={self.link}: expected 0, for the "

@@ -1,14 +1,18 @@
-"""One training run from its config to its summary: everything is checked before anything is written."""
+"""A training run from its config to its summary: everything is checked before anything is written.
+
+Compared one after another, a load that comes in the middle makes one method look slow. So runs can take turns, step by
+step: a step of one is compared with the step of the other beside it.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +24,11 @@ from flashcp.train.checkpoint import Progress, find_checkpoint, load_checkpoint,
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.documents import read_documents
 from flashcp.train.data.loader import Batch, Loader
-from flashcp.train.data.sources import Source, open_source
+from flashcp.train.data.sources import DataConfig, Source, open_source
 from flashcp.train.data.tokenizer import Tokenizer, load_tokenizer
 from flashcp.train.data.windows import pack_documents
-from flashcp.train.link import SlowedLink
+from flashcp.train.link import SlowedLink, slowed_link
 from flashcp.train.loop import Trainer
-from flashcp.train.measured_link import slowed_link
 from flashcp.train.model import Decoder, ModelConfig
 from flashcp.train.optimizer import build_optimizer
 from flashcp.train.ranks import Ranks, launched_rank, world
@@ -33,7 +36,9 @@ from flashcp.train.summary import summarise, versions, write_json
 from flashcp.train.trace import TRACE, traced
 from flashcp.train.tracker import Tracker
 
-__all__ = ["Prepared", "Training", "prepare", "run", "training"]
+__all__ = ["order_of_turn", "prepare", "run", "run_in_turns"]
+
+SHARED = ("context", "seed", "parallel.link", "loop.steps", "loop.accumulation", "loop.device", "loop.timeout_s")
 
 
 @dataclass(frozen=True)
@@ -81,17 +86,62 @@ def run(config: TrainConfig) -> dict[str, Any] | None:
 
     Raises ValueError for bad input, before anything is written unless a document goes bad later.
     """
-    ready = prepare(config, launched_rank()[1])
-    with world(config.loop.device, config.loop.timeout_s) as ranks:
-        link = slowed_link(config, ready.source, ready.tokenizer, ranks)
-        with training(config, ready, ranks, link) as one:
-            for _ in one.steps():
-                pass
-            return one.finish()
+    (summary,) = run_in_turns([config])
+    return summary
+
+
+def run_in_turns(configs: Sequence[TrainConfig]) -> list[dict[str, Any] | None]:
+    """Train every configuration on the same ranks and packs, a step of each in turn: what else the machine does meets
+    all. Summaries as `run` makes them, with `turns`: when the first turn began (seconds since 1970) and how many runs
+    took turns.
+
+    Each keeps weights, optimizer and communication of its own: memory is that of all together.
+    Raises ValueError for bad input, and for configurations that cannot share their turns.
+    """
+    _check_turns(configs)
+    ready = [prepare(config, launched_rank()[1]) for config in configs]
+    loop = configs[0].loop
+    with world(loop.device, loop.timeout_s) as ranks, ExitStack() as stack:
+        link = slowed_link(configs[0], ready[0].source, ready[0].tokenizer, ranks)  # one rate for all
+        pairs = zip(configs, ready, strict=True)
+        runs = [stack.enter_context(_training(config, one, ranks, link)) for config, one in pairs]
+        turns = {"begun": time.time(), "runs": len(runs)}
+        steps = [run.steps() for run in runs]
+        turn, going = 0, True
+        while going:
+            rows = [next(steps[number], None) for number in order_of_turn(turn, len(runs))]
+            going, turn = None not in rows, turn + 1  # the same documents: all end in the same turn
+        return [run.finish(turns=turns) if len(runs) > 1 else run.finish() for run in runs]
+
+
+def order_of_turn(turn: int, count: int) -> list[int]:
+    """Who goes first changes, and every other turn runs backwards: nobody always follows the same one.
+
+    3 runs: 0 1 2, then 0 2 1, then 1 2 0, then 1 0 2, ...
+    """
+    first = turn // 2 % count
+    order = [(first + place) % count for place in range(count)]
+    return order if turn % 2 == 0 else [order[0], *order[:0:-1]]
+
+
+def _check_turns(configs: Sequence[TrainConfig]) -> None:
+    if not configs:
+        raise ValueError("no configuration to train")
+    for key in (*SHARED, *(f"data.{field.name}" for field in fields(DataConfig))):
+        section, _, name = key.rpartition(".")
+        values = {str(getattr(getattr(config, section) if section else config, name)) for config in configs}
+        if len(values) > 1:
+            raise ValueError(f"{key}={', '.join(sorted(values))}: expected one value for runs that take turns")
+    folders = [config.out for config in configs]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise ValueError(f"out={folder!r}: expected a folder for each of the runs that take turns")
+    if len(configs) > 1 and any(config.profile for config in configs):
+        raise ValueError("profile=True: expected False for runs that take turns, which would be in its trace")
 
 
 @contextmanager
-def training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLink | None = None) -> Iterator[Training]:
+def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLink | None) -> Iterator[Training]:
     """A run that is ready for its first step, and closed at the end whatever happens."""
     torch.manual_seed(config.seed)
     cp = config.parallel.operator(config.exchange.name, link.gbps if link else 0.0)
@@ -105,11 +155,8 @@ def training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLin
     with Loader(windows, make_plan, config.exchange.name, ranks.rank, data.prefetch) as loader:
         batches = _peek(loader, config, progress)
         trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, batches, progress, ranks)
-        one = Training(config, trainer, ready.identity, link)
-        try:
+        with closing(Training(config, trainer, ready.identity, link)) as one:
             yield one
-        finally:
-            one.close()
 
 
 def _peek(loader: Loader, config: TrainConfig, progress: Progress) -> Iterator[Batch]:
@@ -124,78 +171,66 @@ def _peek(loader: Loader, config: TrainConfig, progress: Progress) -> Iterator[B
     return itertools.chain(first, loader)
 
 
+@dataclass
 class Training:
     """One run under way on this rank, and what it writes down (rank 0)."""
 
-    def __init__(
-        self, config: TrainConfig, trainer: Trainer, identity: dict[str, Any], link: SlowedLink | None
-    ) -> None:
-        self.config, self.trainer, self._link = config, trainer, link
-        self.out, self._identity = Path(config.out), identity
-        self._is_first = trainer.ranks.rank == 0
-        self._written = dataclasses.asdict(config)
-        self._tracker: Tracker | None = None
-        self._summary: dict[str, Any] | None = None
+    config: TrainConfig
+    trainer: Trainer
+    identity: dict[str, Any]
+    link: SlowedLink | None
+    tracker: Tracker | None = None
+    summary: dict[str, Any] | None = None
 
     def steps(self) -> Iterator[dict[str, Any]]:
         """Train to the end, the row of every step written down before it is yielded."""
-        trainer, config, progress = self.trainer, self.config, self.trainer.progress
-        steps = tqdm(
-            trainer.steps(),
-            initial=progress.step,
-            total=config.loop.steps,
-            unit="step",
-            disable=not (self._is_first and config.loop.progress),
-        )
-        if self._is_first:
-            self._tracker = Tracker(config.tracker, self.out, self._written, progress.step + 1)
-            (self.out / "summary.json").unlink(missing_ok=True)  # an earlier run's
-            print(f"transport {trainer.cp.transport}: {trainer.cp.transport_reason}", file=sys.stderr)
-            shutil.rmtree(self.out / TRACE, ignore_errors=True)
+        config, trainer, progress = self.config, self.trainer, self.trainer.progress
+        cp, out, is_first = trainer.cp, Path(config.out), trainer.ranks.rank == 0
+        shown = {"initial": progress.step, "total": config.loop.steps, "unit": "step"}
+        steps = tqdm(trainer.steps(), **shown, disable=not (is_first and config.loop.progress))
+        if is_first:
+            self.tracker = Tracker(config.tracker, out, asdict(config), progress.step + 1)
+            (out / "summary.json").unlink(missing_ok=True)  # an earlier run's
+            print(f"transport {cp.transport}: {cp.transport_reason}", file=sys.stderr)
+            shutil.rmtree(out / TRACE, ignore_errors=True)
         with steps:
-            for row in traced(steps, self.out / TRACE, trainer.ranks.rank) if config.profile else steps:
+            for row in traced(steps, out / TRACE, trainer.ranks.rank) if config.profile else steps:
                 steps.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-                if self._tracker and not self._tracker.rows and trainer.cp.receive_bytes:
-                    mib = trainer.cp.receive_bytes / 2**20
-                    steps.write(
-                        f"receive buffers: {mib:.1f} MiB a rank, backward={trainer.cp.backward}", file=sys.stderr
-                    )
-                if self._tracker:
-                    self._tracker.log(row)
+                if self.tracker:
+                    if not self.tracker.rows and cp.receive_bytes:
+                        mib = f"{cp.receive_bytes / 2**20:.1f} MiB"
+                        steps.write(f"receive buffers: {mib} a rank, backward={cp.backward}", file=sys.stderr)
+                    self.tracker.log(row)
                 if config.checkpoint.every and progress.step % config.checkpoint.every == 0:
-                    keep, identity = config.checkpoint.keep, self._identity
-                    save_checkpoint(self.out, keep, identity, trainer.model, trainer.optimizer, progress, trainer.ranks)
+                    model, optimizer, keep = trainer.model, trainer.optimizer, config.checkpoint.keep
+                    save_checkpoint(out, keep, self.identity, model, optimizer, progress, trainer.ranks)
                 yield row
 
     def finish(self, **more: Any) -> dict[str, Any] | None:
         """Write summary.json, with `more` in it, and return it; None on the other ranks."""
-        if self._tracker is None:
+        if self.tracker is None:
             return None
-        cp, ranks = self.trainer.cp, self.trainer.ranks
-        self._summary = {
-            **summarise(self._tracker.rows),
+        cp, ranks, out = self.trainer.cp, self.trainer.ranks, Path(self.config.out)
+        throttled = f"rows leave at {cp.throttle_gbps:g} GB/s" if cp.throttle_gbps else ""
+        self.summary = {
+            **summarise(self.tracker.rows),
             "world_size": ranks.world_size,
             "transport": cp.transport,
             "overlap": cp.overlap,
             "receive_mib": cp.receive_bytes / 2**20,
             "throttle_gbps": cp.throttle_gbps,
-            "emulated": self._emulated(),
+            "emulated": str(self.link or throttled),  # what the times are no measurement of
             "versions": versions(ranks.device),
             **more,
-            "config": self._written,
+            "config": asdict(self.config),
         }
-        write_json(self.out / "summary.json", self._summary)
+        write_json(out / "summary.json", self.summary)
         if self.config.profile:
-            print(f"traces of the ranks: {self.out / TRACE} (open one in ui.perfetto.dev)", file=sys.stderr)
-        return self._summary
-
-    def _emulated(self) -> str:
-        """What the times are not a measurement of, in words; empty where rows leave at once."""
-        gbps = self.trainer.cp.throttle_gbps
-        return str(self._link) if self._link else f"rows leave at {gbps:g} GB/s" if gbps else ""
+            print(f"traces of the ranks: {out / TRACE} (open one in ui.perfetto.dev)", file=sys.stderr)
+        return self.summary
 
     def close(self) -> None:
         """Close the record, as that of a run that failed unless `finish` was called."""
-        if self._tracker:
-            self._tracker.close(self._summary)
-            self._tracker = None
+        if self.tracker:
+            self.tracker.close(self.summary)
+            self.tracker = None

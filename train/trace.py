@@ -18,6 +18,8 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from flashcp.comm.fabrics.shm import PUTS
+
 __all__ = ["STEPS", "TRACE", "traced"]
 
 TRACE = "trace"  # the folder below a run's
@@ -53,14 +55,20 @@ def _write(profiler: profile, path: Path, rank: int) -> None:
     threads = {thread.native_id: thread.name for thread in threading.enumerate()}
     main = threading.main_thread().native_id
     threads[main] = "model and attention"
+    events = trace["traceEvents"]
+    # A thread that puts rows ends when it has none for a while, and its name with it.
+    threads.update({e["tid"]: PUTS for e in events if e.get("cat") == "user_annotation" and e["tid"] not in threads})
+    here = threads.keys() & {e.get("tid") for e in events}
     # Messages under way are put on the track of who asked, across its ranges; viewers drop what does not nest.
-    under_way = {("gloo:send", main), ("gloo:recv", main)}
-    trace["traceEvents"] = [e for e in trace["traceEvents"] if (e["name"], e.get("tid")) not in under_way]
-    for event in trace["traceEvents"]:
+    dropped = {("gloo:send", main), ("gloo:recv", main), *(("thread_name", tid) for tid in here)}
+    events = trace["traceEvents"] = [e for e in events if (e["name"], e.get("tid")) not in dropped]
+    for event in events:
         if event["name"] == "process_name" and event["pid"] == os.getpid():
             event["args"]["name"] = f"rank {rank}"
-        elif event["name"] == "thread_name" and event["tid"] in threads:
-            event["args"]["name"] = threads[event["tid"]]
+    for tid in here:
+        events.append(
+            {"ph": "M", "name": "thread_name", "pid": os.getpid(), "tid": tid, "args": {"name": threads[tid]}}
+        )
     with gzip.open(path, "wt") as file:
         json.dump(trace, file)
     unfinished.unlink()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -64,13 +65,11 @@ class Tracker:
         self._file.flush()
 
     def _tell_wandb(self, action: Callable[[Any], None]) -> None:
-        if self._run is None:
-            return
-        try:
-            action(self._run)
-        except Exception as error:  # a full disk, a service that died, ...
-            self._run = None
-            _say_off(error)
+        run, self._run = self._run, None
+        if run is not None:
+            with _wandb_or_not():
+                action(run)
+                self._run = run
 
 
 def _earlier_rows(path: Path) -> list[dict[str, Any]]:
@@ -98,44 +97,43 @@ def track_comparison(
     summary: dict[str, Any],
 ) -> None:
     """One wandb run that compares others: a table, a bar chart of two of its columns (label, number), a summary."""
-    run = _start_wandb(config, out, {})
-    if run is None:
-        return
-    try:
-        import wandb
+    run, (label, number) = _start_wandb(config, out, {}), chart
+    if run is not None:
+        with _wandb_or_not():
+            import wandb
 
-        label, number = chart
-        compared = wandb.Table(columns=list(columns), data=rows)
-        run.log({"comparison": compared, number: wandb.plot.bar(compared, label, number, title=number)})
-        run.summary.update(summary)
-        run.finish()
-    except Exception as error:  # a full disk, a service that died, ...
-        _say_off(error)
+            compared = wandb.Table(columns=list(columns), data=rows)
+            run.log({"comparison": compared, number: wandb.plot.bar(compared, label, number, title=number)})
+            run.summary.update(summary)
+            run.finish()
 
 
 def _start_wandb(config: TrackerConfig, out: Path, run_config: dict[str, Any]) -> Any:
-    if config.wandb == "disabled":
-        return None
+    run = None
+    if config.wandb != "disabled":
+        with _wandb_or_not():
+            import wandb
+
+            run = wandb.init(
+                mode=cast(Any, config.wandb),
+                dir=out,
+                project=config.project,
+                group=config.group or None,
+                job_type=config.job_type,
+                name=config.name or None,
+                tags=config.tags or None,
+                config=run_config,
+                reinit="create_new",  # runs that take turns are open at the same time
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+    return run
+
+
+@contextmanager
+def _wandb_or_not() -> Iterator[None]:
+    """A run goes on when wandb is not installed, has no key, no network, no disk, or died."""
     try:
-        import wandb
-
-        return wandb.init(
-            mode=cast(Any, config.wandb),
-            dir=out,
-            project=config.project,
-            group=config.group or None,
-            job_type=config.job_type,
-            name=config.name or None,
-            tags=config.tags or None,
-            config=run_config,
-            reinit="create_new",  # runs that take turns are open at the same time
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-    except Exception as error:  # not installed, no key, no network, ...
-        _say_off(error)
-        return None
-
-
-def _say_off(error: Exception) -> None:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    print(f"wandb is off for the rest of this run ({reason}); metrics.jsonl goes on", file=sys.stderr)
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"wandb is off for the rest of this run ({reason}); metrics.jsonl goes on", file=sys.stderr)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from flashcp.comm.exchanges.exact import Exact
+from flashcp.comm.exchanges.exact import AllGather, Compacted, Exact
 from flashcp.comm.exchanges.exchange import Exchange
-from flashcp.comm.exchanges.gathered import AllGather, Compacted
 from flashcp.comm.exchanges.ring import Ring
 from flashcp.comm.exchanges.ulysses import Ulysses
 

@@ -1,51 +1,109 @@
-"""`exact`: each rank sends to each other only the rows that one reads.
+"""`exact`, `compacted` and `all_gather`: all rows of all ranks come in one transfer.
 
-Shapes: T local rows, R rows of the receive buffer, K KV heads, D head_dim.
+`exact`: each rank sends to each other only the rows that one reads. The others send a block, padded to the largest
+rank's, to every rank; they differ in the rows that a block holds (`flashcp.sharding.exchanges`).
+
+The gradients of rows that went from one rank to another come back from it, in one slot of the owner's inbox.
+
+Shapes: T local rows, R rows of the receive buffer, N ranks, K KV heads, D head_dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from flashcp.comm.exchanges.exchange import IncomingKV
-from flashcp.comm.exchanges.receiving import GradientReturn, ReceivingExchange, returned_slots
-from flashcp.comm.rows import OutgoingRows
-from flashcp.comm.transport import Transport
+from flashcp.comm.exchanges.receiving import GradientReturn, ReceivingExchange
+from flashcp.comm.transport import OutgoingRows, Transport
 from flashcp.kernels.interface import KV
+from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.exchanges.exact import traffic
 from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["Exact"]
+__all__ = ["AllGather", "Compacted", "Exact"]
 
 
 class Exact(ReceivingExchange):
-    """See the module. Ranks that send or receive nothing still take part."""
-
     name = "exact"
 
     def __init__(self, transport: Transport) -> None:
         super().__init__(transport)
         self._traffic = lru_cache(maxsize=4)(traffic)
 
+    def rows(self, plan: ShardingPlan) -> np.ndarray:
+        """Rows that go from each rank (first axis) to each other (second axis), int64 [N, N]."""
+        return self._traffic(plan)
+
+    def slots(self, index: Tensor, sent: list[int]) -> Iterable[tuple[int, Tensor]]:
+        """Where gradients come home, in rank order: a slot's first row, and the local rows that its own are for.
+
+        index: local rows in the order they left. sent: how many went to each rank.
+        """
+        return zip(np.cumsum([0, *sent[:-1]]).tolist(), index.split(sent), strict=True)
+
     def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
-        layout, rows, own = self.layout(plan), self._traffic(plan), self.transport.rank
-        sent, received = rows[own].tolist(), rows[:, own].tolist()
+        """Ranks that send or receive nothing still take part."""
+        layout, rows, own = self.layout(plan), self.rows(plan), self.transport.rank
+        sent, received, before = rows[own].tolist(), rows[:, own].tolist(), rows[:own].sum(0).tolist()
         inbox = self.transport.inbox(sum(received), int(rows.sum(0).max()), (2, *k.shape[1:]), k)  # [R, 2, K, D]
         outgoing = OutgoingRows(KV(k, v), layout.sent_index(k.device))
-        before = rows[:own].sum(0).tolist()
         return layout.incoming(self.transport.all_to_all(outgoing, sent, inbox, received, before), inbox)
 
     def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> GradientReturn:
-        """The way back is the same exchange with senders and readers exchanged."""
-        layout, rows, own = self.layout(plan), self._traffic(plan), self.transport.rank
-        sent, received = rows[own].tolist(), rows[:, own].tolist()
+        """The same exchange with senders and readers exchanged. Rows of one slot are distinct, so the sum is
+        repeatable."""
+        rows, own = self.rows(plan), self.transport.rank
+        sent, received, before = rows[own].tolist(), rows[:, own].tolist(), rows[:, :own].sum(1).tolist()
         inbox = self.transport.inbox(sum(sent), int(rows.sum(1).max()), gradients.shape[1:], gradients)
-        before = rows[:, :own].sum(1).tolist()
-        outgoing = OutgoingRows(gradients, what="gradients")
-        transfer = self.transport.all_to_all(outgoing, received, inbox, sent, before)
-        starts = np.cumsum([0, *sent[:-1]]).tolist()
-        slots = list(zip(starts, layout.sent_index(gradients.device).split(sent), strict=True))
-        return returned_slots(self.transport, transfer, inbox, slots)
+        transfer = self.transport.all_to_all(OutgoingRows(gradients, what="gradients"), received, inbox, sent, before)
+        slots = list(self.slots(self.layout(plan).sent_index(gradients.device), sent))
+
+        def add_to(local: KV) -> None:
+            transfer.finish()
+            for start, index in slots:
+                slot = inbox.rows[start : start + len(index)]
+                for total, part in zip(local, slot.unbind(1), strict=True):
+                    total.index_add_(0, index, part)
+            self.transport.free(inbox.ticket)
+
+        return GradientReturn(transfer, add_to)
+
+
+class AllGather(Exact):
+    """Llama 3's exchange: all rows."""
+
+    name = "all_gather"
+
+    def rows(self, plan: ShardingPlan) -> np.ndarray:
+        """A rank's own block stays at home: it read those rows from its local tensor."""
+        return self._block_rows(plan) * (1 - np.eye(plan.world_size, dtype=np.int64))
+
+    def slots(self, index: Tensor, sent: list[int]) -> Iterable[tuple[int, Tensor]]:
+        return ((sum(sent[:rank]), index) for rank in range(len(sent)) if rank != self.transport.rank)
+
+    def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
+        layout, rows = self.layout(plan), self._block_rows(plan)
+        index, total = layout.sent_index(k.device), rows * plan.world_size
+        block = k.new_zeros((rows, 2, *k.shape[1:]))  # [rows, 2, K, D]
+        OutgoingRows(KV(k, v), index).write(block[: len(index)], 0, len(index))
+        inbox = self.transport.inbox(total, total, block.shape[1:], k)
+        return layout.incoming(self.transport.all_gather(OutgoingRows(block), inbox), inbox)
+
+    def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> GradientReturn:
+        own, rows = self.transport.rank, self._block_rows(plan)
+        others = torch.cat((gradients[: rows * own], gradients[rows * (own + 1) :]))  # [R - rows, 2, K, D]
+        return super().return_gradients(plan, others)
+
+    def _block_rows(self, plan: ShardingPlan) -> int:
+        return EXCHANGES[self.name].block_rows(plan)
+
+
+class Compacted(AllGather):
+    """The paper's exchange: non-last rows only."""
+
+    name = "compacted"

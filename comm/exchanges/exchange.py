@@ -17,16 +17,15 @@ import torch
 from torch import Tensor
 
 from flashcp.comm.clock import Clock
-from flashcp.comm.rows import Inbox
-from flashcp.comm.transport import Transfer, Transport
-from flashcp.kernels.interface import AttentionKernel
+from flashcp.comm.transport import Inbox, Transfer, Transport
+from flashcp.kernels.interface import KV, AttentionKernel
 from flashcp.kernels.schedule import Schedule, build_schedule
 from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import Segments
 
-__all__ = ["AttentionSettings", "Exchange", "IncomingKV", "Layout", "Saved"]
+__all__ = ["AttentionSettings", "Exchange", "IncomingKV", "Layout", "Saved", "as_kv"]
 
 
 @dataclass(frozen=True)
@@ -44,29 +43,24 @@ class AttentionSettings:
     clock: Clock
     agree: Callable[[], None]
 
+    def meet(self) -> None:
+        """Agree; the time counts as waiting for slower ranks."""
+        with self.clock.measure("wait_ms", "headers"):
+            self.agree()
+
 
 class IncomingKV(NamedTuple):
     """KV on its way to this rank, and this rank's own to others.
 
-    inbox: where it arrives, [R, 2 (K and V), K, D].
+    inbox: where it arrives, [R, 2 (K and V), K, D]. transfer: its way there; once it has left, k and v may be written
+    to.
     parts: as rows arrive, the schedules that can now run; together they cover the whole receive buffer. Its argument:
-    how many there are, where the exchange leaves the choice.
-    leave: returns when this rank's rows have left: k and v may be written to again.
-    transfer: the one operation in which the rows of all sources come, where there is one.
+    how many there are, where the exchange leaves the choice. None of an exchange that computes all at once.
     """
 
     inbox: Inbox
-    parts: Callable[[int], Iterator[Schedule]]
-    leave: Callable[[], None]
-    transfer: Transfer | None = None
-
-    def wait(self) -> None:
-        """Return when all rows have arrived."""
-        if self.transfer is not None:
-            self.transfer.wait()
-        else:
-            for _ in self.parts(1):
-                pass
+    transfer: Transfer
+    parts: Callable[[int], Iterator[Schedule]] = lambda stages: iter(())
 
 
 class Saved(NamedTuple):
@@ -133,7 +127,7 @@ class Layout:
                     transfer.wait(source)
                 yield self.schedule_of(sources)
 
-        return IncomingKV(inbox, parts, transfer.leave, transfer)
+        return IncomingKV(inbox, transfer, parts)
 
     def _schedule_of(self, sources: tuple[int, ...]) -> Schedule:
         """What the rows received from some ranks contribute."""
@@ -172,14 +166,7 @@ class Exchange(ABC):
 
     @abstractmethod
     def forward(
-        self,
-        plan: ShardingPlan,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        incoming: IncomingKV,
-        settings: AttentionSettings,
-        scale: float,
+        self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings, scale: float
     ) -> tuple[Tensor, Saved]:
         """Attention of this rank's queries, [T, H, D] in q's dtype, and what the backward needs."""
 
@@ -198,3 +185,15 @@ class Exchange(ABC):
         if saved.tickets is not None:
             for ticket in saved.tickets.tolist():
                 self.transport.free(ticket)
+
+    def held(self, saved: Saved, settings: AttentionSettings) -> Saved:
+        """What waits for the backward: without what was received, where that is to be fetched again."""
+        if not settings.refetch:
+            return saved
+        self.release(saved)
+        return saved._replace(received=None, tickets=None, queries=None)
+
+
+def as_kv(buffer: Tensor) -> KV:
+    """The two halves of a buffer [R, 2, K, D], as views."""
+    return KV(buffer[:, 0], buffer[:, 1])

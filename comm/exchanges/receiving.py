@@ -12,7 +12,7 @@ Shapes: T local rows, R rows of the receive buffer, H query heads, K KV heads, D
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -20,24 +20,22 @@ import torch
 from torch import Tensor
 
 from flashcp.comm.clock import span
-from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved
-from flashcp.comm.rows import Inbox
-from flashcp.comm.transport import Transfer, Transport
+from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved, as_kv
+from flashcp.comm.transport import Transfer
 from flashcp.kernels.interface import KV
 from flashcp.kernels.schedule import Schedule
 from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["GradientReturn", "ReceivingExchange", "returned_slots"]
+__all__ = ["GradientReturn", "ReceivingExchange"]
 
 
 class GradientReturn(NamedTuple):
     """Gradients on their way to the owners of the rows.
 
-    wait: returns when all have arrived. add_to: waits, adds what arrived to the local gradients, source by source in a
-    fixed order, and frees the inbox.
+    add_to: waits, adds what arrived to the local gradients, source by source in a fixed order, and frees the inbox.
     """
 
-    wait: Callable[[], None]
+    transfer: Transfer
     add_to: Callable[[KV], None]
 
 
@@ -45,41 +43,26 @@ class ReceivingExchange(Exchange):
     """Exchanges that bring others' KV rows into a receive buffer; queries stay where they are."""
 
     def forward(
-        self,
-        plan: ShardingPlan,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        incoming: IncomingKV,
-        settings: AttentionSettings,
-        scale: float,
+        self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings, scale: float
     ) -> tuple[Tensor, Saved]:
         """`none` waits for all rows and computes in one launch, `staged` computes local rows meanwhile and merges part
         by part in fp32, `fused` waits inside its one launch."""
         attend = self._staged if settings.overlap == "staged" else self._at_once
-        out, lse = attend(plan, q, KV(k, v), incoming, settings, scale)
+        out, lse = attend(plan, q, local, incoming, settings, scale)
         with settings.clock.measure("exposed_exchange_ms"):
-            if incoming.transfer:
-                # Also for rows that nobody reads here: the region is free only when all landed.
-                incoming.transfer.wait()
-            incoming.leave()
-        saved = Saved(q, k, v, out, lse, incoming.inbox.rows, torch.tensor([incoming.inbox.ticket]))
-        if settings.refetch:
-            self.release(saved)
-            saved = saved._replace(received=None, tickets=None)
-        return out, saved
+            incoming.transfer.finish()  # rows that nobody reads here, too: the region is free only when all landed
+        rows, ticket = incoming.inbox
+        return out, self.held(Saved(q, *local, out, lse, rows, torch.tensor([ticket])), settings)
 
     def _at_once(
         self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Output [T, H, D] in q's dtype and log-sum-exp [T, H], by one launch."""
-        with settings.clock.measure("wait_ms", "headers"):
-            settings.agree()
-        transfer = incoming.transfer if settings.overlap == "fused" else None
-        flags = transfer.flags() if transfer else None
+        settings.meet()
+        flags = incoming.transfer.flags() if settings.overlap == "fused" else None
         if flags is None:
             with settings.clock.measure("exposed_exchange_ms"):
-                incoming.wait()
+                incoming.transfer.wait()
         with settings.clock.measure("attention_ms", "all tiles, waits inside" if flags else "all tiles"):
             received, schedule = as_kv(incoming.inbox.rows), self.layout(plan).schedule
             out, lse = settings.kernel.attend(q, local, received, schedule, scale, flags)
@@ -100,8 +83,7 @@ class ReceivingExchange(Exchange):
                 settings.kernel.merge_into(out, lse, q, local, received, schedule, scale)
 
         add(self.layout(plan).local_schedule, "local tiles")
-        with settings.clock.measure("wait_ms", "headers"):
-            settings.agree()
+        settings.meet()
         parts = incoming.parts(settings.stages if self.transport.one_sided else 1)
         while True:
             with settings.clock.measure("exposed_exchange_ms"):
@@ -117,11 +99,9 @@ class ReceivingExchange(Exchange):
         if not self.is_open(saved):
             with settings.clock.measure("exposed_exchange_ms", "send rows"):
                 incoming = self.start(plan, saved.k, saved.v)
-            with settings.clock.measure("wait_ms", "headers"):
-                settings.agree()
+            settings.meet()
             with settings.clock.measure("exposed_exchange_ms"):
-                incoming.wait()
-                incoming.leave()
+                incoming.transfer.finish()
             saved = saved._replace(received=incoming.inbox.rows, tickets=torch.tensor([incoming.inbox.ticket]))
         assert saved.received is not None
         returned: GradientReturn | None = None
@@ -133,27 +113,18 @@ class ReceivingExchange(Exchange):
                 returned = self.return_gradients(plan, gradients)
                 if settings.overlap == "none":
                     settings.agree()
-                    returned.wait()
+                    returned.transfer.finish()
             tiles.enter_context(span("gradients of local tiles"))
 
         with settings.clock.measure("attention_ms"), ExitStack() as tiles:
             tiles.enter_context(span("gradients of remote tiles"))
+            local, received, schedule = KV(saved.k, saved.v), as_kv(saved.received), self.layout(plan).schedule
             gradients = settings.kernel.gradients(
-                grad_out,
-                q=saved.q,
-                local=KV(saved.k, saved.v),
-                received=as_kv(saved.received),
-                out=saved.out,
-                lse=saved.lse,
-                schedule=self.layout(plan).schedule,
-                scale=scale,
-                local_dtype=torch.float32,
-                on_received=send_home,
+                grad_out, saved.q, local, received, saved.out, saved.lse, schedule, scale, torch.float32, send_home
             )
         self.release(saved)
         assert returned is not None
-        with settings.clock.measure("wait_ms", "headers"):
-            settings.agree()
+        settings.meet()
         with settings.clock.measure("exposed_exchange_ms", "gradients home"):
             returned.add_to(gradients.local)
         return gradients.q, *gradients.local
@@ -161,30 +132,3 @@ class ReceivingExchange(Exchange):
     @abstractmethod
     def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> GradientReturn:
         """Send the gradients of the receive buffer, fp32 [R, 2, K, D], home."""
-
-
-def returned_slots(
-    transport: Transport, transfer: Transfer, inbox: Inbox, slots: Sequence[tuple[int, Tensor]]
-) -> GradientReturn:
-    """Gradients that come home in one slot per reader: rows start, start + 1, ... of the inbox, [rows, 2, K, D], are
-    for the local rows `index`. slots: (start, index) in rank order; rows of one slot are distinct, so the sum is
-    repeatable."""
-
-    def wait() -> None:
-        transfer.wait()
-        transfer.leave()
-
-    def add_to(gradients: KV) -> None:
-        wait()
-        for start, index in slots:
-            slot = inbox.rows[start : start + len(index)]
-            for total, part in zip(gradients, slot.unbind(1), strict=True):
-                total.index_add_(0, index, part)
-        transport.free(inbox.ticket)
-
-    return GradientReturn(wait, add_to)
-
-
-def as_kv(buffer: Tensor) -> KV:
-    """The two halves of a buffer [R, 2, K, D], as views."""
-    return KV(buffer[:, 0], buffer[:, 1])

@@ -8,15 +8,15 @@ Shapes: T local rows, R rows of the receive buffer, K KV heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
 
-from flashcp.comm.exchanges.exchange import IncomingKV, Layout
+from flashcp.comm.exchanges.exchange import IncomingKV
 from flashcp.comm.exchanges.receiving import GradientReturn, ReceivingExchange
-from flashcp.comm.rows import OutgoingRows
-from flashcp.comm.transport import Transfer, Transport
+from flashcp.comm.transport import ALL, OutgoingRows, Transfer, Transport
 from flashcp.kernels.interface import KV
 from flashcp.kernels.schedule import Schedule
 from flashcp.sharding.plan import ShardingPlan
@@ -25,18 +25,16 @@ __all__ = ["Ring"]
 
 
 class Ring(ReceivingExchange):
-    """See the module."""
-
     name = "ring"
     moves_later = True
 
     def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
         layout, ranks = self.layout(plan), plan.world_size
-        sizes = [_blocks(layout, rank) for rank in range(ranks)]
+        sizes = [_blocks(plan, rank) for rank in range(ranks)]
         steps = _Steps(self.transport, sizes, (2, *k.shape[1:]), k)
         steps.shift(OutgoingRows(KV(k, v), layout.sent_index(k.device)))
 
-        def parts(stages: int) -> Iterator[Schedule]:
+        def blocks() -> Iterator[Schedule]:
             """One schedule a block; the block moves on before it is computed on."""
             for step in range(1, ranks):
                 block = steps.wait()
@@ -44,43 +42,38 @@ class Ring(ReceivingExchange):
                     steps.shift(OutgoingRows(block))
                 yield layout.schedule_of(((layout.rank - step) % ranks,))
 
-        return IncomingKV(steps.inbox, parts, steps.leave)
+        coming = blocks()
+        return IncomingKV(steps.inbox, steps.as_one(lambda: deque(coming, maxlen=0)), lambda stages: coming)
 
     def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> GradientReturn:
-        layout = self.layout(plan)
-        shares = gradients.split(_blocks(layout, layout.rank))
-        sizes = [_sums(layout, rank) for rank in range(plan.world_size)]
+        shares = gradients.split(_blocks(plan, self.transport.rank))
+        # What comes: the sums of all the blocks but a rank's first, then of its own.
+        sizes = [[*_blocks(plan, rank)[1:], int(plan.tokens[rank])] for rank in range(plan.world_size)]
         steps = _Steps(self.transport, sizes, gradients.shape[1:], gradients)
         steps.shift(OutgoingRows(shares[0], what="gradients"))
 
-        def wait() -> None:
+        def go_round() -> None:
             """Each hop adds this rank's share to the sum that arrived and hands it on; the last sum is its own."""
-            while steps.arrived < len(shares):
-                total = steps.wait()
-                if steps.arrived < len(shares):
-                    total.add_(shares[steps.arrived])
-                    steps.shift(OutgoingRows(total, what="gradients"))
-            steps.leave()
+            for share in shares[1:]:
+                steps.shift(OutgoingRows(steps.wait().add_(share), what="gradients"))
+            steps.wait()
 
-        def add_to(gradients: KV) -> None:
+        transfer = steps.as_one(go_round)
+
+        def add_to(local: KV) -> None:
             """The sum of all others' shares, in ring order, onto the owner's own."""
-            wait()
-            for total, part in zip(gradients, steps.rows_of_last().unbind(1), strict=True):
+            transfer.finish()
+            for total, part in zip(local, steps.wait().unbind(1), strict=True):
                 total += part
             self.transport.free(steps.inbox.ticket)
 
-        return GradientReturn(wait, add_to)
+        return GradientReturn(transfer, add_to)
 
 
-def _blocks(layout: Layout, rank: int) -> list[int]:
+def _blocks(plan: ShardingPlan, rank: int) -> list[int]:
     """Rows of the blocks that come to a rank, in order: those of rank - 1, rank - 2, ..., rank + 1."""
-    ranks = layout.plan.world_size
-    return [int(layout.plan.tokens[(rank - step) % ranks]) for step in range(1, ranks)]
-
-
-def _sums(layout: Layout, rank: int) -> list[int]:
-    """Rows of the sums of gradients that come to a rank: of all the blocks but the first, then of its own."""
-    return [*_blocks(layout, rank)[1:], int(layout.plan.tokens[rank])]
+    ranks = plan.world_size
+    return [int(plan.tokens[(rank - step) % ranks]) for step in range(1, ranks)]
 
 
 class _Steps:
@@ -90,32 +83,25 @@ class _Steps:
         own, there = sizes[transport.rank], sizes[(transport.rank + 1) % transport.world_size]
         self._transport = transport
         self._stops, self._stops_there = ([0, *np.cumsum(part).tolist()] for part in (own, there))
-        most = max(sum(part) for part in sizes)
-        self.inbox = transport.inbox(sum(own), most, row, like, steps=len(own))
-        self.arrived = 0  # shifts that were waited for
+        self.inbox = transport.inbox(sum(own), max(map(sum, sizes)), row, like, steps=len(own))
         self._started: list[Transfer] = []
 
     def shift(self, outgoing: OutgoingRows) -> None:
         """Hand on what the next rank has not got."""
         step = len(self._started)
-        into, offset = self._part(step), self._stops_there[step]
-        self._started.append(self._transport.shift(outgoing, self.inbox, step, into, offset))
+        into = slice(self._stops[step], self._stops[step + 1])
+        self._started.append(self._transport.shift(outgoing, self.inbox, step, into, self._stops_there[step]))
 
     def wait(self) -> Tensor:
         """The rows of the shift that was started last."""
         self._started[-1].wait()
-        self.arrived = len(self._started)
-        return self.rows_of_last()
+        return self.inbox.rows[self._stops[len(self._started) - 1] : self._stops[len(self._started)]]
 
-    def rows_of_last(self) -> Tensor:
-        """What the last shift that was waited for brought."""
-        return self.inbox.rows[self._part(self.arrived - 1)]
+    def as_one(self, go_round: Callable[[], object]) -> Transfer:
+        """All shifts as one transfer, whose rows have arrived when `go_round` returns."""
 
-    def leave(self) -> None:
-        """Return when all that was handed on has left."""
-        for transfer in self._started:
-            transfer.leave()
+        def leave() -> None:
+            for transfer in self._started:
+                transfer.leave()
 
-    def _part(self, step: int) -> slice:
-        """The rows of the inbox that a shift fills."""
-        return slice(self._stops[step], self._stops[step + 1])
+        return Transfer([ALL], lambda _: go_round(), leave)

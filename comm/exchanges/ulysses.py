@@ -8,24 +8,19 @@ Shapes: T local rows, C rows of the pack, N ranks, H query heads, K KV heads, D 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved
-from flashcp.comm.rows import OutgoingRows
+from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved, as_kv
+from flashcp.comm.transport import OutgoingRows
 from flashcp.kernels.interface import KV
-from flashcp.kernels.schedule import Schedule
 from flashcp.sharding.plan import ShardingPlan
 
 __all__ = ["Ulysses"]
 
 
 class Ulysses(Exchange):
-    """See the module."""
-
     name = "ulysses"
     moves_later = True
     gradient_dtype = None
@@ -35,62 +30,44 @@ class Ulysses(Exchange):
         return self._by_heads(plan, torch.stack((k, v), dim=1))
 
     def forward(
-        self,
-        plan: ShardingPlan,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        incoming: IncomingKV,
-        settings: AttentionSettings,
-        scale: float,
+        self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings, scale: float
     ) -> tuple[Tensor, Saved]:
-        with settings.clock.measure("wait_ms", "headers"):
-            settings.agree()
+        settings.meet()
         with settings.clock.measure("exposed_exchange_ms", "send queries"):
             asked = self._by_heads(plan, q[:, None], "queries")
-            incoming.wait()
-            asked.wait()
-        queries = asked.inbox.rows[:, 0]  # [C, H / N, D]
-        keys, values = incoming.inbox.rows.unbind(1)  # [C, K / N, D] each
+            incoming.transfer.wait()
+            asked.transfer.wait()
+        queries, rows = asked.inbox.rows, incoming.inbox.rows  # [C, 1, H / N, D], [C, 2, K / N, D]
         with settings.clock.measure("attention_ms", "all tiles"):
-            nothing = KV(keys[:0], values[:0])
             schedule = self.layout(plan).gathered_schedule
-            out, lse = settings.kernel.attend(queries, KV(keys, values), nothing, schedule, scale)
+            out, lse = settings.kernel.attend(queries[:, 0], as_kv(rows), as_kv(rows[:0]), schedule, scale)
         with settings.clock.measure("exposed_exchange_ms", "send outputs"):
-            local = self._by_tokens(plan, out[:, None], "outputs")[:, 0]
-            incoming.leave()
-            asked.leave()
+            own = self._by_tokens(plan, out[:, None], "outputs")[:, 0]
+            incoming.transfer.leave()
+            asked.transfer.leave()
         tickets = torch.tensor([asked.inbox.ticket, incoming.inbox.ticket])
-        saved = Saved(q, k, v, out, lse, incoming.inbox.rows, tickets, asked.inbox.rows)
-        if settings.refetch:
-            self.release(saved)
-            saved = saved._replace(received=None, tickets=None, queries=None)
-        return local, saved
+        return own, self.held(Saved(q, *local, out, lse, rows, tickets, queries), settings)
 
     def backward(
         self, plan: ShardingPlan, grad_out: Tensor, saved: Saved, settings: AttentionSettings, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with settings.clock.measure("wait_ms", "headers"):
-            settings.agree()
+        settings.meet()
         with settings.clock.measure("exposed_exchange_ms", "send gradients of outputs"):
             pulled = self._by_heads(plan, grad_out[:, None], "gradients")
             if not self.is_open(saved):
                 incoming, asked = self.start(plan, saved.k, saved.v), self._by_heads(plan, saved.q[:, None], "queries")
                 for each in (incoming, asked):
-                    each.wait()
-                    each.leave()
+                    each.transfer.finish()
                 tickets = torch.tensor([asked.inbox.ticket, incoming.inbox.ticket])
                 saved = saved._replace(received=incoming.inbox.rows, tickets=tickets, queries=asked.inbox.rows)
-            pulled.wait()
-            pulled.leave()
-        assert saved.received is not None
-        assert saved.queries is not None
-        keys, values = saved.received.unbind(1)
-        nothing, schedule = KV(keys[:0], values[:0]), self.layout(plan).gathered_schedule
+            pulled.transfer.finish()
+        rows, queries, schedule = saved.received, saved.queries, self.layout(plan).gathered_schedule
+        assert rows is not None
+        assert queries is not None
         with settings.clock.measure("attention_ms", "gradients of all tiles"):
-            grad_all, queries = pulled.inbox.rows[:, 0], saved.queries[:, 0]
+            grad_all, local, nothing = pulled.inbox.rows[:, 0], as_kv(rows), as_kv(rows[:0])
             gradients = settings.kernel.gradients(
-                grad_all, queries, KV(keys, values), nothing, saved.out, saved.lse, schedule, scale
+                grad_all, queries[:, 0], local, nothing, saved.out, saved.lse, schedule, scale
             )
         self.transport.free(pulled.inbox.ticket)
         self.release(saved)
@@ -108,13 +85,7 @@ class Ulysses(Exchange):
         offsets = [sum(tokens[:own])] * ranks
         sent = [tokens[own]] * ranks
         transfer = self.transport.all_to_all(OutgoingRows(outgoing, what=what), sent, inbox, tokens, offsets)
-
-        def parts(stages: int) -> Iterator[Schedule]:
-            """The whole pack at once."""
-            transfer.wait()
-            yield self.layout(plan).gathered_schedule
-
-        return IncomingKV(inbox, parts, transfer.leave, transfer)
+        return IncomingKV(inbox, transfer)
 
     def _by_tokens(self, plan: ShardingPlan, rows: Tensor, what: str) -> Tensor:
         """[C, tensors, heads / N, D] of this rank's heads -> [T, tensors, heads, D] of its rows."""
@@ -122,9 +93,7 @@ class Ulysses(Exchange):
         inbox = self.transport.inbox(tokens[own] * ranks, max(tokens) * ranks, rows.shape[1:], rows)
         offsets = [count * own for count in tokens]
         outgoing = OutgoingRows(rows.contiguous(), what=what)
-        transfer = self.transport.all_to_all(outgoing, tokens, inbox, [tokens[own]] * ranks, offsets)
-        transfer.wait()
-        transfer.leave()
+        self.transport.all_to_all(outgoing, tokens, inbox, [tokens[own]] * ranks, offsets).finish()
         whole = rearrange(inbox.rows, "(n t) i h d -> t i (n h) d", n=ranks).clone()
         self.transport.free(inbox.ticket)
         return whole

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashcp.comm.rows import OutgoingRows
+from flashcp.comm.errors import ExchangeTimeoutError
+from flashcp.comm.transport import OutgoingRows
 from flashcp.kernels.interface import WaitFlags
 
 __all__ = ["ARRIVED", "FREED", "NO_PUT", "Fabric", "Put", "Region", "head_bytes"]
-
 
 NO_PUT = 2**62
 ARRIVED, FREED = 0, 1  # rows of flags
@@ -85,11 +85,13 @@ class Fabric(ABC):
     sent_bytes: what has left this rank for others so far. throttle_gbps: GB/s at which it leaves; 0: at once.
     """
 
-    name: str
-    rank: int
-    world_size: int
-    sent_bytes: int
-    throttle_gbps: float
+    def __init__(self, name: str, rank: int, world_size: int, timeout_s: float, throttle_gbps: float) -> None:
+        self.name, self.rank, self.world_size = name, rank, world_size
+        self.timeout_s, self.throttle_gbps, self.sent_bytes = timeout_s, throttle_gbps, 0
+
+    def timed_out(self, what: str) -> ExchangeTimeoutError:
+        """This rank waited in vain."""
+        return ExchangeTimeoutError(f"rank {self.rank} waited {self.timeout_s:g} s for {what}")
 
     @property
     @abstractmethod

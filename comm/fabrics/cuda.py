@@ -5,8 +5,8 @@ Run on an H100 so far between ranks that are streams of one process. Between pro
 
 A put is three operations on a stream of its target's own: wait until the target has freed the lease before, copy the
 rows, raise the flag behind them. Rows that must be picked are packed before, by one kernel on the stream that made
-them. Rows are awaited by the stream that computes on them. None of this needs an SM, a later launch or the host, so
-no kernel can stand in its way, not even one that spins on a flag and holds every SM.
+them. Rows are awaited by the stream that computes on them. None of this needs an SM (`cuda_device.py`), a later launch
+or the host.
 
 The host waits for nothing. A wait that does not end is noticed by the device's watchdog, which notes who waited for
 whom and lets the streams go on, on garbage; the error is raised at this rank's next call, or by `synchronize`.
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from weakref import WeakSet
 
@@ -26,10 +26,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashcp.comm.clock import span
-from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, HeapError
+from flashcp.comm.errors import ExchangeError, HeapError
 from flashcp.comm.fabrics.base import ARRIVED, FREED, NO_PUT, Fabric, Put, Region, head_bytes
 from flashcp.comm.fabrics.cuda_device import CudaDevice, Event, Stream
-from flashcp.comm.fabrics.memory import agree, tried
+from flashcp.comm.fabrics.memory import agreed
 from flashcp.kernels.interface import WaitFlags
 
 __all__ = ["CudaFabric", "Memories", "symmetric_memories"]
@@ -43,10 +43,7 @@ together."""
 
 
 class CudaFabric(Fabric):
-    """memories: their first 4,096 bytes are zero. retire(region): see Fabric.
-
-    throttle_gbps: GB/s at which rows leave; 0: at once.
-    """
+    """memories: their first 4,096 bytes are zero. retire(region): see Fabric."""
 
     def __init__(
         self,
@@ -61,10 +58,9 @@ class CudaFabric(Fabric):
     ) -> None:
         if 8 * world_size > _HEAD_BYTES:
             raise ValueError(f"world_size={world_size}: expected at most {_HEAD_BYTES // 8} ranks over {name}")
-        self.name, self.rank, self.world_size = name, rank, world_size
-        self.sent_bytes, self.timeout_s, self.throttle_gbps = 0, timeout_s, throttle_gbps
+        super().__init__(name, rank, world_size, timeout_s, throttle_gbps)
         self._device, self._memories, self._retire = device, memories, retire
-        self._streams: dict[int, Stream] = {}
+        self._stream_to = cache(lambda rank: device.new_stream(f"puts to rank {rank}"))
         self._rescue = device.new_stream("end of all waits")
         self._under_way: list[tuple[list[Event], int]] = []
         self._regions: WeakSet[Region] = WeakSet()
@@ -195,12 +191,7 @@ class CudaFabric(Fabric):
         source = int(self._seen)
         what = self._late or (f"the rows of rank {source - 1}" if source else "")
         if what:
-            raise ExchangeTimeoutError(f"rank {self.rank} waited {self.timeout_s:g} s for {what}")
-
-    def _stream_to(self, rank: int) -> Stream:
-        if rank not in self._streams:
-            self._streams[rank] = self._device.new_stream(f"puts to rank {rank}")
-        return self._streams[rank]
+            raise self.timed_out(what)
 
 
 def symmetric_memories(
@@ -219,8 +210,9 @@ def symmetric_memories(
     """
 
     def memories(index: int, size: int) -> tuple[Sequence[Tensor], object]:
-        own, problem = tried(lambda: symmetric.empty(size, dtype=torch.uint8, device=torch_device), RuntimeError)
-        agree(share, f"rank {rank}: no {size >> 20} MiB for receive buffers on its GPU ({problem})" if problem else "")
+        blame = f"rank {rank}: no {size >> 20} MiB for receive buffers on its GPU"
+        make = partial(symmetric.empty, size, dtype=torch.uint8, device=torch_device)
+        own, _ = agreed(share, make, RuntimeError, blame)
         handle = symmetric.rendezvous(own, group)
         own[:_HEAD_BYTES].zero_()
         device.synchronize()

@@ -49,7 +49,9 @@ class CudaDevice:
         wait = driver.CUstreamWaitValue_flags
         self._wait_flags = int(wait.CU_STREAM_WAIT_VALUE_GEQ)
         # Rows come before the flag that tells of them: where several links may reorder writes, this one orders them.
-        if self._attribute("CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES"):
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        flushes = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES
+        if int(self._call("cuDeviceGetAttribute", flushes, index)):
             self._wait_flags |= int(wait.CU_STREAM_WAIT_VALUE_FLUSH)
 
     def new_stream(self, name: str) -> torch.cuda.ExternalStream:
@@ -133,10 +135,6 @@ class CudaDevice:
         """Return when all streams of this rank are done. Waits that never end are ended by whoever watches them."""
         for stream in (self.current_stream(), *self._streams):
             stream.synchronize()
-
-    def _attribute(self, name: str) -> int:
-        index = self.device.index if self.device.index is not None else torch.cuda.current_device()
-        return int(self._call("cuDeviceGetAttribute", getattr(self._driver.CUdevice_attribute, name), index))
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """A function of the driver. Raises RuntimeError with the driver's own word for what went wrong."""

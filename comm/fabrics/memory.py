@@ -14,7 +14,7 @@ import numpy as np
 
 from flashcp.comm.errors import HeapError
 
-__all__ = ["FOLDER", "agree", "shared_memories", "tried", "virtual_memories"]
+__all__ = ["FOLDER", "agreed", "shared_memories", "virtual_memories"]
 
 FOLDER = Path("/dev/shm")
 Memory = TypeVar("Memory")
@@ -27,19 +27,15 @@ def shared_memories(rank: int, share: Callable[[bytes], list[bytes]]) -> Callabl
     HeapError on all ranks when one of them has no memory.
     """
 
-    def blame(problem: str) -> str:
-        return f"rank {rank}: no shared memory in {FOLDER} ({problem})" if problem else ""
-
     def memories(index: int, size: int) -> list[np.ndarray]:
         path = FOLDER / f"flashcp-{uuid.uuid4().hex}"
+        blame = f"rank {rank}: no shared memory in {FOLDER}"
         try:
-            own, problem = tried(lambda: _map(path, size, make=True), OSError)
-            names = agree(share, blame(problem), path.name)
-            seen, problem = tried(
-                lambda: [own if other == rank else _map(FOLDER / name, size) for other, name in enumerate(names)],
-                OSError,
+            own, names = agreed(share, lambda: _map(path, size, make=True), OSError, blame, path.name)
+            files = {other: FOLDER / name for other, name in enumerate(names)}
+            seen, _ = agreed(
+                share, lambda: [own if o == rank else _map(file, size) for o, file in files.items()], OSError, blame
             )
-            agree(share, blame(problem))
         finally:
             path.unlink(missing_ok=True)
         return seen
@@ -72,18 +68,18 @@ def _map(path: Path, size: int, make: bool = False) -> np.ndarray:
         os.close(descriptor)
 
 
-def tried(make: Callable[[], Any], error: type[Exception]) -> tuple[Any, str]:
-    """What it makes, or why it cannot."""
+def agreed(
+    share: Callable[[bytes], list[bytes]], make: Callable[[], Any], error: type[Exception], blame: str, word: str = ""
+) -> tuple[Any, list[str]]:
+    """What this rank makes, and every rank's word; all ranks call this together. Raises HeapError on all where one
+    fails."""
     try:
-        return make(), ""
+        made, said = make(), f"+{word}"
     except error as problem:
-        return None, getattr(problem, "strerror", None) or str(problem).split("\n")[0] or type(problem).__name__
-
-
-def agree(share: Callable[[bytes], list[bytes]], problem: str, word: str = "") -> list[str]:
-    """Every rank's word; all ranks call this together. Raises HeapError on all where one has a problem."""
-    said = [words.decode(errors="replace") for words in share((f"-{problem}" if problem else f"+{word}").encode())]
-    for words in said:
+        reason = getattr(problem, "strerror", None) or str(problem).split("\n")[0] or type(problem).__name__
+        made, said = None, f"-{blame} ({reason})"
+    answers = [words.decode(errors="replace") for words in share(said.encode())]
+    for words in answers:
         if not words.startswith("+"):
             raise HeapError(words[1:])
-    return [words[1:] for words in said]
+    return made, [words[1:] for words in answers]

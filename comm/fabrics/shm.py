@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from flashcp.comm.clock import span
-from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError
+from flashcp.comm.errors import ExchangeError
 from flashcp.comm.fabrics.base import ARRIVED, FREED, NO_PUT, Fabric, Put, Region, head_bytes
 from flashcp.kernels.interface import WaitFlags
 
-__all__ = ["ShmFabric"]
+__all__ = ["PUTS", "ShmFabric"]
 
+PUTS = "flashcp-puts"
+"""The name of the thread that puts rows."""
 _CHUNK_BYTES = 1 << 18  # a throttled put pauses in between
 _IDLE_S = 10.0  # a thread without puts ends
 _LEFT_S = 0.05  # between two looks for an error of the thread
@@ -33,12 +35,8 @@ _SPIN_S = 5e-5  # between two looks at a flag: ranks share cores
 class ShmFabric(Fabric):
     """memories(index, size): that many zero bytes of every rank, as this process sees them (`shared_memories`).
 
-    throttle_gbps: GB/s at which rows leave; 0: at once.
-
     One thread puts rows, those first whose place is free. What goes wrong there is raised by this rank's next call.
     """
-
-    name = "shm"
 
     def __init__(
         self,
@@ -48,8 +46,7 @@ class ShmFabric(Fabric):
         timeout_s: float,
         throttle_gbps: float = 0.0,
     ) -> None:
-        self.rank, self.world_size, self.timeout_s, self.throttle_gbps = rank, world_size, timeout_s, throttle_gbps
-        self.sent_bytes = 0
+        super().__init__("shm", rank, world_size, timeout_s, throttle_gbps)
         self._memories = memories
         self._stuck = torch.zeros(1, dtype=torch.int32)
         self._link_free_at = 0.0  # of the throttled link
@@ -75,7 +72,7 @@ class ShmFabric(Fabric):
             return torch.empty((0, *row), dtype=dtype)
         # A new array over the same memory ends with the last tensor that is made from it, and the token with the array.
         memory = region.data(self.rank, 0, rows * math.prod(row) * dtype.itemsize).numpy()
-        weakref.finalize(memory, _forget, token).atexit = False
+        weakref.finalize(memory, lambda held: None, token).atexit = False
         return torch.from_numpy(memory).view(dtype).view(rows, *row)
 
     def put(self, puts: Sequence[Put]) -> Callable[[], None]:
@@ -85,7 +82,7 @@ class ShmFabric(Fabric):
             self._pending[landed] = list(puts)
             self._news.notify()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="flashcp-puts", daemon=True)
+                self._thread = threading.Thread(target=self._run, name=PUTS, daemon=True)
                 self._thread.start()
         return partial(self._await_landed, landed)
 
@@ -94,7 +91,7 @@ class ShmFabric(Fabric):
         deadline = time.monotonic() + self.timeout_s
         while arrived[source] < epoch:
             if time.monotonic() > deadline:
-                raise self._late(source, epoch)
+                raise self.timed_out(f"the rows of rank {source} (epoch {epoch})")
             self._raise_error()
             time.sleep(_SPIN_S)
 
@@ -108,7 +105,7 @@ class ShmFabric(Fabric):
 
     def check(self, flags: WaitFlags) -> None:
         if source := int(flags.stuck):
-            raise self._late(source - 1, flags.epoch)
+            raise self.timed_out(f"the rows of rank {source - 1} (epoch {flags.epoch})")
 
     def synchronize(self) -> None:
         with self._news:
@@ -122,7 +119,7 @@ class ShmFabric(Fabric):
         while not landed.wait(_LEFT_S):
             self._raise_error()
             if time.monotonic() > deadline:
-                raise ExchangeTimeoutError(f"rank {self.rank} waited {self.timeout_s:g} s for its own rows to leave")
+                raise self.timed_out("its own rows to leave")
         self._raise_error()
 
     def _raise_error(self) -> None:
@@ -130,26 +127,24 @@ class ShmFabric(Fabric):
         if self._error is not None:
             raise self._error
 
-    def _late(self, source: int, epoch: int) -> ExchangeTimeoutError:
-        waited = f"rank {self.rank} waited {self.timeout_s:g} s"
-        return ExchangeTimeoutError(f"{waited} for the rows of rank {source} (epoch {epoch})")
-
     # What the thread does.
 
     def _run(self) -> None:
         with torch.no_grad():
-            while True:
-                with self._news:
-                    while not self._pending:
-                        if not self._news.wait(_IDLE_S) and not self._pending:
-                            self._thread = None  # the next put starts another: operators come and go
-                            return
+            while self._has_puts():
                 try:
                     self._serve()
                 except Exception as error:  # told to the rank at its next wait: a thread has nobody to raise to
                     failed = ExchangeError(f"rank {self.rank} could not put its rows: {error}")
                     self._error = error if isinstance(error, ExchangeError) else failed
                     return
+
+    def _has_puts(self) -> bool:
+        """Wait for some; False when this thread is to end."""
+        with self._news:
+            if not self._news.wait_for(lambda: self._pending, _IDLE_S):
+                self._thread = None  # the next put starts another: operators come and go
+            return self._thread is not None
 
     def _serve(self) -> None:
         """One put, or a moment's sleep where no place is free."""
@@ -171,10 +166,7 @@ class ShmFabric(Fabric):
                     return
             if time.monotonic() - since > self.timeout_s:
                 put = pending[0][1][0]
-                raise ExchangeTimeoutError(
-                    f"rank {self.rank} waited {self.timeout_s:g} s for rank {put.to} to free its receive buffer "
-                    f"(epoch {put.after})"
-                )
+                raise self.timed_out(f"rank {put.to} to free its receive buffer (epoch {put.after})")
             time.sleep(_SPIN_S)
 
     def _is_free(self, put: Put) -> bool:
@@ -200,7 +192,3 @@ class ShmFabric(Fabric):
                 now = time.perf_counter()
                 self._link_free_at = max(self._link_free_at, now) + part.nbytes / self.throttle_gbps / 1e9
                 time.sleep(max(0.0, self._link_free_at - time.perf_counter()))
-
-
-def _forget(token: object) -> None:
-    """The memory that held the token is gone."""

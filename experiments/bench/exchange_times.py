@@ -301,8 +301,7 @@ def exchanged(
     Returns what `take` makes of the receive buffer, [R, 2, K, D].
     """
     incoming = cp._exchange.start(plan, k, v)
-    incoming.wait()
-    incoming.leave()
+    incoming.transfer.finish()
     found = take(incoming.inbox.rows)
     cp._exchange.transport.free(incoming.inbox.ticket)
     return found

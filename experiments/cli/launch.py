@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
 
 
 def launch(*runs: Run, watch: Callable[[], None] | None = None) -> Outcome:
-    """Run every rank to its end, several runs in turns on the same ranks (`flashcp/train/turns.py`).
+    """Run every rank to its end, several runs in turns on the same ranks (`flashcp/train/run.py`).
 
     What the ranks say goes to ranks.log in the first run's `out`; without `watch` also to standard error.
     watch: called a few times a second while the ranks work, and once after. Bad input that the ranks find before

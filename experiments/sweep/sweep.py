@@ -36,8 +36,7 @@ from flashcp.experiments.sweep.results import (
     write_rows,
 )
 from flashcp.schema import read_dataclass
-from flashcp.train.link import FREE
-from flashcp.train.parallel import SLOWING
+from flashcp.train.parallel import FREE, SLOWING
 from flashcp.train.run import prepare
 from flashcp.train.tracker import TrackerConfig, track_comparison
 

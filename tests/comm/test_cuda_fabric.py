@@ -22,7 +22,7 @@ from flashcp.comm.fabrics import cuda
 from flashcp.comm.fabrics.base import Put
 from flashcp.comm.fabrics.cuda import CudaFabric, Memories, symmetric_memories
 from flashcp.comm.fabrics.cuda_device import CudaDevice, Event, Stream
-from flashcp.comm.rows import OutgoingRows
+from flashcp.comm.transport import OutgoingRows
 from tests.emulation.device import EmulatedDevice, FaultError
 from tests.emulation.ranks import Rank, run_emulated
 from tests.emulation.schedules import LIMIT, Program, draw_program, errors_of, layers, worst_of_one

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashcp.comm.errors import ExchangeTimeoutError
 from flashcp.comm.nvshmem import Nvshmem
-from flashcp.comm.rows import OutgoingRows
+from flashcp.comm.transport import OutgoingRows
 from flashcp.comm.two_sided import TwoSided
 from flashcp.comm.waits import StreamWaits
 

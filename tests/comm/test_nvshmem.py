@@ -20,7 +20,7 @@ from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.fabrics.memory import shared_memories
 from flashcp.comm.handshake import Handshake
 from flashcp.comm.nvshmem import Nvshmem, grain_bytes
-from flashcp.comm.rows import OutgoingRows
+from flashcp.comm.transport import OutgoingRows
 from flashcp.comm.waits import StreamWaits
 from tests.like_nccl import like_nccl
 from tests.packs import random_lengths, random_qkv, relative_error

@@ -18,8 +18,7 @@ from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.fabrics.base import NO_PUT, Put
 from flashcp.comm.fabrics.shm import ShmFabric
-from flashcp.comm.rows import OutgoingRows
-from flashcp.comm.transport import Alone, Transfer
+from flashcp.comm.transport import Alone, OutgoingRows, Transfer
 from flashcp.comm.two_sided import TwoSided
 from flashcp.comm.waits import StreamWaits
 from tests.like_nccl import like_nccl

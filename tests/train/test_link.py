@@ -14,12 +14,10 @@ import yaml
 import flashcp
 from flashcp.clusters import clusters
 from flashcp.train.config import TrainConfig
-from flashcp.train.link import SlowedLink, cluster_rates
-from flashcp.train.measured_link import measured_tflops
+from flashcp.train.link import SlowedLink, cluster_rates, measured_tflops
 from flashcp.train.parallel import ParallelConfig
 from flashcp.train.ranks import Ranks
-from flashcp.train.run import run
-from flashcp.train.turns import run_in_turns
+from flashcp.train.run import run, run_in_turns
 from tests.checkout import ROOT
 from tests.ranks import RankError, run_ranks
 from tests.train.test_run import small

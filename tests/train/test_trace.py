@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from flashcp.comm.fabrics import shm
 from flashcp.train.trace import STEPS
 from tests.ranks import run_cases
 from tests.train.test_run import small, train
@@ -97,6 +99,19 @@ def test_what_is_on_a_track_nests(traces: dict[str, list[Trace]], overlap: str) 
                     ends.pop()
                 assert not ends or e["ts"] + e["dur"] <= ends[-1] + 0.01, e  # us
                 ends.append(e["ts"] + e["dur"])
+
+
+def train_with_threads_that_end(config: dict[str, Any]) -> None:
+    with patch.object(shm, "_IDLE_S", 0.001):
+        train(config)
+
+
+def test_a_thread_that_ended_keeps_its_name(tmp_path: Path) -> None:
+    run_cases(train_with_threads_that_end, 2, [(profiled(tmp_path, "none"),)])
+    for rank in range(2):
+        trace = Trace(tmp_path / f"trace/rank{rank}.json.gz")
+        assert trace.tracks(r"send .* to rank \d") == {"flashcp-puts"}
+        assert len({e["tid"] for e in trace.named(r"send .* to rank \d")}) > 1, "no thread ended"
 
 
 def test_staged_transfers_run_beside_local_tiles(traces: dict[str, list[Trace]]) -> None:

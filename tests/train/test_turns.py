@@ -11,7 +11,7 @@ import pytest
 
 from flashcp.train.config import TrainConfig
 from flashcp.train.loop import Trainer
-from flashcp.train.turns import order_of_turn, run_in_turns
+from flashcp.train.run import order_of_turn, run_in_turns
 from tests.ranks import run_ranks
 from tests.train.test_run import SHARED, TIMES, read_rows, small, train, without
 

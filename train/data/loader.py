@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from types import TracebackType
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,12 +45,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
-        return replace(
-            self,
-            tokens=to_device(self.tokens, device),
-            labels=to_device(self.labels, device),
-            position_ids=to_device(self.position_ids, device),
-        )
+        there: dict[str, Any] = {
+            name: to_device(getattr(self, name), device) for name in ("tokens", "labels", "position_ids")
+        }
+        return replace(self, **there)
 
 
 def make_batch(window: TokenWindow, plan: ShardingPlan, exchange: str, rank: int) -> Batch:
@@ -67,7 +68,7 @@ def make_batch(window: TokenWindow, plan: ShardingPlan, exchange: str, rank: int
     )
 
 
-class Loader:
+class Loader(AbstractContextManager["Loader"]):
     """Batches in order, made in a background thread that stays at most `prefetch` ahead.
 
     An error in the thread is raised at the batch it concerns. Iteration ends after the last batch or `close`.
@@ -82,51 +83,30 @@ class Loader:
         rank: int,
         prefetch: int = 4,
     ) -> None:
-        self._made: queue.Queue[Batch | Exception | None] = queue.Queue(maxsize=prefetch)
-        self._closed = threading.Event()
-        self._batches = (make_batch(window, make_plan(window.document_lengths), exchange, rank) for window in windows)
-        self._thread = threading.Thread(target=self._work, name="flashcp-loader", daemon=True)
-        self._thread.start()
+        batches = (make_batch(window, make_plan(window.document_lengths), exchange, rank) for window in windows)
+        self._pool = ThreadPoolExecutor(1, initializer=_name_thread)
+        self._make = partial(self._pool.submit, next, batches, None)
+        self._ahead = deque(self._make() for _ in range(prefetch + 1))  # one of them in the thread's hand
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        item = None if self._closed.is_set() else self._made.get()
-        if isinstance(item, Batch):
-            return item
-        self.close()
-        if isinstance(item, Exception):
-            raise item
-        raise StopIteration
+        batch = self._ahead.popleft().result() if self._ahead else None
+        if batch is None:
+            self.close()
+            raise StopIteration
+        self._ahead.append(self._make())
+        return batch
 
     def close(self) -> None:
         """Stop the thread and wait for it."""
-        self._closed.set()
-        self._thread.join()
+        self._ahead.clear()
+        self._pool.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _work(self) -> None:
-        try:
-            for batch in self._batches:
-                if not self._hand_over(batch):
-                    return
-            self._hand_over(None)
-        except Exception as error:  # raised again where the batch is asked for
-            self._hand_over(error)
 
-    def _hand_over(self, item: Batch | Exception | None) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._made.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+def _name_thread() -> None:
+    threading.current_thread().name = "flashcp-loader"

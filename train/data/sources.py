@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
+import bz2
+import glob
+import gzip
+import importlib
+import io
+import itertools
+import json
+import lzma
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 from flashcp.limits import Count, Natural, one_of
 from flashcp.sharding.lengths import LENGTH_DATA
 from flashcp.sharding.packing import OVERFLOWS
-from flashcp.train.data.files import find_files, read_utf8
-from flashcp.train.data.huggingface import HuggingFaceSource
-from flashcp.train.data.jsonl import JsonlSource
-from flashcp.train.data.parquet import ParquetSource
 
-__all__ = ["SOURCES", "DataConfig", "Source", "StdlibSource", "TextSource", "open_source"]
+__all__ = ["SOURCES", "DataConfig", "Source", "needed", "open_source"]
+
+BATCH_ROWS = 256  # of a Parquet file
+JSON_NAMES = tuple(stem + end for stem in (".jsonl", ".ndjson", ".json") for end in ("", ".gz", ".bz2", ".xz", ".zst"))
+NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
 
 
 @dataclass
 class DataConfig:
-    """What is read, and how it becomes packs.
-
-    source: a name in SOURCES. path: a file, a directory or a glob; for `huggingface` the data set's name.
-    text_field: JSON field or table column that holds the text. subset, split: `huggingface` only.
-    tokenizer: `bytes`, the path of a tokenizers JSON file, or a name on the Hugging Face hub.
-    end_token: vocabulary entry put after every document; empty: none (`bytes` has its own end mark).
-    overflow: what becomes of a document's tail that does not fit a window: `truncate` or `carry`.
-    longest: documents of more tokens are left out; 0 keeps all.
-    epochs: times the documents are read; 0: as often as the steps need.
-    prefetch: windows packed and planned ahead of the step.
-    """
+    """What is read, and how it becomes packs, as `conf/data/stdlib.yaml` explains it."""
 
     source: str = "stdlib"
     path: str = ""
@@ -66,42 +64,175 @@ class Source(Protocol):
         ...
 
 
-class TextSource:
-    """Text files, one document each. UTF-8; a file that is not raises ValueError when its turn comes."""
+def find_files(path: str, suffixes: Sequence[str] = ("",)) -> list[Path]:
+    """Files that `data.path` names, sorted: a file, a glob, or every file below a directory.
 
-    def __init__(self, path: str) -> None:
-        self._files = find_files(path)
-        self.parts = [str(file) for file in self._files]
+    Below a directory hidden files are left out and names must end in one of the suffixes; a file or a glob is
+    taken at its word. Raises ValueError when there is nothing.
+    """
+    if not path:
+        raise ValueError("data.path is empty: expected a file, a directory or a glob")
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        below = (file for file in place.rglob("*") if file.name.endswith(tuple(suffixes)))
+        shown = (f for f in below if not any(part.startswith(".") for part in f.relative_to(place).parts))
+        wanted = f" with a name in {', '.join(f'*{suffix}' for suffix in suffixes)}" if any(suffixes) else ""
+        missing = f"data.path={path!r}: no file{wanted} in this directory"
+    else:
+        shown = (Path(match) for match in glob.glob(str(place), recursive=True))
+        missing = f"data.path={path!r}: no such file or directory, and no file matches it as a glob"
+    files = sorted(file for file in shown if file.is_file())
+    if not files:
+        raise ValueError(missing)
+    return files
+
+
+def open_binary(file: Path) -> Any:
+    """The bytes of a file, decompressed by its suffix: .gz, .bz2, .xz, .zst or none.
+
+    Raises ValueError when .zst cannot be read for want of a package, and whatever the decompressor raises.
+    """
+    if file.suffix == ".zst":
+        return io.BufferedReader(needed("zstandard", f"{file}: .zst").open(file, "rb"))
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(file.suffix, open)(file, "rb")
+
+
+def needed(package: str, by: str, install: str = "") -> Any:
+    """A package that is optional. Raises ValueError where it is not installed, saying how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        name = package.partition(".")[0]
+        raise ValueError(f"{by} needs the package {name}: pip install {install or name}") from error
+
+
+class Files:
+    """Files, each a part. records: the texts of a file in order, without so many of the first."""
+
+    def __init__(self, files: Sequence[Path], records: Callable[[Path, int], Iterator[str]]) -> None:
+        self._files, self._records = files, records
+        self.parts = [str(file) for file in files]
 
     def read(self, part: int, skip: int) -> Iterator[str]:
+        return self._records(self._files[part], skip)
+
+
+def whole_text(file: Path, skip: int) -> Iterator[str]:
+    """A document a file. Raises ValueError naming the file when it cannot be read or is not UTF-8."""
+    try:
         if skip == 0:
-            yield read_utf8(self._files[part])
+            yield file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file}: not UTF-8 text (byte {error.start}); name the files to read with a glob in data.path"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-class StdlibSource(TextSource):
+@cache  # a sweep opens the source for each of its runs
+def stdlib_files() -> list[Path]:
     """The Python standard library's own source files, sorted by path: text that exists on every machine."""
+    files = []
+    for folder, below, names in os.walk(sysconfig.get_paths()["stdlib"]):
+        below[:] = [name for name in below if name not in NOT_STDLIB]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(files)
 
-    SKIPPED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
 
-    def __init__(self) -> None:
-        self._files = list(self._found())
-        self.parts = [str(file) for file in self._files]
+def json_lines(text_field: str, file: Path, skip: int) -> Iterator[str]:
+    """An object a line, one field of it the text; blank lines are no records. A bad line raises ValueError naming
+    file:line."""
+    number = 0
+    try:
+        with open_binary(file) as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                if skip:
+                    skip -= 1
+                else:
+                    yield _text_of(line, text_field, f"{file}:{number}")
+    except ValueError:
+        raise
+    except Exception as error:  # every decompressor has its own
+        raise ValueError(f"{file}:{number + 1}: cannot be read ({error})") from error
 
-    @classmethod
-    @cache  # a sweep opens the source for each of its runs
-    def _found(cls) -> tuple[Path, ...]:
-        files = []
-        for folder, below, names in os.walk(sysconfig.get_paths()["stdlib"]):
-            below[:] = [name for name in below if name not in cls.SKIPPED]
-            files += [Path(folder, name) for name in names if name.endswith(".py")]
-        return tuple(sorted(files))
+
+def _text_of(line: bytes, text_field: str, place: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError: JSON or UTF-8
+        raise ValueError(f"{place}: not a line of JSON ({error})") from error
+    fields = record if isinstance(record, dict) else {}
+    text = fields.get(text_field)
+    if isinstance(text, str):
+        return text
+    if text_field in fields:
+        raise ValueError(f"{place}: data.text_field={text_field!r} holds {json.dumps(text)[:40]}: expected text")
+    found = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
+    raise ValueError(f"{place}: no text in data.text_field={text_field!r}; it has: {found or 'nothing'}")
+
+
+def parquet_files(path: str, text_field: str) -> Files:
+    """A row a document, one column the text. Raises ValueError for files or columns that are not."""
+    parquet = needed("pyarrow.parquet", "data.source='parquet'", "'flashcp[parquet]'")
+
+    def records(file: Path, skip: int) -> Iterator[str]:
+        try:
+            with parquet.ParquetFile(file) as table:
+                names = table.schema_arrow.names
+                if text_field not in names:
+                    raise ValueError(f"no column data.text_field={text_field!r}; it has: {', '.join(names)}")
+                for group in range(table.num_row_groups):
+                    rows = table.metadata.row_group(group).num_rows
+                    if skip < rows:  # groups before it are not read
+                        batches = table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[text_field])
+                        texts = (text for batch in batches for text in batch.column(0).to_pylist())
+                        for text in itertools.islice(texts, skip, None):
+                            if not isinstance(text, str):
+                                raise ValueError(f"column {text_field!r} holds {text!r}: expected text")
+                            yield text
+                    skip = max(0, skip - rows)
+        except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+            raise ValueError(f"{file}: {str(error).splitlines()[0]}") from error
+
+    return Files(find_files(path, (".parquet",)), records)
+
+
+class HuggingFaceSource:
+    """One split of a data set of the hub by name, streamed; needs the network. Raises ValueError when it cannot be
+    loaded or has no such column."""
+
+    def __init__(self, name: str, subset: str, split: str, text_field: str) -> None:
+        if not name:
+            raise ValueError("data.path is empty: expected the name of a data set on the Hugging Face hub")
+        load_dataset = needed("datasets", "data.source='huggingface'").load_dataset
+        try:
+            self._rows = load_dataset(name, subset or None, split=split, streaming=True)
+        except Exception as error:  # whatever the hub, the network or the data set's own files raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"data.path={name!r}: cannot load it from the Hugging Face hub: {reason}") from error
+        self._text_field = text_field
+        self.parts = [f"{name}/{subset}/{split}" if subset else f"{name}/{split}"]
+
+    def read(self, part: int, skip: int) -> Iterator[str]:
+        for row in self._rows.skip(skip):
+            if not isinstance(row.get(self._text_field), str):
+                raise ValueError(
+                    f"{self.parts[part]}: no text in data.text_field={self._text_field!r}; it has: {', '.join(row)}"
+                )
+            yield row[self._text_field]
 
 
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {
-    "stdlib": lambda data: StdlibSource(),
-    "text": lambda data: TextSource(data.path),
-    "jsonl": lambda data: JsonlSource(data.path, data.text_field),
-    "parquet": lambda data: ParquetSource(data.path, data.text_field),
+    "stdlib": lambda data: Files(stdlib_files(), whole_text),
+    "text": lambda data: Files(find_files(data.path), whole_text),
+    "jsonl": lambda data: Files(find_files(data.path, JSON_NAMES), partial(json_lines, data.text_field)),
+    "parquet": lambda data: parquet_files(data.path, data.text_field),
     "huggingface": lambda data: HuggingFaceSource(data.path, data.subset, data.split, data.text_field),
 }
 

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from flashcp.train.data.sources import needed
+
 __all__ = ["BytesTokenizer", "FileTokenizer", "Tokenizer", "load_tokenizer"]
 
 
@@ -38,14 +40,11 @@ class FileTokenizer:
     """
 
     def __init__(self, name: str, end_token: str = "") -> None:
-        try:
-            from tokenizers import Tokenizer as Library
-        except ImportError as error:
-            raise ValueError(f"data.tokenizer={name!r} needs the package tokenizers: pip install tokenizers") from error
+        library = needed("tokenizers", f"data.tokenizer={name!r}").Tokenizer
         path = Path(name).expanduser()
         is_file = path.is_file() or name.endswith(".json") or name.startswith((".", "/", "~"))
         try:
-            self._library = Library.from_file(str(path)) if is_file else Library.from_pretrained(name)
+            self._library = library.from_file(str(path)) if is_file else library.from_pretrained(name)
         except Exception as error:  # the package raises bare Exceptions, the hub its own
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             place = "as a tokenizers JSON file" if is_file else "from the Hugging Face hub"

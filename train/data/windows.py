@@ -76,9 +76,9 @@ def pack_documents(
     held: dict[int, tuple[np.ndarray, Document]] = {}
 
     def lengths() -> Iterator[int]:
-        for number, (tokens, document) in enumerate(encode_documents(documents, tokenizer, longest)):
-            held[number] = (tokens, document)
-            yield len(tokens)
+        for number, encoded in enumerate(encode_documents(documents, tokenizer, longest)):
+            held[number] = encoded
+            yield len(encoded[0])
 
     first_start = start.token if start else 0
     for window in pack_lengths(lengths(), context, overflow, first_start=first_start, keep_last=False):
@@ -92,18 +92,6 @@ def pack_documents(
         else:
             position = document.after
             held = {}
-        yield TokenWindow(
-            tokens,
-            shift_labels(tokens, window.document_lengths),
-            window.document_lengths,
-            position,
-            window.dropped,
-            window.carried,
-        )
-
-
-def shift_labels(tokens: np.ndarray, document_lengths: np.ndarray) -> np.ndarray:
-    """The next token of the same piece, NO_LABEL at the last of each, int64 [tokens]."""
-    labels = np.roll(tokens, -1)
-    labels[np.cumsum(document_lengths) - 1] = NO_LABEL
-    return labels
+        labels = np.roll(tokens, -1)  # the next token of the same piece
+        labels[np.cumsum(window.document_lengths) - 1] = NO_LABEL
+        yield TokenWindow(tokens, labels, window.document_lengths, position, window.dropped, window.carried)

@@ -111,7 +111,7 @@ def broken(name: str) -> Iterator[None]:
 
     def start_again(self: Exact, plan: Any, k: Tensor, v: Tensor) -> Any:
         again = start(self, plan, k, v)
-        again.wait()
+        again.transfer.wait()
         return start(self, plan, k, v)
 
     wrong: dict[str, tuple[type, str, Callable[..., Any]]] = {
