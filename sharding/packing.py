@@ -33,7 +33,7 @@ class Window(NamedTuple):
     @property
     def carried(self) -> int:
         """Tokens that continue a document which an earlier window began."""
-        return int((self.stop - self.start)[self.start > 0].sum())
+        return int(self.document_lengths[self.start > 0].sum())
 
 
 def pack_lengths(
@@ -72,16 +72,11 @@ def _windows(lengths: Iterable[int], context: int, carry: bool, start: int, keep
             room -= stop - start
             start = stop if carry else length
             if room == 0:
-                yield _window(pieces, dropped=0 if carry else length - stop)
+                yield Window(*np.array(pieces, dtype=np.int64).T, 0 if carry else length - stop)
                 pieces, room = [], context
         start = 0
     if pieces and keep_last:
-        yield _window(pieces, dropped=0)
-
-
-def _window(pieces: list[tuple[int, int, int]], dropped: int) -> Window:
-    document, start, stop = np.array(pieces, dtype=np.int64).T
-    return Window(document, start, stop, dropped)
+        yield Window(*np.array(pieces, dtype=np.int64).T, 0)
 
 
 def _whole(length: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from flashcp.sharding.compiled import compiled_twins
 from flashcp.simulator.cost import Links
 
 __all__ = ["carry", "carry_all"]
@@ -130,15 +131,8 @@ def _speed(
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    """`carry` as numba compiles it, kept on disk where that can be written; as it stands where there is no numba."""
+    """`carry` as numba compiles it, as it stands where there is no numba."""
     try:
-        from numba import njit
-        from numba.extending import register_jitable
+        return compiled_twins([carry], [_speed])[0]
     except ModuleNotFoundError:
         return carry
-
-    register_jitable(_speed)
-    try:
-        return njit(cache=True)(carry)
-    except RuntimeError:
-        return njit(carry)

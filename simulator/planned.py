@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.cost import AttentionCost, AttentionShape, ReadFeatures, read_features
 from flashcp.simulator.machine import Machine
@@ -165,8 +164,7 @@ class Planned:
 
     def block_bytes(self, exchange: str) -> float:
         """K and V in one rank's block of an exchange that moves blocks: padded, or for a ring the largest."""
-        rows = self.plan.tokens.max() if exchange == "ring" else EXCHANGES[exchange].block_rows(self.plan)
-        return float(rows) * self.shape.kv_bytes
+        return float(self.plan.route(exchange).block_rows) * self.shape.kv_bytes
 
     @cached_property
     def _own(self) -> ReadFeatures:

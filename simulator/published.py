@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashcp.sharding.strategies.per_sequence import per_sequence
+from flashcp.sharding.strategies.equal_pieces import per_sequence
 from flashcp.simulator.planned import Module, Planned
 from flashcp.simulator.published_ring import published_ring
 from flashcp.simulator.timeline import Timeline

@@ -15,7 +15,6 @@ from flashcp.comm.exchanges.exchange import IncomingKV
 from flashcp.comm.exchanges.receiving import GradientReturn, ReceivingExchange, returned_slots
 from flashcp.comm.rows import OutgoingRows
 from flashcp.kernels.interface import KV
-from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.plan import ShardingPlan
 
 __all__ = ["AllGather", "Compacted"]
@@ -47,7 +46,7 @@ class AllGather(ReceivingExchange):
         return returned_slots(self.transport, transfer, inbox, [(rows * i, index) for i in range(len(others))])
 
     def _block_rows(self, plan: ShardingPlan) -> int:
-        return EXCHANGES[self.name].block_rows(plan)
+        return plan.route(self.name).block_rows
 
 
 class Compacted(AllGather):

@@ -1,26 +1,14 @@
 """How KV travels, as arithmetic: for each exchange the rows every rank sends and receives, and where they land.
 
-An exchange is one module with three functions, listed once in `EXCHANGES`:
-
-    rows(plan)            -> rows sent, rows received: per rank, padding counted, in KV rows (K and V of one token)
-    received(plan, rank)  -> Segments of the rank's receive buffer (`rank`: the owner; `row`: buffer row)
-    sent(plan, rank)      -> Segments of the rank's local rows in the order they leave (`rank`: the reader)
-
-`comm/exchanges` moves the rows; nothing here imports torch.
+An exchange is one `Route`, listed once in `EXCHANGES`. `comm/exchanges` moves the rows; nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-
-from flashcp.sharding.exchanges import all_gather, compacted, exact, ring, ulysses
+from flashcp.sharding.exchanges.blocks import AllGather, Compacted, Ring, Ulysses
+from flashcp.sharding.exchanges.exact import Exact
+from flashcp.sharding.route import Route
 
 __all__ = ["EXCHANGES"]
 
-EXCHANGES: dict[str, ModuleType] = {
-    "exact": exact,
-    "compacted": compacted,
-    "all_gather": all_gather,
-    "ring": ring,
-    "ulysses": ulysses,
-}
+EXCHANGES: dict[str, type[Route]] = {route.exchange: route for route in (Exact, Compacted, AllGather, Ring, Ulysses)}

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from flashcp.sharding.assignment import Assignment
-from flashcp.sharding.documents import expand_ranges
-from flashcp.sharding.shards import Segments
+from flashcp.sharding.documents import expand_ranges, sum_by
+from flashcp.sharding.route import Route
+from flashcp.sharding.shards import Segments, ShardTable
 
-__all__ = ["received", "rows", "sent", "traffic"]
+__all__ = ["Exact", "traffic"]
 
 
 class Ends(NamedTuple):
@@ -26,15 +27,61 @@ class Ends(NamedTuple):
     stop: np.ndarray
 
 
-def cut_documents(plan: Assignment) -> np.ndarray:
-    """Which documents have more than one shard, bool [documents]: the only ones with anything to send."""
-    return np.bincount(plan.table.document, minlength=len(plan.document_lengths)) > 1
+class Exact(Route):
+    """See the module."""
+
+    exchange = "exact"
+
+    def _count(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows sent and received, counted without listing a single pair of ranks."""
+        plan, shards = self.plan, _cut_shards(self.plan)
+        document, start, stop, rank = shards
+        readers = _ends(plan)
+
+        # read(x) = sum over the document's ends e of min(x, e); rows a..b leave read(b) - read(a) - (b - a) times.
+        first = np.searchsorted(readers.document, np.arange(len(plan.document_lengths) + 1))
+        ends_in_pack = plan.offsets[readers.document] + readers.stop
+        paid = np.concatenate(([0], np.cumsum(readers.stop)))
+
+        def read(x: np.ndarray) -> np.ndarray:
+            split = np.searchsorted(ends_in_pack, plan.offsets[document] + x, side="right")
+            return paid[split] - paid[first[document]] + x * (first[document + 1] - split)
+
+        sent_rows = sum_by(rank, read(stop) - read(start) - shards.rows, plan.world_size)
+        received_rows = sum_by(readers.rank, readers.stop, plan.world_size)
+        return sent_rows, received_rows - sum_by(rank, shards.rows, plan.world_size)
+
+    def _received(self, rank: int) -> Segments:
+        """For each cut document that the rank holds, others' rows below its end."""
+        table, mine = self.plan.table, _ends(self.plan)
+        held = np.flatnonzero(mine.rank == rank)
+        shard, which = _of_documents(table.document, mine.document[held])
+        shard = shard[(table.rank[shard] != rank) & (table.start[shard] < mine.stop[held][which])]
+        return table.take(shard[np.argsort(table.rank[shard], kind="stable")]).side_by_side()
+
+    def sent(self, rank: int) -> Segments:
+        """Reader by reader, each reader's in the order of its receive buffer."""
+        local, readers = self.plan.local(rank), _ends(self.plan)
+        reader, shard = _reads(readers, local)
+        order = np.lexsort((shard, readers.rank[reader]))
+        return local.take(shard[order])._replace(rank=readers.rank[reader[order]])
 
 
-def ends(plan: Assignment) -> Ends:
-    """The ends of every cut document of a plan."""
-    cut = cut_documents(plan)[plan.table.document]
-    document, _, stop, rank = (column[cut] for column in plan.table)
+def traffic(plan: Assignment) -> np.ndarray:
+    """Rows that go from each rank (first axis) to each other (second axis), int64 [world_size, world_size]."""
+    shards, readers = _cut_shards(plan), _ends(plan)
+    reader, shard = _reads(readers, shards)
+    pair = shards.rank[shard] * plan.world_size + readers.rank[reader]
+    return sum_by(pair, shards.rows[shard], plan.world_size**2).reshape(plan.world_size, plan.world_size)
+
+
+def _cut_shards(plan: Assignment) -> ShardTable:
+    """The shards of documents that have more than one: the only ones with anything to send."""
+    return plan.table.take((np.bincount(plan.table.document) > 1)[plan.table.document])
+
+
+def _ends(plan: Assignment) -> Ends:
+    document, _, stop, rank = _cut_shards(plan)
     # Shards lie by document and start: the last one of a document and rank is where that rank's pieces end.
     holder = document * plan.world_size + rank
     order = np.argsort(holder, kind="stable")
@@ -43,70 +90,15 @@ def ends(plan: Assignment) -> Ends:
     return Ends(document[chosen], rank[chosen], stop[chosen])
 
 
-def rows(plan: Assignment) -> tuple[np.ndarray, np.ndarray]:
-    """Rows sent and received per rank, int64, counted without listing a single pair of ranks."""
-    cut = cut_documents(plan)[plan.table.document]
-    document, start, stop, rank = (column[cut] for column in plan.table)
-    readers = ends(plan)
-
-    # read(x) = sum over the document's ends e of min(x, e); rows a..b leave read(b) - read(a) - (b - a) times.
-    first = np.searchsorted(readers.document, np.arange(len(plan.document_lengths) + 1))
-    ends_in_pack = plan.offsets[readers.document] + readers.stop
-    paid = np.concatenate(([0], np.cumsum(readers.stop)))
-
-    def read(x: np.ndarray) -> np.ndarray:
-        split = np.searchsorted(ends_in_pack, plan.offsets[document] + x, side="right")
-        return paid[split] - paid[first[document]] + x * (first[document + 1] - split)
-
-    sent_rows = np.zeros(plan.world_size, dtype=np.int64)
-    np.add.at(sent_rows, rank, read(stop) - read(start) - (stop - start))
-    received_rows = np.zeros(plan.world_size, dtype=np.int64)
-    np.add.at(received_rows, readers.rank, readers.stop)
-    np.subtract.at(received_rows, rank, stop - start)
-    return sent_rows, received_rows
+def _reads(readers: Ends, shards: ShardTable | Segments) -> tuple[np.ndarray, np.ndarray]:
+    """Who reads which shard: an index into readers and one into shards, for every pair of them."""
+    reader, shard = _of_documents(readers.document, shards.document)
+    reads = (readers.rank[reader] != shards.rank[shard]) & (readers.stop[reader] > shards.start[shard])
+    return reader[reads], shard[reads]
 
 
-def received(plan: Assignment, rank: int) -> Segments:
-    """What lies in the receive buffer of a rank: for each cut document it holds, others' rows below its end."""
-    mine = ends(plan)
-    held = mine.rank == rank
-    document, end = mine.document[held], mine.stop[held]
-    first = np.searchsorted(plan.table.document, document)
-    count = np.searchsorted(plan.table.document, document, side="right") - first
-    shard = expand_ranges(first, count)
-    end = np.repeat(end, count)
-    keep = (plan.table.rank[shard] != rank) & (plan.table.start[shard] < end)
-    shard = shard[keep]
-    shard = shard[np.argsort(plan.table.rank[shard], kind="stable")]
-    document, start, stop, owner = (column[shard] for column in plan.table)
-    count = stop - start
-    return Segments(document, start, stop, owner, np.cumsum(count) - count)
-
-
-def sent(plan: Assignment, rank: int) -> Segments:
-    """Which local rows of a rank leave, reader by reader: each reader's in the order of its receive buffer."""
-    local, readers = plan.local(rank), ends(plan)
-    first = np.searchsorted(readers.document, local.document)
-    count = np.searchsorted(readers.document, local.document, side="right") - first
-    reader = expand_ranges(first, count)
-    shard = np.repeat(np.arange(len(local.document)), count)
-    keep = (readers.rank[reader] != rank) & (readers.stop[reader] > local.start[shard])
-    reader, shard = reader[keep], shard[keep]
-    order = np.lexsort((shard, readers.rank[reader]))
-    reader, shard = reader[order], shard[order]
-    return local.take(shard)._replace(rank=readers.rank[reader])
-
-
-def traffic(plan: Assignment) -> np.ndarray:
-    """Rows that go from each rank (first axis) to each other (second axis), int64 [world_size, world_size]."""
-    cut = cut_documents(plan)[plan.table.document]
-    document, start, stop, rank = (column[cut] for column in plan.table)
-    readers = ends(plan)
-    first = np.searchsorted(readers.document, document)
-    count = np.searchsorted(readers.document, document, side="right") - first
-    reader, shard = expand_ranges(first, count), np.repeat(np.arange(len(document)), count)
-    reads = (readers.rank[reader] != rank[shard]) & (readers.stop[reader] > start[shard])
-    reader, shard = reader[reads], shard[reads]
-    pair = rank[shard] * plan.world_size + readers.rank[reader]
-    rows_of_pair = np.bincount(pair, (stop - start)[shard], plan.world_size**2)
-    return rows_of_pair.astype(np.int64).reshape(plan.world_size, plan.world_size)
+def _of_documents(sorted_documents: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every place of every wanted document, and for each which of the wanted it is."""
+    first = np.searchsorted(sorted_documents, wanted)
+    count = np.searchsorted(sorted_documents, wanted, side="right") - first
+    return expand_ranges(first, count), np.repeat(np.arange(len(wanted)), count)

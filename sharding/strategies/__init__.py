@@ -1,4 +1,4 @@
-"""Strategies: document lengths and a world size in, shards out. One pure function a file, listed once here."""
+"""Strategies: document lengths and a world size in, shards out. Each is a pure function, listed once here."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import numpy as np
 from flashcp.sharding.documents import read_document_lengths, read_world_size
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import ShardTable
-from flashcp.sharding.strategies.contiguous import contiguous
+from flashcp.sharding.strategies.equal_pieces import contiguous, per_document, per_sequence
 from flashcp.sharding.strategies.flashcp import flashcp
 from flashcp.sharding.strategies.flashcp_paper import flashcp_paper
-from flashcp.sharding.strategies.per_document import per_document
-from flashcp.sharding.strategies.per_sequence import per_sequence
 from flashcp.sharding.strategies.wlb_adaptive import wlb_adaptive
 
 __all__ = ["STRATEGIES", "plan", "strategies"]

@@ -10,7 +10,6 @@ import pytest
 import flashcp
 from flashcp.clusters import read_machine
 from flashcp.experiments.cli.compose import compose
-from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.lengths import windows
 from flashcp.simulator.cost import Link, Links
 from flashcp.simulator.flows import carry_all
@@ -52,7 +51,7 @@ def test_what_is_copied(machine: Machine, exchange: str, overlap: str) -> None:
         packed = copies.us(2 * sent, launches=1)
         back = copies.us(3 * 2 * sent, launches=0) + 2 * others * copies.launch_us
     else:
-        block = EXCHANGES[exchange].block_rows(planned.plan) * row_bytes
+        block = rows.block_rows * row_bytes
         packed = np.full(RANKS, float(copies.us(5 * block, 5)))
         others = (RANKS - 1) * block * 2  # fp32
         back = np.full(RANKS, float(copies.us(2 * others) + copies.us(3 * others, 2 * (RANKS - 1))))

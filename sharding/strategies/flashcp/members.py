@@ -6,18 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from flashcp.sharding.documents import sum_by
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.sharding.shards import ShardTable, shard_work
-from flashcp.sharding.strategies.contiguous import contiguous
-from flashcp.sharding.strategies.flashcp_paper import (
-    SINGLE_STEPS,
-    TARGET_IMBALANCE,
-    attempt_table,
-    flashcp_paper,
-    try_cut,
-)
-from flashcp.sharding.strategies.per_document import per_document
-from flashcp.sharding.strategies.per_sequence import per_sequence
+from flashcp.sharding.shards import ShardTable
+from flashcp.sharding.strategies.equal_pieces import contiguous, per_document, per_sequence
+from flashcp.sharding.strategies.flashcp_paper import SINGLE_STEPS, TARGET_IMBALANCE, flashcp_paper, try_cut
 
 __all__ = ["best_member", "largest_work", "members"]
 
@@ -70,13 +63,11 @@ def _candidates(lengths: np.ndarray, world_size: int, limit: int, key: tuple[int
             return
         attempt = try_cut(lengths, longest_first, cut, world_size)
         if attempt.imbalance <= TARGET_IMBALANCE:
-            yield attempt_table(attempt)
+            yield attempt.table()
             return
     yield flashcp_paper(lengths, world_size)
 
 
 def largest_work(table: ShardTable, world_size: int) -> int:
     """Causal pairs of the rank with most of them."""
-    work = np.zeros(world_size, dtype=np.int64)
-    np.add.at(work, table.rank, shard_work(table.start, table.stop))
-    return int(work.max())
+    return int(sum_by(table.rank, table.work, world_size).max())
