@@ -10,12 +10,11 @@ import numpy as np
 from flashcp.clusters import clusters, read_cluster
 from flashcp.sharding.documents import read_document_lengths, read_world_size
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.simulator.batch import Pack
-from flashcp.simulator.choices import choose_variants, make_setting, read_ranks
 from flashcp.simulator.machine import Machine, check_machine
+from flashcp.simulator.pack import Pack
 from flashcp.simulator.step import ModelShape
 from flashcp.simulator.summary import BASELINE, Summary, recommendation, simulate_methods
-from flashcp.simulator.variants import without_ulysses
+from flashcp.simulator.variants import choose_variants, make_setting, read_ranks, without_ulysses
 from flashcp.text import table
 
 __all__ = ["Simulation", "simulate", "summary_table"]

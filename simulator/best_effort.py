@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashcp.simulator.hops import Hops
 from flashcp.simulator.ours import attend
 from flashcp.simulator.planned import Module, Planned
-from flashcp.simulator.timeline import Timeline
+from flashcp.simulator.timeline import Hops, Timeline
 from flashcp.simulator.ulysses import ulysses
 
 __all__ = ["best_effort"]
@@ -35,7 +34,7 @@ def best_effort(planned: Planned, exchange: str) -> Module:
 
 def _hop_us(planned: Planned, exchange: str, block: float) -> np.ndarray:
     """A block from each rank's predecessor: one link for `ring`, all rings of a collective for the others."""
-    links, ranks = planned.setting.machine.links, planned.ranks
+    links, ranks = planned.links, planned.ranks
     if exchange == "ring" or ranks == 1:
         return planned.hop_us(block)
     return np.full(ranks, links.collective_us(block, ranks) / (ranks - 1))

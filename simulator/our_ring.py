@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashcp.simulator.hops import Hops
 from flashcp.simulator.planned import Module, Planned
-from flashcp.simulator.timeline import Timeline
+from flashcp.simulator.timeline import Hops, Timeline
 
 __all__ = ["our_ring"]
 
@@ -31,7 +30,7 @@ def _forward(planned: Planned, hops: Hops) -> Timeline:
     ranks, every = planned.ranks, np.arange(planned.ranks)
     timeline, steps = Timeline(ranks), planned.step_us(False)
     if ranks > 1:
-        timeline.run("copies", planned.setting.machine.copies.us(4 * planned.block_bytes("ring"), 4))
+        timeline.run("copies", planned.copies.us(4 * planned.block_bytes("ring"), 4))
     if planned.setting.overlap == "none":
         for _ in range(1, ranks):
             coming = hops.send(timeline.now)

@@ -49,7 +49,7 @@ def _forward(planned: Planned, exchange: str, there: np.ndarray) -> Timeline:
     attend(planned, timeline, arrived)
     if planned.setting.overlap == "staged":  # the fp32 sum is cleared before and narrowed after
         numbers = planned.plan.tokens * (planned.shape.query_heads * planned.shape.head_dim)
-        timeline.run("copies", planned.setting.machine.copies.us(numbers * 10.0, launches=2))
+        timeline.run("copies", planned.copies.us(numbers * 10.0, launches=2))
     timeline.wait(arrived.max(axis=0))  # also for rows that nobody reads here
     return timeline
 
@@ -72,9 +72,7 @@ def _backward(planned: Planned, exchange: str, back: np.ndarray) -> Timeline:
     timeline = Timeline(planned.ranks)
     timeline.run("attention", planned.first_us(True))
     if exchange != "exact" and planned.ranks > 1:
-        timeline.run(
-            "copies", planned.setting.machine.copies.us(2 * back.sum(axis=1))
-        )  # all blocks but its own, side by side
+        timeline.run("copies", planned.copies.us(2 * back.sum(axis=1)))  # all blocks but its own, side by side
     leave = timeline.now
     home = _homecoming(planned, back, leave).max(axis=0)
     timeline.beside("exchange", leave, home)
@@ -90,7 +88,7 @@ def _backward(planned: Planned, exchange: str, back: np.ndarray) -> Timeline:
 def _bytes(planned: Planned, exchange: str) -> np.ndarray:
     """K and V from source to destination [N, N]."""
     if exchange == "exact":
-        return planned.reads.traffic * float(planned.shape.kv_bytes)
+        return planned.traffic * float(planned.shape.kv_bytes)
     blocks = np.full((planned.ranks, planned.ranks), planned.block_bytes(exchange))
     np.fill_diagonal(blocks, 0)
     return blocks
@@ -99,16 +97,16 @@ def _bytes(planned: Planned, exchange: str) -> np.ndarray:
 def _arrivals(planned: Planned, exchange: str, moved: np.ndarray, ready: np.ndarray) -> np.ndarray:
     """When bytes have arrived from source to destination [N, N], which ranks have ready at a time [N]."""
     if exchange != "exact" and planned.setting.overlap != "fused":
-        links, block = planned.setting.machine.links, float(moved.max())
+        links, block = planned.links, float(moved.max())
         return np.full(moved.shape, ready.max() + links.collective_us(block, planned.ranks)) * (moved > 0)
     release = np.broadcast_to(ready[:, None], moved.shape)
-    return carry_all(moved, planned.setting.machine.links, pull=True, release_us=release)
+    return carry_all(moved, planned.links, pull=True, release_us=release)
 
 
 def _homecoming(planned: Planned, moved: np.ndarray, leave: np.ndarray) -> np.ndarray:
     """When gradients have come from reader to owner [N, N], which leave each reader together at a time [N]."""
     release = np.broadcast_to(leave[:, None], moved.shape)
-    return carry_all(moved, planned.setting.machine.links, pull=False, release_us=release)
+    return carry_all(moved, planned.links, pull=False, release_us=release)
 
 
 def _fused(planned: Planned, timeline: Timeline, arrived: np.ndarray) -> None:
@@ -131,7 +129,7 @@ def _fused(planned: Planned, timeline: Timeline, arrived: np.ndarray) -> None:
 
 def _pack_us(planned: Planned, exchange: str, moved: np.ndarray) -> np.ndarray:
     """Rows that leave are picked and put side by side once, a block cleared before and written twice."""
-    copies = planned.setting.machine.copies
+    copies = planned.copies
     if exchange != "exact":
         return copies.us(5 * moved.max(axis=1), launches=5) * (planned.ranks > 1)
     return copies.us(2 * moved.sum(axis=1), launches=1) * (planned.ranks > 1)

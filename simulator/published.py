@@ -25,7 +25,7 @@ def published(planned: Planned, exchange: str) -> Module:
 
 
 def _gathered(planned: Planned, exchange: str) -> Module:
-    machine, ranks = planned.setting.machine, planned.ranks
+    machine, ranks = planned.machine, planned.ranks
     block = planned.block_bytes(exchange)
     collective = machine.links.collective_us(block, ranks)
     copies = _copies_us(planned, exchange) / 2
@@ -42,7 +42,7 @@ def _gathered(planned: Planned, exchange: str) -> Module:
 
 def _copies_us(planned: Planned, exchange: str) -> float:
     """Copies of forward and backward together."""
-    machine, plan = planned.setting.machine, planned.plan
+    machine, plan = planned.machine, planned.plan
     costs = machine.published
     shards = len(planned.reads.rank)
     if exchange == "compacted":

@@ -103,7 +103,7 @@ class _Ring:
     def send(self, hop: np.ndarray) -> np.ndarray:
         """Every rank sends to the next one what it has computed so far. When that has arrived [N]."""
         ready = np.maximum(self.timeline.now, self._stream)
-        start = np.maximum(ready, self.timeline.before(ready))
+        start = np.maximum(ready, np.roll(ready, 1))
         self._stream = start + hop
         self.timeline.beside("exchange", start, self._stream)
         return self._stream
@@ -127,7 +127,7 @@ class _Ring:
         return [(self._extras.earlier, every >= step), (self._extras.later, every < step)]
 
     def _copy(self, extras: Extras, ranks: np.ndarray | float = 1.0) -> None:
-        shape, machine = self._planned.shape, self._planned.setting.machine
+        shape, machine = self._planned.shape, self._planned.machine
         numbers = extras.query * shape.query_heads + extras.key * shape.kv_heads
         moved = self._planned.plan.tokens * (numbers * shape.head_dim + extras.lse * shape.query_heads)
         us = machine.copies.us(moved, extras.launches) + extras.syncs * machine.published.sync_us

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flashcp.simulator.cost import AttentionShape
-from flashcp.simulator.machine import Machine
 
-__all__ = ["ModelShape", "gemm_ms", "layer_flops"]
+__all__ = ["ModelShape", "layer_flops"]
 
 
 @dataclass
@@ -31,8 +30,3 @@ def layer_flops(shape: AttentionShape, ffn_dim: int, rows: float) -> float:
     dim, kv_dim = shape.query_heads * shape.head_dim, shape.kv_heads * shape.head_dim
     width = ffn_dim or -(-8 * dim // 3 // 64) * 64
     return 6 * (2 * dim * dim + 2 * dim * kv_dim + 3 * dim * width) * rows
-
-
-def gemm_ms(machine: Machine, shape: AttentionShape, ffn_dim: int, rows: float) -> float:
-    """A layer without its attention. Embeddings, the loss and the optimizer are not counted."""
-    return layer_flops(shape, ffn_dim, rows) / (1e9 * machine.gemm_tflops)

@@ -21,7 +21,7 @@ def ulysses(planned: Planned, copies: int, in_order: bool) -> Module:
 
     Raises ValueError where ranks cannot share out the heads evenly.
     """
-    ranks, machine, own = planned.ranks, planned.setting.machine, planned.heads_shape
+    ranks, machine, own = planned.ranks, planned.machine, planned.heads_shape
     rows = float(planned.plan.tokens.max())
     inward = rows * (own.query_bytes / 2 + own.kv_bytes)  # Q, K and V for one other rank
     outward = rows * own.query_bytes / 2
