@@ -9,7 +9,7 @@ __all__ = ["compiled_twins"]
 
 
 def compiled_twins(
-    functions: Iterable[Callable[..., Any]], helpers: Iterable[Callable[..., Any]], **options: Any
+    functions: Iterable[Callable[..., Any]], helpers: Iterable[Callable[..., Any]] = (), **options: Any
 ) -> list[Callable[..., Any]]:
     """The functions, compiled with the helpers that they call, and kept on disk. options: of `numba.njit`.
 

@@ -129,10 +129,8 @@ class AttentionCost:
 
     def read_us(self, reads: ReadFeatures, shape: AttentionShape, backward: bool = False) -> np.ndarray:
         """Time of each read, without what a kernel costs as a whole."""
-        kernel = self.backward if backward else self.forward
-        flops = BACKWARD_FLOPS if backward else FORWARD_FLOPS
+        kernel, moved, flops = (self.backward, 2, BACKWARD_FLOPS) if backward else (self.forward, 1, FORWARD_FLOPS)
         pair_us = flops * shape.head_dim * shape.query_heads / (1e6 * kernel.tflops)
-        moved = 2 if backward else 1
         time = pair_us * (reads.full_pairs + kernel.masked * reads.masked_pairs)
         time += reads.kv_rows * (moved * shape.kv_bytes / (1e3 * kernel.kv_gbps))
         if kernel.merge_gbps:
@@ -210,12 +208,8 @@ class Links:
         if world_size == 1:
             return 0.0
         fewest = world_size % self.ranks_per_node or min(world_size, self.ranks_per_node)  # ranks of the last node
-        near = fewest - 1
-        far = world_size - 1 - near
-        times = [
-            float(link.us(count * pair_bytes)) for link, count in ((self.node, near), (self.network, far)) if count
-        ]
-        return max(times)
+        near, far = fewest - 1, world_size - fewest
+        return max(float(link.us(n * pair_bytes)) for link, n in ((self.node, near), (self.network, far)) if n)
 
     def neighbour(self, world_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Bytes a microsecond and latency from rank r - 1 to rank r, [world_size] each."""

@@ -43,7 +43,9 @@ def ours(planned: Planned, exchange: str) -> Module:
 
 def _forward(planned: Planned, exchange: str, there: np.ndarray) -> Timeline:
     timeline = Timeline(planned.ranks)
-    timeline.run("copies", _pack_us(planned, exchange, there))
+    # Rows that leave are picked and put side by side once, a block cleared before and written twice.
+    moved, launches = (2 * there.sum(axis=1), 1) if exchange == "exact" else (5 * there.max(axis=1), 5)
+    timeline.run("copies", planned.copies.us(moved, launches) * (planned.ranks > 1))
     arrived = _arrivals(planned, exchange, there, timeline.now)
     timeline.beside("exchange", timeline.now, arrived.max(axis=0))
     attend(planned, timeline, arrived)
@@ -99,14 +101,12 @@ def _arrivals(planned: Planned, exchange: str, moved: np.ndarray, ready: np.ndar
     if exchange != "exact" and planned.setting.overlap != "fused":
         links, block = planned.links, float(moved.max())
         return np.full(moved.shape, ready.max() + links.collective_us(block, planned.ranks)) * (moved > 0)
-    release = np.broadcast_to(ready[:, None], moved.shape)
-    return carry_all(moved, planned.links, pull=True, release_us=release)
+    return carry_all(moved, planned.links, pull=True, release_us=ready[:, None])
 
 
 def _homecoming(planned: Planned, moved: np.ndarray, leave: np.ndarray) -> np.ndarray:
     """When gradients have come from reader to owner [N, N], which leave each reader together at a time [N]."""
-    release = np.broadcast_to(leave[:, None], moved.shape)
-    return carry_all(moved, planned.links, pull=False, release_us=release)
+    return carry_all(moved, planned.links, pull=False, release_us=leave[:, None])
 
 
 def _fused(planned: Planned, timeline: Timeline, arrived: np.ndarray) -> None:
@@ -125,11 +125,3 @@ def _fused(planned: Planned, timeline: Timeline, arrived: np.ndarray) -> None:
         if group.any():
             timeline.wait(np.where(group > 0, when, 0.0))
             timeline.run("attention", group)
-
-
-def _pack_us(planned: Planned, exchange: str, moved: np.ndarray) -> np.ndarray:
-    """Rows that leave are picked and put side by side once, a block cleared before and written twice."""
-    copies = planned.copies
-    if exchange != "exact":
-        return copies.us(5 * moved.max(axis=1), launches=5) * (planned.ranks > 1)
-    return copies.us(2 * moved.sum(axis=1), launches=1) * (planned.ranks > 1)

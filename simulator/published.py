@@ -6,9 +6,7 @@ copies are counted in the forward and half in the backward. Gradients travel in 
 
 from __future__ import annotations
 
-import numpy as np
-
-from flashcp.sharding.strategies.equal_pieces import per_sequence
+from flashcp.sharding.strategies import plan as make_plan
 from flashcp.simulator.planned import Module, Planned
 from flashcp.simulator.published_ring import published_ring
 from flashcp.simulator.timeline import Timeline
@@ -25,9 +23,8 @@ def published(planned: Planned, exchange: str) -> Module:
 
 
 def _gathered(planned: Planned, exchange: str) -> Module:
-    machine, ranks = planned.machine, planned.ranks
-    block = planned.block_bytes(exchange)
-    collective = machine.links.collective_us(block, ranks)
+    ranks, block = planned.ranks, planned.block_bytes(exchange)
+    collective = planned.links.collective_us(block, ranks)
     copies = _copies_us(planned, exchange) / 2
     forward, backward = Timeline(ranks), Timeline(ranks)
     forward.run("exchange", collective)
@@ -42,17 +39,15 @@ def _gathered(planned: Planned, exchange: str) -> Module:
 
 def _copies_us(planned: Planned, exchange: str) -> float:
     """Copies of forward and backward together."""
-    machine, plan = planned.machine, planned.plan
-    costs = machine.published
-    shards = len(planned.reads.rank)
+    costs, shards = planned.machine.published, len(planned.reads.rank)
     if exchange == "compacted":
         passes = costs.compacted_passes
     elif _chunks_of_the_window(planned):
         passes, shards = costs.gathered_passes, 2 * planned.ranks
     else:
         passes = costs.shuffled_passes
-    moved = 2 * passes * float(plan.offsets[-1]) * planned.shape.kv_bytes
-    return float(machine.copies.us(moved, launches=0)) + shards * costs.shard_us
+    moved = 2 * passes * float(planned.plan.offsets[-1]) * planned.shape.kv_bytes
+    return float(planned.copies.us(moved, launches=0)) + shards * costs.shard_us
 
 
 def _chunks_of_the_window(planned: Planned) -> bool:
@@ -60,7 +55,4 @@ def _chunks_of_the_window(planned: Planned) -> bool:
     plan = planned.plan
     if plan.strategy != "wlb_adaptive":
         return plan.strategy == "per_sequence"
-    table = per_sequence(plan.document_lengths, plan.world_size)
-    held = np.bincount(table.rank, table.stop - table.start, plan.world_size)
-    work = np.bincount(table.rank, (table.start + table.stop + 1) * (table.stop - table.start) / 2, plan.world_size)
-    return np.array_equal(held, plan.tokens) and np.allclose(work, plan.work)
+    return plan == make_plan(plan.document_lengths, plan.world_size, "per_sequence")
