@@ -67,11 +67,15 @@ class ContextParallel:
         stages: int = 2,
         options: TransportOptions | None = None,
     ) -> None:
-        _check_name("exchange", exchange, tuple(EXCHANGE_CLASSES))
-        _check_name("overlap", overlap, ("auto", *OVERLAPS))
-        _check_name("transport", transport, ("auto", "none", *TRANSPORTS))
-        _check_name("attention", attention, ("auto", *ATTENTION))
-        _check_name("backward", backward, ("keep", "refetch"))
+        for field, name, legal in (
+            ("exchange", exchange, tuple(EXCHANGE_CLASSES)),
+            ("overlap", overlap, ("auto", *OVERLAPS)),
+            ("transport", transport, ("auto", "none", *TRANSPORTS)),
+            ("attention", attention, ("auto", *ATTENTION)),
+            ("backward", backward, ("keep", "refetch")),
+        ):
+            if name not in legal:
+                raise ValueError(f"{field}={name!r}: expected one of {', '.join(legal)}")
         if not isinstance(timeout_s, int | float) or not 0.001 <= timeout_s <= LONGEST_S:
             raise ValueError(f"timeout_s={timeout_s!r}: expected seconds from 0.001 to {LONGEST_S:.0e}")
         check_tuning(tuning)
@@ -161,13 +165,9 @@ class ContextParallel:
                     f"{self.rank}"
                 )
             row = local.shape[:dim] + local.shape[dim:][1:]
-            return Header(
-                plan=_signed(plan),
-                exchange=-1,
-                row_bytes=math.prod(row) * local.element_size(),
-                dtype=_dtype_code(local),
-                gradients=torch.is_grad_enabled() and local.requires_grad,
-            )
+            gradients = torch.is_grad_enabled() and local.requires_grad
+            row_bytes = math.prod(row) * local.element_size()
+            return Header(**_codes(plan, local), exchange=-1, row_bytes=row_bytes, gradients=gradients)
 
         agreed, posted = self._agree(header)
         if posted is not None:
@@ -212,12 +212,11 @@ class ContextParallel:
             self._exchange.check(query_heads, k.shape[1])
             select()
             return Header(
-                plan=_signed(plan),
+                **_codes(plan, k),
                 exchange=list(EXCHANGE_CLASSES).index(self.exchange),
                 query_heads=query_heads,
                 kv_heads=k.shape[1],
                 head_dim=k.shape[2],
-                dtype=_dtype_code(k),
                 scale=scale_code(scale),
                 gradients=torch.is_grad_enabled(),
                 refetch=self.backward == "refetch",
@@ -225,8 +224,8 @@ class ContextParallel:
 
         with self.stats.measure("wait_ms", "headers"):
             agreed, posted = self._agree(header)
-        refetch, agree = self.backward == "refetch", posted.check if posted else _nothing
-        settings = AttentionSettings(select(), self.overlap, self.stages, refetch, self.stats, agree)
+        agree = posted.check if posted else lambda: None  # one rank alone has nobody to agree with
+        settings = AttentionSettings(select(), self.overlap, self.stages, agreed.refetch, self.stats, agree)
         call = Call(plan, self._exchange, settings, agreed, self._handshake)
         sending = self.stats.measure("exposed_exchange_ms", f"attention {agreed.call}, send rows")
         with torch.no_grad(), sending, call.watched():
@@ -285,15 +284,6 @@ class ContextParallel:
             raise ValueError(f"plan for {plan.world_size} ranks: expected the group's {self.world_size}")
 
 
-def _nothing() -> None:
-    """One rank alone has nobody to agree with."""
-
-
-def _check_name(field: str, name: str, legal: tuple[str, ...]) -> None:
-    if name not in legal:
-        raise ValueError(f"{field}={name!r}: expected one of {', '.join(legal)}")
-
-
 def _check_dim(name: str, x: Tensor, dim: int) -> None:
     if not isinstance(x, Tensor) or x.layout is not torch.strided:
         raise ValueError(f"{name} is a {type(x).__name__}: expected a dense tensor")
@@ -303,11 +293,7 @@ def _check_dim(name: str, x: Tensor, dim: int) -> None:
         raise ValueError(f"dim={dim}: expected an axis of {name}, which has {x.dim()}")
 
 
-def _dtype_code(x: Tensor) -> int:
-    """The same number for the same dtype on every rank."""
-    return zlib.crc32(str(x.dtype).encode())
-
-
-def _signed(plan: ShardingPlan) -> int:
-    """The fingerprint as an int64."""
-    return int.from_bytes(bytes.fromhex(plan.fingerprint), "big", signed=True)
+def _codes(plan: ShardingPlan, x: Tensor) -> dict[str, int]:
+    """What a header says of both: the fingerprint as an int64, the same number for the same dtype on every rank."""
+    fingerprint = int.from_bytes(bytes.fromhex(plan.fingerprint), "big", signed=True)
+    return {"plan": fingerprint, "dtype": zlib.crc32(str(x.dtype).encode())}

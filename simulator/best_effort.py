@@ -57,7 +57,7 @@ def _backward(planned: Planned, hops: Hops, home: float, wire: int) -> Timeline:
     timeline, leaves = Timeline(ranks), np.zeros((ranks, ranks))  # when a rank's share of an owner's gradient is there
     timeline.run("attention", planned.cost.launch_us(backward=True))
     for step in range(1, ranks):
-        timeline.run("attention", planned.source_us(True)[every, every - step])
+        timeline.run("attention", planned.behind(planned.source_us(True), step))
         leaves[every, every - step] = timeline.now
     if overlap == "staged":
         leaves[:] = timeline.now[:, None]
@@ -66,8 +66,8 @@ def _backward(planned: Planned, hops: Hops, home: float, wire: int) -> Timeline:
         leaves[:] = timeline.now[:, None]
     come = np.zeros(ranks)
     for step in range(1, ranks):
-        come = hops.send(np.maximum(come, leaves[every, every - step]))
-    timeline.beside("exchange", leaves[every, every - 1], come)
+        come = hops.send(np.maximum(come, planned.behind(leaves, step)))
+    timeline.beside("exchange", planned.behind(leaves, 1), come)
     timeline.wait(come)
     timeline.run("copies", planned.sum_us(home, wire) * (ranks > 1))
     return timeline

@@ -168,6 +168,11 @@ class Planned:
         query = cost.query_us(self.reads.rows, self.shape, backward)
         return self.by_rank(sum(reads) + query) + cost.launch_us(backward)
 
+    def behind(self, values: np.ndarray, step: int) -> np.ndarray:
+        """Of [reader, owner], each reader's value for the rank that is `step` before it in the ring [N]."""
+        every = np.arange(self.ranks)
+        return values[every, every - step]
+
     def merge_us(self, rows: np.ndarray) -> np.ndarray:
         """What a forward kernel adds that leaves its results in an fp32 sum, for so many query rows."""
         numbers = rows * (self.shape.query_heads * self.shape.head_dim)
