@@ -224,8 +224,9 @@ class ContextParallel:
 
         with self.stats.measure("wait_ms", "headers"):
             agreed, posted = self._agree(header)
+        refetch = self.backward == "refetch"
         agree = posted.check if posted else lambda: None  # one rank alone has nobody to agree with
-        settings = AttentionSettings(select(), self.overlap, self.stages, agreed.refetch, self.stats, agree)
+        settings = AttentionSettings(select(), self.overlap, self.stages, refetch, self.stats, agree)
         call = Call(plan, self._exchange, settings, agreed, self._handshake)
         sending = self.stats.measure("exposed_exchange_ms", f"attention {agreed.call}, send rows")
         with torch.no_grad(), sending, call.watched():

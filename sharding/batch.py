@@ -9,7 +9,8 @@ from typing import TypeVar
 
 __all__ = ["map_ordered"]
 
-Pack, Result = TypeVar("Pack"), TypeVar("Result")
+Pack = TypeVar("Pack")
+Result = TypeVar("Result")
 AT_A_TIME = 16  # packs handed to a worker together: one takes some ten milliseconds
 
 

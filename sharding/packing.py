@@ -72,11 +72,16 @@ def _windows(lengths: Iterable[int], context: int, carry: bool, start: int, keep
             room -= stop - start
             start = stop if carry else length
             if room == 0:
-                yield Window(*np.array(pieces, dtype=np.int64).T, 0 if carry else length - stop)
+                yield _window(pieces, dropped=0 if carry else length - stop)
                 pieces, room = [], context
         start = 0
     if pieces and keep_last:
-        yield Window(*np.array(pieces, dtype=np.int64).T, 0)
+        yield _window(pieces, dropped=0)
+
+
+def _window(pieces: list[tuple[int, int, int]], dropped: int) -> Window:
+    document, start, stop = np.array(pieces, dtype=np.int64).T
+    return Window(document, start, stop, dropped)
 
 
 def _whole(length: int) -> int:

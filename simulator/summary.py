@@ -103,7 +103,9 @@ def _simulate(
 
 def _summarise(variant: Variant, one: Outcome, base: Outcome, setting: Setting, gemm_ms: float, layers: int) -> Summary:
     """The numbers of one method, of outcomes whose numbers are arrays over packs."""
-    means = {name: float(np.mean(column)) for name, column in one._asdict().items() if not name.endswith("_mib")}
+    means: dict[str, Any] = {
+        name: float(np.mean(column)) for name, column in one._asdict().items() if not name.endswith("_mib")
+    }
     means["exposed_exchange_ms"] = max(0.0, means["exposed_exchange_ms"])
     module_ms, base_ms = means["module_ms"], float(np.mean(base.module_ms))
     singly = np.asarray(base.module_ms) / one.module_ms

@@ -8,9 +8,9 @@ compares it with the plans of the other strategies.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -96,27 +96,18 @@ def flashcp(
     return found if better is None else better
 
 
-class Loops(NamedTuple):
-    """`search.fill` and `search.improve`."""
-
-    fill: Callable[..., None]
-    improve: Callable[..., tuple[int, int]]
-
-
 @cache
-def loops(compiled: bool) -> Loops:
-    """The plain functions, or their compiled twins: the same whole numbers, the same plan.
+def loops(compiled: bool) -> Sequence[Callable[..., Any]]:
+    """`fill` and `improve`, or their compiled twins: the same whole numbers, the same plan.
 
     The plain ones, with a warning, where numba is not installed: the same plan, after seconds for a big window.
     """
-    plain = Loops(fill, improve)
-    if not compiled:
-        return plain
-    try:
-        return Loops(*compiled_twins(plain, HELPERS, error_model="numpy"))
-    except ModuleNotFoundError:
-        warnings.warn("numba is not installed: big windows are planned uncompiled, slowly", stacklevel=2)
-        return plain
+    if compiled:
+        try:
+            return compiled_twins((fill, improve), HELPERS, error_model="numpy")
+        except ModuleNotFoundError:
+            warnings.warn("numba is not installed: big windows are planned uncompiled, slowly", stacklevel=2)
+    return fill, improve
 
 
 def _search(
@@ -126,29 +117,27 @@ def _search(
     small = int(lengths.sum()) <= SMALL_WINDOW
     if budget is None:
         budget = 400 if small else 44_000 + 250 * world_size
-    run = loops(compiled=not small)
+    run_fill, run_improve = loops(compiled=not small)
     order = np.argsort(-lengths, kind="stable")
-    first, bundle, divisible = _first_plan(lengths[order], world_size, run)
+    first, bundle, divisible = _first_plan(lengths[order], world_size, run_fill)
     trial = no_holders(np.zeros(3, dtype=np.int64), world_size + 2)
     starts = min(STARTS, max(1, budget // LEAST_MOVES))
-    running = [(first.copy(), np.array([SEED + 7919 * start])) for start in range(starts)]
+    running = [(Holders(*map(np.copy, first)), np.array([SEED + 7919 * start])) for start in range(starts)]
     rounds = starts.bit_length()
     for _ in range(rounds):
         moves = budget // rounds // len(running)
-        reached = [
-            run.improve(holders, trial, divisible, world_size, moves, seed, *settings) for holders, seed in running
-        ]
+        reached = [run_improve(one, trial, divisible, world_size, moves, seed, *settings) for one, seed in running]
         ranked = sorted(range(len(running)), key=lambda i: (reached[i], i))
         running = [running[i] for i in ranked[: max(1, len(running) // 2)]]
     (excess, critical), (holders, seed) = reached[ranked[0]], running[0]
     for _ in range(EXTENSIONS):
         if excess == 0:
             break
-        excess, critical = run.improve(holders, trial, divisible, world_size, budget // rounds, seed, *settings)
+        excess, critical = run_improve(holders, trial, divisible, world_size, budget // rounds, seed, *settings)
     return _table(holders, lengths[order], order, bundle, divisible), int(critical)
 
 
-def _first_plan(length: np.ndarray, world_size: int, run: Loops) -> tuple[Holders, np.ndarray, int]:
+def _first_plan(length: np.ndarray, world_size: int, run_fill: Callable[..., None]) -> tuple[Holders, np.ndarray, int]:
     """The plan that `fill` makes of documents sorted longest first; which bundle each later one is in.
 
     Of very many documents the longest are planned one by one; the others are dealt into 8 bundles a rank, which
@@ -173,7 +162,7 @@ def _first_plan(length: np.ndarray, world_size: int, run: Loops) -> tuple[Holder
         share, left = divmod(int(amounts.sum()), world_size)
         return share + (np.arange(world_size) < left) - sum_by(rank, bundled, world_size)
 
-    run.fill(holders, alone, missing(length, bundle_rows), missing(shard_work(0, length), bundle_work))
+    run_fill(holders, alone, missing(length, bundle_rows), missing(shard_work(0, length), bundle_work))
     return holders, bundle, alone
 
 

@@ -28,16 +28,10 @@ class Holders(NamedTuple):
     work: np.ndarray  # [documents, slots]
     tail: np.ndarray  # [documents, slots] rows taken from the end; the others are taken from the start
 
-    def copy(self) -> Holders:
-        """The same in arrays of its own."""
-        return Holders(*(array.copy() for array in self))
-
 
 def no_holders(length: np.ndarray, slots: int) -> Holders:
     """Documents that nobody holds yet, with room for `slots` holders each."""
-    shape = (len(length), slots)
-    count = np.zeros(len(length), dtype=np.int64)
-    return Holders(length, count, *(np.zeros(shape, dtype=np.int64) for _ in range(4)))
+    return Holders(length, np.zeros_like(length), *np.zeros((4, len(length), slots), dtype=np.int64))
 
 
 def find(holders: Holders, document: int, rank: int) -> int:
@@ -46,13 +40,6 @@ def find(holders: Holders, document: int, rank: int) -> int:
         if holders.rank[document, slot] == rank:
             return slot
     return -1
-
-
-def amount(holders: Holders, document: int, slot: int) -> tuple[int, int]:
-    """Rows and work in a slot; none in slot -1."""
-    if slot < 0:
-        return 0, 0
-    return holders.rows[document, slot], holders.work[document, slot]
 
 
 def layout(holders: Holders, document: int, granularity: int) -> None:
@@ -212,8 +199,11 @@ def propose_split(
     on `second`. `heads`: the first takes heads only and the lowest rows there are.
     """
     one, two = find(holders, document, first), find(holders, document, second)
-    (rows_one, work_one), (rows_two, work_two) = amount(holders, document, one), amount(holders, document, two)
-    all_rows, all_work = rows_one + rows_two, work_one + work_two
+    all_rows, all_work = 0, 0
+    for slot in (one, two):
+        if slot >= 0:
+            all_rows += holders.rows[document, slot]
+            all_work += holders.work[document, slot]
     low, high = min(one, two), max(one, two)
     if low < 0:
         low = high
@@ -232,11 +222,14 @@ def propose_moved(holders: Holders, document: int, giver: int, taker: int, trial
     gone, old = find(holders, document, giver), find(holders, document, taker)
     trial.length[at], trial.number[at] = holders.length[document], 0
     for slot in range(holders.number[document]):
+        rank, rows, work = holders.rank[document, slot], holders.rows[document, slot], holders.work[document, slot]
+        if slot == gone:
+            rank = taker
+            if old >= 0:
+                rows += holders.rows[document, old]
+                work += holders.work[document, old]
         if slot != old:
-            rank = taker if slot == gone else holders.rank[document, slot]
-            put(trial, at, rank, holders.rows[document, slot], holders.work[document, slot])
-    if old >= 0:
-        hold(trial, at, taker, holders.rows[document, old], holders.work[document, old])
+            put(trial, at, rank, rows, work)
 
 
 def adopt(holders: Holders, document: int, trial: Holders, at: int, ranks: tuple[int, int], held: Held) -> None:
@@ -267,8 +260,8 @@ def draw(seed: np.ndarray, below: int) -> int:
 def overwork(work: np.ndarray, limit: int) -> int:
     """Work above the limit, summed over the ranks."""
     total = 0
-    for rank in range(len(work)):
-        total += max(0, work[rank] - limit)
+    for pairs in work:
+        total += max(0, pairs - limit)
     return total
 
 
@@ -375,12 +368,19 @@ def improve(
 
         # Rows of it that a needs for its tokens to stay the same.
         slot_a, slot_b = find(holders, cut, a), find(holders, cut, b)
-        (need, cut_a), (rows, cut_b) = amount(holders, cut, slot_a), amount(holders, cut, slot_b)
-        pool, pool_work = need + rows, cut_a + cut_b
-        work_a, work_b = work[a] - cut_a, work[b] - cut_b
-        moved, moved_work = 0, 0
+        need, pool, pool_work, moved, moved_work = 0, 0, 0, 0, 0
+        work_a, work_b = work[a], work[b]
+        if slot_a >= 0:
+            need = holders.rows[cut, slot_a]
+            pool, pool_work = need, holders.work[cut, slot_a]
+            work_a -= pool_work
+        if slot_b >= 0:
+            pool += holders.rows[cut, slot_b]
+            pool_work += holders.work[cut, slot_b]
+            work_b -= holders.work[cut, slot_b]
         if from_a >= 0:
-            moved, moved_work = amount(holders, from_a, find(holders, from_a, a))
+            slot = find(holders, from_a, a)
+            moved, moved_work = holders.rows[from_a, slot], holders.work[from_a, slot]
             if kind >= 32 - parts and moved > 1 and from_a < divisible:
                 moved = 1 + draw(seed, moved - 1)
                 moved_work = min(moved_work, moved * (moved + 1) // 2)
@@ -388,10 +388,10 @@ def improve(
             work_a -= moved_work
             work_b += moved_work
         if from_b >= 0:
-            rows, pairs = amount(holders, from_b, find(holders, from_b, b))
-            need -= rows
-            work_a += pairs
-            work_b -= pairs
+            slot = find(holders, from_b, b)
+            need -= holders.rows[from_b, slot]
+            work_a += holders.work[from_b, slot]
+            work_b -= holders.work[from_b, slot]
         if need < 0 or need > pool or (from_a < 0 and (need == 0 or need == pool)):
             continue
         if excess == 0 and (max(work_a, work_b) > limit or work_a + work_b + pool_work > 2 * limit):
@@ -419,12 +419,15 @@ def improve(
         changed[0] = cut
         changes = 1
         if from_a >= 0:
-            slot = find(holders, from_a, taker)
-            rows, pairs = amount(holders, from_a, slot)
-            if moved == holders.rows[from_a, find(holders, from_a, giver)]:
+            slot = find(holders, from_a, giver)
+            if moved == holders.rows[from_a, slot]:
                 propose_moved(holders, from_a, giver, taker, trial, changes)
             else:
-                propose_split(holders, from_a, taker, giver, moved + rows, moved_work + pairs, slot < 0, trial, changes)
+                slot = find(holders, from_a, taker)
+                if slot >= 0:
+                    moved += holders.rows[from_a, slot]
+                    moved_work += holders.work[from_a, slot]
+                propose_split(holders, from_a, taker, giver, moved, moved_work, slot < 0, trial, changes)
             changed[changes] = from_a
             changes += 1
         if from_b >= 0:
@@ -465,7 +468,7 @@ def improve(
 
 
 HELPERS = (
-    *(find, amount, layout, charge, put, hold, note),
+    *(find, layout, charge, put, hold, note),
     *(propose_split, propose_moved, adopt, draw, overwork, volume_energy),
 )
 """What `fill` and `improve` call."""
