@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flashcp.schema import read_dataclass
+from flashcp.sharding.documents import check_choice
 from flashcp.simulator.machine import Machine, check_machine
 
 __all__ = ["clusters", "read_cluster", "read_cluster_file", "read_machine"]
@@ -31,10 +32,8 @@ def clusters() -> tuple[str, ...]:
 
 def read_cluster(name: str) -> Machine:
     """The machine that `conf/cluster/NAME.yaml` describes. Raises ValueError for a name that there is not."""
-    field = f"cluster={name!r}"
-    if not isinstance(name, str) or name not in _files():
-        raise ValueError(f"{field}: expected one of {', '.join(clusters())}")
-    return read_machine(_load(_files()[name].read_text("utf-8"), field))
+    check_choice("cluster", name, clusters())
+    return read_machine(_load(_files()[name].read_text("utf-8"), f"cluster={name!r}"))
 
 
 def read_cluster_file(path: str) -> Machine:

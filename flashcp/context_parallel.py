@@ -22,6 +22,7 @@ from flashcp.kernels.interface import AttentionKernel
 from flashcp.kernels.selection import ATTENTION, select_attention, waits_inside
 from flashcp.kernels.tuning import Tuning, check_tuning
 from flashcp.operator import Call, Handle, scale_code
+from flashcp.sharding.documents import check_choice
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.unshard import local_rows, unshard
 
@@ -74,8 +75,7 @@ class ContextParallel:
             ("attention", attention, ("auto", *ATTENTION)),
             ("backward", backward, ("keep", "refetch")),
         ):
-            if name not in legal:
-                raise ValueError(f"{field}={name!r}: expected one of {', '.join(legal)}")
+            check_choice(field, name, legal)
         if not isinstance(timeout_s, int | float) or not 0.001 <= timeout_s <= LONGEST_S:
             raise ValueError(f"timeout_s={timeout_s!r}: expected seconds from 0.001 to {LONGEST_S:.0e}")
         check_tuning(tuning)

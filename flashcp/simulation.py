@@ -10,9 +10,9 @@ import numpy as np
 from flashcp.clusters import clusters, read_cluster
 from flashcp.sharding.documents import read_document_lengths, read_world_size
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.simulator.cost import ModelShape
 from flashcp.simulator.machine import Machine, check_machine
 from flashcp.simulator.pack import Pack
-from flashcp.simulator.step import ModelShape
 from flashcp.simulator.summary import BASELINE, Summary, recommendation, simulate_methods
 from flashcp.simulator.variants import choose_variants, make_setting, read_ranks, without_ulysses
 from flashcp.text import table

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flashcp.sharding.assignment import Assignment
-from flashcp.sharding.exchanges.exact import Exact
+from flashcp.sharding.exchanges import Exact
 from flashcp.sharding.shards import shard_work
 
 __all__ = ["Certificate", "certificate", "certify", "least_largest_work", "study_ceiling"]

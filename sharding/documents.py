@@ -7,7 +7,14 @@ from numbers import Integral
 
 import numpy as np
 
-__all__ = ["document_offsets", "expand_ranges", "read_document_lengths", "read_world_size", "sum_by"]
+__all__ = [
+    "check_choice",
+    "document_offsets",
+    "expand_ranges",
+    "read_document_lengths",
+    "read_world_size",
+    "sum_by",
+]
 
 MOST_TOKENS = 2**31 - 1  # of a pack: its work, tokens squared, then fits int64
 
@@ -45,6 +52,13 @@ def read_world_size(world_size: int, tokens: int) -> int:
     if world_size > tokens:
         raise ValueError(f"world_size={world_size} with a pack of {tokens} tokens: expected at most one rank per token")
     return int(world_size)
+
+
+def check_choice(field: str, value: object, legal: Iterable[object]) -> None:
+    """Raise ValueError, naming value, field and what is legal, for a choice that there is not."""
+    choices = list(legal)
+    if value not in choices:
+        raise ValueError(f"{field}={value!r}: expected one of {', '.join(map(str, choices))}")
 
 
 def document_offsets(document_lengths: np.ndarray) -> np.ndarray:

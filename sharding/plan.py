@@ -12,7 +12,7 @@ import numpy as np
 
 from flashcp.sharding.assignment import Assignment
 from flashcp.sharding.bounds import Certificate, certify
-from flashcp.sharding.documents import read_document_lengths
+from flashcp.sharding.documents import check_choice, read_document_lengths
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.route import Route
 from flashcp.sharding.shards import Segments, Shard, ShardTable, read_shards
@@ -38,8 +38,7 @@ class ShardingPlan(Assignment):
 
     def route(self, exchange: str = "exact") -> Route:
         """Which rows travel from which rank to which. Raises ValueError for an exchange that there is not."""
-        if not isinstance(exchange, str) or exchange not in EXCHANGES:
-            raise ValueError(f"exchange={exchange!r}: expected one of {', '.join(EXCHANGES)}")
+        check_choice("exchange", exchange, EXCHANGES)
         return EXCHANGES[exchange](self)
 
     @cached_property

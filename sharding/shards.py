@@ -31,16 +31,13 @@ class ShardTable(NamedTuple):
 
     @property
     def rows(self) -> np.ndarray:
-        """Rows of each shard."""
         return self.stop - self.start
 
     @property
     def work(self) -> np.ndarray:
-        """Causal query-key pairs of each shard."""
         return shard_work(self.start, self.stop)
 
     def take(self, index: np.ndarray) -> ShardTable:
-        """The shards that an index or mask array picks."""
         return ShardTable(*(column[index] for column in self))
 
     def side_by_side(self) -> Segments:
@@ -62,7 +59,6 @@ class Segments(NamedTuple):
     row: np.ndarray
 
     def take(self, index: np.ndarray) -> Segments:
-        """The segments that an index or mask array picks."""
         return Segments(*(column[index] for column in self))
 
     def buffer_rows(self) -> np.ndarray:

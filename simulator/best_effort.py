@@ -19,7 +19,6 @@ __all__ = ["best_effort"]
 
 
 def best_effort(planned: Planned, exchange: str) -> Module:
-    """One layer."""
     if exchange == "ulysses":
         return ulysses(planned, copies=0, in_order=True)
     ranks, block = planned.ranks, planned.block_bytes(exchange)

@@ -22,7 +22,6 @@ __all__ = ["attend", "ours"]
 
 
 def ours(planned: Planned, exchange: str) -> Module:
-    """One layer under our implementation."""
     if exchange == "ulysses":
         return ulysses(planned, copies=1, in_order=False)
     if exchange == "ring":

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashcp.sharding.exchanges.exact import traffic
+from flashcp.sharding.exchanges import traffic
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.cost import AttentionCost, AttentionShape, ReadFeatures, read_features
 from flashcp.simulator.machine import Machine

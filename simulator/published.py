@@ -66,7 +66,6 @@ def _zigzag(documents: int) -> tuple[Pass, Pass]:
 
 
 def published(planned: Planned, exchange: str) -> Module:
-    """One layer under a method as published."""
     if exchange == "ulysses":
         return ulysses(planned, copies=2, in_order=True)
     return published_ring(planned) if exchange == "ring" else _gathered(planned, exchange)

@@ -10,9 +10,9 @@ import numpy as np
 
 from flashcp.sharding.batch import map_ordered
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.simulator.cost import ModelShape, layer_flops
 from flashcp.simulator.pack import Options, Outcome, Pack, Price, make_plans, simulate_plans
 from flashcp.simulator.planned import Planned, Setting
-from flashcp.simulator.step import ModelShape, layer_flops
 from flashcp.simulator.variants import VARIANTS, Variant
 
 __all__ = ["BASELINE", "Summary", "overlap_of", "recommendation", "simulate_methods"]

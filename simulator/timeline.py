@@ -26,7 +26,6 @@ class Timeline:
         self.busy = dict.fromkeys(("attention", "copies", "exchange"), self.now)  # time each rank has spent on a kind
 
     def run(self, kind: str, us: np.ndarray | float) -> None:
-        """Every rank is busy for so long."""
         start, self.now = self.now, self.now + us
         self.busy[kind] = self.busy[kind] + us
         self.spans.append(Span(kind, start, self.now))
@@ -36,7 +35,6 @@ class Timeline:
         self.now = np.maximum(self.now, until)
 
     def meet(self) -> None:
-        """Every rank waits for the last one."""
         self.now = np.full_like(self.now, self.now.max())
 
     def beside(self, kind: str, start: np.ndarray | float, stop: np.ndarray) -> None:

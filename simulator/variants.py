@@ -8,18 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flashcp.sharding.documents import check_choice
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.methods import METHODS
 from flashcp.sharding.strategies import STRATEGIES
-from flashcp.simulator.cost import AttentionShape
+from flashcp.simulator.cost import AttentionShape, ModelShape
 from flashcp.simulator.machine import Machine
 from flashcp.simulator.planned import Setting
-from flashcp.simulator.step import ModelShape
 
 __all__ = ["GIVEN_PLAN", "VARIANTS", "Variant", "choose_variants", "make_setting", "read_ranks", "without_ulysses"]
 
-OVERLAPS = ("auto", "none", "staged", "fused")
-GRADIENT_BYTES = (2, 4)
 MOST_RANKS = 1024
 GIVEN_PLAN = "plan"
 """The strategy of a plan that the caller made."""
@@ -84,10 +82,8 @@ def make_setting(
 
     Raises ValueError naming value, field and what is legal.
     """
-    if overlap not in OVERLAPS:
-        raise ValueError(f"overlap={overlap!r}: expected one of {', '.join(OVERLAPS)}")
-    if gradient_bytes not in GRADIENT_BYTES:
-        raise ValueError(f"gradient_bytes={gradient_bytes!r}: expected one of {', '.join(map(str, GRADIENT_BYTES))}")
+    check_choice("overlap", overlap, ("auto", "none", "staged", "fused"))
+    check_choice("gradient_bytes", gradient_bytes, (2, 4))
     for name, number in asdict(model).items():
         least = 0 if name == "ffn_dim" else 1
         if not isinstance(number, int | np.integer) or number < least:

@@ -15,7 +15,7 @@ from flashcp.comm.exchanges.receiving import GradientReturn, ReceivingExchange, 
 from flashcp.comm.rows import OutgoingRows
 from flashcp.comm.transport import Transport
 from flashcp.kernels.interface import KV
-from flashcp.sharding.exchanges.exact import traffic
+from flashcp.sharding.exchanges import traffic
 from flashcp.sharding.plan import ShardingPlan
 
 __all__ = ["Exact"]

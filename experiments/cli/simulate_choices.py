@@ -11,11 +11,10 @@ import numpy as np
 from flashcp.clusters import read_cluster_file, read_machine
 from flashcp.experiments.cli.plan import chosen_methods
 from flashcp.schema import read_dataclass
-from flashcp.simulator.cost import AttentionShape
+from flashcp.simulator.cost import AttentionShape, ModelShape
 from flashcp.simulator.machine import Machine
 from flashcp.simulator.pack import Price
 from flashcp.simulator.planned import Planned, Setting
-from flashcp.simulator.step import ModelShape
 from flashcp.simulator.variants import (
     VARIANTS,
     Variant,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from flashcp.sharding.documents import read_document_lengths, read_world_size
+from flashcp.sharding.documents import check_choice, read_document_lengths, read_world_size
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies.equal_pieces import contiguous, per_document, per_sequence
@@ -46,8 +46,7 @@ def plan(
     """
     lengths = read_document_lengths(document_lengths)
     ranks = read_world_size(world_size, int(lengths.sum()))
-    if not isinstance(strategy, str) or strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r}: expected one of {', '.join(STRATEGIES)}")
+    check_choice("strategy", strategy, STRATEGIES)
     function = STRATEGIES[strategy]
     legal = list(inspect.signature(function).parameters)[2:]
     for name in options:

@@ -44,7 +44,6 @@ class Attempt(NamedTuple):
     imbalance: float
 
     def table(self) -> ShardTable:
-        """All shards of the pass."""
         flat = [(*piece, rank) for rank, held in enumerate(self.pieces) for piece in held]
         columns = np.array(flat, dtype=np.int64).reshape(len(flat), 4).T
         return ShardTable(*map(np.concatenate, zip(self.per_document, columns, strict=True)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import flashcp
-from flashcp.sharding.exchanges.exact import traffic
+from flashcp.sharding.exchanges import traffic
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.planned import plan_reads
 from tests.packs import AWKWARD, random_lengths

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from flashcp.clusters import read_cluster
-from flashcp.simulator.cost import AttentionShape
-from flashcp.simulator.step import ModelShape
+from flashcp.simulator.cost import AttentionShape, ModelShape
 from flashcp.simulator.variants import (
     VARIANTS,
     Variant,

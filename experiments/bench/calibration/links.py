@@ -20,8 +20,7 @@ from flashcp.experiments.bench.kernel_times import DTYPES
 from flashcp.experiments.bench.timing import Clock, median_us
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan
-from flashcp.simulator.cost import AttentionShape
-from flashcp.simulator.step import layer_flops
+from flashcp.simulator.cost import AttentionShape, layer_flops
 from flashcp.train.model import Block, ModelConfig, Rotary
 from flashcp.train.ranks import Ranks
 

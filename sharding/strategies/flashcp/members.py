@@ -16,7 +16,6 @@ __all__ = ["best_member", "largest_work", "members"]
 
 
 def members(lengths: np.ndarray, world_size: int) -> list[ShardTable]:
-    """The plans of all members."""
     return [member(lengths, world_size) for member in (contiguous, per_document, per_sequence, flashcp_paper)]
 
 
@@ -69,5 +68,4 @@ def _candidates(lengths: np.ndarray, world_size: int, limit: int, key: tuple[int
 
 
 def largest_work(table: ShardTable, world_size: int) -> int:
-    """Causal pairs of the rank with most of them."""
     return int(sum_by(table.rank, table.work, world_size).max())

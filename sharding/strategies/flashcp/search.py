@@ -99,7 +99,6 @@ def charge(holders: Holders, document: int, sign: int, multicast: bool, sent: np
 
 
 def put(holders: Holders, document: int, rank: int, rows: int, work: int) -> None:
-    """Add a holder behind the others."""
     slot = holders.number[document]
     holders.rank[document, slot] = rank
     holders.rows[document, slot] = rows
@@ -108,7 +107,6 @@ def put(holders: Holders, document: int, rank: int, rows: int, work: int) -> Non
 
 
 def hold(holders: Holders, document: int, rank: int, rows: int, work: int) -> None:
-    """Give a rank more rows and work of a document."""
     slot = find(holders, document, rank)
     if slot < 0:
         put(holders, document, rank, rows, work)
@@ -178,7 +176,6 @@ class Held(NamedTuple):
 
 
 def note(held: Held, document: int, rank: int) -> None:
-    """Add a document to a rank's."""
     held.place[document, rank] = held.number[rank]
     held.document[rank, held.number[rank]] = document
     held.number[rank] += 1
@@ -258,7 +255,6 @@ def draw(seed: np.ndarray, below: int) -> int:
 
 
 def overwork(work: np.ndarray, limit: int) -> int:
-    """Work above the limit, summed over the ranks."""
     total = 0
     for pairs in work:
         total += max(0, pairs - limit)
