@@ -129,21 +129,11 @@ class ContextParallel:
         home in fp32 (`ulysses`: in the model's dtype) and are added in a fixed order.
         Raises ValueError for shapes, dtypes and plans that do not fit, ExchangeError as the class says.
         """
-
-        def check(rows: int) -> tuple[int, float]:
-            check_inputs(q, k, v, rows)
-            return q.shape[1], default_scale(q, softmax_scale)
-
-        return self._begin(k, v, plan, check).attention(q, softmax_scale)
+        return self._begin(k, v, plan, q, softmax_scale).attention(q, softmax_scale)
 
     def prefetch(self, k: Tensor, v: Tensor, plan: ShardingPlan) -> Handle:
         """Let K and V rows leave now; `handle.attention(q)` computes later. Arguments as for `attention`."""
-
-        def check(rows: int) -> tuple[int, float]:
-            check_inputs(k, k, v, rows)
-            return 0, 0.0  # queries come later
-
-        return self._begin(k, v, plan, check)
+        return self._begin(k, v, plan)
 
     def shard(self, x: Tensor, plan: ShardingPlan, dim: int = 0) -> Tensor:
         """This rank's rows of a tensor that holds the whole pack along `dim`, in local order."""
@@ -151,7 +141,7 @@ class ContextParallel:
         _check_dim("x", x, dim)
         if x.shape[dim] != plan.offsets[-1]:
             raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}: expected the pack's {plan.offsets[-1]}")
-        return x.index_select(dim, local_rows(plan, self.rank, x.device))
+        return x.index_select(dim, local_rows(plan, self.rank, x.device).here())
 
     def unshard(self, local: Tensor, plan: ShardingPlan, dim: int = 0) -> Tensor:
         """The whole pack along `dim` on every rank, from each rank's rows; differentiable."""
@@ -200,15 +190,18 @@ class ContextParallel:
         self._check_plan(plan)
         return torch.from_numpy(plan.positions(self.rank))
 
-    def _begin(self, k: Tensor, v: Tensor, plan: ShardingPlan, check: Callable[[int], tuple[int, float]]) -> Handle:
-        """Let rows leave. check: of the tensors, given this rank's rows; returns query heads and scale."""
+    def _begin(
+        self, k: Tensor, v: Tensor, plan: ShardingPlan, q: Tensor | None = None, softmax_scale: float | None = None
+    ) -> Handle:
+        """Let rows leave. q: None where queries come later."""
 
         def select() -> AttentionKernel:
             return select_attention(self.attention_name, k.device, self.tuning)
 
         def header() -> Header:
             self._check_plan(plan)
-            query_heads, scale = check(int(plan.tokens[self.rank]))
+            check_inputs(k if q is None else q, k, v, int(plan.tokens[self.rank]))
+            query_heads, scale = (0, 0.0) if q is None else (q.shape[1], default_scale(q, softmax_scale))
             self._exchange.check(query_heads, k.shape[1])
             select()
             return Header(

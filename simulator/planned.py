@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashcp.sharding.exchanges import traffic
+from flashcp.sharding.exchanges import share_heads, traffic
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.cost import AttentionCost, AttentionShape, ReadFeatures, read_features
 from flashcp.simulator.machine import Machine
@@ -154,13 +154,8 @@ class Planned:
     @property
     def heads_shape(self) -> AttentionShape:
         """Of one rank's share of the heads. Raises ValueError where ranks cannot share them out evenly."""
-        ranks, shape = self.ranks, self.shape
-        if shape.query_heads % ranks or shape.kv_heads % ranks:
-            raise ValueError(
-                f"query_heads={shape.query_heads}, kv_heads={shape.kv_heads}: ulysses expects multiples of "
-                f"world_size={ranks}"
-            )
-        return shape._replace(query_heads=shape.query_heads // ranks, kv_heads=shape.kv_heads // ranks)
+        query_heads, kv_heads = share_heads(self.shape.query_heads, self.shape.kv_heads, self.ranks)
+        return self.shape._replace(query_heads=query_heads, kv_heads=kv_heads)
 
     def priced(self, cost: AttentionCost, backward: bool) -> np.ndarray:
         """What one kernel over everything would cost under other prices for the same tiles [N]."""

@@ -27,13 +27,12 @@ def best_member(lengths: np.ndarray, world_size: int, limit: int, work: int, cri
     best = None
     key = (max(work, limit), critical)
     for table in _candidates(lengths, world_size, limit, key):
-        most = largest_work(table, world_size)
-        if max(most, limit) > key[0]:
+        most = max(largest_work(table, world_size), limit)
+        if most > key[0]:
             continue
-        rows = ShardingPlan(lengths, world_size, table).route("exact").critical_rows
-        if (max(most, limit), rows) < key:
-            key = (max(most, limit), int(rows))
-            best = table
+        rows = int(ShardingPlan(lengths, world_size, table).route("exact").critical_rows)
+        if (most, rows) < key:
+            key, best = (most, rows), table
     return best
 
 
