@@ -256,8 +256,8 @@ def draw(seed: np.ndarray, below: int) -> int:
 
 def overwork(work: np.ndarray, limit: int) -> int:
     total = 0
-    for pairs in work:
-        total += max(0, pairs - limit)
+    for rank in range(len(work)):
+        total += max(0, work[rank] - limit)
     return total
 
 
