@@ -9,26 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashcp.attention import varlen_attention
-    from flashcp.comm.choice import TransportOptions
-    from flashcp.context_parallel import ContextParallel
-    from flashcp.kernels.reference import reference_attention
-    from flashcp.sharding import Shard, ShardingPlan, plan, strategies
-    from flashcp.simulation import simulate
+    from flashcp.attention import varlen_attention as varlen_attention
+    from flashcp.comm.choice import TransportOptions as TransportOptions
+    from flashcp.context_parallel import ContextParallel as ContextParallel
+    from flashcp.kernels.reference import reference_attention as reference_attention
+    from flashcp.sharding import Shard as Shard
+    from flashcp.sharding import ShardingPlan as ShardingPlan
+    from flashcp.sharding import plan as plan
+    from flashcp.sharding import strategies as strategies
+    from flashcp.simulation import simulate as simulate
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "ContextParallel",
-    "Shard",
-    "ShardingPlan",
-    "TransportOptions",
-    "plan",
-    "reference_attention",
-    "simulate",
-    "strategies",
-    "varlen_attention",
-]
 
 _HOME = {
     "ContextParallel": "flashcp.context_parallel",
@@ -41,6 +32,7 @@ _HOME = {
     "strategies": "flashcp.sharding",
     "varlen_attention": "flashcp.attention",
 }
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -38,7 +38,7 @@ def varlen_attention(
     """
     check_inputs(q, k, v)
     check_tuning(tuning)
-    lengths = document_lengths if isinstance(document_lengths, Tensor) else _tensor(document_lengths, len(q))
+    lengths = document_lengths if isinstance(document_lengths, Tensor) else _tensor(document_lengths)
     empty = k.new_empty((0, 2, *k.shape[1:]))
     return attention_operator(
         q,
@@ -52,7 +52,7 @@ def varlen_attention(
     )[0]
 
 
-def _tensor(document_lengths: Iterable[int], tokens: int) -> Tensor:
+def _tensor(document_lengths: Iterable[int]) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.tensor(list(document_lengths), dtype=torch.int64)
     return torch.tensor(read_document_lengths(document_lengths).tolist())

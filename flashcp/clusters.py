@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flashcp.schema import read_dataclass
+from flashcp.sharding.documents import check_choice
 from flashcp.simulator.machine import Machine, check_machine
 
 __all__ = ["clusters", "read_cluster", "read_cluster_file", "read_machine"]
@@ -31,17 +32,15 @@ def clusters() -> tuple[str, ...]:
 
 def read_cluster(name: str) -> Machine:
     """The machine that `conf/cluster/NAME.yaml` describes. Raises ValueError for a name that there is not."""
-    field = f"cluster={name!r}"
-    if not isinstance(name, str) or name not in _files():
-        raise ValueError(f"{field}: expected one of {', '.join(clusters())}")
-    return read_machine(_with_defaults(_load(_files()[name].read_text("utf-8"), field), field))
+    check_choice("cluster", name, clusters())
+    return read_machine(_load(_files()[name].read_text("utf-8"), f"cluster={name!r}"))
 
 
 def read_cluster_file(path: str) -> Machine:
     """The machine in a file like those of `conf/cluster/`. Raises ValueError for anything else."""
     field = f"cluster_file={path!r}"
     try:
-        values = _with_defaults(_load(Path(path).expanduser().read_text("utf-8"), field), field)
+        values = _load(Path(path).expanduser().read_text("utf-8"), field)
     except OSError as error:
         raise ValueError(f"{field}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
@@ -83,7 +82,8 @@ def _files() -> dict[str, Traversable]:
 
 
 def _load(text: str, field: str) -> Any:
-    """What YAML says, {} where it says nothing."""
+    """What YAML says, {} where it says nothing; a file's own keys over those of the clusters that its `defaults` name,
+    later ones over earlier ones."""
     try:
         import yaml  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
@@ -97,27 +97,20 @@ def _load(text: str, field: str) -> Any:
         found = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{field}: not YAML ({' '.join(str(error).split())[:80]})") from error
-    return {} if found is None else found
-
-
-def _with_defaults(values: Any, field: str) -> Any:
-    """A file's own keys over those of the clusters that its `defaults` name, later ones over earlier ones."""
-    if not isinstance(values, dict):
-        return values
-    own = {name: value for name, value in values.items() if name != "defaults"}
-    names = values.get("defaults") or []
-    files = _files()
+    if not isinstance(found, dict):
+        return {} if found is None else found
+    names, files = found.pop("defaults", None) or [], _files()
     if not isinstance(names, list):
         raise ValueError(f"{field}: defaults={names!r}: expected a list of {', '.join(files)}")
-    found: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for name in names if "_self_" in names else [*names, "_self_"]:
         if name == "_self_":
-            found = _merged(found, own)
+            merged = _merged(merged, found)
         elif isinstance(name, str) and name in files:
-            found = _merged(found, _with_defaults(_load(files[name].read_text("utf-8"), field), field))
+            merged = _merged(merged, _load(files[name].read_text("utf-8"), field))
         elif name != "cluster_schema":  # files of earlier versions name it
             raise ValueError(f"{field}: defaults holds {name!r}: expected one of {', '.join(files)}, _self_")
-    return found
+    return merged
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from flashcp.kernels.interface import AttentionKernel
 from flashcp.kernels.selection import ATTENTION, select_attention, waits_inside
 from flashcp.kernels.tuning import Tuning, check_tuning
 from flashcp.operator import Call, Handle, scale_code
+from flashcp.sharding.documents import check_choice
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.unshard import local_rows, unshard
 
@@ -67,11 +68,14 @@ class ContextParallel:
         stages: int = 2,
         options: TransportOptions | None = None,
     ) -> None:
-        _check_name("exchange", exchange, tuple(EXCHANGE_CLASSES))
-        _check_name("overlap", overlap, ("auto", *OVERLAPS))
-        _check_name("transport", transport, ("auto", "none", *TRANSPORTS))
-        _check_name("attention", attention, ("auto", *ATTENTION))
-        _check_name("backward", backward, ("keep", "refetch"))
+        for field, name, legal in (
+            ("exchange", exchange, tuple(EXCHANGE_CLASSES)),
+            ("overlap", overlap, ("auto", *OVERLAPS)),
+            ("transport", transport, ("auto", "none", *TRANSPORTS)),
+            ("attention", attention, ("auto", *ATTENTION)),
+            ("backward", backward, ("keep", "refetch")),
+        ):
+            check_choice(field, name, legal)
         if not isinstance(timeout_s, int | float) or not 0.001 <= timeout_s <= LONGEST_S:
             raise ValueError(f"timeout_s={timeout_s!r}: expected seconds from 0.001 to {LONGEST_S:.0e}")
         check_tuning(tuning)
@@ -125,21 +129,11 @@ class ContextParallel:
         home in fp32 (`ulysses`: in the model's dtype) and are added in a fixed order.
         Raises ValueError for shapes, dtypes and plans that do not fit, ExchangeError as the class says.
         """
-
-        def check(rows: int) -> tuple[int, float]:
-            check_inputs(q, k, v, rows)
-            return q.shape[1], default_scale(q, softmax_scale)
-
-        return self._begin(k, v, plan, check).attention(q, softmax_scale)
+        return self._begin(k, v, plan, q, softmax_scale).attention(q, softmax_scale)
 
     def prefetch(self, k: Tensor, v: Tensor, plan: ShardingPlan) -> Handle:
         """Let K and V rows leave now; `handle.attention(q)` computes later. Arguments as for `attention`."""
-
-        def check(rows: int) -> tuple[int, float]:
-            check_inputs(k, k, v, rows)
-            return 0, 0.0  # queries come later
-
-        return self._begin(k, v, plan, check)
+        return self._begin(k, v, plan)
 
     def shard(self, x: Tensor, plan: ShardingPlan, dim: int = 0) -> Tensor:
         """This rank's rows of a tensor that holds the whole pack along `dim`, in local order."""
@@ -147,7 +141,7 @@ class ContextParallel:
         _check_dim("x", x, dim)
         if x.shape[dim] != plan.offsets[-1]:
             raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}: expected the pack's {plan.offsets[-1]}")
-        return x.index_select(dim, local_rows(plan, self.rank, x.device))
+        return x.index_select(dim, local_rows(plan, self.rank, x.device).here())
 
     def unshard(self, local: Tensor, plan: ShardingPlan, dim: int = 0) -> Tensor:
         """The whole pack along `dim` on every rank, from each rank's rows; differentiable."""
@@ -161,13 +155,9 @@ class ContextParallel:
                     f"{self.rank}"
                 )
             row = local.shape[:dim] + local.shape[dim:][1:]
-            return Header(
-                plan=_signed(plan),
-                exchange=-1,
-                row_bytes=math.prod(row) * local.element_size(),
-                dtype=_dtype_code(local),
-                gradients=torch.is_grad_enabled() and local.requires_grad,
-            )
+            gradients = torch.is_grad_enabled() and local.requires_grad
+            row_bytes = math.prod(row) * local.element_size()
+            return Header(**_codes(plan, local), exchange=-1, row_bytes=row_bytes, gradients=gradients)
 
         agreed, posted = self._agree(header)
         if posted is not None:
@@ -200,24 +190,26 @@ class ContextParallel:
         self._check_plan(plan)
         return torch.from_numpy(plan.positions(self.rank))
 
-    def _begin(self, k: Tensor, v: Tensor, plan: ShardingPlan, check: Callable[[int], tuple[int, float]]) -> Handle:
-        """Let rows leave. check: of the tensors, given this rank's rows; returns query heads and scale."""
+    def _begin(
+        self, k: Tensor, v: Tensor, plan: ShardingPlan, q: Tensor | None = None, softmax_scale: float | None = None
+    ) -> Handle:
+        """Let rows leave. q: None where queries come later."""
 
         def select() -> AttentionKernel:
             return select_attention(self.attention_name, k.device, self.tuning)
 
         def header() -> Header:
             self._check_plan(plan)
-            query_heads, scale = check(int(plan.tokens[self.rank]))
+            check_inputs(k if q is None else q, k, v, int(plan.tokens[self.rank]))
+            query_heads, scale = (0, 0.0) if q is None else (q.shape[1], default_scale(q, softmax_scale))
             self._exchange.check(query_heads, k.shape[1])
             select()
             return Header(
-                plan=_signed(plan),
+                **_codes(plan, k),
                 exchange=list(EXCHANGE_CLASSES).index(self.exchange),
                 query_heads=query_heads,
                 kv_heads=k.shape[1],
                 head_dim=k.shape[2],
-                dtype=_dtype_code(k),
                 scale=scale_code(scale),
                 gradients=torch.is_grad_enabled(),
                 refetch=self.backward == "refetch",
@@ -225,7 +217,8 @@ class ContextParallel:
 
         with self.stats.measure("wait_ms", "headers"):
             agreed, posted = self._agree(header)
-        refetch, agree = self.backward == "refetch", posted.check if posted else _nothing
+        refetch = self.backward == "refetch"
+        agree = posted.check if posted else lambda: None  # one rank alone has nobody to agree with
         settings = AttentionSettings(select(), self.overlap, self.stages, refetch, self.stats, agree)
         call = Call(plan, self._exchange, settings, agreed, self._handshake)
         sending = self.stats.measure("exposed_exchange_ms", f"attention {agreed.call}, send rows")
@@ -285,15 +278,6 @@ class ContextParallel:
             raise ValueError(f"plan for {plan.world_size} ranks: expected the group's {self.world_size}")
 
 
-def _nothing() -> None:
-    """One rank alone has nobody to agree with."""
-
-
-def _check_name(field: str, name: str, legal: tuple[str, ...]) -> None:
-    if name not in legal:
-        raise ValueError(f"{field}={name!r}: expected one of {', '.join(legal)}")
-
-
 def _check_dim(name: str, x: Tensor, dim: int) -> None:
     if not isinstance(x, Tensor) or x.layout is not torch.strided:
         raise ValueError(f"{name} is a {type(x).__name__}: expected a dense tensor")
@@ -303,11 +287,7 @@ def _check_dim(name: str, x: Tensor, dim: int) -> None:
         raise ValueError(f"dim={dim}: expected an axis of {name}, which has {x.dim()}")
 
 
-def _dtype_code(x: Tensor) -> int:
-    """The same number for the same dtype on every rank."""
-    return zlib.crc32(str(x.dtype).encode())
-
-
-def _signed(plan: ShardingPlan) -> int:
-    """The fingerprint as an int64."""
-    return int.from_bytes(bytes.fromhex(plan.fingerprint), "big", signed=True)
+def _codes(plan: ShardingPlan, x: Tensor) -> dict[str, int]:
+    """What a header says of both: the fingerprint as an int64, the same number for the same dtype on every rank."""
+    fingerprint = int.from_bytes(bytes.fromhex(plan.fingerprint), "big", signed=True)
+    return {"plan": fingerprint, "dtype": zlib.crc32(str(x.dtype).encode())}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from flashcp.schema import read_options
+from flashcp.sharding.documents import check_choice
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import STRATEGIES, plan
 
@@ -18,10 +19,9 @@ __all__ = ["naming_options", "planner", "read_sharding"]
 def read_sharding(sharding: Mapping[str, Any]) -> dict[str, Any]:
     """The same section, each option with the strategy's type. Raises ValueError naming key, value and what is legal."""
     name = sharding.get("name")
-    if name not in STRATEGIES:
-        raise ValueError(f"sharding.name={name!r}: expected one of {', '.join(STRATEGIES)}")
+    check_choice("sharding.name", name, STRATEGIES)
     options = {key: value for key, value in sharding.items() if key != "name"}
-    return {"name": name, **read_options(STRATEGIES[name], options, "sharding")}
+    return {"name": name, **read_options(STRATEGIES[str(name)], options, "sharding")}
 
 
 def planner(sharding: Mapping[str, Any], world_size: int) -> Callable[[np.ndarray], ShardingPlan]:

@@ -10,12 +10,11 @@ import numpy as np
 from flashcp.clusters import clusters, read_cluster
 from flashcp.sharding.documents import read_document_lengths, read_world_size
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.simulator.batch import Pack
-from flashcp.simulator.choices import choose_variants, make_setting, read_ranks
+from flashcp.simulator.cost import ModelShape
 from flashcp.simulator.machine import Machine, check_machine
-from flashcp.simulator.step import ModelShape
+from flashcp.simulator.pack import Pack
 from flashcp.simulator.summary import BASELINE, Summary, recommendation, simulate_methods
-from flashcp.simulator.variants import without_ulysses
+from flashcp.simulator.variants import choose_variants, make_setting, read_ranks, without_ulysses
 from flashcp.text import table
 
 __all__ = ["Simulation", "simulate", "summary_table"]
@@ -58,10 +57,9 @@ class Simulation:
 
     def __getitem__(self, method: str) -> Summary:
         """A method's numbers. Raises KeyError for a method that was not simulated."""
-        found = next((one for one in self.methods if one.name == method), None)
-        if found is None:
+        if method not in self.names:
             raise KeyError(f"method {method!r}: expected one of {', '.join(self.names)}")
-        return found
+        return self.methods[self.names.index(method)]
 
     def __iter__(self) -> Iterator[Summary]:
         return iter(self.methods)
@@ -70,8 +68,8 @@ class Simulation:
         return len(self.methods)
 
     def __str__(self) -> str:
-        plural = "window" if self.windows == 1 else "windows"
-        head = f"{self.windows} {plural}, {self.world_size} ranks; simulated on {self.machine.name}"
+        windows = "1 window" if self.windows == 1 else f"{self.windows} windows"
+        head = f"{windows}, {self.world_size} ranks; simulated on {self.machine.name}"
         left_out = f"; left out: ulysses, for {self.left_out}" if self.left_out else ""
         return f"{head}{left_out}\n{summary_table(self.methods)}"
 
@@ -151,23 +149,19 @@ def _read_packs(packs: object, world_size: int | None) -> tuple[list[Pack], int]
 
 def summary_table(summaries: Sequence[Summary]) -> str:
     """The numbers people ask for first, one line a method."""
-    head = ["method", "imbalance", "saving", "attention ms", "copies", "exposed", "module ms", "p50", "p95"]
-    head += [f"speedup over {BASELINE}", "step ms", "KV GiB"]
-    rows = [
-        [
-            one.name,
-            f"{one.imbalance:.3f}",
-            f"{one.saving:.3f}",
-            f"{one.attention_ms:.2f}",
-            f"{one.copies_ms:.2f}",
-            f"{one.exposed_exchange_ms:.2f}",
-            f"{one.module_ms:.2f}",
-            f"{one.module_ms_p50:.2f}",
-            f"{one.module_ms_p95:.2f}",
-            f"{one.speedup:.2f}",
-            f"{one.step_ms:.0f}",
-            f"{one.kv_buffer_mib / 1024:.1f}",
-        ]
-        for one in summaries
-    ]
-    return table(head, rows)
+    columns = {
+        "method": "{name}",
+        "imbalance": "{imbalance:.3f}",
+        "saving": "{saving:.3f}",
+        "attention ms": "{attention_ms:.2f}",
+        "copies": "{copies_ms:.2f}",
+        "exposed": "{exposed_exchange_ms:.2f}",
+        "module ms": "{module_ms:.2f}",
+        "p50": "{module_ms_p50:.2f}",
+        "p95": "{module_ms_p95:.2f}",
+        f"speedup over {BASELINE}": "{speedup:.2f}",
+        "step ms": "{step_ms:.0f}",
+        "KV GiB": "{kv_gib:.1f}",
+    }
+    numbers = [{**one._asdict(), "kv_gib": one.kv_buffer_mib / 1024} for one in summaries]
+    return table(list(columns), [[text.format(**one) for text in columns.values()] for one in numbers])

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from flashcp.comm.handshake import Handshake, Header, Step
 from flashcp.comm.transport import OutgoingRows, Transport
 from flashcp.kernels.uploads import Uploaded
+from flashcp.sharding.documents import expand_ranges
 from flashcp.sharding.plan import ShardingPlan
 
 __all__ = ["local_rows", "unshard"]
@@ -31,31 +32,28 @@ def unshard(
     return _Unshard.apply(local, plan, transport, handshake, header)
 
 
-def local_rows(plan: ShardingPlan, rank: int, device: torch.device) -> Tensor:
-    """`plan.rows(rank)` on a device, int64; made once."""
-    return _local_rows(plan, rank, device).here()
-
-
 @lru_cache(maxsize=_PLANS)
-def _local_rows(plan: ShardingPlan, rank: int, device: torch.device) -> Uploaded:
+def local_rows(plan: ShardingPlan, rank: int, device: torch.device) -> Uploaded:
+    """`plan.rows(rank)` on a device, int64."""
     return Uploaded(plan.rows(rank), device)
 
 
 @lru_cache(maxsize=_PLANS)
 def _order(plan: ShardingPlan, device: torch.device) -> Uploaded:
-    """Rows of the pack, rank by rank."""
-    return Uploaded(np.concatenate([plan.rows(rank) for rank in range(plan.world_size)]), device)
+    return Uploaded(_rank_by_rank(plan), device)
 
 
 @lru_cache(maxsize=_PLANS)
 def _places(plan: ShardingPlan, device: torch.device) -> Uploaded:
     """Where each row of the pack lies among blocks of all ranks that are as long as the longest."""
     places = np.empty(int(plan.offsets[-1]), dtype=np.int64)
-    most = int(plan.tokens.max())
-    for rank in range(plan.world_size):
-        rows = plan.rows(rank)
-        places[rows] = np.arange(len(rows)) + most * rank
+    places[_rank_by_rank(plan)] = expand_ranges(np.arange(plan.world_size) * plan.tokens.max(), plan.tokens)
     return Uploaded(places, device)
+
+
+def _rank_by_rank(plan: ShardingPlan) -> np.ndarray:
+    """Rows of the pack, those of rank 0 first."""
+    return np.concatenate([plan.rows(rank) for rank in range(plan.world_size)])
 
 
 class _Unshard(torch.autograd.Function):

@@ -8,15 +8,15 @@ from numbers import Integral
 
 import numpy as np
 
-from flashcp.sharding.documents import document_offsets, expand_ranges, read_document_lengths, read_world_size
-from flashcp.sharding.shards import Segments, Shard, ShardTable, ShardView, shard_work
+from flashcp.sharding.documents import document_offsets, expand_ranges, read_document_lengths, read_world_size, sum_by
+from flashcp.sharding.shards import Segments, Shard, ShardTable, ShardView
 
 __all__ = ["Assignment"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Assignment:
-    """Which rank holds which rows of one pack. `ShardingPlan` is one; exchanges and bounds look at no more than this.
+    """Which rank holds which rows of one pack. `ShardingPlan` is one; routes and bounds look at no more than this.
 
     On construction touching shards of one document on one rank become one, shards are sorted by document and
     start, and every row of every document is checked to lie on exactly one rank (ValueError otherwise).
@@ -33,11 +33,9 @@ class Assignment:
         world_size = read_world_size(self.world_size, int(lengths.sum()))
         table = _merge_touching(_sorted_table(self.table))
         _check_cover(lengths, world_size, table)
-        for column in table:
-            column.flags.writeable = False
-        object.__setattr__(self, "document_lengths", lengths)
-        object.__setattr__(self, "world_size", world_size)
-        object.__setattr__(self, "table", table)
+        for name, value in (("document_lengths", lengths), ("world_size", world_size), ("table", table)):
+            object.__setattr__(self, name, value)
+        _freeze(*table)
 
     @property
     def shards(self) -> ShardView:
@@ -47,19 +45,17 @@ class Assignment:
     @cached_property
     def offsets(self) -> np.ndarray:
         """Row of the pack where each document starts, int64 [documents + 1]."""
-        offsets = document_offsets(self.document_lengths)
-        offsets.flags.writeable = False
-        return offsets
+        return _freeze(document_offsets(self.document_lengths))
 
     @cached_property
     def tokens(self) -> np.ndarray:
         """Rows each rank holds, int64 [world_size]."""
-        return self._per_rank(self.table.stop - self.table.start)
+        return _freeze(sum_by(self.table.rank, self.table.rows, self.world_size))
 
     @cached_property
     def work(self) -> np.ndarray:
         """Causal query-key pairs each rank computes, int64 [world_size]."""
-        return self._per_rank(shard_work(self.table.start, self.table.stop))
+        return _freeze(sum_by(self.table.rank, self.table.work, self.world_size))
 
     @property
     def imbalance(self) -> float:
@@ -69,10 +65,7 @@ class Assignment:
     def local(self, rank: int) -> Segments:
         """The shards of a rank and the local row where each begins (local order is pack order)."""
         self.check_rank(rank)
-        mine = np.flatnonzero(self.table.rank == rank)
-        document, start, stop, owner = (column[mine] for column in self.table)
-        ends = np.cumsum(stop - start)
-        return Segments(document, start, stop, owner, ends - (stop - start))
+        return self.table.take(np.flatnonzero(self.table.rank == rank)).side_by_side()
 
     def rows(self, rank: int) -> np.ndarray:
         """Row of the pack of every local row of a rank, in local order, int64 [tokens[rank]]."""
@@ -89,11 +82,11 @@ class Assignment:
         if not isinstance(rank, Integral) or not 0 <= rank < self.world_size:
             raise ValueError(f"rank={rank!r}: expected 0 to {self.world_size - 1}")
 
-    def _per_rank(self, amount: np.ndarray) -> np.ndarray:
-        total = np.zeros(self.world_size, dtype=np.int64)
-        np.add.at(total, self.table.rank, amount)
-        total.flags.writeable = False
-        return total
+
+def _freeze(*arrays: np.ndarray) -> np.ndarray:
+    for array in arrays:
+        array.flags.writeable = False
+    return arrays[0]
 
 
 def _sorted_table(table: ShardTable) -> ShardTable:
@@ -102,8 +95,7 @@ def _sorted_table(table: ShardTable) -> ShardTable:
         raise ValueError(f"shard arrays of shapes {[column.shape for column in columns]}: expected one length")
     if any(column.size and column.dtype.kind not in "iu" for column in columns):
         raise ValueError("shard arrays: expected whole numbers")
-    order = np.lexsort((columns[1], columns[0]))
-    return ShardTable(*(column.astype(np.int64)[order] for column in columns))
+    return ShardTable(*(column.astype(np.int64) for column in columns)).take(np.lexsort((columns[1], columns[0])))
 
 
 def _merge_touching(table: ShardTable) -> ShardTable:
@@ -120,9 +112,12 @@ def _check_cover(lengths: np.ndarray, world_size: int, table: ShardTable) -> Non
         wrong = (column < 0) | (column >= limit)
         if wrong.any():
             raise ValueError(f"shard {name}={column[np.argmax(wrong)]}: expected 0 to {limit - 1}")
+
+    def shard(where: int) -> Shard:
+        return Shard(*(int(column[where]) for column in table))
+
     if (stop <= start).any():
-        where = int(np.argmax(stop <= start))
-        raise ValueError(f"shard {Shard(*(int(c[where]) for c in table))}: expected start < stop")
+        raise ValueError(f"shard {shard(int(np.argmax(stop <= start)))}: expected start < stop")
     held = np.unique(document)
     if len(held) != len(lengths):
         raise ValueError(f"document {np.setdiff1d(np.arange(len(lengths)), held)[0]} is on no rank")
@@ -132,9 +127,9 @@ def _check_cover(lengths: np.ndarray, world_size: int, table: ShardTable) -> Non
     wrong = (start != expected_start) | (closes & (stop != lengths[document]))
     if wrong.any():
         where = int(np.argmax(wrong))
-        shard = Shard(*(int(c[where]) for c in table))
+        length = lengths[document[where]]
+        end = f" and end at {length}" if closes[where] else ""
         raise ValueError(
-            f"rows of document {shard.document} ({lengths[shard.document]} tokens) are not each on exactly one rank: "
-            f"shard {shard} should start at {expected_start[where]}"
-            + (f" and end at {lengths[shard.document]}" if closes[where] else "")
+            f"rows of document {document[where]} ({length} tokens) are not each on exactly one rank: "
+            f"shard {shard(where)} should start at {expected_start[where]}{end}"
         )

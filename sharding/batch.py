@@ -1,43 +1,29 @@
-"""Plans of many windows at once, on worker processes."""
+"""One function over many packs, on this process or on several."""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from typing import TypeVar
 
-import numpy as np
+__all__ = ["map_ordered"]
 
-from flashcp.sharding.plan import ShardingPlan
-
-__all__ = ["plan_windows"]
-
-WINDOWS_AT_A_TIME = 8  # handed to a worker together: a plan takes milliseconds
+Pack = TypeVar("Pack")
+Result = TypeVar("Result")
+AT_A_TIME = 16  # packs handed to a worker together: one takes some ten milliseconds
 
 
-def plan_windows(
-    windows: Iterable[np.ndarray],
-    world_size: int,
-    strategy: str = "flashcp",
-    workers: int = 1,
-    **options: object,
-) -> Iterator[ShardingPlan]:
-    """The plan of each window (document lengths, int64 [documents]), in order; the same for any number of workers.
+def map_ordered(function: Callable[[Pack], Result], packs: Iterable[Pack], workers: int = 1) -> Iterator[Result]:
+    """The function's result for each pack, in order; the same for any number of workers.
 
-    Workers are fresh processes (torch and its threads may live in this one), so options must be picklable.
+    Workers are fresh processes (torch and its threads may live in this one), so all that goes there must be picklable.
+    Raises ValueError for no workers.
     """
     if workers < 1:
         raise ValueError(f"workers={workers}: expected a whole number >= 1")
-    one = partial(_plan, world_size=world_size, strategy=strategy, options=options)
     if workers == 1:
-        yield from map(one, windows)
+        yield from map(function, packs)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(one, windows, chunksize=WINDOWS_AT_A_TIME)
-
-
-def _plan(window: np.ndarray, world_size: int, strategy: str, options: dict[str, object]) -> ShardingPlan:
-    from flashcp.sharding.strategies import plan
-
-    return plan(window, world_size, strategy, **options)
+        yield from pool.map(function, packs, chunksize=AT_A_TIME)

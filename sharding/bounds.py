@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from flashcp.sharding.assignment import Assignment
-from flashcp.sharding.route import Route
+from flashcp.sharding.exchanges import Exact
+from flashcp.sharding.shards import shard_work
 
 __all__ = ["Certificate", "certificate", "certify", "least_largest_work", "study_ceiling"]
 
@@ -16,6 +17,7 @@ BLOCKS = 4096  # of rows, for that
 PRICES = np.geomspace(0.25, 4.0, 17)
 FEW_ROWS = 256  # rows a rank up to which single heavy rows can make balance impossible
 TOLERANCE = 1.01  # imbalance that plans are compared under; `flashcp` plans for it
+_NEVER = np.int64(1) << 60
 
 
 @dataclass(frozen=True)
@@ -53,26 +55,21 @@ class Certificate:
             ("critical rows", self.critical_rows, self.reached_critical),
             ("total rows", self.total_rows, self.reached_total),
         ):
-            shown = "" if reached is None else reached
-            ratio = (
-                "" if reached is None else "1.000" if reached == bound else f"{reached / bound:.3f}" if bound else "-"
-            )
-            lines.append(f"{name:>14} {bound:>15} {shown:>15} {ratio:>11}")
+            ratio = ""
+            if reached is not None:
+                ratio = "1.000" if reached == bound else f"{reached / bound:.3f}" if bound else "-"
+            lines.append(f"{name:>14} {bound:>15} {'' if reached is None else reached:>15} {ratio:>11}")
         return "\n".join(lines)
 
 
 def certify(plan: Assignment) -> Certificate:
     """The window's bounds at the imbalance this plan reached (at least 1.01), with the plan's own numbers."""
-    route = Route(plan, "exact")
-    bounds = certificate(plan.document_lengths, plan.world_size, max(TOLERANCE, plan.imbalance))
-    return Certificate(
-        bounds.tolerance,
-        bounds.largest_work,
-        bounds.critical_rows,
-        bounds.total_rows,
-        int(plan.work.max()),
-        int(route.critical_rows),
-        int(route.received_rows.sum()),
+    route = Exact(plan)
+    return replace(
+        certificate(plan.document_lengths, plan.world_size, max(TOLERANCE, plan.imbalance)),
+        reached_work=int(plan.work.max()),
+        reached_critical=int(route.critical_rows),
+        reached_total=int(route.received_rows.sum()),
     )
 
 
@@ -82,11 +79,10 @@ def certificate(document_lengths: np.ndarray, world_size: int, tolerance: float 
     document_lengths: int64 [documents]. tolerance: imbalance up to which the bounds on rows hold.
     """
     lengths = np.asarray(document_lengths, dtype=np.int64)
-    tokens = int(lengths.sum())
     work_bound = least_largest_work(lengths, world_size)
-    mean = int((lengths * (lengths + 1) // 2).sum()) / world_size
+    mean = int(shard_work(0, lengths).sum()) / world_size
     work_limit = int(max(tolerance * mean * (1 + 1e-12), work_bound))  # the factor keeps rounding on the safe side
-    rank_tokens = -(-tokens // world_size)
+    rank_tokens = -(-int(lengths.sum()) // world_size)
     total = least_total_rows(lengths, world_size, work_limit, rank_tokens)
     critical = max(-(-total // world_size), least_tail_rows(lengths, world_size, work_limit, rank_tokens))
     return Certificate(tolerance, work_bound, critical, total)
@@ -114,15 +110,13 @@ def study_ceiling(document_lengths: np.ndarray, world_size: int, tolerance: floa
 
 def least_largest_work(lengths: np.ndarray, world_size: int) -> int:
     """Some rank works at least this much: the mean, or k + 1 of the k N + 1 heaviest rows and the lightest rest."""
-    total = int((lengths * (lengths + 1) // 2).sum())
-    bound = -(-total // world_size)
+    bound = -(-int(shard_work(0, lengths).sum()) // world_size)
     tokens = int(lengths.sum())
     fewest = tokens // world_size
     if fewest > FEW_ROWS or int(lengths.max()) * fewest <= bound:
         return bound
-    ordered = np.sort(lengths)
-    at_least = np.append(np.arange(len(ordered), 0, -1), 0)  # documents with a row of work x: those of length >= x
-    rows = np.repeat(np.arange(1, ordered[-1] + 1), at_least[np.searchsorted(ordered, np.arange(1, ordered[-1] + 1))])
+    work = np.arange(1, lengths.max() + 1)  # of a row; each document that is long enough has one
+    rows = np.repeat(work, len(lengths) - np.searchsorted(np.sort(lengths), work))
     lightest = np.concatenate(([0], np.cumsum(rows[:fewest])))
     k = np.arange(fewest)
     return max(bound, int(((k + 1) * rows[tokens - 1 - k * world_size] + lightest[fewest - 1 - k]).max()))
@@ -136,28 +130,19 @@ def least_total_rows(lengths: np.ndarray, world_size: int, work_limit: int, rank
     (nor below length - j * rank_tokens). The N big holdings are dealt to the documents so that the sum is least.
     With N big holdings for every document this would be the study's bound, which lets each have all ranks to itself.
     """
-    work = lengths * (lengths + 1) // 2
+    work = shard_work(0, lengths)
     j = np.arange(1, world_size, dtype=np.int64)
     split = (lengths > rank_tokens) | (work > work_limit // 2)
-    length, work = lengths[split], work[split]
     b = np.arange(world_size + 1)[:, None]
     beyond = np.minimum(j, b) * work_limit + np.maximum(0, j - b) * (work_limit // 2)
     least = np.zeros(world_size + 1, dtype=np.int64)  # over the documents so far, by big holdings given out
-    for i in range(len(length)):
-        most = int(min(world_size, work[i] // work_limit + 1))  # more big holdings change nothing
-        cost = _ends(length[i], work[i], beyond[: most + 1], j * rank_tokens).sum(axis=-1)  # [big holdings]
+    for length, pairs in zip(lengths[split], work[split], strict=True):
+        most = int(min(world_size, pairs // work_limit + 1))  # more big holdings change nothing
+        by_work = smallest_end(np.maximum(pairs - beyond[: most + 1], 0))
+        cost = np.maximum(np.maximum(length - j * rank_tokens, by_work), 0).sum(axis=-1)  # [big holdings]
         options = [np.append(np.full(k, _NEVER), least[: len(least) - k]) + cost[k] for k in range(most + 1)]
         least = np.min(options, axis=0)
     return int(least.min())
-
-
-_NEVER = np.int64(1) << 60
-
-
-def _ends(length: np.ndarray, work: np.ndarray, beyond: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Lowest end with at most `beyond` work and `rows` rows above it, int64 [..., len(rows)]."""
-    by_work = smallest_end(np.maximum(np.asarray(work)[..., None] - beyond, 0))
-    return np.maximum(np.maximum(np.asarray(length)[..., None] - rows, by_work), 0)
 
 
 def least_tail_rows(lengths: np.ndarray, world_size: int, work_limit: int, rank_tokens: int) -> int:
@@ -169,14 +154,13 @@ def least_tail_rows(lengths: np.ndarray, world_size: int, work_limit: int, rank_
     readers(y) + p (y + 1) cost no more than all it sends plus p times the work limit.
     """
     best = int(lengths.max()) - rank_tokens
-    for length in np.sort(lengths)[::-1][:LONGEST].tolist():
+    for length in np.sort(lengths)[::-1][:LONGEST]:
         if length <= best:
             break
         block = -(-length // BLOCKS)  # rows that count as the cheapest of their block
         y = np.arange(0, length, block, dtype=np.int64)
         last = np.minimum(y + block, length)  # a block's fewest readers are those of its last row
-        work_beyond = (length * (length + 1) - last * (last + 1)) // 2
-        readers = np.maximum(-(-work_beyond // work_limit), -(-(length - last) // rank_tokens)) - 1
+        readers = np.maximum(-(-shard_work(last, length) // work_limit), -(-(length - last) // rank_tokens)) - 1
         readers = np.clip(readers, 0, world_size - 1)
         rows = np.arange(1, len(y) + 1) * block
         for price in (readers[0] / length) * PRICES:
@@ -189,8 +173,7 @@ def least_tail_rows(lengths: np.ndarray, world_size: int, work_limit: int, rank_
 
 def smallest_end(work: np.ndarray) -> np.ndarray:
     """Smallest e with e (e + 1) / 2 >= work, int64: the float root, corrected to the exact whole number."""
-    end = np.sqrt(2.0 * np.asarray(work, dtype=np.float64)).astype(np.int64)
-    end = np.maximum(end - 2, 0)
+    end = np.maximum(np.sqrt(2.0 * np.asarray(work, dtype=np.float64)).astype(np.int64) - 2, 0)
     for _ in range(4):
-        end += end * (end + 1) // 2 < work
+        end += shard_work(0, end) < work
     return end

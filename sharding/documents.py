@@ -1,4 +1,4 @@
-"""What a caller hands over, checked once at the door: document lengths and world sizes."""
+"""Document lengths and world sizes, checked once at the door, and the arithmetic of ranges and groups."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from numbers import Integral
 
 import numpy as np
 
-__all__ = ["document_offsets", "expand_ranges", "read_document_lengths", "read_world_size"]
+__all__ = [
+    "check_choice",
+    "document_offsets",
+    "expand_ranges",
+    "read_document_lengths",
+    "read_world_size",
+    "sum_by",
+]
 
 MOST_TOKENS = 2**31 - 1  # of a pack: its work, tokens squared, then fits int64
 
@@ -40,13 +47,18 @@ def read_document_lengths(document_lengths: Iterable[int] | np.ndarray) -> np.nd
 
 def read_world_size(world_size: int, tokens: int) -> int:
     """The number of ranks. Raises ValueError unless it is a whole number from 1 to `tokens`."""
-    if not isinstance(world_size, Integral) or isinstance(world_size, bool):
+    if not isinstance(world_size, Integral) or isinstance(world_size, bool) or world_size < 1:
         raise ValueError(f"world_size={world_size!r}: expected a whole number >= 1")
-    if world_size < 1:
-        raise ValueError(f"world_size={world_size}: expected a whole number >= 1")
     if world_size > tokens:
         raise ValueError(f"world_size={world_size} with a pack of {tokens} tokens: expected at most one rank per token")
     return int(world_size)
+
+
+def check_choice(field: str, value: object, legal: Iterable[object]) -> None:
+    """Raise ValueError, naming value, field and what is legal, for a choice that there is not."""
+    choices = list(legal)
+    if value not in choices:
+        raise ValueError(f"{field}={value!r}: expected one of {', '.join(map(str, choices))}")
 
 
 def document_offsets(document_lengths: np.ndarray) -> np.ndarray:
@@ -59,3 +71,10 @@ def expand_ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
     ends = np.cumsum(count, dtype=np.int64)
     total = int(ends[-1]) if ends.size else 0
     return np.arange(total, dtype=np.int64) + np.repeat(start - (ends - count), count)
+
+
+def sum_by(group: np.ndarray, amount: np.ndarray, groups: int) -> np.ndarray:
+    """Sum of the amounts of each group, int64 [groups]; `np.bincount` sums floats, which are too short for work."""
+    total = np.zeros(groups, dtype=np.int64)
+    np.add.at(total, group, amount)
+    return total

@@ -8,7 +8,8 @@ RedPajama's shares are its token counts; its means are our estimates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 
 import numpy as np
 
@@ -21,6 +22,7 @@ LONG_DOCUMENT = 32_768
 SIGMA = 1.0
 """Spread of a subset's lognormal: the standard deviation of the logarithm of a length."""
 BYTES_PER_TOKEN = 4
+Subsets = Mapping[str, tuple[float, float]]
 BLOCK = 4096  # documents drawn at a time: a stream is the same however many of them are taken
 
 # longest document of the bin in tokens, share of the documents in it
@@ -84,7 +86,8 @@ REDPAJAMA = {
     "StackExchange": (20, 2.1),
 }
 
-LENGTH_DATA = ("wlb_llm", "pile", "redpajama")
+SUBSETS: dict[str, Subsets] = {"pile": PILE, "redpajama": REDPAJAMA}
+LENGTH_DATA = ("wlb_llm", *SUBSETS)
 
 
 def sample_lengths(
@@ -93,13 +96,8 @@ def sample_lengths(
     """Tokens of the first `count` documents of a data set's stream, int64 [count]; see `length_stream`."""
     if count < 1:
         raise ValueError(f"count={count}: expected a whole number >= 1")
-    blocks, drawn = [], 0
-    for block in _blocks(name, seed, long_document_weight, sigma):
-        blocks.append(block)
-        drawn += len(block)
-        if drawn >= count:
-            break
-    return np.concatenate(blocks)[:count]
+    stream = length_stream(name, seed, long_document_weight=long_document_weight, sigma=sigma)
+    return np.fromiter(islice(stream, count), np.int64, count)
 
 
 def length_stream(name: str, seed: int, *, long_document_weight: float = 1.0, sigma: float = SIGMA) -> Iterator[int]:
@@ -108,7 +106,12 @@ def length_stream(name: str, seed: int, *, long_document_weight: float = 1.0, si
     long_document_weight: multiplies the share of documents over 32K tokens; 1 is the data set as published.
     sigma: of the lognormal (`pile`, `redpajama`). Raises ValueError for an unknown name or a value <= 0.
     """
-    blocks = _blocks(name, seed, long_document_weight, sigma)
+    if name not in LENGTH_DATA:
+        raise ValueError(f"data set {name!r}: expected one of {', '.join(LENGTH_DATA)}")
+    for field, value in (("long_document_weight", long_document_weight), ("sigma", sigma)):
+        if not 0 < value < np.inf:
+            raise ValueError(f"{field}={value}: expected a number > 0")
+    blocks = _blocks(name, np.random.default_rng(seed), long_document_weight, sigma)
     return (length for block in blocks for length in block.tolist())
 
 
@@ -127,37 +130,25 @@ def windows(
     overflow: what becomes of a document that does not fit (`flashcp.sharding.packing`).
     """
     lengths = length_stream(name, seed, long_document_weight=long_document_weight, sigma=sigma)
-    packs = pack_lengths(lengths, context, overflow)
-    return (window.document_lengths for _, window in zip(range(count), packs, strict=False))
+    return (window.document_lengths for window in islice(pack_lengths(lengths, context, overflow), count))
 
 
-def _blocks(name: str, seed: int, long_document_weight: float, sigma: float) -> Iterator[np.ndarray]:
+def _blocks(name: str, random: np.random.Generator, weight: float, sigma: float) -> Iterator[np.ndarray]:
     """Blocks of lengths; documents over 32K (or, for weights above 1, all others) are thinned out."""
-    if name not in LENGTH_DATA:
-        raise ValueError(f"data set {name!r}: expected one of {', '.join(LENGTH_DATA)}")
-    for field, value in (("long_document_weight", long_document_weight), ("sigma", sigma)):
-        if not 0 < value < np.inf:
-            raise ValueError(f"{field}={value}: expected a number > 0")
-    return _draw(name, np.random.default_rng(seed), long_document_weight, sigma)
-
-
-def _draw(name: str, random: np.random.Generator, weight: float, sigma: float) -> Iterator[np.ndarray]:
-    keep_long, keep_short = min(1.0, weight), min(1.0, 1.0 / weight)
     while True:
-        lengths = _binned(random) if name == "wlb_llm" else _lognormal(name, random, sigma)
-        keep = np.where(lengths > LONG_DOCUMENT, keep_long, keep_short)
+        lengths = _binned(random) if name == "wlb_llm" else _lognormal(SUBSETS[name], random, sigma)
+        keep = np.where(lengths > LONG_DOCUMENT, min(1.0, weight), min(1.0, 1.0 / weight))
         yield lengths[random.random(BLOCK) < keep]
 
 
 def _binned(random: np.random.Generator) -> np.ndarray:
-    longest = np.array([tokens for tokens, _ in WLB_LLM])
-    share = np.array([share for _, share in WLB_LLM])
+    longest, share = (np.array(column) for column in zip(*WLB_LLM, strict=True))
     drawn = random.choice(len(longest), size=BLOCK, p=share / share.sum())
     return random.integers(np.append(0, longest[:-1])[drawn] + 1, longest[drawn], endpoint=True)
 
 
-def _lognormal(name: str, random: np.random.Generator, sigma: float) -> np.ndarray:
-    share, mean_kib = np.array(list((PILE if name == "pile" else REDPAJAMA).values()), dtype=np.float64).T
+def _lognormal(subsets: Subsets, random: np.random.Generator, sigma: float) -> np.ndarray:
+    share, mean_kib = np.array(list(subsets.values()), dtype=np.float64).T
     documents = share / mean_kib
     drawn = random.choice(len(share), size=BLOCK, p=documents / documents.sum())
     log_mean = np.log(mean_kib[drawn] * 1024 / BYTES_PER_TOKEN) - sigma**2 / 2

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flashcp.sharding.documents import check_choice
+
 __all__ = ["OVERFLOWS", "Window", "pack_lengths"]
 
 OVERFLOWS = ("truncate", "carry")
@@ -33,7 +35,7 @@ class Window(NamedTuple):
     @property
     def carried(self) -> int:
         """Tokens that continue a document which an earlier window began."""
-        return int((self.stop - self.start)[self.start > 0].sum())
+        return int(self.document_lengths[self.start > 0].sum())
 
 
 def pack_lengths(
@@ -55,8 +57,7 @@ def pack_lengths(
 
     Raises ValueError for a length that is not a whole number >= 1, an unknown overflow, or a context below 1.
     """
-    if overflow not in OVERFLOWS:
-        raise ValueError(f"overflow={overflow!r}: expected one of {', '.join(OVERFLOWS)}")
+    check_choice("overflow", overflow, OVERFLOWS)
     if context < 1:
         raise ValueError(f"context={context}: expected a number of tokens >= 1")
     return _windows(lengths, context, overflow == "carry", first_start, keep_last)

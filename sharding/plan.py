@@ -12,7 +12,8 @@ import numpy as np
 
 from flashcp.sharding.assignment import Assignment
 from flashcp.sharding.bounds import Certificate, certify
-from flashcp.sharding.documents import read_document_lengths
+from flashcp.sharding.documents import check_choice, read_document_lengths
+from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.route import Route
 from flashcp.sharding.shards import Segments, Shard, ShardTable, read_shards
 
@@ -21,12 +22,8 @@ __all__ = ["Segments", "Shard", "ShardTable", "ShardingPlan"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ShardingPlan(Assignment):
-    """Which rank holds which rows of one pack, and what a caller asks about that.
+    """An assignment, and what a caller asks about it; made and checked as `Assignment` says.
 
-    On construction touching shards of one document on one rank become one, shards are sorted by document and
-    start, and every row of every document is checked to lie on exactly one rank (ValueError otherwise).
-
-    document_lengths: int64 [documents], tokens. world_size: ranks. table: the shards, int64 arrays.
     strategy: the name of what made the plan; it takes no part in comparison, hash or fingerprint.
     """
 
@@ -40,8 +37,9 @@ class ShardingPlan(Assignment):
         return cls(read_document_lengths(document_lengths), world_size, read_shards(list(shards)))
 
     def route(self, exchange: str = "exact") -> Route:
-        """Which rows travel from which rank to which under an exchange (`flashcp.sharding.route`)."""
-        return Route(self, exchange)
+        """Which rows travel from which rank to which. Raises ValueError for an exchange that there is not."""
+        check_choice("exchange", exchange, EXCHANGES)
+        return EXCHANGES[exchange](self)
 
     @cached_property
     def certificate(self) -> Certificate:
@@ -58,14 +56,8 @@ class ShardingPlan(Assignment):
 
     def to_json(self) -> str:
         """One JSON object: document_lengths, world_size, strategy, shards as [document, start, stop, rank]."""
-        return json.dumps(
-            {
-                "document_lengths": self.document_lengths.tolist(),
-                "world_size": self.world_size,
-                "strategy": self.strategy,
-                "shards": np.stack(self.table, axis=1).tolist(),
-            }
-        )
+        fields = {"document_lengths": self.document_lengths.tolist(), "world_size": self.world_size}
+        return json.dumps({**fields, "strategy": self.strategy, "shards": np.stack(self.table, axis=1).tolist()})
 
     @classmethod
     def from_json(cls, text: str) -> ShardingPlan:

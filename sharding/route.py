@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from flashcp.sharding.assignment import Assignment
-from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.shards import Segments
 
 __all__ = ["Route"]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Route:
-    """The traffic of one plan under one exchange. Raises ValueError for an exchange it does not know."""
+    """The traffic of one plan under one exchange; each exchange is a subclass in `flashcp.sharding.exchanges`."""
 
-    plan: Assignment
     exchange: str
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.exchange, str) or self.exchange not in EXCHANGES:
-            raise ValueError(f"exchange={self.exchange!r}: expected one of {', '.join(EXCHANGES)}")
+    def __init__(self, plan: Assignment) -> None:
+        self.plan = plan
 
     @property
     def sent_rows(self) -> np.ndarray:
@@ -54,17 +49,24 @@ class Route:
     @property
     def imbalance(self) -> float:
         """Max/mean of what ranks compute: the plan's, but 1.0 for `ulysses`, which shares out heads."""
-        return 1.0 if self.exchange == "ulysses" else self.plan.imbalance
+        return self.plan.imbalance
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of the largest block of one rank, for exchanges that move blocks; `compacted` leaves rows out."""
+        return int(self.plan.tokens.max())
 
     def received(self, rank: int) -> Segments:
         """What lies where in a rank's receive buffer; `rank` of a segment is the owner of its rows."""
         self.plan.check_rank(rank)
-        return EXCHANGES[self.exchange].received(self.plan, rank)
+        return self._received(rank)
 
     def sent(self, rank: int) -> Segments:
-        """Which local rows of a rank leave, in order; `rank` of a segment is the reader, where there is one."""
-        self.plan.check_rank(rank)
-        return EXCHANGES[self.exchange].sent(self.plan, rank)
+        """Which local rows of a rank leave, in order: all of them, once, but for `compacted` and `exact`.
+
+        `rank` of a segment is the reader under `exact`, else the rank itself.
+        """
+        return self.plan.local(rank)
 
     def segments(self, source: int, destination: int) -> list[tuple[int, int, int]]:
         """Row ranges (document, start, stop) that one rank gets from another, in buffer order."""
@@ -80,31 +82,31 @@ class Route:
 
         backward=True: the backward's bytes alone, dtype_bytes being the wire's. Gradients of the received rows go
         home, so what a rank received in the forward it sends in the backward, at the wire's width.
+        Raises ValueError for heads that do not fit.
         """
-        ranks = self.plan.world_size
         if kv_heads < 1 or query_heads < 1 or query_heads % kv_heads:
             raise ValueError(f"query_heads={query_heads}, kv_heads={kv_heads}: expected a multiple, both at least 1")
-        if self.exchange == "ulysses":
-            if query_heads % ranks or kv_heads % ranks:
-                raise ValueError(
-                    f"query_heads={query_heads}, kv_heads={kv_heads}: ulysses expects multiples of world_size={ranks}"
-                )
-            own = self.plan.tokens * (ranks - 1)
-            others = self.plan.offsets[-1] - self.plan.tokens
-            inward, outward = (own, others) if not backward else (others, own)
-            heads = inward * (query_heads + 2 * kv_heads) + outward * query_heads
-            return heads // ranks * head_dim * dtype_bytes
-        moved = self.received_rows if backward else self.sent_rows
-        return moved * (2 * kv_heads * head_dim * dtype_bytes)
-
-    @cached_property
-    def _rows(self) -> tuple[np.ndarray, np.ndarray]:
-        sent, received = EXCHANGES[self.exchange].rows(self.plan)
-        sent.flags.writeable = received.flags.writeable = False
-        return sent, received
+        return self._head_rows(query_heads, kv_heads, backward) * (head_dim * dtype_bytes)
 
     def __repr__(self) -> str:
         return (
             f"Route({self.exchange}: {self.plan.world_size} ranks, critical rows {self.critical_rows}, "
             f"saving {self.saving:.3f})"
         )
+
+    @cached_property
+    def _rows(self) -> tuple[np.ndarray, np.ndarray]:
+        sent, received = self._count()
+        sent.flags.writeable = received.flags.writeable = False
+        return sent, received
+
+    def _count(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows sent and received per rank."""
+        raise NotImplementedError
+
+    def _received(self, rank: int) -> Segments:
+        raise NotImplementedError
+
+    def _head_rows(self, query_heads: int, kv_heads: int, backward: bool) -> np.ndarray:
+        """Rows of single heads, of all tensors, that leave each rank."""
+        return (self.received_rows if backward else self.sent_rows) * (2 * kv_heads)

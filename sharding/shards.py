@@ -29,6 +29,21 @@ class ShardTable(NamedTuple):
     stop: np.ndarray
     rank: np.ndarray
 
+    @property
+    def rows(self) -> np.ndarray:
+        return self.stop - self.start
+
+    @property
+    def work(self) -> np.ndarray:
+        return shard_work(self.start, self.stop)
+
+    def take(self, index: np.ndarray) -> ShardTable:
+        return ShardTable(*(column[index] for column in self))
+
+    def side_by_side(self) -> Segments:
+        """The shards in a buffer that they fill one after another."""
+        return Segments(*self, np.cumsum(self.rows) - self.rows)
+
 
 class Segments(NamedTuple):
     """Row ranges of documents and where they lie in one buffer; int64 arrays of one length.
@@ -44,7 +59,6 @@ class Segments(NamedTuple):
     row: np.ndarray
 
     def take(self, index: np.ndarray) -> Segments:
-        """The segments that an index or mask array picks."""
         return Segments(*(column[index] for column in self))
 
     def buffer_rows(self) -> np.ndarray:
@@ -52,13 +66,15 @@ class Segments(NamedTuple):
         return expand_ranges(self.row, self.stop - self.start)
 
 
-def shard_work(start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+def shard_work(start: np.ndarray | int, stop: np.ndarray) -> np.ndarray:
     """Causal query-key pairs of the queries start..stop of a document: (2p + s + 1) s / 2 (paper, section 3)."""
     return (start + stop + 1) * (stop - start) // 2
 
 
 class ShardView(Sequence[Shard]):
     """The shards of a plan as objects, made one at a time from its arrays."""
+
+    __hash__ = None  # type: ignore[assignment]  # a list of shards, and as unhashable as one
 
     def __init__(self, table: ShardTable) -> None:
         self._table = table
@@ -81,8 +97,6 @@ class ShardView(Sequence[Shard]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    __hash__ = None  # type: ignore[assignment]  # a list of shards, and as unhashable as one
-
     def __repr__(self) -> str:
         shown = ", ".join(map(repr, self[:4]))
         return f"[{shown}{', ...' if len(self) > 4 else ''}] ({len(self)} shards)"
@@ -90,10 +104,11 @@ class ShardView(Sequence[Shard]):
 
 def read_shards(shards: Sequence[Sequence[int]]) -> ShardTable:
     """(document, start, stop, rank) tuples as arrays. Raises ValueError for anything but whole numbers."""
+    wrong = ValueError("shards: expected (document, start, stop, rank) in whole numbers")
     try:
         rows = np.array([tuple(shard) for shard in shards]).reshape(len(shards), 4)
     except (TypeError, ValueError) as error:
-        raise ValueError("shards: expected (document, start, stop, rank) in whole numbers") from error
+        raise wrong from error
     if len(shards) and rows.dtype.kind not in "iu":
-        raise ValueError("shards: expected (document, start, stop, rank) in whole numbers")
+        raise wrong
     return ShardTable(*rows.astype(np.int64).T)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flashcp.sharding.documents import read_document_lengths, read_world_size
+from flashcp.sharding.documents import expand_ranges, read_document_lengths, read_world_size
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import ShardTable, shard_work
 
@@ -60,7 +60,9 @@ def solve_plan(
         raise ValueError(f"granule={granule}: expected a whole number >= 1")
     if exchange not in ("exact", "compacted"):
         raise ValueError(f"exchange={exchange!r}: expected exact or compacted")
-    document, start, stop = _granules(lengths, granule)
+    count = -(-lengths // granule)
+    document, start = np.repeat(np.arange(len(lengths)), count), expand_ranges(0 * count, count) * granule
+    stop = np.minimum(start + granule, lengths[document])  # a document's last one may be short
     pieces = range(len(document))
     rows = (stop - start).tolist()
     work = shard_work(start, stop).tolist()
@@ -118,14 +120,6 @@ def solve_plan(
     rank = np.array([next(r for r in ranks if solver.value(held[i][r])) for i in pieces], dtype=np.int64)
     plan = ShardingPlan(lengths, world_size, ShardTable(document, start, stop, rank), "exact")
     return SolvedPlan(plan, round(solver.objective_value), int(np.ceil(solver.best_objective_bound - 1e-6)))
-
-
-def _granules(lengths: np.ndarray, granule: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Document, start and stop of every granule; a document's last one may be short."""
-    count = -(-lengths // granule)
-    document = np.repeat(np.arange(len(lengths)), count)
-    start = (np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)) * granule
-    return document, start, np.minimum(start + granule, lengths[document])
 
 
 def _owners(plan: ShardingPlan, document: np.ndarray, start: np.ndarray) -> np.ndarray:

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashcp.simulator.hops import Hops
 from flashcp.simulator.ours import attend
 from flashcp.simulator.planned import Module, Planned
-from flashcp.simulator.timeline import Timeline
+from flashcp.simulator.timeline import Hops, Timeline
 from flashcp.simulator.ulysses import ulysses
 
 __all__ = ["best_effort"]
 
 
 def best_effort(planned: Planned, exchange: str) -> Module:
-    """One layer."""
     if exchange == "ulysses":
         return ulysses(planned, copies=0, in_order=True)
     ranks, block = planned.ranks, planned.block_bytes(exchange)
@@ -35,7 +33,7 @@ def best_effort(planned: Planned, exchange: str) -> Module:
 
 def _hop_us(planned: Planned, exchange: str, block: float) -> np.ndarray:
     """A block from each rank's predecessor: one link for `ring`, all rings of a collective for the others."""
-    links, ranks = planned.setting.machine.links, planned.ranks
+    links, ranks = planned.links, planned.ranks
     if exchange == "ring" or ranks == 1:
         return planned.hop_us(block)
     return np.full(ranks, links.collective_us(block, ranks) / (ranks - 1))
@@ -58,7 +56,7 @@ def _backward(planned: Planned, hops: Hops, home: float, wire: int) -> Timeline:
     timeline, leaves = Timeline(ranks), np.zeros((ranks, ranks))  # when a rank's share of an owner's gradient is there
     timeline.run("attention", planned.cost.launch_us(backward=True))
     for step in range(1, ranks):
-        timeline.run("attention", planned.source_us(True)[every, every - step])
+        timeline.run("attention", planned.behind(planned.source_us(True), step))
         leaves[every, every - step] = timeline.now
     if overlap == "staged":
         leaves[:] = timeline.now[:, None]
@@ -67,8 +65,8 @@ def _backward(planned: Planned, hops: Hops, home: float, wire: int) -> Timeline:
         leaves[:] = timeline.now[:, None]
     come = np.zeros(ranks)
     for step in range(1, ranks):
-        come = hops.send(np.maximum(come, leaves[every, every - step]))
-    timeline.beside("exchange", leaves[every, every - 1], come)
+        come = hops.send(np.maximum(come, planned.behind(leaves, step)))
+    timeline.beside("exchange", planned.behind(leaves, 1), come)
     timeline.wait(come)
     timeline.run("copies", planned.sum_us(home, wire) * (ranks > 1))
     return timeline

@@ -22,7 +22,9 @@ __all__ = [
     "KernelCost",
     "Link",
     "Links",
+    "ModelShape",
     "ReadFeatures",
+    "layer_flops",
     "read_features",
 ]
 
@@ -124,15 +126,12 @@ class AttentionCost:
 
     @property
     def tiles(self) -> tuple[int, int]:
-        """Query rows and key rows of a tile."""
         return self.tile_queries, self.tile_keys
 
     def read_us(self, reads: ReadFeatures, shape: AttentionShape, backward: bool = False) -> np.ndarray:
         """Time of each read, without what a kernel costs as a whole."""
-        kernel = self.backward if backward else self.forward
-        flops = BACKWARD_FLOPS if backward else FORWARD_FLOPS
+        kernel, moved, flops = (self.backward, 2, BACKWARD_FLOPS) if backward else (self.forward, 1, FORWARD_FLOPS)
         pair_us = flops * shape.head_dim * shape.query_heads / (1e6 * kernel.tflops)
-        moved = 2 if backward else 1
         time = pair_us * (reads.full_pairs + kernel.masked * reads.masked_pairs)
         time += reads.kv_rows * (moved * shape.kv_bytes / (1e3 * kernel.kv_gbps))
         if kernel.merge_gbps:
@@ -147,7 +146,6 @@ class AttentionCost:
         return query_rows * ((2 if backward else 1) * shape.query_bytes / (1e3 * kernel.query_gbps))
 
     def launch_us(self, backward: bool = False) -> float:
-        """Of one kernel."""
         return (self.backward if backward else self.forward).launch_us
 
 
@@ -171,7 +169,6 @@ class Link:
     latency_us: float
 
     def us(self, moved_bytes: np.ndarray | float) -> np.ndarray:
-        """Time of one message."""
         return np.asarray(moved_bytes) / (1e3 * self.gbps) + self.latency_us
 
 
@@ -189,7 +186,6 @@ class Links:
     multicast: bool = False
 
     def nodes(self, world_size: int) -> np.ndarray:
-        """The node of each rank."""
         return np.arange(world_size) // self.ranks_per_node
 
     def collective_us(self, block_bytes: float, world_size: int) -> float:
@@ -210,12 +206,8 @@ class Links:
         if world_size == 1:
             return 0.0
         fewest = world_size % self.ranks_per_node or min(world_size, self.ranks_per_node)  # ranks of the last node
-        near = fewest - 1
-        far = world_size - 1 - near
-        times = [
-            float(link.us(count * pair_bytes)) for link, count in ((self.node, near), (self.network, far)) if count
-        ]
-        return max(times)
+        near, far = fewest - 1, world_size - fewest
+        return max(float(link.us(n * pair_bytes)) for link, n in ((self.node, near), (self.network, far)) if n)
 
     def neighbour(self, world_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Bytes a microsecond and latency from rank r - 1 to rank r, [world_size] each."""
@@ -225,3 +217,26 @@ class Links:
             1e3 * np.where(same, self.node.gbps, self.network.gbps),
             np.where(same, self.node.latency_us, self.network.latency_us),
         )
+
+
+@dataclass
+class ModelShape:
+    """What of a model decides a layer's time. ffn_dim 0: 8/3 of the width, rounded up to a multiple of 64 (SwiGLU)."""
+
+    query_heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+    dtype_bytes: int = 2
+    layers: int = 32
+    ffn_dim: int = 0
+
+
+def layer_flops(shape: AttentionShape, ffn_dim: int, rows: float) -> float:
+    """Operations of a layer's projections and its SwiGLU on so many rows, forward and backward.
+
+    The width is query_heads x head_dim; ffn_dim 0: 8/3 of it, rounded up to a multiple of 64. A weight costs two
+    operations a row forward and four backward.
+    """
+    dim, kv_dim = shape.query_heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    width = ffn_dim or -(-8 * dim // 3 // 64) * 64
+    return 6 * (2 * dim * dim + 2 * dim * kv_dim + 3 * dim * width) * rows

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from flashcp.sharding.compiled import compiled_twins
 from flashcp.simulator.cost import Links
 
 __all__ = ["carry", "carry_all"]
@@ -26,28 +27,28 @@ def carry_all(moved_bytes: np.ndarray, links: Links, *, pull: bool, release_us: 
     """When what rank i sends to rank j has arrived, us [N, N] (source, destination); 0 where nothing is sent.
 
     moved_bytes: [N, N]. pull: queues are the destinations', which fetch from rank - 1, rank - 2, ...; else the
-    sources', which send to them in that order. release_us [N, N]: when a transfer may start.
+    sources', which send to them in that order. release_us, broadcast to [N, N]: when a transfer may start.
     """
     ranks = len(moved_bytes)
     owner = np.repeat(np.arange(ranks), ranks - 1)
     other = (owner - 1 - np.arange(len(owner)) % max(1, ranks - 1)) % ranks
     node = links.nodes(ranks)
-    near = node[owner] == node[other]
-    queue = 2 * owner + near
+    level = (node[owner] == node[other]).astype(np.int64)
+    queue = 2 * owner + level
+    source, destination = (other, owner) if pull else (owner, other)
     order = np.argsort(queue, kind="stable")
-    order = order[moved_bytes[other, owner][order] > 0] if pull else order[moved_bytes[owner, other][order] > 0]
+    order = order[moved_bytes[source, destination][order] > 0]
     arrived = np.zeros((ranks, ranks))
     if not len(order):
         return arrived
-    queue, owner, other, near = (column[order] for column in (queue, owner, other, near))
-    source, destination = (other, owner) if pull else (owner, other)
-    release = release_us[source, destination]
+    queue, source, destination, level = (column[order] for column in (queue, source, destination, level))
+    release = np.broadcast_to(release_us, moved_bytes.shape)[source, destination]
     rate = np.array([links.network.gbps, links.node.gbps]) * 1e3
-    latency = np.where(near, links.node.latency_us, links.network.latency_us)
+    latency = np.array([links.network.latency_us, links.node.latency_us])
     moved = moved_bytes[source, destination].astype(np.float64)
     first = np.searchsorted(queue, np.arange(2 * ranks + 1))
-    done = _compiled()(first, source, destination, near, moved, release, rate, links.multicast, AT_ONCE)
-    arrived[source, destination] = done + latency
+    done = _compiled()(first, source, destination, level, moved, release, rate, links.multicast, AT_ONCE)
+    arrived[source, destination] = done + latency[level]
     return arrived
 
 
@@ -55,7 +56,7 @@ def carry(
     first: np.ndarray,
     source: np.ndarray,
     destination: np.ndarray,
-    near: np.ndarray,
+    level: np.ndarray,
     moved: np.ndarray,
     release: np.ndarray,
     rate: np.ndarray,
@@ -64,13 +65,12 @@ def carry(
 ) -> np.ndarray:
     """When the last byte of each transfer has left, us; transfers of queue q stand at first[q] : first[q + 1].
 
-    near: within a node. rate: bytes a microsecond of a port to the network and to the node. multicast: within a node
-    what leaves is not shared, for the switch makes the copies.
+    level: 0 across nodes, 1 within one. rate: bytes a microsecond of a port, by level. multicast: within a node what
+    leaves is not shared, for the switch makes the copies.
     """
     queues, count = len(first) - 1, len(source)
-    left = moved.copy()
-    done = np.zeros(count)
-    state = np.zeros(count, np.int64)  # 0 waiting, 1 under way, 2 done
+    left, speed, done = moved.copy(), np.zeros(count), np.zeros(count)
+    under_way = np.zeros(count, np.bool_)
     head = first[:-1].copy()  # of each queue: the first transfer not yet started
     flying = np.zeros(queues, np.int64)
     out_use = np.zeros((2, queues // 2), np.int64)  # transfers through each port, by level and rank
@@ -82,9 +82,9 @@ def carry(
         for q in range(queues):
             while head[q] < first[q + 1] and flying[q] < at_once and release[head[q]] <= now:
                 i = head[q]
-                state[i] = 1
-                out_use[int(near[i]), source[i]] += 1
-                in_use[int(near[i]), destination[i]] += 1
+                under_way[i] = True
+                out_use[level[i], source[i]] += 1
+                in_use[level[i], destination[i]] += 1
                 flying[q] += 1
                 head[q] += 1
             if head[q] < first[q + 1] and flying[q] < at_once:
@@ -92,53 +92,31 @@ def carry(
         step = following - now
         for q in range(queues):
             for i in range(first[q], head[q]):
-                if state[i] == 1:
-                    step = min(step, left[i] / _speed(i, source, destination, near, rate, multicast, out_use, in_use))
-        for q in range(queues):
-            for i in range(first[q], head[q]):
-                if state[i] == 1:
-                    left[i] -= step * _speed(i, source, destination, near, rate, multicast, out_use, in_use)
+                if under_way[i]:
+                    sharing = in_use[level[i], destination[i]]
+                    if not (multicast and level[i] == 1):
+                        sharing = max(sharing, out_use[level[i], source[i]])
+                    speed[i] = rate[level[i]] / sharing
+                    step = min(step, left[i] / speed[i])
         now += step
         for q in range(queues):
             for i in range(first[q], head[q]):
-                if state[i] == 1 and left[i] <= 1e-6 * moved[i]:
-                    state[i] = 2
-                    done[i] = now
-                    out_use[int(near[i]), source[i]] -= 1
-                    in_use[int(near[i]), destination[i]] -= 1
-                    flying[q] -= 1
-                    finished += 1
+                if under_way[i]:
+                    left[i] -= step * speed[i]
+                    if left[i] <= 1e-6 * moved[i]:
+                        under_way[i] = False
+                        done[i] = now
+                        out_use[level[i], source[i]] -= 1
+                        in_use[level[i], destination[i]] -= 1
+                        flying[q] -= 1
+                        finished += 1
     return done
-
-
-def _speed(
-    i: int,
-    source: np.ndarray,
-    destination: np.ndarray,
-    near: np.ndarray,
-    rate: np.ndarray,
-    multicast: bool,
-    out_use: np.ndarray,
-    in_use: np.ndarray,
-) -> float:
-    level = int(near[i])
-    sharing = in_use[level, destination[i]]
-    if not (multicast and level == 1):
-        sharing = max(sharing, out_use[level, source[i]])
-    return rate[level] / sharing
 
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    """`carry` as numba compiles it, kept on disk where that can be written; as it stands where there is no numba."""
+    """`carry` as numba compiles it, as it stands where there is no numba."""
     try:
-        from numba import njit
-        from numba.extending import register_jitable
+        return compiled_twins([carry])[0]
     except ModuleNotFoundError:
         return carry
-
-    register_jitable(_speed)
-    try:
-        return njit(cache=True)(carry)
-    except RuntimeError:
-        return njit(carry)

@@ -78,13 +78,6 @@ def _fields(section: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
             yield from _fields(value, f"{prefix}{item.name}.")
 
 
-def parameters(section: Any, prefix: str = "") -> dict[str, float]:
+def parameters(machine: Machine) -> dict[str, float]:
     """Every number of a machine, by its dotted name."""
-    found: dict[str, float] = {}
-    for item in dataclasses.fields(section):
-        value = getattr(section, item.name)
-        if dataclasses.is_dataclass(value):
-            found |= parameters(value, f"{prefix}{item.name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[f"{prefix}{item.name}"] = value
-    return found
+    return {key: value for key, kind, value in _fields(machine, "") if kind in (int, float)}

@@ -14,20 +14,18 @@ from __future__ import annotations
 import numpy as np
 
 from flashcp.simulator.flows import carry_all
-from flashcp.simulator.our_ring import our_ring
 from flashcp.simulator.planned import Module, Planned
-from flashcp.simulator.timeline import Timeline
+from flashcp.simulator.timeline import Hops, Timeline
 from flashcp.simulator.ulysses import ulysses
 
 __all__ = ["attend", "ours"]
 
 
 def ours(planned: Planned, exchange: str) -> Module:
-    """One layer under our implementation."""
     if exchange == "ulysses":
         return ulysses(planned, copies=1, in_order=False)
     if exchange == "ring":
-        return our_ring(planned)
+        return _ring(planned)
     there = _bytes(planned, exchange)
     back = there.T * (planned.setting.gradient_bytes / planned.shape.dtype_bytes)
     still = np.zeros(planned.ranks)
@@ -43,13 +41,15 @@ def ours(planned: Planned, exchange: str) -> Module:
 
 def _forward(planned: Planned, exchange: str, there: np.ndarray) -> Timeline:
     timeline = Timeline(planned.ranks)
-    timeline.run("copies", _pack_us(planned, exchange, there))
+    # Rows that leave are picked and put side by side once, a block cleared before and written twice.
+    moved, launches = (2 * there.sum(axis=1), 1) if exchange == "exact" else (5 * there.max(axis=1), 5)
+    timeline.run("copies", planned.copies.us(moved, launches) * (planned.ranks > 1))
     arrived = _arrivals(planned, exchange, there, timeline.now)
     timeline.beside("exchange", timeline.now, arrived.max(axis=0))
     attend(planned, timeline, arrived)
     if planned.setting.overlap == "staged":  # the fp32 sum is cleared before and narrowed after
         numbers = planned.plan.tokens * (planned.shape.query_heads * planned.shape.head_dim)
-        timeline.run("copies", planned.setting.machine.copies.us(numbers * 10.0, launches=2))
+        timeline.run("copies", planned.copies.us(numbers * 10.0, launches=2))
     timeline.wait(arrived.max(axis=0))  # also for rows that nobody reads here
     return timeline
 
@@ -72,9 +72,7 @@ def _backward(planned: Planned, exchange: str, back: np.ndarray) -> Timeline:
     timeline = Timeline(planned.ranks)
     timeline.run("attention", planned.first_us(True))
     if exchange != "exact" and planned.ranks > 1:
-        timeline.run(
-            "copies", planned.setting.machine.copies.us(2 * back.sum(axis=1))
-        )  # all blocks but its own, side by side
+        timeline.run("copies", planned.copies.us(2 * back.sum(axis=1)))  # all blocks but its own, side by side
     leave = timeline.now
     home = _homecoming(planned, back, leave).max(axis=0)
     timeline.beside("exchange", leave, home)
@@ -90,7 +88,7 @@ def _backward(planned: Planned, exchange: str, back: np.ndarray) -> Timeline:
 def _bytes(planned: Planned, exchange: str) -> np.ndarray:
     """K and V from source to destination [N, N]."""
     if exchange == "exact":
-        return planned.reads.traffic * float(planned.shape.kv_bytes)
+        return planned.traffic * float(planned.shape.kv_bytes)
     blocks = np.full((planned.ranks, planned.ranks), planned.block_bytes(exchange))
     np.fill_diagonal(blocks, 0)
     return blocks
@@ -99,16 +97,14 @@ def _bytes(planned: Planned, exchange: str) -> np.ndarray:
 def _arrivals(planned: Planned, exchange: str, moved: np.ndarray, ready: np.ndarray) -> np.ndarray:
     """When bytes have arrived from source to destination [N, N], which ranks have ready at a time [N]."""
     if exchange != "exact" and planned.setting.overlap != "fused":
-        links, block = planned.setting.machine.links, float(moved.max())
+        links, block = planned.links, float(moved.max())
         return np.full(moved.shape, ready.max() + links.collective_us(block, planned.ranks)) * (moved > 0)
-    release = np.broadcast_to(ready[:, None], moved.shape)
-    return carry_all(moved, planned.setting.machine.links, pull=True, release_us=release)
+    return carry_all(moved, planned.links, pull=True, release_us=ready[:, None])
 
 
 def _homecoming(planned: Planned, moved: np.ndarray, leave: np.ndarray) -> np.ndarray:
     """When gradients have come from reader to owner [N, N], which leave each reader together at a time [N]."""
-    release = np.broadcast_to(leave[:, None], moved.shape)
-    return carry_all(moved, planned.setting.machine.links, pull=False, release_us=release)
+    return carry_all(moved, planned.links, pull=False, release_us=leave[:, None])
 
 
 def _fused(planned: Planned, timeline: Timeline, arrived: np.ndarray) -> None:
@@ -129,9 +125,55 @@ def _fused(planned: Planned, timeline: Timeline, arrived: np.ndarray) -> None:
             timeline.run("attention", group)
 
 
-def _pack_us(planned: Planned, exchange: str, moved: np.ndarray) -> np.ndarray:
-    """Rows that leave are picked and put side by side once, a block cleared before and written twice."""
-    copies = planned.setting.machine.copies
-    if exchange != "exact":
-        return copies.us(5 * moved.max(axis=1), launches=5) * (planned.ranks > 1)
-    return copies.us(2 * moved.sum(axis=1), launches=1) * (planned.ranks > 1)
+def _ring(planned: Planned) -> Module:
+    """A ring, `staged` block by block under any overlap but `none`.
+
+    A block moves on when it has come and the one before it has been computed on. Gradients start at their owner's
+    successor when those of all received rows are there: the first hop goes beside local rows, the others after them,
+    each rank adding its share.
+    """
+    ranks, block = planned.ranks, planned.block_bytes("ring")
+    home = block * planned.setting.gradient_bytes / planned.shape.dtype_bytes
+    hop, hop_home = planned.hop_us(block), planned.hop_us(home)
+    forward, backward = _ring_forward(planned, Hops(hop)), _ring_backward(planned, Hops(hop_home), home)
+    alone = Hops(hop).around() + Hops(hop_home).around()
+    kept = (ranks - 1) * block
+    return Module(forward, backward, alone, kept, kept * 4 / planned.shape.dtype_bytes + (ranks - 1) * home)
+
+
+def _ring_forward(planned: Planned, hops: Hops) -> Timeline:
+    ranks, timeline = planned.ranks, Timeline(planned.ranks)
+    if ranks > 1:
+        timeline.run("copies", planned.copies.us(4 * planned.block_bytes("ring"), 4))
+    if planned.setting.overlap == "none":
+        for _ in range(1, ranks):
+            coming = hops.send(timeline.now)
+            timeline.beside("exchange", timeline.now, coming)
+            timeline.wait(coming)
+        timeline.run("attention", planned.first_us(False) + planned.local_us(False))
+        return timeline
+    for step in range(ranks):
+        left = timeline.now
+        coming = hops.send(left) if step + 1 < ranks else left
+        timeline.beside("exchange", left, coming)
+        merge = planned.merge_us(planned.behind(planned.reading_rows, step) if step else planned.plan.tokens)
+        timeline.run("attention", planned.behind(planned.step_us(False), step) + merge)
+        timeline.wait(coming)
+    return timeline
+
+
+def _ring_backward(planned: Planned, hops: Hops, home: float) -> Timeline:
+    timeline, add = Timeline(planned.ranks), planned.sum_us(home, planned.setting.gradient_bytes)
+    beside = planned.setting.overlap != "none"
+    timeline.run("attention", planned.first_us(True))
+    for hop in range(1, planned.ranks):
+        left = timeline.now
+        coming = hops.send(left)
+        timeline.beside("exchange", left, coming)
+        if beside and hop == 1:
+            timeline.run("attention", planned.local_us(True))
+        timeline.wait(coming)
+        timeline.run("copies", add)
+    if not beside or planned.ranks == 1:
+        timeline.run("attention", planned.local_us(True))
+    return timeline

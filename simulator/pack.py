@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.strategies import plan
 from flashcp.simulator.best_effort import best_effort
 from flashcp.simulator.ours import ours
 from flashcp.simulator.planned import Module, Planned, Setting
 from flashcp.simulator.published import published
-from flashcp.simulator.variants import Variant
+from flashcp.simulator.variants import GIVEN_PLAN, Variant
 
-__all__ = ["Outcome", "Price", "outcome", "simulate_module", "simulate_plans"]
+__all__ = ["Options", "Outcome", "Pack", "Price", "make_plans", "simulate_module", "simulate_plans"]
 
+Pack = np.ndarray | ShardingPlan
+Options = Mapping[str, Mapping[str, Any]]
 Price = Callable[[ShardingPlan, Setting], Planned]
 RUN = {"published": published, "best effort": best_effort, "ours": ours}
 
@@ -41,22 +46,22 @@ class Outcome(NamedTuple):
     working_mib: float
 
 
+def make_plans(pack: Pack, variants: Sequence[Variant], world_size: int, options: Options) -> dict[str, ShardingPlan]:
+    """A pack's plan by each strategy that the methods have; a plan that was given is that of `GIVEN_PLAN`."""
+    given = {GIVEN_PLAN: pack} if isinstance(pack, ShardingPlan) else {}
+    lengths = pack.document_lengths if isinstance(pack, ShardingPlan) else pack
+    names = dict.fromkeys(variant.sharding for variant in variants if variant.sharding not in given)
+    return {**given, **{name: plan(lengths, world_size, name, **options.get(name, {})) for name in names}}
+
+
 def simulate_plans(
-    plans: Mapping[str, ShardingPlan],
-    variants: Iterable[Variant],
-    setting: Setting,
-    price: Price = Planned,
+    plans: Mapping[str, ShardingPlan], variants: Sequence[Variant], setting: Setting, price: Price = Planned
 ) -> dict[str, Outcome]:
     """The outcome of each method by name. plans: by strategy, for at least the methods' ones. price: how a plan gets
     its times."""
-    planned: dict[str, Planned] = {}
-    outcomes = {}
-    for variant in variants:
-        if variant.sharding not in planned:
-            planned[variant.sharding] = price(plans[variant.sharding], setting)
-        of_strategy = planned[variant.sharding]
-        outcomes[variant.name] = outcome(of_strategy, variant, simulate_module(of_strategy, variant))
-    return outcomes
+    names = dict.fromkeys(variant.sharding for variant in variants)
+    planned = {name: price(plans[name], setting) for name in names}
+    return {variant.name: _outcome(planned[variant.sharding], variant) for variant in variants}
 
 
 def simulate_module(planned: Planned, variant: Variant) -> Module:
@@ -64,13 +69,13 @@ def simulate_module(planned: Planned, variant: Variant) -> Module:
     return RUN[variant.implementation](planned, variant.exchange)
 
 
-def outcome(planned: Planned, variant: Variant, module: Module) -> Outcome:
-    """What the timelines of a method come to."""
-    route = planned.plan.route(variant.exchange)
+def _outcome(planned: Planned, variant: Variant) -> Outcome:
+    route, module = planned.plan.route(variant.exchange), simulate_module(planned, variant)
     passes = module.forward, module.backward
     ends = [float(timeline.now.max()) for timeline in passes]
-    attention = [float(timeline.busy["attention"][timeline.busiest]) for timeline in passes]
-    copies = [float(timeline.busy["copies"][timeline.busiest]) for timeline in passes]
+    attention, copies = (
+        [float(timeline.busy[kind][timeline.busiest]) for timeline in passes] for kind in ("attention", "copies")
+    )
     return Outcome(
         imbalance=float(route.imbalance),
         critical_rows=float(route.critical_rows),

@@ -1,4 +1,4 @@
-"""A plan with its prices: what every read of every shard costs on a machine."""
+"""A plan with its prices: who reads how many rows from whom, and what every read costs on a machine."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashcp.sharding.exchanges import EXCHANGES
+from flashcp.sharding.exchanges import share_heads, traffic
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.cost import AttentionCost, AttentionShape, ReadFeatures, read_features
 from flashcp.simulator.machine import Machine
-from flashcp.simulator.reads import plan_reads
 from flashcp.simulator.timeline import Timeline
 
-__all__ = ["Module", "Planned", "Setting"]
+__all__ = ["Module", "Planned", "Reads", "Setting", "plan_reads"]
 
 MERGE_BYTES = 12
 """Per number of O: a kernel's result, the fp32 sum read and written."""
@@ -46,6 +45,35 @@ class Module(NamedTuple):
     working_bytes: float
 
 
+class Reads(NamedTuple):
+    """Per shard [S], in the plan's order, what its queries read of the document before it, by owner [S, N].
+
+    rank, start, rows: int64 [S]. before: rows that each rank holds of the shard's document before the shard.
+    ranges: how many shards those are.
+    """
+
+    rank: np.ndarray
+    start: np.ndarray
+    rows: np.ndarray
+    before: np.ndarray
+    ranges: np.ndarray
+
+
+def plan_reads(plan: ShardingPlan) -> Reads:
+    """The reads of every shard of a plan; memory and time grow with shards x ranks."""
+    document, start, _, rank = plan.table
+    every, first = np.arange(len(rank)), np.searchsorted(document, document)
+
+    def before(amount: np.ndarray | int) -> np.ndarray:
+        """Sum over earlier shards of the document, by owner."""
+        total = np.zeros((len(rank) + 1, plan.world_size), dtype=np.int64)
+        total[every + 1, rank] = amount
+        np.cumsum(total, axis=0, out=total)
+        return total[:-1] - total[first]
+
+    return Reads(rank, start, plan.table.rows, before(plan.table.rows), before(1))
+
+
 class Planned:
     """A plan under a setting; times in us, of the forward or the backward. Its arrays are not to be written to."""
 
@@ -53,8 +81,12 @@ class Planned:
         self.plan, self.setting = plan, setting
         self.ranks = plan.world_size
         self.reads = plan_reads(plan)
-        self.cost, self.shape = setting.machine.attention, setting.shape
-        self._holds = (np.arange(self.ranks)[:, None] == self.reads.rank).astype(np.float64)
+        self.machine, self.shape = setting.machine, setting.shape
+        self.cost, self.copies, self.links = self.machine.attention, self.machine.copies, self.machine.links
+        reads, tiles = self.reads, self.cost.tiles
+        self._own = read_features(reads.rows, reads.rows, tiles, masked=True)
+        self._prefix = read_features(reads.rows, reads.start, tiles)
+        self._holds = (np.arange(self.ranks)[:, None] == reads.rank).astype(np.float64)
         self.own_us, self.read_us, self.source_us = map(cache, (self._own_us, self._read_us, self._source_us))
         self.whole_us, self.step_us, self.remote_us = map(cache, (self._whole_us, self._step_us, self._remote_us))
         self.heads_us = cache(self._heads_us)
@@ -63,13 +95,10 @@ class Planned:
         """Sum over the shards of each rank, [S] -> [N], [S, M] -> [N, M]."""
         return self._holds @ values
 
-    def query_us(self, backward: bool) -> np.ndarray:
-        """Each shard's Q in and O out, once a kernel [S]."""
-        return self.cost.query_us(self.reads.rows, self.shape, backward)
-
     def _own_us(self, backward: bool) -> np.ndarray:
         """Each shard's queries on its own rows, with its Q in and its O out [S]."""
-        return self.cost.read_us(self._own, self.shape, backward) + self.query_us(backward)
+        query_us = self.cost.query_us(self.reads.rows, self.shape, backward)
+        return self.cost.read_us(self._own, self.shape, backward) + query_us
 
     def _read_us(self, backward: bool) -> np.ndarray:
         """Each shard's queries on the rows before it, by the rank that holds them [S, N]."""
@@ -81,27 +110,15 @@ class Planned:
 
     def first_us(self, backward: bool) -> np.ndarray:
         """Each rank's queries on the rows of others, as the first part of a launch [N]."""
-        source_us = self.source_us(backward)
-        return source_us.sum(axis=1) - np.diagonal(source_us) + self.cost.launch_us(backward)
-
-    def merge_us(self, rows: np.ndarray) -> np.ndarray:
-        """What a forward kernel adds that leaves its results in an fp32 sum, for so many query rows."""
-        numbers = rows * (self.shape.query_heads * self.shape.head_dim)
-        return self.setting.machine.copies.us(numbers * MERGE_BYTES, launches=0)
-
-    def sum_us(self, moved: np.ndarray | float, wire: int, launches: np.ndarray | float = 1) -> np.ndarray:
-        """Gradients of `wire` bytes a number added to an fp32 sum: they are read, it is read and written."""
-        copies = self.setting.machine.copies
-        return copies.us(np.asarray(moved) * (wire + 8) / wire, 0) + copies.launch_us * np.asarray(launches)
-
-    def hop_us(self, block: float) -> np.ndarray:
-        """A block from each rank's predecessor over their one link [N]."""
-        rate, latency = self.setting.machine.links.neighbour(self.ranks)
-        return block / rate + latency
+        return self._others_us(backward) + self.cost.launch_us(backward)
 
     def local_us(self, backward: bool) -> np.ndarray:
         """Each rank's queries on its own rows, as a part of a launch [N]."""
         return self.by_rank(self.own_us(backward)) + np.diagonal(self.source_us(backward))
+
+    def _others_us(self, backward: bool) -> np.ndarray:
+        source_us = self.source_us(backward)
+        return source_us.sum(axis=1) - np.diagonal(source_us)
 
     def _whole_us(self, backward: bool) -> np.ndarray:
         """One kernel over everything a rank reads, all of it in document order [N]."""
@@ -109,17 +126,17 @@ class Planned:
 
     def _step_us(self, backward: bool) -> np.ndarray:
         """A kernel of its own on the rows of each rank [N, N] (reader, owner); 0 where nothing is read."""
-        rows = self.reading_rows
-        steps = self.source_us(backward) + self.cost.query_us(rows, self.shape, backward)
-        steps += (rows > 0) * self.cost.launch_us(backward)
+        steps = self._kernels_us(self.source_us(backward), self.reading_rows, backward)
         np.fill_diagonal(steps, self.local_us(backward) + self.cost.launch_us(backward))
         return steps
 
     def _remote_us(self, backward: bool) -> np.ndarray:
         """A kernel of its own on all rows of others [N]; 0 where nothing is read."""
-        source_us, rows = self.source_us(backward), self.remote_rows
-        reads = source_us.sum(axis=1) - np.diagonal(source_us) + self.cost.query_us(rows, self.shape, backward)
-        return reads + (rows > 0) * self.cost.launch_us(backward)
+        return self._kernels_us(self._others_us(backward), self.remote_rows, backward)
+
+    def _kernels_us(self, reads_us: np.ndarray, rows: np.ndarray, backward: bool) -> np.ndarray:
+        """Kernels of their own that make these reads for so many query rows; 0 where there are none."""
+        return reads_us + self.cost.query_us(rows, self.shape, backward) + (rows > 0) * self.cost.launch_us(backward)
 
     def _heads_us(self, backward: bool, in_order: bool) -> float:
         """A kernel on the whole pack for one rank's share of the heads.
@@ -137,19 +154,46 @@ class Planned:
     @property
     def heads_shape(self) -> AttentionShape:
         """Of one rank's share of the heads. Raises ValueError where ranks cannot share them out evenly."""
-        ranks, shape = self.ranks, self.shape
-        if shape.query_heads % ranks or shape.kv_heads % ranks:
-            raise ValueError(
-                f"query_heads={shape.query_heads}, kv_heads={shape.kv_heads}: ulysses expects multiples of "
-                f"world_size={ranks}"
-            )
-        return shape._replace(query_heads=shape.query_heads // ranks, kv_heads=shape.kv_heads // ranks)
+        query_heads, kv_heads = share_heads(self.shape.query_heads, self.shape.kv_heads, self.ranks)
+        return self.shape._replace(query_heads=query_heads, kv_heads=kv_heads)
 
     def priced(self, cost: AttentionCost, backward: bool) -> np.ndarray:
-        """What that kernel would cost under other prices for the same tiles [N]."""
+        """What one kernel over everything would cost under other prices for the same tiles [N]."""
         reads = (cost.read_us(features, self.shape, backward) for features in (self._prefix, self._own))
         query = cost.query_us(self.reads.rows, self.shape, backward)
         return self.by_rank(sum(reads) + query) + cost.launch_us(backward)
+
+    def behind(self, values: np.ndarray, step: int) -> np.ndarray:
+        """Of [reader, owner], each reader's value for the rank that is `step` before it in the ring [N]."""
+        every = np.arange(self.ranks)
+        return values[every, every - step]
+
+    def merge_us(self, rows: np.ndarray) -> np.ndarray:
+        """What a forward kernel adds that leaves its results in an fp32 sum, for so many query rows."""
+        numbers = rows * (self.shape.query_heads * self.shape.head_dim)
+        return self.copies.us(numbers * MERGE_BYTES, launches=0)
+
+    def sum_us(self, moved: np.ndarray | float, wire: int, launches: np.ndarray | float = 1) -> np.ndarray:
+        """Gradients of `wire` bytes a number added to an fp32 sum: they are read, it is read and written."""
+        return self.copies.us(np.asarray(moved) * (wire + 8) / wire, 0) + self.copies.launch_us * np.asarray(launches)
+
+    def hop_us(self, block: float) -> np.ndarray:
+        """A block from each rank's predecessor over their one link [N]."""
+        rate, latency = self.links.neighbour(self.ranks)
+        return block / rate + latency
+
+    def block_bytes(self, exchange: str) -> float:
+        """K and V in one rank's block of an exchange that moves blocks: padded, or for a ring the largest."""
+        return float(self.plan.route(exchange).block_rows) * self.shape.kv_bytes
+
+    @cached_property
+    def _read(self) -> ReadFeatures:
+        return read_features(self.reads.rows[:, None], self.reads.before, self.cost.tiles, ranges=self.reads.ranges)
+
+    @cached_property
+    def traffic(self) -> np.ndarray:
+        """Rows that the exact exchange carries from source to destination, int64 [N, N]."""
+        return traffic(self.plan)
 
     @cached_property
     def reading_rows(self) -> np.ndarray:
@@ -162,20 +206,3 @@ class Planned:
         reads = self.reads
         others = reads.before.sum(axis=1) > reads.before[np.arange(len(reads.rank)), reads.rank]
         return self.by_rank(others * reads.rows)
-
-    def block_bytes(self, exchange: str) -> float:
-        """K and V in one rank's block of an exchange that moves blocks: padded, or for a ring the largest."""
-        rows = self.plan.tokens.max() if exchange == "ring" else EXCHANGES[exchange].block_rows(self.plan)
-        return float(rows) * self.shape.kv_bytes
-
-    @cached_property
-    def _own(self) -> ReadFeatures:
-        return read_features(self.reads.rows, self.reads.rows, self.cost.tiles, masked=True)
-
-    @cached_property
-    def _read(self) -> ReadFeatures:
-        return read_features(self.reads.rows[:, None], self.reads.before, self.cost.tiles, ranges=self.reads.ranges)
-
-    @cached_property
-    def _prefix(self) -> ReadFeatures:
-        return read_features(self.reads.rows, self.reads.start, self.cost.tiles)

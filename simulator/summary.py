@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from flashcp.sharding.batch import map_ordered
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.simulator.batch import Options, Outcomes, Pack, Watch, simulate_packs
-from flashcp.simulator.pack import Price
+from flashcp.simulator.cost import ModelShape, layer_flops
+from flashcp.simulator.pack import Options, Outcome, Pack, Price, make_plans, simulate_plans
 from flashcp.simulator.planned import Planned, Setting
-from flashcp.simulator.step import ModelShape, gemm_ms
 from flashcp.simulator.variants import VARIANTS, Variant
 
 __all__ = ["BASELINE", "Summary", "overlap_of", "recommendation", "simulate_methods"]
@@ -20,6 +21,7 @@ BASELINE = "llama3"
 """Speedups are over this method as published."""
 TIE = 1.02
 """Times that differ by less are called the same: the model tells no more."""
+Watch = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 class Summary(NamedTuple):
@@ -72,49 +74,56 @@ def simulate_methods(
     workers: int = 1,
     watch: Watch = iter,
 ) -> list[Summary]:
-    """The numbers of each method over all packs; arguments as `simulate_packs` takes them."""
+    """The numbers of each method over all packs; the same for any number of workers.
+
+    packs: document lengths, int64 [documents] each, or plans of `world_size` ranks.
+    options: of strategies, by their name. price: how a plan gets its times.
+    watch: hands on the packs' numbers one by one, as a progress bar does.
+    """
     simulated = list(dict.fromkeys([VARIANTS[BASELINE], *variants]))
-    outcomes = simulate_packs(
-        packs, simulated, world_size, setting, options=options, price=price, workers=workers, watch=watch
+    one = partial(
+        _simulate, variants=simulated, world_size=world_size, setting=setting, options=options or {}, price=price
     )
+    found = list(watch(map_ordered(one, packs, workers)))
+    outcomes = {name: Outcome(*np.array([pack[name] for pack in found]).T) for name in found[0]}  # [packs] each
     tokens = [pack.offsets[-1] if isinstance(pack, ShardingPlan) else pack.sum() for pack in packs]
-    rows = float(np.mean(tokens)) / world_size
-    return [_summarise(variant, outcomes, setting, model, rows) for variant in variants]
+    flops = layer_flops(setting.shape, model.ffn_dim, float(np.mean(tokens)) / world_size)
+    gemm_ms = flops / (1e9 * setting.machine.gemm_tflops)
+    return [
+        _summarise(variant, outcomes[variant.name], outcomes[BASELINE], setting, gemm_ms, model.layers)
+        for variant in variants
+    ]
 
 
-def _summarise(variant: Variant, outcomes: Outcomes, setting: Setting, model: ModelShape, rows: float) -> Summary:
-    """The numbers of one method. rows: of a rank, on average."""
-    one, base = outcomes[variant.name], outcomes[BASELINE]
-    gemm = gemm_ms(setting.machine, setting.shape, model.ffn_dim, rows)
-    module, base_module = float(np.mean(one.module_ms)), float(np.mean(base.module_ms))
+def _simulate(
+    pack: Pack, variants: Sequence[Variant], world_size: int, setting: Setting, options: Options, price: Price
+) -> dict[str, Outcome]:
+    return simulate_plans(make_plans(pack, variants, world_size, options), variants, setting, price)
+
+
+def _summarise(variant: Variant, one: Outcome, base: Outcome, setting: Setting, gemm_ms: float, layers: int) -> Summary:
+    """The numbers of one method, of outcomes whose numbers are arrays over packs."""
+    means: dict[str, Any] = {
+        name: float(np.mean(column)) for name, column in one._asdict().items() if not name.endswith("_mib")
+    }
+    means["exposed_exchange_ms"] = max(0.0, means["exposed_exchange_ms"])
+    module_ms, base_ms = means["module_ms"], float(np.mean(base.module_ms))
     singly = np.asarray(base.module_ms) / one.module_ms
     return Summary(
-        name=variant.name,
-        sharding=variant.sharding,
-        exchange=variant.exchange,
-        implementation=variant.implementation,
+        *variant,
         overlap=overlap_of(variant, setting),
-        imbalance=float(np.mean(one.imbalance)),
+        **means,
         imbalance_max=float(np.max(one.imbalance)),
-        critical_rows=float(np.mean(one.critical_rows)),
-        saving=float(np.mean(one.saving)),
-        attention_ms=float(np.mean(one.attention_ms)),
-        attention_forward_ms=float(np.mean(one.attention_forward_ms)),
-        exchange_ms=float(np.mean(one.exchange_ms)),
-        exposed_exchange_ms=max(0.0, float(np.mean(one.exposed_exchange_ms))),
-        copies_ms=float(np.mean(one.copies_ms)),
-        module_ms=module,
         module_ms_p50=float(np.percentile(one.module_ms, 50)),
         module_ms_p95=float(np.percentile(one.module_ms, 95)),
-        speedup=base_module / module,
+        speedup=base_ms / module_ms,
         speedup_p50=float(np.percentile(singly, 50)),
         speedup_p95=float(np.percentile(singly, 95)),
-        forward_ms=float(np.mean(one.forward_ms)),
         forward_speedup=float(np.mean(base.forward_ms) / np.mean(one.forward_ms)),
-        layer_ms=module + gemm,
-        step_ms=model.layers * (module + gemm),
-        step_speedup=(base_module + gemm) / (module + gemm),
-        kv_buffer_mib=float(np.max(model.layers * np.asarray(one.kept_mib) + one.working_mib)),
+        layer_ms=module_ms + gemm_ms,
+        step_ms=layers * (module_ms + gemm_ms),
+        step_speedup=(base_ms + gemm_ms) / (module_ms + gemm_ms),
+        kv_buffer_mib=float(np.max(layers * np.asarray(one.kept_mib) + one.working_mib)),
     )
 
 

@@ -1,4 +1,4 @@
-"""Where the time of every rank goes: spans of work, rank by rank, with waiting as the gaps between them."""
+"""Where the time of every rank goes: spans of work, with waiting as the gaps between them; blocks that go round."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Span", "Timeline"]
+__all__ = ["Hops", "Span", "Timeline"]
 
 
 class Span(NamedTuple):
@@ -24,24 +24,17 @@ class Timeline:
         self.now = np.zeros(world_size)
         self.spans: list[Span] = []
         self.busy = dict.fromkeys(("attention", "copies", "exchange"), self.now)  # time each rank has spent on a kind
-        self._previous = np.arange(world_size) - 1
 
     def run(self, kind: str, us: np.ndarray | float) -> None:
-        """Every rank is busy for so long."""
         start, self.now = self.now, self.now + us
         self.busy[kind] = self.busy[kind] + us
         self.spans.append(Span(kind, start, self.now))
-
-    def before(self, times: np.ndarray) -> np.ndarray:
-        """Each rank's predecessor's time, in a ring."""
-        return times[self._previous]
 
     def wait(self, until: np.ndarray | float) -> None:
         """Every rank stands still until a time, if it has not passed."""
         self.now = np.maximum(self.now, until)
 
     def meet(self) -> None:
-        """Every rank waits for the last one."""
         self.now = np.full_like(self.now, self.now.max())
 
     def beside(self, kind: str, start: np.ndarray | float, stop: np.ndarray) -> None:
@@ -52,3 +45,23 @@ class Timeline:
     def busiest(self) -> int:
         """The rank with most work: attention and copies."""
         return int(np.argmax(self.busy["attention"] + self.busy["copies"]))
+
+
+class Hops:
+    """Blocks that ranks hand on, a port one at a time. hop: time of a block from each rank's predecessor, us [N]."""
+
+    def __init__(self, hop: np.ndarray) -> None:
+        self._hop, self._port = hop, np.zeros(len(hop))
+
+    def send(self, ready: np.ndarray) -> np.ndarray:
+        """Every rank hands on what it has ready at a time [N]. When its predecessor's has come [N]."""
+        start = np.maximum(ready, self._port)
+        self._port = start + np.roll(self._hop, -1)
+        return np.roll(start, 1) + self._hop
+
+    def around(self) -> float:
+        """When all blocks have been everywhere, nothing beside them."""
+        ready = np.zeros(len(self._hop))
+        for _ in range(len(self._hop) - 1):
+            ready = self.send(ready)
+        return float(ready.max())

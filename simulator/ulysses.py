@@ -21,7 +21,7 @@ def ulysses(planned: Planned, copies: int, in_order: bool) -> Module:
 
     Raises ValueError where ranks cannot share out the heads evenly.
     """
-    ranks, machine, own = planned.ranks, planned.setting.machine, planned.heads_shape
+    ranks, own = planned.ranks, planned.heads_shape
     rows = float(planned.plan.tokens.max())
     inward = rows * (own.query_bytes / 2 + own.kv_bytes)  # Q, K and V for one other rank
     outward = rows * own.query_bytes / 2
@@ -33,11 +33,11 @@ def ulysses(planned: Planned, copies: int, in_order: bool) -> Module:
         for number, pair in enumerate((outward, inward) if backward else (inward, outward)):
             if number:
                 timeline.run("attention", np.full(ranks, planned.heads_us(backward, in_order)))
-            exchange = machine.links.all_to_all_us(pair, ranks)
+            exchange = planned.links.all_to_all_us(pair, ranks)
             moved = copies * 2 * pair * ranks
             if pair is inward and not in_order:
                 moved += 2 * rows * own.kv_bytes * ranks  # K and V into one tensor first
-            timeline.run("copies", machine.copies.us(moved, launches=copies))
+            timeline.run("copies", planned.copies.us(moved, launches=copies))
             timeline.run("exchange", exchange)
             alone += exchange
         timelines.append(timeline)

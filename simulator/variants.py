@@ -1,19 +1,26 @@
-"""What can be simulated: every published method as it was published, and at its best."""
+"""What can be simulated, and what a caller chooses of it, checked at the door: ranks, heads, overlap, methods."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import NamedTuple
 
-from flashcp.sharding.methods import METHODS, Method
-from flashcp.simulator.cost import AttentionShape
+import numpy as np
 
-__all__ = ["BEST_EFFORT", "GIVEN_PLAN", "IMPLEMENTATIONS", "VARIANTS", "Variant", "without_ulysses"]
+from flashcp.sharding.documents import check_choice
+from flashcp.sharding.exchanges import EXCHANGES
+from flashcp.sharding.methods import METHODS
+from flashcp.sharding.strategies import STRATEGIES
+from flashcp.simulator.cost import AttentionShape, ModelShape
+from flashcp.simulator.machine import Machine
+from flashcp.simulator.planned import Setting
 
-BEST_EFFORT = "_best_effort"
+__all__ = ["GIVEN_PLAN", "VARIANTS", "Variant", "choose_variants", "make_setting", "read_ranks", "without_ulysses"]
+
+MOST_RANKS = 1024
 GIVEN_PLAN = "plan"
 """The strategy of a plan that the caller made."""
-IMPLEMENTATIONS = ("published", "best effort", "ours")
 
 
 class Variant(NamedTuple):
@@ -34,19 +41,13 @@ class Variant(NamedTuple):
         return self.implementation == "published"
 
 
-def _of(method: Method) -> list[Variant]:
-    if method.name == "flashcp":
-        return [Variant(*method)]
-    published = Variant(*method, "published")
-    return [published, published._replace(name=f"{method.name}{BEST_EFFORT}", implementation="best effort")]
-
-
-VARIANTS: dict[str, Variant] = {
-    variant.name: variant
-    for variant in sorted(
-        (one for method in METHODS.values() for one in _of(method)), key=lambda v: BEST_EFFORT in v.name
-    )
-}
+_METHODS = [Variant(*method, "ours" if method.name == "flashcp" else "published") for method in METHODS.values()]
+_BEST_EFFORTS = [
+    variant._replace(name=f"{variant.name}_best_effort", implementation="best effort")
+    for variant in _METHODS
+    if variant.published
+]
+VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (*_METHODS, *_BEST_EFFORTS)}
 """By name: the methods, then the best efforts. `flashcp` is ours; so is every pair SHARDING+EXCHANGE."""
 
 
@@ -65,3 +66,53 @@ def without_ulysses(
     if not kept:
         raise ValueError(f"{variants[0].name}: {why}")
     return kept, why
+
+
+def read_ranks(world_size: object) -> int:
+    """Raises ValueError for a number of ranks that is not simulated."""
+    if not isinstance(world_size, int | np.integer) or not 1 <= world_size <= MOST_RANKS:
+        raise ValueError(f"world_size={world_size!r}: expected a whole number >= 1 and <= {MOST_RANKS}")
+    return int(world_size)
+
+
+def make_setting(
+    machine: Machine, model: ModelShape, overlap: str = "auto", gradient_bytes: int = 4, prefix: str = ""
+) -> Setting:
+    """Where and how plans run. prefix: of the model's fields in messages.
+
+    Raises ValueError naming value, field and what is legal.
+    """
+    check_choice("overlap", overlap, ("auto", "none", "staged", "fused"))
+    check_choice("gradient_bytes", gradient_bytes, (2, 4))
+    for name, number in asdict(model).items():
+        least = 0 if name == "ffn_dim" else 1
+        if not isinstance(number, int | np.integer) or number < least:
+            raise ValueError(f"{prefix}{name}={number!r}: expected a whole number >= {least}")
+    if model.query_heads % model.kv_heads:
+        raise ValueError(
+            f"{prefix}query_heads={model.query_heads}: expected a multiple of {prefix}kv_heads={model.kv_heads}"
+        )
+    shape = AttentionShape(model.query_heads, model.kv_heads, model.head_dim, model.dtype_bytes)
+    # As in `ContextParallel`: `fused` is taken by name alone until a GPU has shown that it is faster.
+    return Setting(machine, shape, "staged" if overlap == "auto" else overlap, gradient_bytes)
+
+
+def choose_variants(names: Iterable[str], given_plan: bool = False) -> list[Variant]:
+    """Methods by name, and pairs SHARDING+EXCHANGE under our implementation; all methods where none is named.
+
+    given_plan: the caller has made the plans: `plan+EXCHANGE` is a pair too, `plan` is short for `plan+exact`, and
+    that one stands first where none is named. Raises ValueError for other names.
+    """
+    chosen = [_variant(name, given_plan) for name in dict.fromkeys(names)]
+    return chosen or [*([_variant(GIVEN_PLAN, True)] if given_plan else []), *VARIANTS.values()]
+
+
+def _variant(name: str, given_plan: bool) -> Variant:
+    strategy, plus, exchange = str(name).partition("+")
+    if given_plan and name == GIVEN_PLAN:
+        return Variant(GIVEN_PLAN, GIVEN_PLAN, "exact")
+    known = [*STRATEGIES, GIVEN_PLAN] if given_plan else [*STRATEGIES]
+    if name not in VARIANTS and not (plus and strategy in known and exchange in EXCHANGES):
+        also = f"{GIVEN_PLAN}, " if given_plan else ""
+        raise ValueError(f"methods: {name!r}: expected one of {also}{', '.join(VARIANTS)}, or a pair SHARDING+EXCHANGE")
+    return VARIANTS.get(name) or Variant(name, strategy, exchange)

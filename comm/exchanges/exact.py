@@ -21,8 +21,7 @@ from flashcp.comm.exchanges.exchange import IncomingKV
 from flashcp.comm.exchanges.receiving import GradientReturn, ReceivingExchange
 from flashcp.comm.transport import OutgoingRows, Transport
 from flashcp.kernels.interface import KV
-from flashcp.sharding.exchanges import EXCHANGES
-from flashcp.sharding.exchanges.exact import traffic
+from flashcp.sharding.exchanges import traffic
 from flashcp.sharding.plan import ShardingPlan
 
 __all__ = ["AllGather", "Compacted", "Exact"]
@@ -100,7 +99,7 @@ class AllGather(Exact):
         return super().return_gradients(plan, others)
 
     def _block_rows(self, plan: ShardingPlan) -> int:
-        return EXCHANGES[self.name].block_rows(plan)
+        return plan.route(self.name).block_rows
 
 
 class Compacted(AllGather):

@@ -21,7 +21,6 @@ from flashcp.comm.transport import Inbox, Transfer, Transport
 from flashcp.kernels.interface import KV, AttentionKernel
 from flashcp.kernels.schedule import Schedule, build_schedule
 from flashcp.kernels.uploads import Uploaded
-from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import Segments
 
@@ -86,8 +85,9 @@ class Layout:
     def __init__(self, exchange: str, plan: ShardingPlan, rank: int) -> None:
         self.exchange, self.plan, self.rank = exchange, plan, rank
         self.local: Segments = plan.local(rank)
-        self.received: Segments = EXCHANGES[exchange].received(plan, rank)
-        self.sent: Segments = EXCHANGES[exchange].sent(plan, rank)
+        route = plan.route(exchange)
+        self.received: Segments = route.received(rank)
+        self.sent: Segments = route.sent(rank)
         self.schedule_of = lru_cache(maxsize=None)(self._schedule_of)
         self._sent_index = lru_cache(maxsize=None)(lambda device: Uploaded(self.sent.buffer_rows(), device))
 

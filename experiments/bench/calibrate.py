@@ -42,9 +42,8 @@ from flashcp.limits import Count, Limit, Natural
 from flashcp.schema import read_dataclass
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan, strategies
-from flashcp.simulator.cost import AttentionShape, CopyCost, Link, Links
+from flashcp.simulator.cost import AttentionShape, CopyCost, Link, Links, layer_flops
 from flashcp.simulator.machine import Machine, PublishedCopies
-from flashcp.simulator.step import layer_flops
 from flashcp.train.model import Block, ModelConfig, Rotary
 from flashcp.train.ranks import Ranks
 

@@ -13,9 +13,8 @@ from flashcp.experiments.campaign.part import Case, Turn
 from flashcp.experiments.sweep.measured import MeasuredPlanned
 from flashcp.experiments.sweep.results import Failure, Number
 from flashcp.sharding.lengths import windows
-from flashcp.simulator.batch import make_plans
 from flashcp.simulator.cost import AttentionShape
-from flashcp.simulator.pack import Outcome, simulate_plans
+from flashcp.simulator.pack import Outcome, make_plans, simulate_plans
 from flashcp.simulator.planned import Setting
 from flashcp.simulator.variants import VARIANTS
 

@@ -17,7 +17,7 @@ from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.lengths import LENGTH_DATA, SIGMA
 from flashcp.sharding.methods import METHODS
 from flashcp.sharding.strategies import STRATEGIES
-from flashcp.simulator.step import ModelShape
+from flashcp.simulator.cost import ModelShape
 from flashcp.train.data.sources import SOURCES, DataConfig
 
 __all__ = [

@@ -28,8 +28,7 @@ from flashcp.experiments.provenance import commit
 from flashcp.options import naming_options
 from flashcp.sharding.strategies import plan
 from flashcp.simulation import summary_table
-from flashcp.simulator.batch import Options, make_plans
-from flashcp.simulator.pack import simulate_module
+from flashcp.simulator.pack import Options, make_plans, simulate_module
 from flashcp.simulator.planned import Setting
 from flashcp.simulator.summary import BASELINE, Summary, recommendation, simulate_methods
 from flashcp.simulator.variants import Variant

@@ -11,13 +11,18 @@ import numpy as np
 from flashcp.clusters import read_cluster_file, read_machine
 from flashcp.experiments.cli.plan import chosen_methods
 from flashcp.schema import read_dataclass
-from flashcp.simulator.choices import choose_variants, make_setting, read_ranks
-from flashcp.simulator.cost import AttentionShape
+from flashcp.simulator.cost import AttentionShape, ModelShape
 from flashcp.simulator.machine import Machine
 from flashcp.simulator.pack import Price
 from flashcp.simulator.planned import Planned, Setting
-from flashcp.simulator.step import ModelShape
-from flashcp.simulator.variants import VARIANTS, Variant, without_ulysses
+from flashcp.simulator.variants import (
+    VARIANTS,
+    Variant,
+    choose_variants,
+    make_setting,
+    read_ranks,
+    without_ulysses,
+)
 
 __all__ = [
     "Kernels",

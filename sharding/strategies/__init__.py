@@ -1,4 +1,4 @@
-"""Strategies: document lengths and a world size in, shards out. One pure function a file, listed once here."""
+"""Strategies: document lengths and a world size in, shards out. Each is a pure function, listed once here."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from flashcp.sharding.documents import read_document_lengths, read_world_size
+from flashcp.sharding.documents import check_choice, read_document_lengths, read_world_size
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import ShardTable
-from flashcp.sharding.strategies.contiguous import contiguous
+from flashcp.sharding.strategies.equal_pieces import contiguous, per_document, per_sequence
 from flashcp.sharding.strategies.flashcp import flashcp
 from flashcp.sharding.strategies.flashcp_paper import flashcp_paper
-from flashcp.sharding.strategies.per_document import per_document
-from flashcp.sharding.strategies.per_sequence import per_sequence
 from flashcp.sharding.strategies.wlb_adaptive import wlb_adaptive
 
 __all__ = ["STRATEGIES", "plan", "strategies"]
@@ -48,8 +46,7 @@ def plan(
     """
     lengths = read_document_lengths(document_lengths)
     ranks = read_world_size(world_size, int(lengths.sum()))
-    if not isinstance(strategy, str) or strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r}: expected one of {', '.join(STRATEGIES)}")
+    check_choice("strategy", strategy, STRATEGIES)
     function = STRATEGIES[strategy]
     legal = list(inspect.signature(function).parameters)[2:]
     for name in options:

@@ -23,15 +23,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashcp.sharding.shards import ShardTable, shard_work
-from flashcp.sharding.strategies.chunks import head_tail_chunks
+from flashcp.sharding.documents import sum_by
+from flashcp.sharding.shards import ShardTable
+from flashcp.sharding.strategies.equal_pieces import per_document
 
-__all__ = ["SINGLE_STEPS", "TARGET_IMBALANCE", "Attempt", "attempt_table", "flashcp_paper", "try_cut"]
+__all__ = ["SINGLE_STEPS", "TARGET_IMBALANCE", "flashcp_paper", "try_cut"]
 
 TARGET_IMBALANCE = 1.05
 SINGLE_STEPS = 64  # restarts that each add one document to PerDoc
 
 Piece = tuple[int, int, int]  # document, start, stop
+Heap = list[tuple[int, ...]]
 
 
 class Attempt(NamedTuple):
@@ -40,6 +42,11 @@ class Attempt(NamedTuple):
     pieces: list[list[Piece]]
     per_document: ShardTable
     imbalance: float
+
+    def table(self) -> ShardTable:
+        flat = [(*piece, rank) for rank, held in enumerate(self.pieces) for piece in held]
+        columns = np.array(flat, dtype=np.int64).reshape(len(flat), 4).T
+        return ShardTable(*map(np.concatenate, zip(self.per_document, columns, strict=True)))
 
 
 def flashcp_paper(
@@ -61,7 +68,7 @@ def flashcp_paper(
         if best is None or attempt.imbalance < best.imbalance:
             best = attempt
         if best.imbalance <= target_imbalance or cut == len(document_lengths):
-            return attempt_table(best)
+            return best.table()
         restarts += 1
         cut = min(len(document_lengths), cut + (1 if restarts <= SINGLE_STEPS else max(1, cut // 8)))
 
@@ -69,16 +76,11 @@ def flashcp_paper(
 def try_cut(lengths: np.ndarray, longest_first: np.ndarray, cut: int, world_size: int, leaves: str = "head") -> Attempt:
     """Cut the `cut` longest documents 2N ways, place the others whole, equalise tokens."""
     chosen = longest_first[:cut]
-    per_document = _per_document(chosen, lengths[chosen], world_size)
-    tokens, work = [0] * world_size, [0] * world_size
-    for rank, rows, pairs in zip(
-        per_document.rank.tolist(),
-        (per_document.stop - per_document.start).tolist(),
-        shard_work(per_document.start, per_document.stop).tolist(),
-        strict=True,
-    ):
-        tokens[rank] += rows
-        work[rank] += pairs
+    striped = ShardTable(*np.empty((4, 0), dtype=np.int64))
+    if cut:
+        striped = per_document(lengths[chosen], world_size)
+        striped = striped._replace(document=chosen[striped.document])
+    tokens, work = (sum_by(striped.rank, amount, world_size).tolist() for amount in (striped.rows, striped.work))
 
     pieces: list[list[Piece]] = [[] for _ in range(world_size)]
     least = [(amount, rank) for rank, amount in enumerate(work)]
@@ -92,14 +94,7 @@ def try_cut(lengths: np.ndarray, longest_first: np.ndarray, cut: int, world_size
         heapq.heapreplace(least, (work[rank], rank))
 
     _equalise_tokens(pieces, tokens, work, leaves == "tail")
-    return Attempt(pieces, per_document, max(work) * world_size / sum(work))
-
-
-def _per_document(documents: np.ndarray, lengths: np.ndarray, world_size: int) -> ShardTable:
-    if not len(documents):
-        return ShardTable(*(np.empty(0, dtype=np.int64) for _ in range(4)))
-    table = head_tail_chunks(lengths, world_size)
-    return table._replace(document=documents[table.document])
+    return Attempt(pieces, striped, max(work) * world_size / sum(work))
 
 
 def _equalise_tokens(pieces: list[list[Piece]], tokens: list[int], work: list[int], tails: bool) -> None:
@@ -109,11 +104,11 @@ def _equalise_tokens(pieces: list[list[Piece]], tokens: list[int], work: list[in
     surplus = [count - share for count in tokens]
     for rank in sorted(range(world_size), key=lambda rank: (-tokens[rank], rank))[:longer]:
         surplus[rank] -= 1
-    givers = [(-amount, rank) for rank, amount in enumerate(surplus) if amount > 0]
-    takers = [(amount, rank) for rank, amount in enumerate(surplus) if amount < 0]
+    givers: Heap = [(-amount, rank) for rank, amount in enumerate(surplus) if amount > 0]
+    takers: Heap = [(amount, rank) for rank, amount in enumerate(surplus) if amount < 0]
     heapq.heapify(givers)
     heapq.heapify(takers)
-    whole = [[(start - stop, document, start) for document, start, stop in held] for held in pieces]
+    whole: list[Heap] = [[(start - stop, document, start) for document, start, stop in held] for held in pieces]
     for _, rank in givers:
         heapq.heapify(whole[rank])
     moved: list[list[Piece]] = [[] for _ in pieces]
@@ -129,27 +124,16 @@ def _equalise_tokens(pieces: list[list[Piece]], tokens: list[int], work: list[in
             work[giver] -= pairs
             work[taker] += pairs
             left -= part
-            if negative + part:
-                heapq.heapreplace(whole[giver], (negative + part, document, start if tails else start + part))
-            else:
-                heapq.heappop(whole[giver])
-        tokens[giver] -= rows
-        tokens[taker] += rows
-        _advance(givers, spare + rows, giver)
-        _advance(takers, missing + rows, taker)
+            _replace_first(whole[giver], (negative + part, document, start if tails else start + part))
+        _replace_first(givers, (spare + rows, giver))
+        _replace_first(takers, (missing + rows, taker))
     for rank, kept in enumerate(whole):
-        pieces[rank] = [(document, start, start - negative) for negative, document, start in kept]
-        pieces[rank] += moved[rank]
+        pieces[rank] = [(document, start, start - negative) for negative, document, start in kept] + moved[rank]
 
 
-def _advance(queue: list[tuple[int, int]], amount: int, rank: int) -> None:
-    if amount:
-        heapq.heapreplace(queue, (amount, rank))
+def _replace_first(heap: Heap, item: tuple[int, ...]) -> None:
+    """Put the item in the place of the smallest one; where its amount is used up, nothing."""
+    if item[0]:
+        heapq.heapreplace(heap, item)
     else:
-        heapq.heappop(queue)
-
-
-def attempt_table(attempt: Attempt) -> ShardTable:
-    flat = [(*piece, rank) for rank, held in enumerate(attempt.pieces) for piece in held]
-    columns = np.array(flat, dtype=np.int64).reshape(len(flat), 4).T
-    return ShardTable(*map(np.concatenate, zip(attempt.per_document, columns, strict=True)))
+        heapq.heappop(heap)

@@ -6,12 +6,14 @@ import importlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flashcp.sharding.batch import plan_windows
+import flashcp as flashcp_package
+from flashcp.sharding.batch import map_ordered
 from flashcp.sharding.lengths import windows
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies.flashcp import flashcp
@@ -192,11 +194,12 @@ def test_multicast_counts_a_row_once() -> None:
 
 def test_many_windows_on_workers() -> None:
     packs = [np.array(lengths) for lengths in ([100, 28], [64, 64], [5, 3, 90], [128])]
-    alone = list(plan_windows(packs, 4))
-    together = list(plan_windows(packs, 4, workers=2))
+    one = partial(flashcp_package.plan, world_size=4)
+    alone = list(map_ordered(one, packs))
+    together = list(map_ordered(one, packs, workers=2))
     assert [plan.fingerprint for plan in together] == [plan.fingerprint for plan in alone]
     with pytest.raises(ValueError, match="workers=0"):
-        list(plan_windows(packs, 4, workers=0))
+        list(map_ordered(one, packs, workers=0))
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,13 @@ import pytest
 import flashcp
 from flashcp.clusters import read_machine
 from flashcp.experiments.cli.compose import compose
-from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.lengths import windows
 from flashcp.simulator.cost import Link, Links
 from flashcp.simulator.flows import carry_all
-from flashcp.simulator.hops import Hops
 from flashcp.simulator.machine import Machine
 from flashcp.simulator.ours import ours
 from flashcp.simulator.planned import Module, Planned, Setting
+from flashcp.simulator.timeline import Hops
 
 RANKS = 4
 PACK = next(windows("pile", 32_768, 1, 3))
@@ -48,11 +47,11 @@ def test_what_is_copied(machine: Machine, exchange: str, overlap: str) -> None:
     row_bytes, copies = planned.shape.kv_bytes, machine.copies
     if exchange == "exact":
         sent = rows.sent_rows * row_bytes
-        others = (planned.reads.traffic > 0).sum(axis=1)
+        others = (planned.traffic > 0).sum(axis=1)
         packed = copies.us(2 * sent, launches=1)
         back = copies.us(3 * 2 * sent, launches=0) + 2 * others * copies.launch_us
     else:
-        block = EXCHANGES[exchange].block_rows(planned.plan) * row_bytes
+        block = rows.block_rows * row_bytes
         packed = np.full(RANKS, float(copies.us(5 * block, 5)))
         others = (RANKS - 1) * block * 2  # fp32
         back = np.full(RANKS, float(copies.us(2 * others) + copies.us(3 * others, 2 * (RANKS - 1))))
@@ -78,7 +77,7 @@ def test_what_buffers_hold(machine: Machine) -> None:
 def test_tiles_of_a_fused_kernel_run_as_their_last_source_arrives(machine: Machine, exchange: str) -> None:
     slow = replace(machine, links=Links(2, Link(20.0, 2.0), Link(5.0, 5.0)))
     planned, module = run(slow, "per_document", exchange)
-    reads, traffic = planned.reads, planned.reads.traffic * float(planned.shape.kv_bytes)
+    reads, traffic = planned.reads, planned.traffic * float(planned.shape.kv_bytes)
     if exchange == "all_gather":
         traffic = planned.block_bytes(exchange) * (1.0 - np.eye(RANKS))
     start = module.forward.busy["copies"]
@@ -102,7 +101,7 @@ def test_gradients_of_received_rows_leave_together_before_the_local_ones(machine
     slow = replace(machine, links=Links(8, Link(1.0, 0.0), Link(1.0, 0.0)))
     planned, module = run(slow, "contiguous", "exact", pack=WHOLE)
     remote, local = planned.first_us(True), planned.local_us(True)
-    traffic = 2.0 * planned.reads.traffic.T * planned.shape.kv_bytes
+    traffic = 2.0 * planned.traffic.T * planned.shape.kv_bytes
     release = np.broadcast_to(remote[:, None], traffic.shape)
     home = carry_all(traffic, slow.links, pull=False, release_us=release).max(axis=0)
     done = np.maximum(home, remote + local) + module.backward.busy["copies"]

@@ -1,23 +1,27 @@
 """`flashcp`: equal tokens, work within a tolerance, and as few KV rows on the busiest rank as a search finds.
 
 The algorithm, with its derivations and a worked example, is in docs/planner.md: `fill` makes a first plan that is
-exact in tokens and work, `search` improves it (compiled by numba when the window is big), `members` compares it with
-the plans of the other strategies.
+exact in tokens and work, `improve` searches from there (both compiled by numba when the window is big), `members`
+compares it with the plans of the other strategies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 
 from flashcp.sharding.bounds import FEW_ROWS, TOLERANCE, least_largest_work
+from flashcp.sharding.compiled import compiled_twins
+from flashcp.sharding.documents import sum_by
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.sharding.shards import ShardTable
-from flashcp.sharding.strategies.flashcp.compiled import Loops, loops
+from flashcp.sharding.shards import ShardTable, shard_work
 from flashcp.sharding.strategies.flashcp.members import best_member, largest_work, members
 from flashcp.sharding.strategies.flashcp.rows import exchange_rows
-from flashcp.sharding.strategies.flashcp.state import Holders, no_holders
+from flashcp.sharding.strategies.flashcp.search import HELPERS, Holders, fill, improve, no_holders
 
 __all__ = ["Cost", "flashcp"]
 
@@ -57,12 +61,20 @@ def flashcp(
     The same input gives the same plan on any machine: whole numbers, budgets in changes, choices from a fixed seed.
     Raises ValueError for options out of range.
     """
-    _check_options(tolerance, budget, total_weight, granularity, max_split)
+    for name, value, legal, wanted in (
+        ("tolerance", tolerance, tolerance >= 1, "a number >= 1"),
+        ("budget", budget, budget is None or budget >= 0, "a whole number >= 0"),
+        ("total_weight", total_weight, 0 <= total_weight <= 64, "0 to 64"),
+        ("granularity", granularity, granularity >= 1, "a whole number >= 1"),
+        ("max_split", max_split, max_split is None or max_split >= 1, "a whole number >= 1"),
+    ):
+        if not legal:
+            raise ValueError(f"{name}={value}: expected {wanted}")
     if world_size == 1:
         nothing = np.zeros_like(document_lengths)
         return ShardTable(np.arange(len(document_lengths)), nothing, document_lengths, nothing)
 
-    pairs = int((document_lengths * (document_lengths + 1) // 2).sum())
+    pairs = int(shard_work(0, document_lengths).sum())
     least = least_largest_work(document_lengths, world_size)
 
     def search(tolerance: float) -> tuple[ShardTable, int, int]:
@@ -84,6 +96,20 @@ def flashcp(
     return found if better is None else better
 
 
+@cache
+def loops(compiled: bool) -> Sequence[Callable[..., Any]]:
+    """`fill` and `improve`, or their compiled twins: the same whole numbers, the same plan.
+
+    The plain ones, with a warning, where numba is not installed: the same plan, after seconds for a big window.
+    """
+    if compiled:
+        try:
+            return compiled_twins((fill, improve), HELPERS, error_model="numpy")
+        except ModuleNotFoundError:
+            warnings.warn("numba is not installed: big windows are planned uncompiled, slowly", stacklevel=2)
+    return fill, improve
+
+
 def _search(
     lengths: np.ndarray, world_size: int, budget: int | None, settings: tuple[int, int, int, int, bool]
 ) -> tuple[ShardTable, int]:
@@ -91,29 +117,27 @@ def _search(
     small = int(lengths.sum()) <= SMALL_WINDOW
     if budget is None:
         budget = 400 if small else 44_000 + 250 * world_size
-    run = loops(compiled=not small)
+    run_fill, run_improve = loops(compiled=not small)
     order = np.argsort(-lengths, kind="stable")
-    first, bundle, divisible = _first_plan(lengths[order], world_size, run)
+    first, bundle, divisible = _first_plan(lengths[order], world_size, run_fill)
     trial = no_holders(np.zeros(3, dtype=np.int64), world_size + 2)
     starts = min(STARTS, max(1, budget // LEAST_MOVES))
-    running = [(first.copy(), np.array([SEED + 7919 * start])) for start in range(starts)]
+    running = [(Holders(*map(np.copy, first)), np.array([SEED + 7919 * start])) for start in range(starts)]
     rounds = starts.bit_length()
     for _ in range(rounds):
         moves = budget // rounds // len(running)
-        reached = [
-            run.improve(holders, trial, divisible, world_size, moves, seed, *settings) for holders, seed in running
-        ]
+        reached = [run_improve(one, trial, divisible, world_size, moves, seed, *settings) for one, seed in running]
         ranked = sorted(range(len(running)), key=lambda i: (reached[i], i))
         running = [running[i] for i in ranked[: max(1, len(running) // 2)]]
     (excess, critical), (holders, seed) = reached[ranked[0]], running[0]
     for _ in range(EXTENSIONS):
         if excess == 0:
             break
-        excess, critical = run.improve(holders, trial, divisible, world_size, budget // rounds, seed, *settings)
+        excess, critical = run_improve(holders, trial, divisible, world_size, budget // rounds, seed, *settings)
     return _table(holders, lengths[order], order, bundle, divisible), int(critical)
 
 
-def _first_plan(length: np.ndarray, world_size: int, run: Loops) -> tuple[Holders, np.ndarray, int]:
+def _first_plan(length: np.ndarray, world_size: int, run_fill: Callable[..., None]) -> tuple[Holders, np.ndarray, int]:
     """The plan that `fill` makes of documents sorted longest first; which bundle each later one is in.
 
     Of very many documents the longest are planned one by one; the others are dealt into 8 bundles a rank, which
@@ -125,26 +149,21 @@ def _first_plan(length: np.ndarray, world_size: int, run: Loops) -> tuple[Holder
     rest = length[alone:]
     bundle = np.arange(len(rest)) % (8 * world_size)
     bundles = min(len(rest), 8 * world_size)
-    bundle_rows, bundle_work = np.zeros((2, bundles), dtype=np.int64)
-    np.add.at(bundle_rows, bundle, rest)
-    np.add.at(bundle_work, bundle, rest * (rest + 1) // 2)
+    bundle_rows, bundle_work = (sum_by(bundle, amount, bundles) for amount in (rest, shard_work(0, rest)))
 
     holders = no_holders(np.concatenate((length[:alone], bundle_rows)), world_size + 1)
+    rank = np.arange(bundles) % world_size
     holders.number[alone:] = 1
-    holders.rank[alone:, 0] = np.arange(bundles) % world_size
-    holders.rows[alone:, 0] = bundle_rows
-    holders.work[alone:, 0] = bundle_work
-    room = _equal_shares(int(length.sum()), world_size)
-    work = _equal_shares(int((length * (length + 1) // 2).sum()), world_size)
-    np.subtract.at(room, holders.rank[alone:, 0], bundle_rows)
-    np.subtract.at(work, holders.rank[alone:, 0], bundle_work)
-    run.fill(holders, alone, room, work)
+    for column, values in ((holders.rank, rank), (holders.rows, bundle_rows), (holders.work, bundle_work)):
+        column[alone:, 0] = values
+
+    def missing(amounts: np.ndarray, bundled: np.ndarray) -> np.ndarray:
+        """What each rank lacks of an equal share of all, to the whole number."""
+        share, left = divmod(int(amounts.sum()), world_size)
+        return share + (np.arange(world_size) < left) - sum_by(rank, bundled, world_size)
+
+    run_fill(holders, alone, missing(length, bundle_rows), missing(shard_work(0, length), bundle_work))
     return holders, bundle, alone
-
-
-def _equal_shares(amount: int, world_size: int) -> np.ndarray:
-    share, left = divmod(amount, world_size)
-    return share + (np.arange(world_size) < left).astype(np.int64)
 
 
 def _table(holders: Holders, length: np.ndarray, order: np.ndarray, bundle: np.ndarray, divisible: int) -> ShardTable:
@@ -167,27 +186,11 @@ def _table(holders: Holders, length: np.ndarray, order: np.ndarray, bundle: np.n
         np.concatenate((low + head, high, length[bundled])),
         np.concatenate((rank, rank, holders.rank[divisible + bundle, 0])),
     )
-    return ShardTable(*(column[pieces.stop > pieces.start] for column in pieces))
+    return pieces.take(pieces.rows > 0)
 
 
 def _predict(lengths: np.ndarray, world_size: int, table: ShardTable, cost: Cost) -> float:
     plan = ShardingPlan(lengths, world_size, table)
     route = plan.route("exact")
-    tiles = np.zeros(world_size, dtype=np.int64)
-    np.add.at(tiles, plan.table.rank, -(-(plan.table.stop - plan.table.start) // TILE))
+    tiles = sum_by(plan.table.rank, -(-plan.table.rows // TILE), world_size)
     return cost(plan.work, route.sent_rows, route.received_rows, tiles)
-
-
-def _check_options(
-    tolerance: float, budget: int | None, total_weight: float, granularity: int, max_split: int | None
-) -> None:
-    if not tolerance >= 1:
-        raise ValueError(f"tolerance={tolerance}: expected a number >= 1")
-    if budget is not None and budget < 0:
-        raise ValueError(f"budget={budget}: expected a whole number >= 0")
-    if not 0 <= total_weight <= 64:
-        raise ValueError(f"total_weight={total_weight}: expected 0 to 64")
-    if granularity < 1:
-        raise ValueError(f"granularity={granularity}: expected a whole number >= 1")
-    if max_split is not None and max_split < 1:
-        raise ValueError(f"max_split={max_split}: expected a whole number >= 1")

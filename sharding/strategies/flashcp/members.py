@@ -6,24 +6,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from flashcp.sharding.documents import sum_by
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.sharding.shards import ShardTable, shard_work
-from flashcp.sharding.strategies.contiguous import contiguous
-from flashcp.sharding.strategies.flashcp_paper import (
-    SINGLE_STEPS,
-    TARGET_IMBALANCE,
-    attempt_table,
-    flashcp_paper,
-    try_cut,
-)
-from flashcp.sharding.strategies.per_document import per_document
-from flashcp.sharding.strategies.per_sequence import per_sequence
+from flashcp.sharding.shards import ShardTable
+from flashcp.sharding.strategies.equal_pieces import contiguous, per_document, per_sequence
+from flashcp.sharding.strategies.flashcp_paper import SINGLE_STEPS, TARGET_IMBALANCE, flashcp_paper, try_cut
 
 __all__ = ["best_member", "largest_work", "members"]
 
 
 def members(lengths: np.ndarray, world_size: int) -> list[ShardTable]:
-    """The plans of all members."""
     return [member(lengths, world_size) for member in (contiguous, per_document, per_sequence, flashcp_paper)]
 
 
@@ -35,13 +27,12 @@ def best_member(lengths: np.ndarray, world_size: int, limit: int, work: int, cri
     best = None
     key = (max(work, limit), critical)
     for table in _candidates(lengths, world_size, limit, key):
-        most = largest_work(table, world_size)
-        if max(most, limit) > key[0]:
+        most = max(largest_work(table, world_size), limit)
+        if most > key[0]:
             continue
-        rows = ShardingPlan(lengths, world_size, table).route("exact").critical_rows
-        if (max(most, limit), rows) < key:
-            key = (max(most, limit), int(rows))
-            best = table
+        rows = int(ShardingPlan(lengths, world_size, table).route("exact").critical_rows)
+        if (most, rows) < key:
+            key, best = (most, rows), table
     return best
 
 
@@ -70,13 +61,10 @@ def _candidates(lengths: np.ndarray, world_size: int, limit: int, key: tuple[int
             return
         attempt = try_cut(lengths, longest_first, cut, world_size)
         if attempt.imbalance <= TARGET_IMBALANCE:
-            yield attempt_table(attempt)
+            yield attempt.table()
             return
     yield flashcp_paper(lengths, world_size)
 
 
 def largest_work(table: ShardTable, world_size: int) -> int:
-    """Causal pairs of the rank with most of them."""
-    work = np.zeros(world_size, dtype=np.int64)
-    np.add.at(work, table.rank, shard_work(table.start, table.stop))
-    return int(work.max())
+    return int(sum_by(table.rank, table.work, world_size).max())

@@ -18,8 +18,7 @@ def exchange_rows(lengths: np.ndarray, world_size: int, table: ShardTable, limit
     """
     offsets = document_offsets(lengths)
     owner = np.empty(offsets[-1], dtype=np.int64)
-    rows = table.stop - table.start
-    owner[expand_ranges(offsets[table.document] + table.start, rows)] = np.repeat(table.rank, rows)
+    owner[expand_ranges(offsets[table.document] + table.start, table.rows)] = np.repeat(table.rank, table.rows)
     document = np.repeat(np.arange(len(lengths)), lengths)
     pairs = np.arange(offsets[-1]) - offsets[document] + 1  # work of each row, and its position + 1
     work = np.bincount(owner, weights=pairs, minlength=world_size).astype(np.int64)
@@ -57,9 +56,9 @@ def _best_swap(
         if work[taker] >= limit:
             break
         theirs = np.flatnonzero(owner == taker)
-        reach = _end(document[mine], document[theirs], pairs[theirs])
         gain = pairs[mine][:, None] - pairs[theirs][None, :]
         same = document[mine][:, None] == document[theirs][None, :]
+        reach = np.where(same, pairs[theirs], 0).max(axis=1, initial=0)  # where its last piece of each document ends
         if len(mine) > len(theirs):
             theirs = np.append(theirs, -1)
             gain = np.column_stack((gain, pairs[mine]))
@@ -77,9 +76,3 @@ def _best_swap(
         if best_key[:2] == (1, 1):
             break
     return best
-
-
-def _end(wanted: np.ndarray, document: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Where a rank's last piece of each wanted document ends, from its rows; 0 if it has none."""
-    same = wanted[:, None] == document[None, :]
-    return np.where(same, pairs[None, :], 0).max(axis=1, initial=0)

@@ -1,16 +1,251 @@
-"""Local search: two ranks exchange documents and divide one of them anew; the change stays if it is not worse.
+"""The loops of `flashcp`: a first plan by filling rank after rank, and a local search that improves it.
 
-The functions run as they stand, or compiled by numba (`compiled`): whole numbers only.
+Two ranks exchange documents and divide one of them anew; the change stays if it is not worse. All of it runs as it
+stands, or compiled by numba: whole numbers only. It is one file because numba looks for changes in the file
+of the function that it compiles and in no other.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from flashcp.sharding.strategies.flashcp.changes import Held, adopt, note, propose_moved, propose_split
-from flashcp.sharding.strategies.flashcp.state import Holders, charge, find, layout
+__all__ = ["HELPERS", "Holders", "fill", "improve", "no_holders"]
 
-__all__ = ["draw", "improve", "overwork", "volume_energy"]
+
+class Holders(NamedTuple):
+    """Who holds how much of each document, int64. Documents are sorted, longest first; bundles come last.
+
+    A bundle is several whole short documents that move together; its length is their tokens.
+    The pieces follow from the holders' order (`layout`).
+    """
+
+    length: np.ndarray  # [documents]
+    number: np.ndarray  # [documents] holders of each
+    rank: np.ndarray  # [documents, slots] the holders, in the order in which they take their tails
+    rows: np.ndarray  # [documents, slots]
+    work: np.ndarray  # [documents, slots]
+    tail: np.ndarray  # [documents, slots] rows taken from the end; the others are taken from the start
+
+
+def no_holders(length: np.ndarray, slots: int) -> Holders:
+    """Documents that nobody holds yet, with room for `slots` holders each."""
+    return Holders(length, np.zeros_like(length), *np.zeros((4, len(length), slots), dtype=np.int64))
+
+
+def find(holders: Holders, document: int, rank: int) -> int:
+    """Slot of a rank among the holders of a document, -1 if it holds nothing."""
+    for slot in range(holders.number[document]):
+        if holders.rank[document, slot] == rank:
+            return slot
+    return -1
+
+
+def layout(holders: Holders, document: int, granularity: int) -> None:
+    """Find the tails that give every holder its work, to the nearest row; write down the work that results.
+
+    In order, each holder takes a tail from the end of what is left of the document and its other rows from the
+    start; the last takes what remains. Moving one of its `rows` from the head to the tail of the interval
+    [low, high) adds high - low - rows to its work: one division. What one holder gets too much or too little is
+    asked of the next, so that the sum stays.
+    """
+    last = holders.number[document] - 1
+    low, high, owed = 0, holders.length[document], 0
+    for slot in range(last):
+        rows = holders.rows[document, slot]
+        heads_only = rows * low + rows * (rows + 1) // 2
+        span = high - low - rows  # > 0: later holders have rows too
+        wanted = holders.work[document, slot] + owed
+        tail = (wanted - heads_only + span // 2) // span
+        if granularity > 1:  # the tail begins on a multiple where the rows allow it
+            tail = high - (high - tail + granularity // 2) // granularity * granularity
+        tail = min(max(tail, 0), rows)
+        work = heads_only + tail * span
+        owed = wanted - work
+        holders.work[document, slot] = work
+        holders.tail[document, slot] = tail
+        high -= tail
+        low += rows - tail
+    holders.tail[document, last] = high - low
+    if last > 0:
+        holders.work[document, last] = (low + high + 1) * (high - low) // 2
+
+
+def charge(holders: Holders, document: int, sign: int, multicast: bool, sent: np.ndarray, received: np.ndarray) -> None:
+    """Add (sign 1) or take away (-1) what a document makes each rank send and receive under the exact exchange.
+
+    A rank receives the rows below its end that it does not hold. A row of a tail is read by the holders before,
+    a head by all others; a holder without a tail ends with its heads and reads only the heads below them.
+    With multicast a row leaves its owner once, however many ranks read it.
+    """
+    last = holders.number[document] - 1
+    low, high, tailless = 0, holders.length[document], 0
+    for slot in range(last + 1):
+        rank = holders.rank[document, slot]
+        rows = holders.rows[document, slot]
+        tail = holders.tail[document, slot]
+        tail_readers, head_readers = slot - tailless, last - tailless
+        if multicast:
+            tail_readers, head_readers = min(tail_readers, 1), min(head_readers, 1)
+        sent[rank] += sign * (tail * tail_readers + (rows - tail) * head_readers)
+        if tail > 0:
+            received[rank] += sign * (high - rows)
+        else:
+            received[rank] += sign * low
+            tailless += 1
+        high -= tail
+        low += rows - tail
+
+
+def put(holders: Holders, document: int, rank: int, rows: int, work: int) -> None:
+    slot = holders.number[document]
+    holders.rank[document, slot] = rank
+    holders.rows[document, slot] = rows
+    holders.work[document, slot] = work
+    holders.number[document] = slot + 1
+
+
+def hold(holders: Holders, document: int, rank: int, rows: int, work: int) -> None:
+    slot = find(holders, document, rank)
+    if slot < 0:
+        put(holders, document, rank, rows, work)
+    else:
+        holders.rows[document, slot] += rows
+        holders.work[document, slot] += work
+
+
+def fill(holders: Holders, documents: int, room: np.ndarray, target: np.ndarray) -> None:
+    """Hand out the first `documents` documents, sorted longest first, to ranks that miss `room` rows, `target` work.
+
+    The rows that are left always have the mean work that the ranks still to be filled need, so the longest document
+    is at least that dense: a rank takes it whole if that is not too much, else a tail and a head of it, after as
+    many of the shortest documents as bring the mean per row down to what tail and head give. The last rank takes
+    the rest, and its rows and work are what it needs.
+    """
+    low = np.zeros(documents, dtype=np.int64)
+    high = holders.length[:documents].copy()
+    longest, shortest = 0, documents - 1
+    for rank in range(len(room)):
+        rows, work = room[rank], target[rank]
+        last = rank == len(room) - 1
+        while rows > 0:
+            while high[longest] == low[longest]:
+                longest += 1
+            while high[shortest] == low[shortest]:
+                shortest -= 1
+            left = high[longest] - low[longest]
+            pairs = (low[longest] + high[longest] + 1) * left // 2
+            if left <= rows and (pairs <= work or last):
+                hold(holders, longest, rank, left, pairs)
+                rows -= left
+                work -= pairs
+                low[longest] = high[longest]
+                continue
+            dense = low[longest] + high[longest] + 1  # twice the mean work of its rows
+            if dense > low[shortest] + high[shortest] + 1 and rows * dense > 2 * work:
+                # As if all its rows were as light as the first: never too many, and the loop comes back for more.
+                taken = max(1, (rows * dense - 2 * work) // (dense - 2 * low[shortest] - 1))
+                taken = min(taken, rows, high[shortest] - low[shortest])
+                pairs = taken * low[shortest] + taken * (taken + 1) // 2
+                hold(holders, shortest, rank, taken, pairs)
+                low[shortest] += taken
+                rows -= taken
+                work -= pairs
+                continue
+            taken = min(rows, left)
+            pairs = taken * low[longest] + taken * (taken + 1) // 2
+            span = left - taken
+            tail = taken
+            if span > 0:
+                tail = min(max((work - pairs) // span, 0), taken)
+            pairs += tail * span
+            hold(holders, longest, rank, taken, pairs)
+            high[longest] -= tail
+            low[longest] += taken - tail
+            rows -= taken
+            work -= pairs
+
+
+class Held(NamedTuple):
+    """The documents of each rank, in no order: for picking one, int64."""
+
+    number: np.ndarray  # [ranks]
+    document: np.ndarray  # [ranks, documents]
+    place: np.ndarray  # [documents, ranks] where a document stands among a rank's
+
+
+def note(held: Held, document: int, rank: int) -> None:
+    held.place[document, rank] = held.number[rank]
+    held.document[rank, held.number[rank]] = document
+    held.number[rank] += 1
+
+
+def propose_split(
+    holders: Holders,
+    document: int,
+    first: int,
+    second: int,
+    rows: int,
+    work: int,
+    heads: bool,
+    trial: Holders,
+    at: int,
+) -> None:
+    """Write into trial[at] the document with `rows` and `work` of what two ranks hold of it on `first`, the rest
+    on `second`. `heads`: the first takes heads only and the lowest rows there are.
+    """
+    one, two = find(holders, document, first), find(holders, document, second)
+    all_rows, all_work = 0, 0
+    for slot in (one, two):
+        if slot >= 0:
+            all_rows += holders.rows[document, slot]
+            all_work += holders.work[document, slot]
+    low, high = min(one, two), max(one, two)
+    if low < 0:
+        low = high
+    trial.length[at], trial.number[at] = holders.length[document], 0
+    for slot in range(-1, holders.number[document]):
+        if (slot == -1 if heads else slot == low) and rows > 0:
+            put(trial, at, first, rows, work)
+        if slot == high and rows < all_rows:
+            put(trial, at, second, all_rows - rows, all_work - work)
+        if slot >= 0 and slot != one and slot != two:
+            put(trial, at, holders.rank[document, slot], holders.rows[document, slot], holders.work[document, slot])
+
+
+def propose_moved(holders: Holders, document: int, giver: int, taker: int, trial: Holders, at: int) -> None:
+    """Write into trial[at] the document with all that `giver` holds of it on `taker`."""
+    gone, old = find(holders, document, giver), find(holders, document, taker)
+    trial.length[at], trial.number[at] = holders.length[document], 0
+    for slot in range(holders.number[document]):
+        rank, rows, work = holders.rank[document, slot], holders.rows[document, slot], holders.work[document, slot]
+        if slot == gone:
+            rank = taker
+            if old >= 0:
+                rows += holders.rows[document, old]
+                work += holders.work[document, old]
+        if slot != old:
+            put(trial, at, rank, rows, work)
+
+
+def adopt(holders: Holders, document: int, trial: Holders, at: int, ranks: tuple[int, int], held: Held) -> None:
+    """Make trial[at] the holders of a document; of the ranks, only two can have come or gone."""
+    for rank in ranks:
+        before, after = find(holders, document, rank) >= 0, find(trial, at, rank) >= 0
+        if before and not after:
+            held.number[rank] -= 1
+            mover = held.document[rank, held.number[rank]]
+            held.document[rank, held.place[document, rank]] = mover
+            held.place[mover, rank] = held.place[document, rank]
+        elif after and not before:
+            note(held, document, rank)
+    count = trial.number[at]
+    holders.number[document] = count
+    holders.rank[document, :count] = trial.rank[at, :count]
+    holders.rows[document, :count] = trial.rows[at, :count]
+    holders.work[document, :count] = trial.work[at, :count]
+    holders.tail[document, :count] = trial.tail[at, :count]
 
 
 def draw(seed: np.ndarray, below: int) -> int:
@@ -20,7 +255,6 @@ def draw(seed: np.ndarray, below: int) -> int:
 
 
 def overwork(work: np.ndarray, limit: int) -> int:
-    """Work above the limit, summed over the ranks."""
     total = 0
     for rank in range(len(work)):
         total += max(0, work[rank] - limit)
@@ -227,3 +461,10 @@ def improve(
         for i in range(changes):
             adopt(holders, changed[i], trial, i, (a, b), held)
     return excess, max(sent.max(), received.max())
+
+
+HELPERS = (
+    *(find, layout, charge, put, hold, note),
+    *(propose_split, propose_moved, adopt, draw, overwork, volume_energy),
+)
+"""What `fill` and `improve` call."""

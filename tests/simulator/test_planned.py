@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 import flashcp
+from flashcp.sharding.exchanges import traffic
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.simulator.reads import plan_reads
+from flashcp.simulator.planned import plan_reads
 from tests.packs import AWKWARD, random_lengths
 
 PACKS = [*AWKWARD, *(random_lengths(seed) for seed in range(4))]
@@ -20,8 +21,8 @@ def test_traffic_is_the_exact_route_s(strategy: str, ranks: int) -> None:
             made = flashcp.plan(lengths, ranks, strategy)
             reads, route = plan_reads(made), made.route("exact")
             assert reads.before.sum(axis=1).tolist() == reads.start.tolist()
-            assert reads.traffic.sum(axis=1).tolist() == route.sent_rows.tolist()
-            assert reads.traffic.sum(axis=0).tolist() == route.received_rows.tolist()
+            assert traffic(made).sum(axis=1).tolist() == route.sent_rows.tolist()
+            assert traffic(made).sum(axis=0).tolist() == route.received_rows.tolist()
 
 
 def test_reads_of_a_small_plan() -> None:
@@ -30,5 +31,4 @@ def test_reads_of_a_small_plan() -> None:
     assert reads.rows.tolist() == [3, 3, 2, 2, 4]
     assert reads.before.tolist() == [[0, 0], [3, 0], [3, 3], [5, 3], [0, 0]]
     assert reads.ranges.tolist() == [[0, 0], [1, 0], [1, 1], [2, 1], [0, 0]]
-    assert reads.last.tolist() == [False, False, True, True, True]
-    assert reads.traffic.tolist() == [[0, 5], [3, 0]]
+    assert traffic(made).tolist() == [[0, 5], [3, 0]]

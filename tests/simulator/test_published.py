@@ -13,7 +13,7 @@ from flashcp.experiments.cli.compose import compose
 from flashcp.simulator.cost import CopyCost, Link, Links
 from flashcp.simulator.machine import Machine
 from flashcp.simulator.planned import Module, Planned, Setting
-from flashcp.simulator.published_ring import published_ring
+from flashcp.simulator.published import published_ring
 
 RANKS, ROWS = 4, 8192
 PACK = [4 * ROWS]

@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 
 from flashcp.clusters import read_cluster
-from flashcp.simulator.choices import choose_variants, make_setting, read_ranks
-from flashcp.simulator.cost import AttentionShape
-from flashcp.simulator.step import ModelShape
-from flashcp.simulator.variants import VARIANTS, Variant, without_ulysses
+from flashcp.simulator.cost import AttentionShape, ModelShape
+from flashcp.simulator.variants import (
+    VARIANTS,
+    Variant,
+    choose_variants,
+    make_setting,
+    read_ranks,
+    without_ulysses,
+)
 
 MACHINE = read_cluster("h100-nvlink")
 
