@@ -20,8 +20,8 @@ from pathlib import Path
 
 from flashcp.experiments.bench.exchange_cases import ExchangeBench
 from flashcp.experiments.bench.exchange_times import Number, measure
-from flashcp.experiments.cli.launch import BAD_INPUT, RanksFailedError, leave_no_trace, start_ranks
-from flashcp.experiments.folders import check_out
+from flashcp.experiments.cli.launch import BAD_INPUT, RanksFailedError, start_ranks
+from flashcp.experiments.folders import check_out, leave_no_trace
 from flashcp.experiments.provenance import commit, versions_text
 from flashcp.experiments.sweep.results import Row, read_rows, write_rows
 from flashcp.text import table

@@ -9,21 +9,39 @@ import os
 import signal
 import sys
 import threading
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from types import ModuleType
+from typing import NoReturn
 
-from flashcp.experiments.cli.verbs import AS_JSON, VERBS
+from flashcp.experiments.cli import AS_JSON, USAGE, VERBS
 
-__all__ = ["main"]
-
-OPTIONS = ("-h", "--help", "--json")
-HYDRA_OPTIONS = {"-m", "--multirun", "-r", "--run", "-c", "--cfg", "-p", "--package", "--resolve", "-i", "--info"}
-HYDRA_OPTIONS |= {"-cd", "--config-dir", "-cn", "--config-name", "-cp", "--config-path", "--hydra-help", "--version"}
+FLAGS = ("-h --help", "--json", "-m --multirun", "-r --run", "--resolve", "--hydra-help", "--version")
+VALUED = ("-p --package", "-cd --config-dir", "-cn --config-name", "-cp --config-path")
+INFO = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
 
 
 class Stopped(BaseException):
     """A signal asked the command to end; what is under way is stopped on the way out."""
+
+
+class Options(ArgumentParser):
+    """Our options and Hydra's, told from overrides before Hydra, whose own parser would print its usage, sees them."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        for names in FLAGS:
+            self.add_argument(*names.split(), action="store_true")
+        for names in VALUED:
+            self.add_argument(*names.split())
+        self.add_argument("-c", "--cfg", choices=["job", "hydra", "all"])
+        self.add_argument("-i", "--info", nargs="?", choices=INFO)
+        self.add_argument("words", nargs="*")
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"flashcp: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except SystemExit as end:  # of a verb, or of Hydra's parser of options
+    except SystemExit as end:  # of a verb, or of Hydra
         return int(end.code or 0)
     except KeyboardInterrupt:
         print("flashcp: interrupted", file=sys.stderr)
@@ -70,27 +88,37 @@ def _signals_raise() -> Iterator[None]:
 def _run(given: list[str]) -> int:
     if {"-sc", "--shell-completion"} & set(given):
         return _complete(given)
-    asks_help, verb = bool({"-h", "--help"} & set(given)), next((word for word in given if word[:1] != "-"), "")
-    for option in given:
-        if option.startswith("-") and option.partition("=")[0] not in (*OPTIONS, *HYDRA_OPTIONS):
-            raise ValueError(f"{option}: no such option; expected --help, --json or one of Hydra's (--hydra-help)")
-    if not verb:
-        print(usage())
-        return 0 if asks_help else 2
+    told, unknown = Options().parse_known_intermixed_args(given)
+    if unknown:
+        raise ValueError(f"{unknown[0]}: no such option; expected --help, --json or one of Hydra's (--hydra-help)")
+    if not told.words:
+        print(USAGE.read_text("utf-8"), end="")
+        return 0 if told.help else 2
+    verb, *words = told.words
     if verb not in VERBS:
         raise ValueError(f"{verb!r}: no such verb; expected one of {', '.join(VERBS)}")
-    given.remove(verb)
-    if asks_help:
+    if told.help:
         from flashcp.experiments.cli.usage import verb_usage
 
-        print(verb_usage(verb, [word for word in given if word[:1] != "-"]))
+        print(verb_usage(verb, words))
         return 0
-    module = import_module(f"flashcp.experiments.{VERBS[verb].module}")
-    told = AS_JSON.set("--json" in given)
+    options = [word for word in given if word != "--json"]
+    for word in told.words:
+        options.remove(word)
+    before = AS_JSON.set(told.json)
     try:
-        return int(module.main([word for word in given if word not in OPTIONS]))
+        return int(_module(verb).main([*words, *options]))
     finally:
-        AS_JSON.reset(told)
+        AS_JSON.reset(before)
+
+
+def _module(verb: str) -> ModuleType:
+    """The module of a verb. Signals wait until it is there: one amid a native import would abort the process."""
+    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        return import_module(f"flashcp.experiments.{VERBS[verb]}")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
 
 
 def _complete(given: list[str]) -> int:
@@ -99,38 +127,18 @@ def _complete(given: list[str]) -> int:
     Hydra completes the line of an application: ours without the verb.
     """
     verb, *rest = os.environ.get("COMP_LINE", "flashcp train ").split(" ")[1:] or [""]
-    words = [word for word in given if word not in VERBS]
     if not rest:
         print(" ".join(VERBS))
     elif verb in VERBS:
         from flashcp.experiments.cli.compose import run_app
 
-        module = import_module(f"flashcp.experiments.{VERBS[verb].module}")
+        module = _module(verb)
         if verb == "bench" and len(rest) == 1:
             print(" ".join(module.BENCHES))
         elif config := module.keys(rest) if hasattr(module, "keys") else getattr(module, "CONFIG", ""):
             os.environ["COMP_LINE"] = " ".join(["flashcp", *rest[verb == "bench" :]])
-            return run_app(print, config, words)
+            return run_app(print, config, [word for word in given if word not in VERBS])
     return 0
-
-
-def usage() -> str:
-    """What `flashcp --help` prints."""
-    verbs = "\n".join(f"  {name:<8} {verb.summary}" for name, verb in VERBS.items())
-    return f"""usage: flashcp VERB [KEY=VALUE ...] [--json] [-m]
-
-{verbs}
-
-flashcp VERB --help lists the keys of a verb and their legal values.
---json: one JSON document on standard output, everything else on standard error.
--m: several values KEY=a,b, one job each. Verbs are Hydra applications: --cfg job, --info, --config-dir, --hydra-help.
-Completion: eval "$(flashcp -sc install=bash)"
-
-  flashcp plan world_size=8 data=pile
-  flashcp plan method=flashcp data=lengths 'data.lengths=[70000,40000,21072]' figure=plan.png
-  flashcp simulate cluster=h100-nvlink data=lengths data.path=lengths.txt world_size=8
-  flashcp train method=llama3 world_size=2 loop.steps=50
-  flashcp sweep experiment=demo"""
 
 
 if __name__ == "__main__":

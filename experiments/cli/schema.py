@@ -20,19 +20,6 @@ from flashcp.sharding.strategies import STRATEGIES
 from flashcp.simulator.step import ModelShape
 from flashcp.train.data.sources import SOURCES, DataConfig
 
-__all__ = [
-    "DATA",
-    "GROUPS",
-    "SETTINGS",
-    "LengthsData",
-    "PlanSettings",
-    "SampledData",
-    "SimulateSettings",
-    "SimulationsSettings",
-    "committed",
-    "typed",
-]
-
 
 def committed(group: str) -> tuple[str, ...]:
     """Names of the files of a group in `conf/`."""

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module, resources
 
+from flashcp.experiments.cli import USAGE, VERBS
 from flashcp.experiments.cli.schema import GROUPS, committed
-from flashcp.experiments.cli.verbs import VERBS
-
-__all__ = ["groups", "verb_usage"]
-
 
 HYDRA = """Hydra's own options: -m (several values KEY=a,b, one job each), --cfg job, --info, --config-dir DIR,
 --hydra-help; hydra/launcher=NAME, hydra/sweeper=NAME (docs/training.md)"""
 
 
 def verb_usage(verb: str, arguments: Sequence[str] = ()) -> str:
-    """Usage, groups and keys with their defaults."""
-    module = import_module(f"flashcp.experiments.{VERBS[verb].module}")
+    """Usage, groups and keys with their defaults, those of the groups' members that bring keys of their own too."""
+    module = import_module(f"flashcp.experiments.{VERBS[verb]}")
     config = module.keys(arguments) if hasattr(module, "keys") else getattr(module, "CONFIG", "")
-    parts = [f"usage: flashcp {verb} {VERBS[verb].arguments} [--json]", VERBS[verb].summary]
+    summary = next(line for line in USAGE.read_text("utf-8").splitlines() if line.startswith(f"  {verb} "))
+    words = getattr(module, "WORDS", "[KEY=VALUE ...]")
+    parts = [f"usage: flashcp {verb} {words} [--json]", summary.removeprefix(f"  {verb}").strip()]
     if config:
         if taken := groups(config):
             parts.append("Groups; method= sets sharding= and exchange=, which may follow to replace a part:")
             parts.append("\n".join(_wrapped(f"  {name + '=':<12}", ", ".join(names)) for name, names in taken.items()))
         parts.append(f"Keys and their defaults (conf/{config}.yaml):\n\n{_body(config)}")
-        parts += [f"{name} (conf/{file}.yaml):\n\n{body}" for name, file, body in _members(taken)]
+        for member in (f"{group}/{name}" for group in ("data", "sharding") for name in taken.get(group, ())):
+            if "defaults:" not in _text(member) and _body(member).count(": ") > 1:
+                parts.append(f"Keys of {member.replace('/', '=')} (conf/{member}.yaml):\n\n{_body(member)}")
     if about := getattr(module, "ABOUT", ""):
         parts.append(_wrapped("", about))
-    if config:
-        parts.append(HYDRA)
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *([HYDRA] if config else [])])
 
 
 def groups(config: str) -> dict[str, tuple[str, ...]]:
@@ -40,15 +39,6 @@ def groups(config: str) -> dict[str, tuple[str, ...]]:
     if config == "train":
         found["experiment"] = (*committed("experiment"), *committed("simulation"))
     return found
-
-
-def _members(taken: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, str, str]]:
-    """The members of groups that bring keys of their own: name, file and keys."""
-    for group in ("data", "sharding"):
-        for name in taken.get(group, ()):
-            body = _body(f"{group}/{name}")
-            if "defaults:" not in _text(f"{group}/{name}") and body.count(": ") > 1:
-                yield f"Keys of {group}={name}", f"{group}/{name}", body
 
 
 def _text(file: str) -> str:
@@ -63,5 +53,4 @@ def _body(file: str) -> str:
 
 
 def _wrapped(head: str, text: str) -> str:
-    indent = " " * min(len(head), 14)
-    return textwrap.fill(text, 110, initial_indent=head, subsequent_indent=indent)
+    return textwrap.fill(text, 110, initial_indent=head, subsequent_indent=" " * min(len(head), 14))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,9 +15,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from flashcp.experiments.cli.compose import Job, at_refusal, carried, plain
-from flashcp.experiments.folders import check_out, leave_no_trace
-
-__all__ = ["Multirun", "Tidy", "is_multirun", "swept", "waits"]
+from flashcp.experiments.folders import check_file, leave_no_trace
+from flashcp.experiments.sweep.results import RESULTS
 
 
 def is_multirun() -> bool:
@@ -45,15 +45,14 @@ class Tidy(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Note what there was."""
-        folder = Path(config.hydra.sweep.dir)
+        file = Path(config.hydra.sweep.dir) / "multirun.yaml"
         with carried():
-            check_out(folder)
-        file = folder / "multirun.yaml"
+            check_file(file)
         if file.exists():
             at_refusal.append(partial(file.write_bytes, file.read_bytes()))
         else:
-            made = [place for place in (folder, *folder.parents) if not place.exists()]
-            at_refusal.append(lambda: leave_no_trace([file], made))
+            made = [place for place in file.parents if not place.exists()]
+            at_refusal.append(partial(leave_no_trace, [file], made))
 
 
 class Multirun(Callback, ABC):
@@ -76,6 +75,7 @@ class Multirun(Callback, ABC):
         """What holds for all jobs; it travels with the callback to wherever a job runs."""
         self.out, self.swept = Path(config.hydra.sweep.dir), swept(config)
         with carried():
+            check_file(self.out / RESULTS)
             self.start(plain(self.config, config))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
@@ -93,13 +93,13 @@ class Multirun(Callback, ABC):
         if current.jobs:
             return None
         current.check(job)
-        return current.run_alone(job)
+        return current.run([job], alone=True)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Run what waits, then report."""
         with carried():
             if self.jobs:
-                self.run_all()
+                self.run(self.jobs)
             self.report()
 
     @abstractmethod
@@ -111,12 +111,8 @@ class Multirun(Callback, ABC):
         """Raise ValueError for a job that cannot run."""
 
     @abstractmethod
-    def run_alone(self, job: Job) -> float | None:
-        """Run one job, beside others that may run at the same time."""
-
-    @abstractmethod
-    def run_all(self) -> None:
-        """Run `jobs`."""
+    def run(self, jobs: Sequence[Job], alone: bool = False) -> float | None:
+        """Run jobs: all, or one `alone`, beside others that may run at the same time."""
 
     @abstractmethod
     def report(self) -> None:

@@ -21,9 +21,9 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
+from flashcp.experiments.cli import VERBS
 from flashcp.experiments.cli.compose import compose
 from flashcp.experiments.cli.main import main
-from flashcp.experiments.cli.verbs import VERBS
 from flashcp.experiments.sweep.results import REFERENCE, TURNS, read_rows
 from tests.checkout import ROOT
 
