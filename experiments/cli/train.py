@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flashcp.experiments.cli import show
-from flashcp.experiments.cli.compose import Job, run_app
+from flashcp.experiments.cli.compose import Job, Multirun, is_multirun, run_app
 from flashcp.experiments.cli.launch import Run, launch
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit
-from flashcp.experiments.sweep.multirun import Multirun, is_multirun
 from flashcp.experiments.sweep.results import NO_OVERLAP
 from flashcp.limits import Count
 from flashcp.options import read_sharding

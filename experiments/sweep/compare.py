@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -116,8 +117,8 @@ class Comparison:
         found: dict[str, list[float]] = {}
         for line in self.runs:
             if line.case in cases and line.speedup is not None and is_told_apart(line):
-                found.setdefault(line.provider, []).append(math.log(line.speedup))
-        return {p: math.exp(sum(logs) / len(logs)) for p, logs in found.items() if len(logs) == len(cases)}
+                found.setdefault(line.provider, []).append(line.speedup)
+        return {name: geometric_mean(each) for name, each in found.items() if len(each) == len(cases)}
 
     def by_factor(self) -> tuple[list[str], list[list[str]]]:
         """Head and body of a table of speedups, methods down and cases across, named by what differs between them."""
@@ -149,40 +150,35 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
     single = table.provider == REFERENCE
     runs, alone = table[~single].copy(), table[single].drop_duplicates("config")
 
-    first = runs[runs.provider == baseline].set_index("case")
-    base_ms, settings = runs.case.map(first.step_ms).astype(float), runs.case.map(first.reference)
-    # Runs of other settings (steps, model, data) have another single-process run: no speedup over those.
-    alike = runs.kind == runs.case.map(first.kind)  # over one link, and where it was slowed at one rate
-    same = (settings == runs.reference) & alike
-    runs["speedup"] = (base_ms / runs.step_ms).where(same & (base_ms > 0) & (runs.step_ms > 0))
-    base_turns, base_begun = runs.case.map(dict(first.turn_ms)), runs.case.map(first.begun)
-    turns = zip(base_turns, runs.turn_ms, same & (runs.begun == base_begun), strict=True)
-    spread = np.array([_in_turns(theirs, own) if together else (np.nan,) * 3 for theirs, own, together in turns])
-    runs["speedup_p20"], within, runs["speedup_p80"] = spread.reshape(-1, 3).T
-    runs["speedup"] = np.where(np.isnan(within), runs.speedup, within)
-    runs["missing"] = ""
-    runs.loc[~same, "missing"] = "other settings"
-    runs.loc[~alike, "missing"] = "other link"
-    runs.loc[base_ms.isna(), "missing"] = f"no {baseline}"
-    runs.loc[runs.kind.map(label) == LEFT_OUT, "missing"] = LEFT_OUT
+    def of(provider: str) -> pandas.DataFrame:
+        """That provider's line of each run's case."""
+        return runs[["case"]].join(runs[runs.provider == provider].set_index("case"), on="case")
 
-    expected = dict(zip(alone.config, alone.losses, strict=True))
-    pairs = zip(runs.losses, runs.reference.map(expected), strict=True)
-    runs["loss_difference"] = [_farthest(own, other) for own, other in pairs]
-    plain = runs[runs.provider == NO_OVERLAP].set_index("case")
-    attention, exchange = (runs.case.map(plain[x]).astype(float) for x in ("attention_ms", "exposed_exchange_ms"))
-    told = (exchange > 0) & (baseline == NO_OVERLAP)
-    exposed = runs.attention_ms.fillna(0) + runs.exposed_exchange_ms.fillna(0) - attention
+    base, plain = of(baseline), of(NO_OVERLAP)
+    # Runs of other settings (steps, model, data) have another single-process run: no speedup over those.
+    alike = runs.kind == base.kind  # over one link, and where it was slowed at one rate
+    same = (runs.reference == base.reference) & alike
+    turns = zip(base.turn_ms, runs.turn_ms, same & (runs.begun == base.begun), strict=True)
+    spread = np.array([_in_turns(theirs, own) if together else (np.nan,) * 3 for theirs, own, together in turns])
+    p20, within, p80 = spread.reshape(-1, 3).T
+    medians = (base.step_ms / runs.step_ms).where(same & (base.step_ms > 0) & (runs.step_ms > 0))
+    runs["speedup"], runs["speedup_p20"], runs["speedup_p80"] = np.where(np.isnan(within), medians, within), p20, p80
+    why = {LEFT_OUT: runs.kind.map(label) == LEFT_OUT, f"no {baseline}": base.step_ms.isna(), "other link": ~alike}
+    runs["missing"] = np.select([*why.values(), ~same], [*why, "other settings"], "")
+
+    expected = runs.reference.map(dict(zip(alone.config, alone.losses, strict=True)))
+    runs["loss_difference"] = [_farthest(own, other) for own, other in zip(runs.losses, expected, strict=True)]
+    exposed = runs.attention_ms.fillna(0) + runs.exposed_exchange_ms.fillna(0) - plain.attention_ms
+    told = (plain.exposed_exchange_ms > 0) & (baseline == NO_OVERLAP)
     runs["exposed_ms"] = exposed.where(told)
-    runs["hidden"] = (1 - exposed / exchange).where(told)
+    runs["hidden"] = (1 - exposed / plain.exposed_exchange_ms).where(told)
 
     wanted = runs[["case", "reference"]].drop_duplicates()
     beside = wanted.merge(alone.drop(columns=["case", "reference"]), left_on="reference", right_on="config")
     whole = pd.concat([runs, beside], ignore_index=True) if len(beside) else runs
     order = {case: place for place, case in enumerate(runs.case.unique())}
     turn = (whole.provider != baseline).astype(int) + (whole.provider == REFERENCE)
-    whole = whole.assign(_case=whole.case.map(order), _turn=turn).sort_values(["_case", "_turn"], kind="stable")
-    whole = whole.drop(columns=["_case", "_turn"]).reset_index(drop=True)
+    whole = whole.iloc[np.lexsort((turn, whole.case.map(order)))].reset_index(drop=True)
     factors = _factors(list(order))
     for name, values_of in factors.items():
         whole[name] = whole.case.map(values_of)

@@ -180,8 +180,8 @@ def _told(comparison: Comparison, failures: Failures) -> dict[str, Any]:
 
 def _page(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
     """What pages tell besides."""
-    table = comparison.table[comparison.table.provider != REFERENCE]
-    hiding = table[table.hidden.between(*SHARES) & (table.hidden != 0)].groupby("case", sort=False).hidden.idxmax()
+    frame = comparison.table[comparison.table.provider != REFERENCE]
+    hiding = frame[frame.hidden.between(*SHARES) & (frame.hidden != 0)].groupby("case", sort=False).hidden.idxmax()
     compared = [row for row in rows if row.metric != LEFT_OUT]
     dates = [row.date for row in rows]
     runs = comparison.runs
@@ -193,7 +193,7 @@ def _page(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
         "hiding": [comparison.lines[place] for place in hiding],
         "balanced": [line for line in runs if line.provider == comparison.baseline and line.imbalance is not None],
         "saving": max(runs, key=lambda line: line.saving or 0.0, default=None),
-        "longest": table.groupby("case").step_ms.max().fillna(1.0).to_dict(),
+        "longest": frame.groupby("case").step_ms.max().fillna(1.0).to_dict(),
         "parts": PARTS,
         "step_parts": step_parts,
         "single": REFERENCE,

@@ -16,7 +16,7 @@ import numpy as np
 from hydra.core.hydra_config import HydraConfig
 
 import flashcp
-from flashcp.experiments.cli.compose import Job, run_app
+from flashcp.experiments.cli.compose import Job, Multirun, run_app
 from flashcp.experiments.cli.packs import read_packs
 from flashcp.experiments.cli.schema import committed
 from flashcp.experiments.cli.simulate import check_cluster_file, chosen_machine, read_setting, simulate
@@ -25,7 +25,6 @@ from flashcp.experiments.paper.reality import measured_rows
 from flashcp.experiments.paper.solver import METRICS as SOLVED
 from flashcp.experiments.paper.solver import solve_packs
 from flashcp.experiments.provenance import commit
-from flashcp.experiments.sweep.multirun import Multirun
 from flashcp.experiments.sweep.report import show_rows
 from flashcp.experiments.sweep.results import WINDOWS, Row, read_rows, unit, write_rows
 from flashcp.simulation import summary_table

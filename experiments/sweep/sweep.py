@@ -17,14 +17,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flashcp.experiments.cli.compose import Job, run_app
+from flashcp.experiments.cli.compose import Job, Multirun, run_app
 from flashcp.experiments.cli.launch import Run, launch, rank_environment
 from flashcp.experiments.cli.train import CONFIG, read_run, train
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep import simulations
 from flashcp.experiments.sweep.compare import LOSS_TOLERANCE, Comparison, attribute
-from flashcp.experiments.sweep.multirun import Multirun
 from flashcp.experiments.sweep.report import publish, read_baseline
 from flashcp.experiments.sweep.results import (
     EMULATED,
