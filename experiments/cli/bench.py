@@ -69,7 +69,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def measure(name: str, job: Job) -> None:
-    """One job of `flashcp bench NAME`."""
     bench, settings = BENCHES[name](), dict(job.settings)
     out = settings.pop("out")
     try:
@@ -77,7 +76,8 @@ def measure(name: str, job: Job) -> None:
     except RanksFailedError as error:
         print(f"flashcp: error: {error}", file=sys.stderr)
         sys.exit(1)
-    show({"rows": [_fields(row) for row in rows]}, bench.table(rows))
+    named = [vars(row) if dataclasses.is_dataclass(row) else row._asdict() for row in rows]
+    show({"rows": named}, bench.table(rows))
     files = [written, *map(written.with_suffix, bench.beside)]
     print(f"wrote {', '.join(map(str, files))}", file=sys.stderr)
 
@@ -99,10 +99,6 @@ def _into_file(
     rows = list(measure(settings))
     write(path, rows)
     return rows, path
-
-
-def _fields(row: Any) -> dict[str, Any]:
-    return dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row._asdict()  # type: ignore[arg-type]
 
 
 def keys(arguments: Sequence[str]) -> str:

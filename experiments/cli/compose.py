@@ -228,7 +228,6 @@ class Tidy(Callback):
     """Of a multirun with bad input nothing stays in the folder that Hydra makes for it (`hydra.sweep.dir`)."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Note what there was."""
         file = Path(config.hydra.sweep.dir) / "multirun.yaml"
         with carried():
             check_file(file)
@@ -263,7 +262,6 @@ class Multirun(Callback, ABC):
             self.start(plain(self.config, config))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """Check a job that waits."""
         Multirun._current = self
         if waits(config):
             with carried():

@@ -61,7 +61,6 @@ class Run:
 
     @property
     def out(self) -> Path:
-        """The directory that it writes to."""
         return Path(self.config.out)
 
     @property

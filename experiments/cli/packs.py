@@ -14,7 +14,7 @@ import numpy as np
 from flashcp.experiments.cli.schema import DATA, LengthsData, SampledData
 from flashcp.schema import read_dataclass
 from flashcp.sharding.lengths import length_stream
-from flashcp.sharding.packing import OVERFLOWS, Window, pack_lengths
+from flashcp.sharding.packing import Window, pack_lengths
 from flashcp.train.data.documents import read_documents
 from flashcp.train.data.sources import DataConfig, open_source
 from flashcp.train.data.tokenizer import load_tokenizer
@@ -33,15 +33,11 @@ def read_packs(data: Mapping[str, Any], context: int, count: int, seed: int) -> 
     """
     if not 1 <= context <= LONGEST_CONTEXT:
         raise ValueError(f"context={context}: expected a whole number of tokens >= 1 and <= {LONGEST_CONTEXT}")
-    if count < 1:
-        raise ValueError(f"windows={count}: expected a whole number >= 1")
     source = data.get("source")
     if source not in DATA:
         raise ValueError(f"data.source={source!r}: expected one of {', '.join(DATA)}")
     told = read_dataclass(DATA[source], data, "data")
     lengths = _lengths(told, seed)
-    if told.overflow not in OVERFLOWS:
-        raise ValueError(f"data.overflow={told.overflow!r}: expected one of {', '.join(OVERFLOWS)}")
     packs = list(itertools.islice(pack_lengths(iter(lengths), context, told.overflow), count))
     if not packs:
         raise ValueError(f"data.source={source!r}: no document to pack with these settings of data")

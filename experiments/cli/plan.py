@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,8 @@ HEAD = ["method", "sharding", "exchange", "imbalance", "max", "critical rows", "
 LINE = "{name} {sharding} {exchange} {imbalance:.3f} {imbalance_max:.3f} {critical_rows:.0f} {saving:.3f} {ms:.2f}"
 
 
-def main(words: Sequence[str]) -> int:
-    """Print the table, or one JSON document."""
-    return run(show_plans, CONFIG, words)
-
-
 def show_plans(job: Job) -> None:
-    """One job of `flashcp plan`."""
+    """Print the table, or one JSON document."""
     settings, world_size = job.settings, job.settings["world_size"]
     options = strategy_options(settings)
     methods = chosen_methods(settings)
@@ -97,3 +93,6 @@ def _name(settings: Mapping[str, Any], group: str) -> str:
 def strategy_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword options of the strategy that was chosen."""
     return {key: value for key, value in (settings["sharding"] or {}).items() if key != "name"}
+
+
+main = partial(run, show_plans, CONFIG)

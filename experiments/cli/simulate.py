@@ -32,7 +32,6 @@ from flashcp.simulator.summary import BASELINE, Summary, recommendation, simulat
 from flashcp.simulator.variants import VARIANTS, Variant, without_ulysses
 
 CONFIG = "simulate"
-KERNELS = ("modelled", "measured")
 MOST_CPU_WORK = 1e11  # causal pairs x query heads x head_dim that are run on a CPU: some 20 minutes
 QUIET_S = 2.0  # a run shorter than this shows no bar
 ABOUT = (
@@ -62,16 +61,11 @@ class Simulated(NamedTuple):
     @property
     def kind(self) -> str:
         """As a row says it."""
-        return f"kernel={KERNELS[1]} exchange={KERNELS[0]}" if self.device else "simulated"
-
-
-def main(words: Sequence[str]) -> int:
-    """Print the table and a recommendation, or one JSON document."""
-    return run(show_methods, CONFIG, words)
+        return "kernel=measured exchange=modelled" if self.device else "simulated"
 
 
 def show_methods(job: Job) -> None:
-    """One job of `flashcp simulate`."""
+    """Print the table and a recommendation, or one JSON document."""
     settings = job.settings
     check_cluster_file(settings, job.overrides)
     if settings["figure"]:
@@ -138,10 +132,7 @@ def read_kernels(settings: Mapping[str, Any], setting: Setting) -> tuple[Price, 
 
     Raises ValueError for what cannot be measured, RuntimeError where the kernel is wrong.
     """
-    name = settings["kernel"]
-    if name not in KERNELS:
-        raise ValueError(f"kernel={name!r}: expected one of {', '.join(KERNELS)}")
-    if name == "modelled":
+    if settings["kernel"] == "modelled":
         return Planned, ""
     if settings["workers"] != 1:
         raise ValueError(f"workers={settings['workers']}: kernel=measured runs on one device, expected 1")
@@ -196,3 +187,6 @@ def chosen_variants(settings: Mapping[str, Any], shape: AttentionShape) -> list[
     if why:
         print(f"left out: ulysses, for {why}", file=sys.stderr)
     return kept
+
+
+main = partial(run, show_methods, CONFIG)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from flashcp.experiments.cli import show
@@ -72,13 +73,11 @@ def read_run(values: Mapping[str, Any], label: str = "") -> Run:
     return Run(case + label, provider, settings.world_size, settings.threads, config)
 
 
-def main(words: Sequence[str]) -> int:
-    """Train; the exit code is the ranks'. With --json the run's summary.json goes to standard output."""
-    return run_app(train, CONFIG, words)
-
-
 def train(job: Job) -> float | None:
-    """One job of `flashcp train`. Of a multirun: returns the final loss, for sweepers that ask for it."""
+    """Train; the exit code is the ranks'. With --json the run's summary.json goes to standard output.
+
+    Of a multirun: returns the final loss, for sweepers that ask for it.
+    """
     if is_multirun():
         return Multirun.run_job(job)
     one = read_run(job.settings).placed(job.settings["out"] or "outputs/train", group="", tags=[commit()])
@@ -97,3 +96,6 @@ def train(job: Job) -> float | None:
     text = f"{one.provider}: {summary['steps']} steps on {one.world_size} ranks, final loss {summary['final_loss']:.4f}"
     show(summary, f"{text}, {step:.0f} ms a step, {speed:.0f} tokens/s; written to {one.out}")
     return None
+
+
+main = partial(run_app, train, CONFIG)

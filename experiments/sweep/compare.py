@@ -58,7 +58,6 @@ class Comparison:
 
     @cached_property
     def lines(self) -> list[Line]:
-        """The table's lines."""
         whole = self.table.astype(object)
         named = whole.where(self.table.notna(), None).rename(columns=attribute)
         return list(named.itertuples(index=False, name="Line"))
@@ -104,11 +103,9 @@ class Comparison:
         return list(dict.fromkeys(EMULATED if case in self.emulated else MEASURED for case in self.cases))
 
     def of(self, case: str) -> list[Line]:
-        """The lines of a case."""
         return [line for line in self.lines if line.case == case]
 
     def title(self, case: str) -> str:
-        """A case as headings name it."""
         return f"{case} ({EMULATED})" if case in self.emulated else case
 
     def mean_speedups(self, kind: str = MEASURED) -> dict[str, float]:

@@ -35,7 +35,6 @@ METRICS = tuple(name for name, kind in get_type_hints(Summary).items() if kind i
 
 
 def is_simulation(overrides: Sequence[str]) -> bool:
-    """Whether the sweep that is named simulates."""
     return bool({f"experiment={name}" for name in committed("simulation")} & set(overrides))
 
 
@@ -80,7 +79,6 @@ class Simulations(Multirun):
                 self.rows += rows
 
     def report(self) -> None:
-        """Write all rows and draw their figure."""
         rows, text = self.rows + [row for place in sorted(self.out.glob("jobs/*")) for row in read_rows(place)], ""
         write_rows(self.out, rows)
         if self.name in FIGURES:

@@ -132,7 +132,6 @@ class Sweep(Multirun):
         return next(iter(made), math.nan) if alone else None
 
     def have_rows(self) -> set[str]:
-        """Digests of the runs whose rows are there."""
         return {row.config for row in read_rows(self.out)}
 
     def report(self) -> None:
