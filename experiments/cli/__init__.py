@@ -31,5 +31,5 @@ VERBS = {
     "report": "sweep.report",
 }
 """Modules of `experiments/` with `main(words) -> exit code`; `usage.txt` says what they do. One that reads a Hydra
-configuration names it in `CONFIG`, or finds it in `keys(words)`: `--help` lists its keys, and then prints its `ABOUT`
-where there is one. `WORDS`: what it takes, where that is not overrides alone."""
+configuration names it in `CONFIG`, or finds it in `keys(words)`: `--help` lists its keys, and then what stands in a
+text file beside the module. `WORDS`: what it takes, where that is not overrides alone."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, update_wrapper
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any, ClassVar, NamedTuple
 
 import hydra
@@ -134,6 +135,8 @@ def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_complaint(name, overrides, error)) from error
     except (OSError, RuntimeError) as error:  # of Hydra's own keys: folders that cannot be made, plugins that are none
+        if any(frame.name == "return_value" for frame in extract_tb(error.__traceback__)):  # a job's, elsewhere
+            raise
         raise ValueError(_first_line(error)) from error
     except ValueError as error:  # Hydra's own about a group that is given a number or null, which it does not name
         given = next((override for override in overrides if _names_nothing(override)), "")

@@ -13,7 +13,8 @@ import threading
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module, resources
+from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -91,6 +92,8 @@ def _signals_raise() -> Iterator[None]:
 def _run(given: list[str]) -> int:
     if {"-sc", "--shell-completion"} & set(given):
         return _complete(given)
+    pairs = zip(given, [*given[1:], ""], strict=True)  # --info may have no value: an override is none
+    given = ["--info=all" if word in ("-i", "--info") and "=" in after else word for word, after in pairs]
     told, unknown = Options().parse_known_intermixed_args(given)
     if unknown:
         raise ValueError(f"{unknown[0]}: no such option; expected --help, --json or one of Hydra's (--hydra-help)")
@@ -157,8 +160,8 @@ def verb_usage(verb: str, arguments: Sequence[str] = ()) -> str:
         for member in (f"{group}/{name}" for group in ("data", "sharding") for name in taken.get(group, ())):
             if "defaults:" not in _text(member) and _body(member).count(": ") > 1:
                 parts.append(f"Keys of {member.replace('/', '=')} (conf/{member}.yaml):\n\n{_body(member)}")
-    if about := getattr(module, "ABOUT", ""):
-        parts.append(_wrapped("", about))
+    if (about := Path(str(module.__file__)).with_suffix(".txt")).is_file():
+        parts.append(_wrapped("", about.read_text("utf-8")))
     return "\n\n".join([*parts, *([HYDRA] if config else [])])
 
 
@@ -173,6 +176,8 @@ def groups(config: str) -> dict[str, tuple[str, ...]]:
 
 
 def _text(file: str) -> str:
+    from importlib import resources  # late, as numpy above: `flashcp --help` asks for no file
+
     return (resources.files("flashcp.conf") / f"{file}.yaml").read_text("utf-8")
 
 

@@ -34,14 +34,6 @@ from flashcp.simulator.variants import VARIANTS, Variant, without_ulysses
 CONFIG = "simulate"
 MOST_CPU_WORK = 1e11  # causal pairs x query heads x head_dim that are run on a CPU: some 20 minutes
 QUIET_S = 2.0  # a run shorter than this shows no bar
-ABOUT = (
-    "The table, means over windows: imbalance, work of the busiest rank over the mean; saving, 1 - KV rows on the "
-    "critical rank over the all-gather's; module ms, one layer's attention module, forward and backward, which is "
-    "attention ms, copies and exposed (an exchange that nothing hides); p50 and p95, of module ms over windows; step "
-    "ms, all layers with their matrix products; KV GiB, the most of any window: others' KV that all layers keep for "
-    "the backward, and one layer's buffers."
-)
-"""For --help."""
 
 
 class Simulated(NamedTuple):
