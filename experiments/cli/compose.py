@@ -211,13 +211,6 @@ def is_multirun() -> bool:
     return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
-def waits(config: DictConfig) -> bool:
-    """Whether this job waits for the end of its multirun: Hydra's own launcher and sweeper are at work."""
-    choices = config.hydra.runtime.choices
-    plugins = choices["hydra/launcher"], choices["hydra/sweeper"]
-    return bool(config.hydra.mode == RunMode.MULTIRUN and plugins == ("basic", "basic"))
-
-
 def swept(config: DictConfig) -> set[str]:
     """The keys that a multirun varies."""
     params = config.hydra.sweeper.get("params") or {}
@@ -265,8 +258,8 @@ class Multirun(Callback, ABC):
             self.start(plain(self.config, config))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        Multirun._current = self
-        if waits(config):
+        Multirun._current, choices = self, config.hydra.runtime.choices
+        if is_multirun() and choices["hydra/launcher"] == choices["hydra/sweeper"] == "basic":  # it waits
             with carried():
                 self.jobs.append(Job(plain(self.config, config), list(config.hydra.overrides.task)))
                 self.check(self.jobs[-1])

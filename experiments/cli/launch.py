@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 import re
 import signal
@@ -18,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 
 from flashcp.experiments.folders import leave_no_trace
-from flashcp.experiments.sweep.results import REFERENCE
+from flashcp.experiments.sweep.results import REFERENCE, digest
 from flashcp.train.config import TrainConfig
 from flashcp.train.parallel import ExchangeConfig
 from flashcp.train.summary import write_json
@@ -70,8 +68,7 @@ class Run:
         for name in ("out", "tracker", "checkpoint"):
             del config[name]
         del config["loop"]["progress"]
-        decides = {"world_size": self.world_size, "threads": self.threads, "config": config}
-        return hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=4).hexdigest()
+        return digest({"world_size": self.world_size, "threads": self.threads, "config": config})
 
     def alone(self) -> Run:
         """The same packs trained on by one process."""

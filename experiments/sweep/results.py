@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -101,6 +103,11 @@ def label(kind: str) -> str:
 def unit(metric: str) -> str:
     """What a metric of a run or of a simulation is counted in."""
     return UNITS.get(metric.rpartition("_")[2], "ratio")
+
+
+def digest(value: Any, size: int = 4) -> str:
+    """Of plain values, in hex digits, two a byte of `size`."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=size).hexdigest()
 
 
 def left_out_row(case: str, provider: str, why: str, config: str) -> Row:

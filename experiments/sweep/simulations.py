@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
-import json
 import platform
 import shutil
 import sys
@@ -26,7 +24,7 @@ from flashcp.experiments.paper.solver import METRICS as SOLVED
 from flashcp.experiments.paper.solver import solve_packs
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep.report import show_rows
-from flashcp.experiments.sweep.results import WINDOWS, Row, read_rows, unit, write_rows
+from flashcp.experiments.sweep.results import WINDOWS, Row, digest, read_rows, unit, write_rows
 from flashcp.simulation import summary_table
 from flashcp.simulator.summary import Summary
 
@@ -105,7 +103,7 @@ def _simulated(settings: Mapping[str, Any], number: str) -> list[Row]:
         numbers = {one.name: {metric: getattr(one, metric) for metric in METRICS} for one in found.summaries}
         device = "; ".join(filter(None, (found.device, f"simulated {found.setting.machine.name}")))
     versions = f"flashcp {flashcp.__version__}, numpy {np.__version__}, python {platform.python_version()}"
-    carried = (device, versions, commit(), datetime.date.today().isoformat(), kind, _digest(settings, 4))
+    carried = (device, versions, commit(), datetime.date.today().isoformat(), kind, digest(settings))
     wanted = (*settings["metrics"], WINDOWS)
     return [
         Row(case, name, metric, unit(metric), None, None, value, None, *carried)
@@ -122,14 +120,10 @@ def case_name(settings: Mapping[str, Any]) -> str:
     if len(set(lengths := data.get("lengths") or [])) == 1:
         name = f"{len(lengths)}x{lengths[0]}"
     elif lengths or data.get("path"):
-        name += f".{_digest(lengths or data['path'], 3)}"
+        name += f".{digest(lengths or data['path'], 3)}"
     if data.get("long_document_weight", 1) != 1:
         name += f"-w{data['long_document_weight']:g}"
     size = f"{context // 1024}k" if context % 1024 == 0 else str(context)
     heads = ":".join(dict.fromkeys((str(model["query_heads"]), str(model["kv_heads"]))))
     overlap = "" if settings["overlap"] == "auto" else f"-{settings['overlap']}"
     return f"{name}-c{size}-n{settings['world_size']}-h{heads}-{chosen_machine(settings).name}{overlap}"
-
-
-def _digest(value: Any, size: int) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=size).hexdigest()
