@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -143,12 +144,13 @@ def start_ranks(
         look = watch or Echo(said)
         process = subprocess.Popen(command, env=variables, stdout=written, stderr=subprocess.STDOUT)
         try:
-            while _runs(process):
+            while process.returncode is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.2)
                 look()
         finally:
             process.terminate()  # interrupted or stopped: the launcher stops its ranks; ended: does nothing
             process.wait()
-        look()
     return Outcome(0, "") if process.returncode == 0 else diagnose(log, process.returncode)
 
 
@@ -166,15 +168,6 @@ class Echo:
             sys.stderr.write(new[: trouble.start() if trouble else None].decode(errors="replace"))
             sys.stderr.flush()
         self._trouble |= trouble is not None
-
-
-def _runs(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it still does after a moment."""
-    try:
-        process.wait(timeout=0.2)
-    except subprocess.TimeoutExpired:
-        return True
-    return False
 
 
 def diagnose(log: Path, code: int) -> Outcome:
