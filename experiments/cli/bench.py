@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flashcp.experiments.cli import show
 from flashcp.experiments.cli.compose import Job, run
 from flashcp.experiments.cli.launch import RanksFailedError
-from flashcp.experiments.cli.verbs import AS_JSON
 from flashcp.experiments.folders import check_file
 from flashcp.schema import read_dataclass
 
-__all__ = ["BENCHES", "Bench", "keys", "main"]
-
-
+WORDS = "NAME [KEY=VALUE ...]"
 Run = Callable[[Any, str], tuple[list[Any], Path]]
 
 
@@ -31,61 +29,35 @@ class Bench(NamedTuple):
     settings: type[Any]
     run: Run
     table: Callable[[list[Any]], str]
-    beside: tuple[str, ...] = ()
+    beside: tuple[str, ...]
 
 
-def _planner() -> Bench:
-    from flashcp.experiments.bench.planner import PlannerBench, bench_planner, planner_table, write_planner_rows
+def _bench(module: str, settings: str, measure: str, table: str, write: str = "", suffix: str = ".csv") -> Bench:
+    """A benchmark by the names of its parts, imported when it is asked for.
 
-    return Bench(PlannerBench, _into_file(bench_planner, write_planner_rows), planner_table)
-
-
-def _awkward() -> Bench:
-    from flashcp.experiments.bench.planner import AwkwardBench, awkward_table, bench_awkward, write_planner_rows
-
-    return Bench(AwkwardBench, _into_file(bench_awkward, write_planner_rows), awkward_table)
-
-
-def _attention() -> Bench:
-    from flashcp.experiments.bench.attention import AttentionBench, attention_table, bench_attention
-
-    return Bench(AttentionBench, bench_attention, attention_table)
+    measure: makes the rows and writes them, or makes rows that `write`, named with its module, puts in one file.
+    """
+    found = import_module(f"flashcp.experiments.{module}")
+    run, beside = getattr(found, measure), getattr(found, "BESIDE", ())
+    if write:
+        place, _, name = write.rpartition(".")
+        run = partial(_into_file, run, getattr(import_module(f"flashcp.experiments.{place}"), name), suffix, beside)
+    return Bench(getattr(found, settings), run, getattr(found, table), beside)
 
 
-def _exchange() -> Bench:
-    from flashcp.experiments.bench.exchange import bench_exchange, exchange_table
-    from flashcp.experiments.bench.exchange_times import ExchangeBench
-
-    return Bench(ExchangeBench, bench_exchange, exchange_table)
-
-
-def _paper_fit() -> Bench:
-    from flashcp.experiments.paper.fit import PaperFit, fit_rows, fit_table, write_fit
-
-    return Bench(PaperFit, _into_file(fit_rows, write_fit, ".yaml"), fit_table)
-
-
-def _calibrate() -> Bench:
-    from flashcp.experiments.bench.calibrate import (
-        BESIDE,
-        CalibrateBench,
-        bench_calibrate,
-        calibration_table,
-        write_calibration,
-    )
-
-    into = _into_file(bench_calibrate, write_calibration, ".yaml", BESIDE)
-    return Bench(CalibrateBench, into, calibration_table, BESIDE)
-
-
-BENCHES: dict[str, Callable[[], Bench]] = {
-    "planner": _planner,
-    "awkward": _awkward,
-    "attention": _attention,
-    "exchange": _exchange,
-    "paper_fit": _paper_fit,
-    "calibrate": _calibrate,
+PLANNER_ROWS = "bench.planner.write_planner_rows"
+PARTS = {
+    "planner": ("bench.planner", "PlannerBench", "bench_planner", "planner_table", PLANNER_ROWS),
+    "awkward": ("bench.planner", "AwkwardBench", "bench_awkward", "awkward_table", PLANNER_ROWS),
+    "attention": ("bench.attention", "AttentionBench", "bench_attention", "attention_table"),
+    "exchange": ("bench.exchange", "ExchangeBench", "bench_exchange", "exchange_table"),
+    "paper_fit": ("paper.fit", "PaperFit", "fit_rows", "fit_table", "paper.fit.write_fit", ".yaml"),
+    "calibrate": (
+        *("bench.calibrate", "CalibrateBench", "bench_calibrate", "calibration_table"),
+        *("bench.calibrate.write_calibration", ".yaml"),
+    ),
 }
+BENCHES: dict[str, Callable[[], Bench]] = {name: partial(_bench, *parts) for name, parts in PARTS.items()}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -97,7 +69,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def measure(name: str, job: Job) -> None:
-    """One job of `flashcp bench NAME`."""
     bench, settings = BENCHES[name](), dict(job.settings)
     out = settings.pop("out")
     try:
@@ -105,7 +76,8 @@ def measure(name: str, job: Job) -> None:
     except RanksFailedError as error:
         print(f"flashcp: error: {error}", file=sys.stderr)
         sys.exit(1)
-    print(_json(rows) if AS_JSON.get() else bench.table(rows))
+    named = [vars(row) if dataclasses.is_dataclass(row) else row._asdict() for row in rows]
+    show({"rows": named}, bench.table(rows))
     files = [written, *map(written.with_suffix, bench.beside)]
     print(f"wrote {', '.join(map(str, files))}", file=sys.stderr)
 
@@ -113,30 +85,20 @@ def measure(name: str, job: Job) -> None:
 def _into_file(
     measure: Callable[[Any], Iterable[Any]],
     write: Callable[[Path, list[Any]], None],
-    suffix: str = ".csv",
-    beside: Iterable[str] = (),
-) -> Run:
+    suffix: str,
+    beside: Iterable[str],
+    settings: Any,
+    out: str,
+) -> tuple[list[Any], Path]:
     """Rows written to one file, and those beside it, when all are there."""
-
-    def into(settings: Any, out: str) -> tuple[list[Any], Path]:
-        path = Path(out)
-        if path.suffix != suffix:
-            raise ValueError(f"out={out!r}: expected a file *{suffix}")
-        for file in (path, *map(path.with_suffix, beside)):
-            check_file(file)
-        rows = list(measure(settings))
-        write(path, rows)
-        return rows, path
-
-    return into
-
-
-def _json(rows: list[Any]) -> str:
-    return json.dumps({"rows": [_fields(row) for row in rows]}, indent=1, default=dataclasses.asdict)
-
-
-def _fields(row: Any) -> dict[str, Any]:
-    return dataclasses.asdict(row) if dataclasses.is_dataclass(row) else row._asdict()  # type: ignore[arg-type]
+    path = Path(out)
+    if path.suffix != suffix:
+        raise ValueError(f"out={out!r}: expected a file *{suffix}")
+    for file in (path, *map(path.with_suffix, beside)):
+        check_file(file)
+    rows = list(measure(settings))
+    write(path, rows)
+    return rows, path
 
 
 def keys(arguments: Sequence[str]) -> str:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, update_wrapper
-from typing import Any, NamedTuple
+from pathlib import Path
+from traceback import extract_tb
+from typing import Any, ClassVar, NamedTuple
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import env_override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flashcp.experiments.cli.schema import GROUPS, SETTINGS, committed, typed
-
-__all__ = ["Job", "at_refusal", "carried", "compose", "plain", "run", "run_app"]
+from flashcp.experiments.folders import check_file, leave_no_trace
+from flashcp.experiments.sweep.results import RESULTS
 
 CONFIGS = "flashcp.conf"
-VALUED = ("-c", "--cfg", "-p", "--package", "-cd", "--config-dir", "-cn", "--config-name", "-cp", "--config-path")
-"""Hydra's options that a value follows."""
 at_refusal: list[Callable[[], Any]] = []
 """What to do when the application that runs turns out to have bad input."""
 OmegaConf.register_new_resolver("out_or", lambda out, name: out or f"outputs/{name}", replace=True)
@@ -54,18 +57,17 @@ def run(task: Task, name: str, words: Sequence[str]) -> int:
 
 
 def run_app(task: Task, name: str, words: Sequence[str]) -> int:
-    """Run `task(job)` as the application of `conf/NAME.yaml`. words: overrides, and Hydra's own options.
+    """Run `task(job)` as the application of `conf/NAME.yaml`. words: overrides, then Hydra's own options.
 
     Returns exit code 0. Raises ValueError in one line for bad input, and SystemExit where the task, a callback or Hydra
     ends with it.
     """
     job = update_wrapper(partial(_job, task, name), task)
-    given = _overrides(words)
-    before, sys.argv = sys.argv, ["flashcp", *given, *(word for word in words if word not in given)]  # in one piece
+    given = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    before, sys.argv = sys.argv, ["flashcp", *words]
     at_refusal.clear()
     try:
         with _one_line(name, given), env_override({"HYDRA_FULL_ERROR": "1"}):  # errors reach us as they are
-            _check(given)
             hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=name)(job)()
     except ValueError:
         for undo in at_refusal:
@@ -74,16 +76,6 @@ def run_app(task: Task, name: str, words: Sequence[str]) -> int:
     finally:
         sys.argv = before
     return 0
-
-
-def _overrides(words: Sequence[str]) -> list[str]:
-    """The words that are neither options nor their values; --info may have none."""
-    found = []
-    for before, word in zip(["", *words], words, strict=False):
-        is_value = before in VALUED or (before in ("-i", "--info") and "=" not in word)
-        if not word.startswith("-") and not is_value:
-            found.append(word)
-    return found
 
 
 def _job(task: Task, name: str, config: DictConfig) -> Any:
@@ -104,17 +96,13 @@ def carried() -> Iterator[None]:
 
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration `conf/NAME.yaml` with overrides, as plain values. Raises ValueError in one line."""
-    with _one_line(name, overrides), hydra.initialize_config_module(config_module=CONFIGS, version_base="1.3"):
-        _check(overrides)
-        return plain(name, hydra.compose(name, list(overrides)))
+    with _one_line(name, overrides):
+        return plain(name, _composed(name, overrides))
 
 
-def _check(overrides: Sequence[str]) -> None:
-    """Hydra would let `+key=1` and `~key` change which keys there are; a configuration's keys are fixed, but for
-    Hydra's own."""
-    for override in overrides:
-        if override.startswith(("+", "~")) and not override.lstrip("+~").startswith("hydra"):
-            raise ValueError(f"{override!r} is not an override: expected KEY=VALUE")
+def _composed(name: str, overrides: Sequence[str], **options: bool) -> DictConfig:
+    with hydra.initialize_config_module(config_module=CONFIGS, version_base="1.3"):
+        return hydra.compose(name, list(overrides), **options)
 
 
 def plain(name: str, config: DictConfig) -> dict[str, Any]:
@@ -126,7 +114,10 @@ def plain(name: str, config: DictConfig) -> dict[str, Any]:
 
 @contextmanager
 def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
-    """Hydra's and OmegaConf's errors as a ValueError that names the override and what is legal."""
+    """Errors of Hydra, OmegaConf and YAML as a ValueError that names the override and what is legal."""
+    for override in overrides:  # a configuration's keys are fixed, but for Hydra's own
+        if override.startswith(("+", "~")) and not override.lstrip("+~").startswith("hydra"):
+            raise ValueError(f"{override!r} is not an override: expected KEY=VALUE")
     try:
         yield
     except Carried as carrier:
@@ -135,22 +126,28 @@ def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
         if error.options is None:
             raise ValueError(_first_line(error)) from error
         group, _, value = str(error.missing_cfg_file).rpartition("/")
-        if group == "experiment" and value in committed("simulation"):
-            expected = f"flashcp sweep {group}={value}, one sweep that simulates at a time"
-            raise ValueError(f"{group}={value}: expected {expected}") from error
         simulated = committed("simulation") if group == "experiment" else ()
-        legal = dict.fromkeys((*GROUPS.get(group, ()), *sorted(error.options), *simulated))
-        raise ValueError(f"{group}={value}: expected one of {', '.join(legal)}") from error
+        legal = ", ".join(dict.fromkeys((*GROUPS.get(group, ()), *sorted(error.options), *simulated)))
+        one = f"flashcp sweep {group}={value}, one sweep that simulates at a time"
+        raise ValueError(f"{group}={value}: expected {one if value in simulated else f'one of {legal}'}") from error
     except OverrideParseException as error:
         raise ValueError(f"{error.override!r} is not an override: expected KEY=VALUE") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_complaint(name, overrides, error)) from error
+    except (OSError, RuntimeError) as error:  # of Hydra's own keys: folders that cannot be made, plugins that are none
+        if any(frame.name == "return_value" for frame in extract_tb(error.__traceback__)):  # a job's, elsewhere
+            raise
+        raise ValueError(_first_line(error)) from error
     except ValueError as error:  # Hydra's own about a group that is given a number or null, which it does not name
         given = next((override for override in overrides if _names_nothing(override)), "")
         if not given or not str(error).startswith("Config group override must be"):
             raise
         legal_here = GROUPS.get(given.split("=")[0], ["the sweeps that --help lists"])
         raise ValueError(f"{given}: expected one of {', '.join(legal_here)}") from error
+    except Exception as error:
+        if not type(error).__module__.startswith("yaml"):
+            raise
+        raise ValueError(f"not YAML: {error}") from error
 
 
 def _complaint(name: str, overrides: Sequence[str], error: Exception) -> str:
@@ -161,8 +158,8 @@ def _complaint(name: str, overrides: Sequence[str], error: Exception) -> str:
             key = str(full)  # parallel={zz:1}: the key that is unknown is below the one given
         if having := _having(name, key, overrides):
             return f"{key}: of what is swept only {', '.join(having)} has this key; expected one that all have"
-        legal = _siblings(name, key, overrides)
-        return f"{key}: no such override; expected one of {', '.join(legal)}"
+        chosen = [word for word in overrides if word.split("=")[0] in GROUPS.keys() - {key} and "," not in word]
+        return f"{key}: no such override; expected one of {', '.join(_place(name, key, chosen))}"
     if ambiguous := re.match(r"Ambiguous value for argument '(.+?)'", message):
         return f"{ambiguous[1]}: expected one value (-m or `flashcp sweep` takes several; a list is written [a,b])"
     if "does not support sweep type" in message:
@@ -174,22 +171,16 @@ def _complaint(name: str, overrides: Sequence[str], error: Exception) -> str:
 def _having(name: str, key: str, overrides: Sequence[str]) -> list[str]:
     """Which values of the groups that are swept bring this key, where some do and some do not."""
     named = [override for override in overrides if override.startswith("experiment=")]
-    with hydra.initialize_config_module(config_module=CONFIGS, version_base="1.3"):
-        params = hydra.compose(name, named, return_hydra_config=True).hydra.sweeper.get("params") or {}
+    params = _composed(name, named, return_hydra_config=True).hydra.sweeper.get("params") or {}
     words = [*(f"{group}={values}" for group, values in params.items()), *overrides]
-    groups = [word for word in words if word.split("=")[0] in GROUPS]
-    found: list[str] = []
-    for override in OverridesParser.create().parse_overrides(groups):
-        if override.is_discrete_sweep():
-            values = [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-            found += [value for value in values if key.split(".")[-1] in _place(name, key, [value])]
-    return found
-
-
-def _siblings(name: str, key: str, overrides: Sequence[str]) -> list[str]:
-    """The keys that stand where an unknown one was given: those of the groups that were chosen."""
-    chosen = [override for override in overrides if override.split("=")[0] in GROUPS.keys() - {key}]
-    return list(_place(name, key, [override for override in chosen if "," not in override]))
+    swept = OverridesParser.create().parse_overrides([word for word in words if word.split("=")[0] in GROUPS])
+    one_each = [
+        f"{override.get_key_element()}={value}"
+        for override in swept
+        if override.is_discrete_sweep()
+        for value in override.sweep_string_iterator()
+    ]
+    return [value for value in one_each if key.split(".")[-1] in _place(name, key, [value])]
 
 
 def _place(name: str, key: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -210,3 +201,97 @@ def _names_nothing(override: str) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# --- several jobs: all at the end, or each where a launcher puts it; then what they come to
+
+
+def is_multirun() -> bool:
+    """Whether the job that runs is one of several."""
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def swept(config: DictConfig) -> set[str]:
+    """The keys that a multirun varies."""
+    params = config.hydra.sweeper.get("params") or {}
+    words = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
+    given = OverridesParser.create().parse_overrides(words)
+    last = {override.get_key_element(): override for override in given}  # the command line after what is committed
+    return {key for key, override in last.items() if override.is_sweep_override()}
+
+
+class Tidy(Callback):
+    """Of a multirun with bad input nothing stays in the folder that Hydra makes for it (`hydra.sweep.dir`)."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        file = Path(config.hydra.sweep.dir) / "multirun.yaml"
+        with carried():
+            check_file(file)
+        if file.exists():
+            at_refusal.append(partial(file.write_bytes, file.read_bytes()))
+        else:
+            made = [place for place in file.parents if not place.exists()]
+            at_refusal.append(partial(leave_no_trace, [file], made))
+
+
+class Multirun(Callback, ABC):
+    """Hydra's callback of an application whose jobs belong together, `config` naming its file in `conf/`.
+
+    Under Hydra's own launcher and sweeper a job is checked and waits: bad input of the last one is found before the
+    first one begins, and at the end all are at hand at once. Other launchers run a job where and when they like, other
+    sweepers want its result: there each runs by itself. Either way the report is made at the end, in this process.
+    """
+
+    config: ClassVar[str]
+    _current: ClassVar[Multirun]
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.out = Path()
+        self.swept: set[str] = set()
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """What holds for all jobs; it travels with the callback to wherever a job runs."""
+        self.out, self.swept = Path(config.hydra.sweep.dir), swept(config)
+        with carried():
+            check_file(self.out / RESULTS)
+            self.start(plain(self.config, config))
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        Multirun._current, choices = self, config.hydra.runtime.choices
+        if is_multirun() and choices["hydra/launcher"] == choices["hydra/sweeper"] == "basic":  # it waits
+            with carried():
+                self.jobs.append(Job(plain(self.config, config), list(config.hydra.overrides.task)))
+                self.check(self.jobs[-1])
+
+    @classmethod
+    def run_job(cls, job: Job) -> float | None:
+        """The job that Hydra runs here and now, where it does not wait. Returns what a sweeper may ask for."""
+        current = cls._current
+        if current.jobs:
+            return None
+        current.check(job)
+        return current.run([job], alone=True)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Run what waits, then report."""
+        with carried():
+            if self.jobs:
+                self.run(self.jobs)
+            self.report()
+
+    @abstractmethod
+    def start(self, settings: dict[str, Any]) -> None:
+        """Read what holds for all jobs from the configuration they vary."""
+
+    @abstractmethod
+    def check(self, job: Job) -> None:
+        """Raise ValueError for a job that cannot run."""
+
+    @abstractmethod
+    def run(self, jobs: Sequence[Job], alone: bool = False) -> float | None:
+        """Run jobs: all, or one `alone`, beside others that may run at the same time."""
+
+    @abstractmethod
+    def report(self) -> None:
+        """Show what there is in `out`."""

@@ -1,4 +1,4 @@
-"""Starting ranks, and telling in one line why they failed."""
+"""Training runs: what decides one, starting its ranks, and telling in one line why they failed."""
 
 from __future__ import annotations
 
@@ -9,28 +9,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 
 from flashcp.experiments.folders import leave_no_trace
+from flashcp.experiments.sweep.results import REFERENCE, digest
 from flashcp.train.config import TrainConfig
+from flashcp.train.parallel import ExchangeConfig
 from flashcp.train.summary import write_json
-
-if TYPE_CHECKING:  # it reads Hydra's configuration, which not every machine that measures has
-    from flashcp.experiments.cli.settings import Run
-
-__all__ = [
-    "BAD_INPUT",
-    "Outcome",
-    "RanksFailedError",
-    "diagnose",
-    "launch",
-    "leave_no_trace",
-    "rank_environment",
-    "start_ranks",
-]
 
 BAD_INPUT = 2
 COMPLAINT = re.compile(rb"(?:^|[\r\]])error: (.*)$", re.MULTILINE)  # a bar may stand before it on the line
@@ -54,6 +44,50 @@ class Outcome(NamedTuple):
     error: str
 
 
+@dataclass(frozen=True)
+class Run:
+    """One training run: what `launch` starts.
+
+    case: the work that providers are compared on, in short. provider: the method, as tables name it, or the overlap
+    where levels of overlap are compared on one method. threads: of each rank.
+    """
+
+    case: str
+    provider: str
+    world_size: int
+    threads: int
+    config: TrainConfig
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.out)
+
+    @property
+    def digest(self) -> str:
+        """8 hex digits of everything that decides the run's numbers: two equal ones need no second run."""
+        config = dataclasses.asdict(self.config)
+        for name in ("out", "tracker", "checkpoint"):
+            del config[name]
+        del config["loop"]["progress"]
+        return digest({"world_size": self.world_size, "threads": self.threads, "config": config})
+
+    def alone(self) -> Run:
+        """The same packs trained on by one process."""
+        parallel = dataclasses.replace(self.config.parallel, overlap="auto", transport="auto")
+        one = dataclasses.replace(
+            self.config, sharding={"name": "contiguous"}, exchange=ExchangeConfig("exact"), parallel=parallel
+        )
+        case = self.case.replace(f"-n{self.world_size}", "-n1", 1)
+        return Run(case, REFERENCE, 1, self.threads, one)
+
+    def placed(self, folder: str, group: str, tags: Sequence[str]) -> Run:
+        """The same run writing to a folder, tracked under a group with a name of its own."""
+        told = self.config.tracker
+        name = told.name or f"{self.provider}-{self.case}"
+        tracker = dataclasses.replace(told, group=told.group or group, name=name, tags=[*told.tags, *tags])
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, out=folder, tracker=tracker))
+
+
 def launch(*runs: Run, watch: Callable[[], None] | None = None) -> Outcome:
     """Run every rank to its end, several runs in turns on the same ranks (`flashcp/train/run.py`).
 
@@ -62,21 +96,20 @@ def launch(*runs: Run, watch: Callable[[], None] | None = None) -> Outcome:
     the first step leaves nothing in any `out`. parallel.attention=triton on a CPU runs in Triton's interpreter, which
     `rank_environment` turns on. Raises ValueError when `out` cannot be written.
     """
-    folders = [Path(run.config.out) for run in runs]
-    made = list(dict.fromkeys(folder for out in folders for folder in (out, *out.parents) if not folder.exists()))
-    configs, log = [out / "config.json" for out in folders], folders[0] / "ranks.log"
+    first, log = runs[0], runs[0].out / "ranks.log"
+    made = list(dict.fromkeys(place for run in runs for place in (run.out, *run.out.parents) if not place.exists()))
+    configs = [run.out / "config.json" for run in runs]
     for run, config in zip(runs, configs, strict=True):
         try:
-            config.parent.mkdir(parents=True, exist_ok=True)
+            run.out.mkdir(parents=True, exist_ok=True)
             write_json(config, dataclasses.asdict(run.config))
             log.write_bytes(b"")
         except OSError as error:
-            where = str(config.parent)
-            raise ValueError(f"out={where!r}: cannot be written ({error.strerror}: {error.filename})") from error
+            why = f"cannot be written ({error.strerror}: {error.filename})"
+            raise ValueError(f"out={str(run.out)!r}: {why}") from error
     arguments = ["-m", "flashcp.train", *map(str, configs)]
-    first = runs[0]
     outcome = start_ranks(arguments, first.world_size, first.threads, log, rank_environment(first.config), watch)
-    if outcome.code == BAD_INPUT and not any((out / METRICS).exists() for out in folders):  # before the first step
+    if outcome.code == BAD_INPUT and not any((run.out / METRICS).exists() for run in runs):  # before the first step
         leave_no_trace([*configs, log], sorted(made, key=lambda folder: -len(folder.parts)))
     return outcome
 
@@ -111,12 +144,13 @@ def start_ranks(
         look = watch or Echo(said)
         process = subprocess.Popen(command, env=variables, stdout=written, stderr=subprocess.STDOUT)
         try:
-            while not _ended(process):
+            while process.returncode is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.2)
                 look()
         finally:
             process.terminate()  # interrupted or stopped: the launcher stops its ranks; ended: does nothing
             process.wait()
-        look()
     return Outcome(0, "") if process.returncode == 0 else diagnose(log, process.returncode)
 
 
@@ -136,36 +170,26 @@ class Echo:
         self._trouble |= trouble is not None
 
 
-def _ended(process: subprocess.Popen[bytes]) -> bool:
-    try:
-        process.wait(timeout=0.2)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
 def diagnose(log: Path, code: int) -> Outcome:
     """Why a run failed, from what its ranks and their launcher said.
 
     A rank that a signal ended comes first: the others complain only of a connection that it closed.
     """
     text = log.read_bytes()
-    ended = {int(found["rank"]): int(found["code"]) for found in FAILED_RANK.finditer(text)}
-    ended = {rank: status for rank, status in ended.items() if status != -signal.SIGTERM}  # the launcher's doing
-    ended |= {int(found["rank"]): int(found["code"]) for found in LOST_RANK.finditer(text)}
+    listed, lost = (
+        {int(found["rank"]): int(found["code"]) for found in pattern.finditer(text)}
+        for pattern in (FAILED_RANK, LOST_RANK)
+    )
+    ended = {rank: status for rank, status in listed.items() if status != -signal.SIGTERM} | lost  # its launcher's
     complaints = [found[1].decode(errors="replace") for found in COMPLAINT.finditer(text)]
-    killed = [rank for rank, status in ended.items() if status < 0]
-    silent = [rank for rank in killed if not any(line.startswith(f"rank {rank} of ") for line in complaints)]
+    heard = {line.split()[1] for line in complaints if line.startswith("rank ")}
+    silent = [rank for rank, status in ended.items() if status < 0 and str(rank) not in heard]
     if complaints and not silent:
         line = " ".join(GLOO_NOISE.sub("", complaints[0]).split())
         return Outcome(1 if line.startswith("rank ") else BAD_INPUT, line)
+    who = "the run"
     if ended:
         rank = min(silent or ended)
-        return Outcome(1, f"rank {rank}: ended with exit code {_spelled(ended[rank])}; see {log}")
-    return Outcome(1, f"the run ended with exit code {_spelled(code)}; see {log}")
-
-
-def _spelled(code: int) -> str:
-    """An exit code; for a negative one also the signal's name."""
-    names = {-number: number.name for number in signal.Signals}
-    return f"{code} ({names[code]})" if code in names else str(code)
+        who, code = f"rank {rank}:", ended[rank]
+    name = f" ({signal.Signals(-code).name})" if -code in set(signal.Signals) else ""
+    return Outcome(1, f"{who} ended with exit code {code}{name}; see {log}")

@@ -8,22 +8,44 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import textwrap
 import threading
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
-from flashcp.experiments.cli.verbs import AS_JSON, VERBS
+from flashcp.experiments.cli import AS_JSON, USAGE, VERBS
 
-__all__ = ["main"]
-
-OPTIONS = ("-h", "--help", "--json")
-HYDRA_OPTIONS = {"-m", "--multirun", "-r", "--run", "-c", "--cfg", "-p", "--package", "--resolve", "-i", "--info"}
-HYDRA_OPTIONS |= {"-cd", "--config-dir", "-cn", "--config-name", "-cp", "--config-path", "--hydra-help", "--version"}
+FLAGS = ("-h --help", "--json", "-m --multirun", "-r --run", "--resolve", "--hydra-help", "--version")
+VALUED = ("-p --package", "-cd --config-dir", "-cn --config-name", "-cp --config-path")
+HYDRA = """Hydra's own options: -m (several values KEY=a,b, one job each), --cfg job, --info, --config-dir DIR,
+--hydra-help; hydra/launcher=NAME, hydra/sweeper=NAME (docs/training.md)"""
+INFO = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
 
 
 class Stopped(BaseException):
     """A signal asked the command to end; what is under way is stopped on the way out."""
+
+
+class Options(ArgumentParser):
+    """Our options and Hydra's, told from overrides before Hydra, whose own parser would print its usage, sees them."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        for names in FLAGS:
+            self.add_argument(*names.split(), action="store_true")
+        for names in VALUED:
+            self.add_argument(*names.split())
+        self.add_argument("-c", "--cfg", choices=["job", "hydra", "all"])
+        self.add_argument("-i", "--info", nargs="?", choices=INFO)
+        self.add_argument("words", nargs="*")
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"flashcp: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except SystemExit as end:  # of a verb, or of Hydra's parser of options
+    except SystemExit as end:  # of a verb, or of Hydra
         return int(end.code or 0)
     except KeyboardInterrupt:
         print("flashcp: interrupted", file=sys.stderr)
@@ -70,27 +92,37 @@ def _signals_raise() -> Iterator[None]:
 def _run(given: list[str]) -> int:
     if {"-sc", "--shell-completion"} & set(given):
         return _complete(given)
-    asks_help, verb = bool({"-h", "--help"} & set(given)), next((word for word in given if word[:1] != "-"), "")
-    for option in given:
-        if option.startswith("-") and option.partition("=")[0] not in (*OPTIONS, *HYDRA_OPTIONS):
-            raise ValueError(f"{option}: no such option; expected --help, --json or one of Hydra's (--hydra-help)")
-    if not verb:
-        print(usage())
-        return 0 if asks_help else 2
+    pairs = zip(given, [*given[1:], ""], strict=True)  # --info may have no value: an override is none
+    given = ["--info=all" if word in ("-i", "--info") and "=" in after else word for word, after in pairs]
+    told, unknown = Options().parse_known_intermixed_args(given)
+    if unknown:
+        raise ValueError(f"{unknown[0]}: no such option; expected --help, --json or one of Hydra's (--hydra-help)")
+    if not told.words:
+        print(USAGE.read_text("utf-8"), end="")
+        return 0 if told.help else 2
+    verb, *words = told.words
     if verb not in VERBS:
         raise ValueError(f"{verb!r}: no such verb; expected one of {', '.join(VERBS)}")
-    given.remove(verb)
-    if asks_help:
-        from flashcp.experiments.cli.usage import verb_usage
-
-        print(verb_usage(verb, [word for word in given if word[:1] != "-"]))
+    if told.help:
+        print(verb_usage(verb, words))
         return 0
-    module = import_module(f"flashcp.experiments.{VERBS[verb].module}")
-    told = AS_JSON.set("--json" in given)
+    options = [word for word in given if word != "--json"]
+    for word in told.words:
+        options.remove(word)
+    before = AS_JSON.set(told.json)
     try:
-        return int(module.main([word for word in given if word not in OPTIONS]))
+        return int(_module(verb).main([*words, *options]))
     finally:
-        AS_JSON.reset(told)
+        AS_JSON.reset(before)
+
+
+def _module(verb: str) -> ModuleType:
+    """The module of a verb. Signals wait until it is there: one amid a native import would abort the process."""
+    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        return import_module(f"flashcp.experiments.{VERBS[verb]}")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
 
 
 def _complete(given: list[str]) -> int:
@@ -99,38 +131,65 @@ def _complete(given: list[str]) -> int:
     Hydra completes the line of an application: ours without the verb.
     """
     verb, *rest = os.environ.get("COMP_LINE", "flashcp train ").split(" ")[1:] or [""]
-    words = [word for word in given if word not in VERBS]
     if not rest:
         print(" ".join(VERBS))
     elif verb in VERBS:
         from flashcp.experiments.cli.compose import run_app
 
-        module = import_module(f"flashcp.experiments.{VERBS[verb].module}")
+        module = _module(verb)
         if verb == "bench" and len(rest) == 1:
             print(" ".join(module.BENCHES))
         elif config := module.keys(rest) if hasattr(module, "keys") else getattr(module, "CONFIG", ""):
             os.environ["COMP_LINE"] = " ".join(["flashcp", *rest[verb == "bench" :]])
-            return run_app(print, config, words)
+            return run_app(print, config, [word for word in given if word not in VERBS])
     return 0
 
 
-def usage() -> str:
-    """What `flashcp --help` prints."""
-    verbs = "\n".join(f"  {name:<8} {verb.summary}" for name, verb in VERBS.items())
-    return f"""usage: flashcp VERB [KEY=VALUE ...] [--json] [-m]
+def verb_usage(verb: str, arguments: Sequence[str] = ()) -> str:
+    """Usage, groups and keys with their defaults, those of the groups' members that bring keys of their own too."""
+    module = _module(verb)
+    config = module.keys(arguments) if hasattr(module, "keys") else getattr(module, "CONFIG", "")
+    summary = next(line for line in USAGE.read_text("utf-8").splitlines() if line.startswith(f"  {verb} "))
+    words = getattr(module, "WORDS", "[KEY=VALUE ...]")
+    parts = [f"usage: flashcp {verb} {words} [--json]", summary.removeprefix(f"  {verb}").strip()]
+    if config:
+        if taken := groups(config):
+            parts.append("Groups; method= sets sharding= and exchange=, which may follow to replace a part:")
+            parts.append("\n".join(_wrapped(f"  {name + '=':<12}", ", ".join(names)) for name, names in taken.items()))
+        parts.append(f"Keys and their defaults (conf/{config}.yaml):\n\n{_body(config)}")
+        for member in (f"{group}/{name}" for group in ("data", "sharding") for name in taken.get(group, ())):
+            if "defaults:" not in _text(member) and _body(member).count(": ") > 1:
+                parts.append(f"Keys of {member.replace('/', '=')} (conf/{member}.yaml):\n\n{_body(member)}")
+    if (about := Path(str(module.__file__)).with_suffix(".txt")).is_file():
+        parts.append(_wrapped("", about.read_text("utf-8")))
+    return "\n\n".join([*parts, *([HYDRA] if config else [])])
 
-{verbs}
 
-flashcp VERB --help lists the keys of a verb and their legal values.
---json: one JSON document on standard output, everything else on standard error.
--m: several values KEY=a,b, one job each. Verbs are Hydra applications: --cfg job, --info, --config-dir, --hydra-help.
-Completion: eval "$(flashcp -sc install=bash)"
+def groups(config: str) -> dict[str, tuple[str, ...]]:
+    """Every group of a configuration and what it takes."""
+    from flashcp.experiments.cli.schema import GROUPS, committed  # late: it needs numpy
 
-  flashcp plan world_size=8 data=pile
-  flashcp plan method=flashcp data=lengths 'data.lengths=[70000,40000,21072]' figure=plan.png
-  flashcp simulate cluster=h100-nvlink data=lengths data.path=lengths.txt world_size=8
-  flashcp train method=llama3 world_size=2 loop.steps=50
-  flashcp sweep experiment=demo"""
+    found = {name: names for name, names in GROUPS.items() if f"\n  - {name}: " in _text(config)}
+    if config == "train":
+        found["experiment"] = (*committed("experiment"), *committed("simulation"))
+    return found
+
+
+def _text(file: str) -> str:
+    from importlib import resources  # late, as numpy above: `flashcp --help` asks for no file
+
+    return (resources.files("flashcp.conf") / f"{file}.yaml").read_text("utf-8")
+
+
+def _body(file: str) -> str:
+    """A file's own keys: without its first lines of comment, its defaults list and what it tells Hydra."""
+    lines = _text(file).partition("\nhydra:\n")[0].splitlines()
+    start = lines.index("", lines.index("defaults:")) if "defaults:" in lines else 0
+    return "\n".join(f"  {line}".rstrip() for line in lines[start:] if not line.startswith("# @")).strip("\n")
+
+
+def _wrapped(head: str, text: str) -> str:
+    return textwrap.fill(text, 110, initial_indent=head, subsequent_indent=" " * min(len(head), 14))
 
 
 if __name__ == "__main__":

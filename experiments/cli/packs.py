@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,21 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from flashcp.experiments.cli.schema import LengthsData, SampledData
+from flashcp.experiments.cli.schema import DATA, LengthsData, SampledData
 from flashcp.schema import read_dataclass
-from flashcp.sharding.lengths import LENGTH_DATA, length_stream
-from flashcp.sharding.packing import OVERFLOWS, Window, pack_lengths
+from flashcp.sharding.lengths import length_stream
+from flashcp.sharding.packing import Window, pack_lengths
 from flashcp.train.data.documents import read_documents
-from flashcp.train.data.sources import SOURCES, DataConfig, open_source
+from flashcp.train.data.sources import DataConfig, open_source
 from flashcp.train.data.tokenizer import load_tokenizer
 from flashcp.train.data.windows import LONGEST_CONTEXT, encode_documents
 
-__all__ = ["read_packs"]
-
-LEGAL = (*SOURCES, "lengths", *LENGTH_DATA)
-
-DIGITS = 18
-"""Of a length that int64 holds."""
+LENGTH = re.compile(r"(?=.*[1-9])[0-9]{1,18}")  # that int64 holds
+EXPECTED = "of at most 18 digits"
 
 
 def read_packs(data: Mapping[str, Any], context: int, count: int, seed: int) -> list[np.ndarray]:
@@ -36,46 +33,65 @@ def read_packs(data: Mapping[str, Any], context: int, count: int, seed: int) -> 
     """
     if not 1 <= context <= LONGEST_CONTEXT:
         raise ValueError(f"context={context}: expected a whole number of tokens >= 1 and <= {LONGEST_CONTEXT}")
-    if count < 1:
-        raise ValueError(f"windows={count}: expected a whole number >= 1")
     source = data.get("source")
-    if source in LENGTH_DATA:
-        sampled = read_dataclass(SampledData, data, "data")
-        overflow, lengths = sampled.overflow, _sampled(sampled, seed)
-    elif source == "lengths":
-        listed = read_dataclass(LengthsData, data, "data")
-        given = _listed(listed)
-        overflow, lengths = listed.overflow, iter(given)
-    elif source in SOURCES:
-        text = read_dataclass(DataConfig, data, "data")
-        text.check()
-        overflow, lengths = text.overflow, _tokenised(text)
-    else:
-        raise ValueError(f"data.source={source!r}: expected one of {', '.join(LEGAL)}")
-    if overflow not in OVERFLOWS:
-        raise ValueError(f"data.overflow={overflow!r}: expected one of {', '.join(OVERFLOWS)}")
-    packs = list(itertools.islice(pack_lengths(lengths, context, overflow), count))
+    if source not in DATA:
+        raise ValueError(f"data.source={source!r}: expected one of {', '.join(DATA)}")
+    told = read_dataclass(DATA[source], data, "data")
+    lengths = _lengths(told, seed)
+    packs = list(itertools.islice(pack_lengths(iter(lengths), context, told.overflow), count))
     if not packs:
         raise ValueError(f"data.source={source!r}: no document to pack with these settings of data")
-    if source == "lengths":
-        _say_left_out(len(given), packs)
+    if isinstance(lengths, list):
+        _say_left_out(len(lengths), packs)
     return [window.document_lengths for window in packs]
 
 
+def planned_packs(settings: Mapping[str, Any]) -> list[np.ndarray]:
+    """The packs of a configuration, without a short last one that has fewer tokens than ranks."""
+    packs = read_packs(settings["data"], settings["context"], settings["windows"], settings["seed"])
+    ranks = settings["world_size"]
+    if len(packs) > 1 and packs[-1].sum() < min(ranks, packs[0].sum()):
+        print(f"left out: a last window of {packs[-1].sum()} tokens, fewer than {ranks} ranks", file=sys.stderr)
+        return packs[:-1]
+    return packs
+
+
+def heading(settings: Mapping[str, Any], packs: Sequence[np.ndarray]) -> str:
+    """What was planned, in one line."""
+    documents = np.mean([len(lengths) for lengths in packs])
+    plural = "window" if len(packs) == 1 else "windows"
+    shortest = min(int(lengths.sum()) for lengths in packs)
+    size = f"{settings['context']}" if shortest == settings["context"] else f"{shortest} to {settings['context']}"
+    return (
+        f"{len(packs)} {plural} of {size} tokens from {settings['data']['source']}, "
+        f"{documents:.1f} documents on average, {settings['world_size']} ranks"
+    )
+
+
+def described(settings: Mapping[str, Any], packs: Sequence[np.ndarray]) -> dict[str, Any]:
+    """What was planned, as the JSON of a verb says it."""
+    told = {key: settings[key] for key in ("world_size", "context", "data", "seed")}
+    return {**told, "windows": len(packs), "documents": sum(map(len, packs))}
+
+
 def _say_left_out(given: int, packs: Sequence[Window]) -> None:
-    used = int(packs[-1].document[-1]) + 1
-    dropped, kept = (sum(int(count) for count in counts) for counts in zip(*map(_tokens, packs), strict=True))
+    used, dropped = int(packs[-1].document[-1]) + 1, sum(int(window.dropped) for window in packs)
+    tokens = dropped + sum(int(window.document_lengths.sum()) for window in packs)
     said = [f"{given - used} of {given} lengths come after the last window"] if used < given else []
-    said += [f"{dropped / (dropped + kept):.1%} of the tokens are cut off at ends of windows"] if dropped else []
+    said += [f"{dropped / tokens:.1%} of the tokens are cut off at ends of windows"] if dropped else []
     if said:
         print(f"left out: {'; '.join(said)}", file=sys.stderr)
 
 
-def _tokens(window: Window) -> tuple[int, int]:
-    return window.dropped, int(window.document_lengths.sum())
-
-
-def _sampled(data: SampledData, seed: int) -> Iterator[int]:
+def _lengths(data: LengthsData | SampledData | DataConfig, seed: int) -> list[int] | Iterator[int]:
+    """Of all documents: those of a file or a list checked before any window is made, others as they are asked for."""
+    if isinstance(data, LengthsData):
+        return _listed(data)
+    if isinstance(data, DataConfig):
+        data.check()
+        tokenizer = load_tokenizer(data.tokenizer, data.end_token)
+        documents = read_documents(open_source(data), epochs=data.epochs or 1)
+        return (len(tokens) for tokens, _ in encode_documents(documents, tokenizer, data.longest))
     if seed < 0:
         raise ValueError(f"seed={seed}: expected a whole number >= 0")
     try:
@@ -85,15 +101,13 @@ def _sampled(data: SampledData, seed: int) -> Iterator[int]:
 
 
 def _listed(data: LengthsData) -> list[int]:
-    """Every length, checked before any window is made."""
     if bool(data.path) == bool(data.lengths):
-        raise ValueError(
-            "data=lengths: expected either data.path=FILE, one length a line, or data.lengths=[70000,40000,21072]"
-        )
+        either = "data.path=FILE, one length a line, or data.lengths=[70000,40000,21072]"
+        raise ValueError(f"data=lengths: expected either {either}")
+    for length in data.lengths:
+        if not LENGTH.fullmatch(str(length)):
+            raise ValueError(f"data.lengths holds {length}: expected whole numbers >= 1 {EXPECTED}")
     if data.lengths:
-        for length in data.lengths:
-            if not 1 <= length < 10**DIGITS:
-                raise ValueError(f"data.lengths holds {length}: expected whole numbers >= 1 of at most {DIGITS} digits")
         return data.lengths
     try:
         lines = Path(data.path).expanduser().read_text(encoding="utf-8-sig").splitlines()
@@ -101,22 +115,10 @@ def _listed(data: LengthsData) -> list[int]:
         raise ValueError(f"data.path={data.path!r}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"data.path={data.path!r}: not UTF-8 text; expected one length a line") from error
-    lengths = []
-    for number, line in enumerate(map(str.strip, lines), start=1):
-        if line:
-            if not line.isascii() or not line.isdigit() or len(line) > DIGITS or int(line) < 1:
-                raise ValueError(
-                    f"{data.path}:{number}: {line[:40]!r}: expected one whole number >= 1 of at most {DIGITS} digits a "
-                    "line"
-                )
-            lengths.append(int(line))
-    if not lengths:
+    told = {number: line.strip() for number, line in enumerate(lines, start=1) if line.strip()}
+    for number, line in told.items():
+        if not LENGTH.fullmatch(line):
+            raise ValueError(f"{data.path}:{number}: {line[:40]!r}: expected one whole number >= 1 {EXPECTED} a line")
+    if not told:
         raise ValueError(f"data.path={data.path!r}: no lengths in it; expected one a line")
-    return lengths
-
-
-def _tokenised(data: DataConfig) -> Iterator[int]:
-    """Tokens of the documents of a text source, read as they are asked for."""
-    tokenizer = load_tokenizer(data.tokenizer, data.end_token)
-    documents = read_documents(open_source(data), epochs=data.epochs or 1)
-    return (len(tokens) for tokens, _ in encode_documents(documents, tokenizer, data.longest))
+    return [int(line) for line in told.values()]

@@ -8,30 +8,19 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any
 
 from flashcp.clusters import read_machine
+from flashcp.limits import Count, one_of
 from flashcp.options import read_sharding
 from flashcp.schema import read_dataclass
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.lengths import LENGTH_DATA, SIGMA
 from flashcp.sharding.methods import METHODS
+from flashcp.sharding.packing import OVERFLOWS
 from flashcp.sharding.strategies import STRATEGIES
 from flashcp.simulator.cost import ModelShape
 from flashcp.train.data.sources import SOURCES, DataConfig
-
-__all__ = [
-    "DATA",
-    "GROUPS",
-    "SETTINGS",
-    "LengthsData",
-    "PlanSettings",
-    "SampledData",
-    "SimulateSettings",
-    "SimulationsSettings",
-    "committed",
-    "typed",
-]
 
 
 def committed(group: str) -> tuple[str, ...]:
@@ -51,6 +40,9 @@ GROUPS = {
 """Groups and their legal values; a configuration has those it names (`experiment` is the sweeps' own)."""
 
 
+Overflow = Annotated[str, one_of(OVERFLOWS)]
+
+
 @dataclass
 class LengthsData:
     """Document lengths without text: `path` holds one a line, or `lengths` lists them."""
@@ -58,7 +50,7 @@ class LengthsData:
     source: str = "lengths"
     path: str = ""
     lengths: list[int] = field(default_factory=list)
-    overflow: str = "truncate"
+    overflow: Overflow = "truncate"
 
 
 @dataclass
@@ -68,7 +60,7 @@ class SampledData:
     source: str
     long_document_weight: float = 1.0
     sigma: float = SIGMA
-    overflow: str = "truncate"
+    overflow: Overflow = "truncate"
 
 
 DATA: dict[str, type[Any]] = {
@@ -85,7 +77,7 @@ class PlanSettings:
 
     world_size: int = 8
     context: int = 131_072
-    windows: int = 100
+    windows: Count = 100
     seed: int = 0
     figure: str = ""
     method: str = ""
@@ -101,7 +93,7 @@ class SimulateSettings(PlanSettings):
     overlap: str = "auto"
     gradient_bytes: int = 4
     cluster_file: str = ""
-    kernel: str = "modelled"
+    kernel: Annotated[str, one_of(("modelled", "measured"))] = "modelled"
     workers: int = 1
     methods: list[str] = field(default_factory=list)
     cluster: Any = None

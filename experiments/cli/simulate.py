@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,60 +10,58 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flashcp.clusters import read_cluster_file, read_machine
+from flashcp.experiments.cli import show
 from flashcp.experiments.cli.compose import Job, run
-from flashcp.experiments.cli.packs import read_packs
-from flashcp.experiments.cli.plan import heading, plannable, strategy_options
-from flashcp.experiments.cli.simulate_choices import (
-    Kernels,
-    check_cluster_file,
-    check_cpu_work,
-    chosen_variants,
-    read_kernels,
-    read_setting,
-)
-from flashcp.experiments.cli.verbs import AS_JSON
+from flashcp.experiments.cli.packs import described, heading, planned_packs
+from flashcp.experiments.cli.plan import chosen_methods, strategy_options
 from flashcp.experiments.progress import bar
 from flashcp.experiments.provenance import commit
 from flashcp.options import naming_options
+from flashcp.schema import read_dataclass
 from flashcp.sharding.strategies import plan
 from flashcp.simulation import summary_table
-from flashcp.simulator.pack import Options, make_plans, simulate_module
-from flashcp.simulator.planned import Setting
+from flashcp.simulator.cost import AttentionShape, ModelShape
+from flashcp.simulator.machine import Machine
+from flashcp.simulator.pack import Options, Price, make_plans, simulate_module
+from flashcp.simulator.planned import Planned, Setting
 from flashcp.simulator.summary import BASELINE, Summary, recommendation, simulate_methods
-from flashcp.simulator.variants import Variant
-
-__all__ = ["Simulated", "main", "simulate"]
+from flashcp.simulator.variants import (
+    VARIANTS,
+    Variant,
+    choose_variants,
+    make_setting,
+    read_ranks,
+    without_ulysses,
+)
 
 CONFIG = "simulate"
+MOST_CPU_WORK = 1e11  # causal pairs x query heads x head_dim that are run on a CPU: some 20 minutes
 QUIET_S = 2.0  # a run shorter than this shows no bar
-ABOUT = (
-    "The table, means over windows: imbalance, work of the busiest rank over the mean; saving, 1 - KV rows on the "
-    "critical rank over the all-gather's; module ms, one layer's attention module, forward and backward, which is "
-    "attention ms, copies and exposed (an exchange that nothing hides); p50 and p95, of module ms over windows; step "
-    "ms, all layers with their matrix products; KV GiB, the most of any window: others' KV that all layers keep for "
-    "the backward, and one layer's buffers."
-)
-"""For --help."""
 
 
 class Simulated(NamedTuple):
-    """What one configuration comes to: packs, methods with their numbers, options of the strategy chosen."""
+    """What one configuration comes to: packs, methods with their numbers, options of the strategy chosen.
+
+    price: where attention's times come from. device: what ran the kernels; empty where they are the cost model's.
+    """
 
     setting: Setting
     packs: list[np.ndarray]
     variants: list[Variant]
     summaries: list[Summary]
     options: Options
-    kernels: Kernels
+    price: Price
+    device: str
 
-
-def main(words: Sequence[str]) -> int:
-    """Print the table and a recommendation, or one JSON document."""
-    return run(show_methods, CONFIG, words)
+    @property
+    def kind(self) -> str:
+        """As a row says it."""
+        return "kernel=measured exchange=modelled" if self.device else "simulated"
 
 
 def show_methods(job: Job) -> None:
-    """One job of `flashcp simulate`."""
+    """Print the table and a recommendation, or one JSON document."""
     settings = job.settings
     check_cluster_file(settings, job.overrides)
     if settings["figure"]:
@@ -72,69 +69,120 @@ def show_methods(job: Job) -> None:
 
         figure = check_figure(settings["figure"])
     found = simulate(settings)
+    setting, best = found.setting, recommendation(found.summaries)
     if settings["figure"]:
         pack, ranks = found.packs[0], settings["world_size"]
         plans = make_plans(pack, found.variants, ranks, found.options)
-        priced = {name: found.kernels.price(plan, found.setting) for name, plan in plans.items()}
+        priced = {name: found.price(plan, setting) for name, plan in plans.items()}
         modules = {one.name: simulate_module(priced[one.sharding], one) for one in found.variants}
-        title = f"{len(pack)} documents, {pack.sum()} tokens, {ranks} ranks, simulated on {found.setting.machine.name}"
+        title = f"{len(pack)} documents, {pack.sum()} tokens, {ranks} ranks, simulated on {setting.machine.name}"
         draw_timelines(modules, title, figure)
         print(f"wrote {figure}", file=sys.stderr)
-    if AS_JSON.get():
-        print(json.dumps(_document(settings, found), indent=1))
-    else:
-        kernels = f", its kernels measured on {found.kernels.device}" if found.kernels.device else ""
-        print(f"{heading(settings, found.packs)}; simulated on {found.setting.machine.name}{kernels}")
-        print(f"{summary_table(found.summaries)}\n\n{recommendation(found.summaries)}")
-
-
-def simulate(settings: Mapping[str, Any], label: str = "") -> Simulated:
-    """Run a configuration. label: of the bar. Raises ValueError naming value, field and what is legal."""
-    options = strategy_options(settings)
-    setting, model = read_setting(settings)
-    variants = chosen_variants(settings, setting.shape)
-    packs = plannable(
-        read_packs(settings["data"], settings["context"], settings["windows"], settings["seed"]),
-        settings["world_size"],
-    )
-    strategy = (settings["sharding"] or {}).get("name", "")
-    with naming_options(options):
-        plan(packs[0], settings["world_size"], strategy or "flashcp", **options)
-    of_strategy = {strategy: options}
-    kernels = read_kernels(settings, setting)
-    if kernels.device == "cpu":
-        check_cpu_work(packs, setting.shape)
-    summaries = simulate_methods(
-        packs,
-        variants,
-        settings["world_size"],
-        setting,
-        model,
-        options=of_strategy,
-        price=kernels.price,
-        workers=settings["workers"],
-        watch=partial(bar, total=len(packs), unit="window", desc=label or None, delay=QUIET_S),
-    )
-    return Simulated(setting, packs, variants, summaries, of_strategy, kernels)
-
-
-def _document(settings: Mapping[str, Any], found: Simulated) -> dict[str, Any]:
-    setting = found.setting
-    return {
-        "kind": found.kernels.kind,
-        "kernel_device": found.kernels.device,
+    document = {
+        "kind": found.kind,
+        "kernel_device": found.device,
         "commit": commit(),
         "cluster": asdict(setting.machine),
-        "world_size": settings["world_size"],
-        "context": settings["context"],
-        "data": settings["data"],
-        "seed": settings["seed"],
-        "windows": len(found.packs),
-        "documents": sum(len(lengths) for lengths in found.packs),
+        **described(settings, found.packs),
         "model": settings["model"],
         "overlap": setting.overlap,
         "gradient_bytes": setting.gradient_bytes,
         "baseline": BASELINE,
-        "recommendation": recommendation(found.summaries),
+        "recommendation": best,
         "methods": [one._asdict() for one in found.summaries],
     }
+    kernels = f", its kernels measured on {found.device}" if found.device else ""
+    head = f"{heading(settings, found.packs)}; simulated on {setting.machine.name}{kernels}"
+    show(document, f"{head}\n{summary_table(found.summaries)}\n\n{best}")
+
+
+def simulate(settings: Mapping[str, Any], label: str = "") -> Simulated:
+    """Run a configuration. label: of the bar. Raises ValueError naming value, field and what is legal."""
+    options, ranks = strategy_options(settings), settings["world_size"]
+    setting, model = read_setting(settings)
+    variants = chosen_variants(settings, setting.shape)
+    packs = planned_packs(settings)
+    strategy = (settings["sharding"] or {}).get("name", "")
+    with naming_options(options):
+        plan(packs[0], ranks, strategy or "flashcp", **options)
+    of_strategy = {strategy: options}
+    price, device = read_kernels(settings, setting)
+    if device == "cpu":
+        check_cpu_work(packs, setting.shape)
+    watch = partial(bar, total=len(packs), unit="window", desc=label or None, delay=QUIET_S)
+    told: dict[str, Any] = {"options": of_strategy, "price": price, "workers": settings["workers"], "watch": watch}
+    summaries = simulate_methods(packs, variants, ranks, setting, model, **told)
+    return Simulated(setting, packs, variants, summaries, of_strategy, price, device)
+
+
+def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
+    """Machine, heads and overlap. Raises ValueError naming value, field and what is legal."""
+    read_ranks(settings["world_size"])
+    model = read_dataclass(ModelShape, settings["model"], "model")
+    machine = chosen_machine(settings)
+    return make_setting(machine, model, settings["overlap"], settings["gradient_bytes"], prefix="model."), model
+
+
+def read_kernels(settings: Mapping[str, Any], setting: Setting) -> tuple[Price, str]:
+    """Price and device: the cost model's, or of every rank's kernels run on a GPU, or where there is none on this CPU.
+
+    Raises ValueError for what cannot be measured, RuntimeError where the kernel is wrong.
+    """
+    if settings["kernel"] == "modelled":
+        return Planned, ""
+    if settings["workers"] != 1:
+        raise ValueError(f"workers={settings['workers']}: kernel=measured runs on one device, expected 1")
+    if setting.shape.dtype_bytes not in (2, 4):
+        raise ValueError(f"model.dtype_bytes={setting.shape.dtype_bytes}: kernel=measured expects 2 (bf16) or 4 (fp32)")
+    import torch
+
+    from flashcp.experiments.bench.kernel_times import KernelTimer
+    from flashcp.experiments.sweep.measured import MeasuredPlanned
+
+    torch.set_num_threads(1)  # as a rank on a CPU has
+    timer = KernelTimer(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    timer.check(setting.shape)
+    return lambda plan, setting: MeasuredPlanned(plan, setting, timer), timer.device_name
+
+
+def check_cpu_work(packs: Sequence[np.ndarray], shape: AttentionShape) -> None:
+    """Raise ValueError for windows whose kernels a CPU would run for hours."""
+    pairs = sum(float((lengths * (lengths + 1.0)).sum()) / 2 for lengths in packs)
+    work = pairs * shape.query_heads * shape.head_dim
+    if work > MOST_CPU_WORK:
+        raise ValueError(
+            f"kernel=measured on a CPU: {work:.0e} causal pairs x heads x head_dim in all windows would take hours; "
+            f"expected <= {MOST_CPU_WORK:.0e}, by fewer windows, a smaller context or model.*, or a GPU"
+        )
+
+
+def chosen_machine(settings: Mapping[str, Any]) -> Machine:
+    """The cluster file's, or the group's. Raises ValueError for anything that describes none."""
+    if settings["cluster_file"]:
+        return read_cluster_file(settings["cluster_file"])
+    return read_machine(settings["cluster"] or {})
+
+
+def check_cluster_file(settings: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Raise ValueError where a cluster, or a part of one, is chosen beside the file that replaces it."""
+    given = next((override for override in overrides if override.startswith(("cluster=", "cluster."))), "")
+    if settings["cluster_file"] and given:
+        raise ValueError(f"cluster_file={settings['cluster_file']!r} and {given}: expected one or the other")
+
+
+def chosen_variants(settings: Mapping[str, Any], shape: AttentionShape) -> list[Variant]:
+    """The methods that were named, the pair that was chosen, or all. Left out with a word: what heads do not allow."""
+    named, pair = settings["methods"], settings["method"] or settings["sharding"] or settings["exchange"]
+    if named and pair:
+        raise ValueError("methods and method, sharding or exchange: expected one or the other")
+    chosen = choose_variants(named)
+    if pair:
+        (method,) = chosen_methods(settings)
+        chosen = [VARIANTS.get(method.name, Variant(*method))]
+    kept, why = without_ulysses(chosen, shape, settings["world_size"], "model.")
+    if why:
+        print(f"left out: ulysses, for {why}", file=sys.stderr)
+    return kept
+
+
+main = partial(run, show_methods, CONFIG)

@@ -18,8 +18,6 @@ from matplotlib.figure import Figure
 from flashcp.experiments.plots import legend_below, styled
 from flashcp.train.trace import TRACE
 
-__all__ = ["Range", "draw_timeline", "kind", "read_ranges", "timeline_figure"]
-
 MOST_RANKS = 8  # in one picture
 PASSES = (("send rows", "forward"), ("backward", "backward"))  # first and last part of a call's
 KINDS = {
@@ -83,10 +81,8 @@ def read_ranges(path: Path) -> list[Range]:
     with gzip.open(path, "rt") as file:
         trace = json.load(file)
     zero = trace["baseTimeNanoseconds"] / 1e6
-    named = (event for event in trace["traceEvents"] if event.get("cat") == "user_annotation")
-    return [
-        Range(event["name"], zero + event["ts"] / 1e3, zero + (event["ts"] + event["dur"]) / 1e3) for event in named
-    ]
+    named = [event for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
+    return [Range(one["name"], zero + one["ts"] / 1e3, zero + (one["ts"] + one["dur"]) / 1e3) for one in named]
 
 
 def kind(name: str) -> str:
@@ -111,23 +107,22 @@ def _draw_pass(axes: Any, ranks: Sequence[Sequence[Range]], call: int, first: st
     begin, end = min(each.start for parts in own for each in parts), max(each.stop for parts in own for each in parts)
     drawn = set()
     for rank, (ranges, parts) in enumerate(zip(ranks, own, strict=True)):
+        first_start, last_stop = min(part.start for part in parts), max(part.stop for part in parts)
         for name, start, stop in ranges:
             which = kind(name)
-            if not which or not min(part.start for part in parts) <= start < max(part.stop for part in parts):
+            if not which or not first_start <= start < last_stop:
                 continue
             drawn.add(which)
             line, left, width = 2 * rank + (which != "transfer"), start - begin, min(stop, end) - start
-            order = list(KINDS).index(which)
-            axes.barh(line, width, left=left, height=0.8, color=KINDS[which][1], zorder=2 + order)
+            order = 2 + list(KINDS).index(which)
+            axes.barh(line, width, left=left, height=0.8, color=KINDS[which][1], zorder=order)
             whom = re.search(r"(?:to|from|of) (?:rank )?(\d[\d, ]*)", name)
             if whom and width > 0.06 * (end - begin):
                 text = f"{'to' if which == 'transfer' else 'from'} {whom[1]}"
                 axes.text(left + width / 2, line, text, ha="center", va="center", fontsize=8, zorder=9)
     for rank in range(1, len(ranks)):
         axes.axhline(2 * rank - 0.5, color="#9aa5b1", lw=0.8)
-    axes.set_xlim(0, end - begin)
-    axes.set_xlabel("ms")
-    axes.set_title(f"{last} pass")
+    axes.set(xlim=(0, end - begin), xlabel="ms", title=f"{last} pass")
     axes.grid(visible=False)
     return drawn
 

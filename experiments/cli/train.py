@@ -2,53 +2,100 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from flashcp.experiments.cli.compose import Job, run_app
-from flashcp.experiments.cli.launch import launch
-from flashcp.experiments.cli.settings import read_run
-from flashcp.experiments.cli.verbs import AS_JSON
+from flashcp.experiments.cli import show
+from flashcp.experiments.cli.compose import Job, Multirun, is_multirun, run_app
+from flashcp.experiments.cli.launch import Run, launch
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit
-from flashcp.experiments.sweep.multirun import Multirun, is_multirun
+from flashcp.experiments.sweep.results import NO_OVERLAP
+from flashcp.limits import Count
+from flashcp.options import read_sharding
+from flashcp.schema import read_dataclass
+from flashcp.sharding.methods import METHODS
+from flashcp.train.config import TrainConfig
+from flashcp.train.data.sources import SOURCES, DataConfig, open_source
 from flashcp.train.run import prepare
-
-__all__ = ["CONFIG", "main", "train"]
 
 CONFIG = "train"
 
 
-def main(words: Sequence[str]) -> int:
-    """Train; the exit code is the ranks'. With --json the run's summary.json goes to standard output."""
-    return run_app(train, CONFIG, words)
+@dataclass
+class SweepSettings:
+    """What only `flashcp sweep` reads."""
+
+    name: str = "sweep"
+    baseline: str = "llama3"
+    reference: bool = True
+    rerun: bool = False
+    turns: bool = True
+
+
+@dataclass
+class RunSettings(TrainConfig):
+    """`conf/train.yaml`: what the ranks read, and what starts them."""
+
+    out: str = ""
+    world_size: Count = 2
+    threads: Count = 1
+    method: str = ""
+    sweep: SweepSettings = field(default_factory=SweepSettings)
+
+
+def read_run(values: Mapping[str, Any], label: str = "") -> Run:
+    """A run from a composed `conf/train.yaml`. label: added to its case.
+
+    Raises ValueError naming value, field and legal values.
+    """
+    if values["data"].get("source") not in SOURCES:
+        open_source(DataConfig(source=values["data"].get("source")))  # says why it cannot be trained on
+    settings = read_dataclass(RunSettings, values)
+    own = {item.name: getattr(settings, item.name) for item in dataclasses.fields(TrainConfig)}
+    config = TrainConfig(**{**own, "out": settings.out or "outputs", "sharding": read_sharding(settings.sharding)})
+    config.check(settings.world_size)
+    dataclasses.replace(config.parallel, transport="auto").operator(config.exchange.name)  # it knows its legal values
+    short = f"{config.context // 1024}k" if config.context % 1024 == 0 else str(config.context)
+    case = f"{config.data.source}-c{short}-n{settings.world_size}"
+    pair = (config.sharding["name"], config.exchange.name)
+    names = [name for name, published in METHODS.items() if published[1:] == pair]
+    provider = settings.method if settings.method in names else next(iter(names), "+".join(pair))
+    if settings.sweep.baseline == NO_OVERLAP:
+        throttle = config.parallel.throttle_gbps
+        case = f"{case}-{provider}" + (f"-{throttle:g}gbps" if throttle else "")
+        provider = config.parallel.overlap
+    return Run(case + label, provider, settings.world_size, settings.threads, config)
 
 
 def train(job: Job) -> float | None:
-    """One job of `flashcp train`. Of a multirun: returns the final loss, for sweepers that ask for it."""
+    """Train; the exit code is the ranks'. With --json the run's summary.json goes to standard output.
+
+    Of a multirun: returns the final loss, for sweepers that ask for it.
+    """
     if is_multirun():
         return Multirun.run_job(job)
     one = read_run(job.settings).placed(job.settings["out"] or "outputs/train", group="", tags=[commit()])
-    out = Path(one.config.out)
-    check_out(out)
+    check_out(one.out)
     prepare(one.config, one.world_size)
     outcome = launch(one)
     if outcome.code:
         print(f"flashcp: error: {outcome.error}", file=sys.stderr)
         sys.exit(outcome.code)
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((one.out / "summary.json").read_text())
     if one.config.profile:
         from flashcp.experiments.cli.timeline import draw_timeline
 
-        print(f"timeline: {draw_timeline(out) or 'no whole attention call was profiled'}", file=sys.stderr)
-    if AS_JSON.get():
-        print(json.dumps(summary, indent=1))
-    else:
-        step, speed = summary["step_ms"]["median"], summary["tokens_per_s"]["median"]
-        print(
-            f"{one.provider}: {summary['steps']} steps on {one.world_size} ranks, final loss "
-            f"{summary['final_loss']:.4f}, {step:.0f} ms a step, {speed:.0f} tokens/s; written to {out}"
-        )
+        print(f"timeline: {draw_timeline(one.out) or 'no whole attention call was profiled'}", file=sys.stderr)
+    step, speed = summary["step_ms"]["median"], summary["tokens_per_s"]["median"]
+    text = f"{one.provider}: {summary['steps']} steps on {one.world_size} ranks, final loss {summary['final_loss']:.4f}"
+    show(summary, f"{text}, {step:.0f} ms a step, {speed:.0f} tokens/s; written to {one.out}")
     return None
+
+
+main = partial(run_app, train, CONFIG)

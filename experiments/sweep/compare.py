@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,20 +29,6 @@ from flashcp.experiments.sweep.results import (
 if TYPE_CHECKING:
     import pandas
 
-__all__ = [
-    "LOSS_TOLERANCE",
-    "Column",
-    "Comparison",
-    "Line",
-    "attribute",
-    "columns",
-    "compare",
-    "is_told_apart",
-    "relative_difference",
-    "speedup_text",
-    "step_parts",
-]
-
 LOSS_TOLERANCE = 1e-4
 """Relative difference at one step up to which losses agree (fp32)."""
 ALIKE = 1.03
@@ -55,12 +44,12 @@ class Comparison:
 
     table: one line a run, NaN where there is no number. Times are medians over steps, ms; p20 and p80 are of step_ms.
     factors: what differs between the cases, a column each. kind: of the rows; a line that was left out has no numbers.
-    speedup: the baseline's step over this one's: in turns the
-    median of the ratios within a turn, with speedup_p20 and speedup_p80, else the ratio of the medians; missing: why
-    there is none; begun: when turns began, which tells whose they were. losses: of every step. loss_difference: largest
-    over the steps, relative, against the single-process run. exposed_ms: attention_ms + exposed_exchange_ms beyond the
-    attention_ms of overlap `none` on the same case, that is, what the exchange adds wherever a level waits for it
-    (`fused` waits inside attention); hidden: the share of that of `none` which is gone.
+    speedup: the baseline's step over this one's: in turns the median of the ratios within a turn, with speedup_p20 and
+    speedup_p80, else the ratio of the medians; missing: why there is none; begun: when turns began, which tells whose
+    they were. losses: of every step. loss_difference: largest over the steps, relative, against the single-process run.
+    exposed_ms: attention_ms + exposed_exchange_ms beyond the attention_ms of overlap `none` on the same case, that is,
+    what the exchange adds wherever a level waits for it (`fused` waits inside attention); hidden: the share of that of
+    `none` which is gone.
     """
 
     baseline: str
@@ -69,7 +58,6 @@ class Comparison:
 
     @cached_property
     def lines(self) -> list[Line]:
-        """The table's lines."""
         whole = self.table.astype(object)
         named = whole.where(self.table.notna(), None).rename(columns=attribute)
         return list(named.itertuples(index=False, name="Line"))
@@ -100,30 +88,24 @@ class Comparison:
         compared = [line for line in self.lines if line.loss_difference is not None]
         return max(compared, key=lambda line: line.loss_difference, default=None)
 
-    @property
-    def is_hidden_told(self) -> bool:
-        """Whether every `hidden` is a share, give or take a tenth: attention varies between runs."""
-        return bool(self.table.hidden.dropna().between(-0.1, 1.1).all())
-
     @cached_property
     def emulated(self) -> dict[str, str]:
         """The cases over a link that was slowed, and how."""
-        kinds = {case: [line.kind for line in self.runs if line.case == case] for case in self.cases}
-        hows = {case: [kind.partition(": ")[2] for kind in of if label(kind) == EMULATED] for case, of in kinds.items()}
-        return {case: "; ".join(dict.fromkeys(how)) for case, how in hows.items() if how}
+        hows: dict[str, dict[str, None]] = {}
+        for line in self.runs:
+            if label(line.kind) == EMULATED:
+                hows.setdefault(line.case, {})[line.kind.partition(": ")[2]] = None
+        return {case: "; ".join(how) for case, how in hows.items()}
 
     @property
     def kinds(self) -> list[str]:
         """The kinds of cases there are: numbers of two kinds have no mean."""
         return list(dict.fromkeys(EMULATED if case in self.emulated else MEASURED for case in self.cases))
 
-    @property
-    def left_out(self) -> list[Line]:
-        """The lines of what was not compared, and in `kind` why."""
-        return [line for line in self.runs if label(line.kind) == LEFT_OUT]
+    def of(self, case: str) -> list[Line]:
+        return [line for line in self.lines if line.case == case]
 
     def title(self, case: str) -> str:
-        """A case as headings name it."""
         return f"{case} ({EMULATED})" if case in self.emulated else case
 
     def mean_speedups(self, kind: str = MEASURED) -> dict[str, float]:
@@ -132,8 +114,8 @@ class Comparison:
         found: dict[str, list[float]] = {}
         for line in self.runs:
             if line.case in cases and line.speedup is not None and is_told_apart(line):
-                found.setdefault(line.provider, []).append(math.log(line.speedup))
-        return {p: math.exp(sum(logs) / len(logs)) for p, logs in found.items() if len(logs) == len(cases)}
+                found.setdefault(line.provider, []).append(line.speedup)
+        return {name: geometric_mean(each) for name, each in found.items() if len(each) == len(cases)}
 
     def by_factor(self) -> tuple[list[str], list[list[str]]]:
         """Head and body of a table of speedups, methods down and cases across, named by what differs between them."""
@@ -151,15 +133,11 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
 
     frame = pd.DataFrame(rows, columns=list(Row.__dataclass_fields__))
     key = ["case", "provider"]
-    grouped = frame.groupby(key, sort=False)
-    table = grouped[["kind", "config", "reference"]].first()
-    values = frame[frame.metric.isin(METRICS)].drop_duplicates([*key, "metric"])
-    table = table.join(
-        values.pivot(index=key, columns="metric", values="median").reindex(columns=METRICS).astype(float)
-    )
-    steps = frame[frame.metric == "step_ms"].drop_duplicates(key).set_index(key)
-    begun = frame[frame.metric == TURNS].drop_duplicates(key).set_index(key)["median"]
-    table = table.join(steps[["p20", "p80"]].astype(float)).join(begun.astype(float).rename("begun"))
+    table = frame.groupby(key, sort=False)[["kind", "config", "reference"]].first()
+    once = frame.drop_duplicates([*key, "metric"])
+    medians = once.pivot(index=key, columns="metric", values="median").reindex(columns=[*METRICS, TURNS]).astype(float)
+    steps = once[once.metric == "step_ms"].set_index(key)[["p20", "p80"]].astype(float)
+    table = table.join(medians[METRICS]).join(steps).join(medians[TURNS].rename("begun"))
     stepwise = frame[frame.step.notna()].sort_values("step", kind="stable")
     stepwise = stepwise.drop_duplicates([*key, "metric", "step"], keep="last")
     for name, metric in (("losses", "loss"), ("turn_ms", TURN_MS)):
@@ -169,40 +147,35 @@ def compare(rows: Sequence[Row], baseline: str) -> Comparison:
     single = table.provider == REFERENCE
     runs, alone = table[~single].copy(), table[single].drop_duplicates("config")
 
-    first = runs[runs.provider == baseline].set_index("case")
-    base_ms, settings = runs.case.map(first.step_ms).astype(float), runs.case.map(first.reference)
-    # Runs of other settings (steps, model, data) have another single-process run: no speedup over those.
-    alike = runs.kind == runs.case.map(first.kind)  # over one link, and where it was slowed at one rate
-    same = (settings == runs.reference) & alike
-    runs["speedup"] = (base_ms / runs.step_ms).where(same & (base_ms > 0) & (runs.step_ms > 0))
-    base_turns, base_begun = runs.case.map(dict(first.turn_ms)), runs.case.map(first.begun)
-    turns = zip(base_turns, runs.turn_ms, same & (runs.begun == base_begun), strict=True)
-    spread = np.array([_in_turns(theirs, own) if together else (np.nan,) * 3 for theirs, own, together in turns])
-    runs["speedup_p20"], within, runs["speedup_p80"] = spread.reshape(-1, 3).T
-    runs["speedup"] = np.where(np.isnan(within), runs.speedup, within)
-    runs["missing"] = ""
-    runs.loc[~same, "missing"] = "other settings"
-    runs.loc[~alike, "missing"] = "other link"
-    runs.loc[base_ms.isna(), "missing"] = f"no {baseline}"
-    runs.loc[runs.kind.map(label) == LEFT_OUT, "missing"] = LEFT_OUT
+    def of(provider: str) -> pandas.DataFrame:
+        """That provider's line of each run's case."""
+        return runs[["case"]].join(runs[runs.provider == provider].set_index("case"), on="case")
 
-    expected = dict(zip(alone.config, alone.losses, strict=True))
-    pairs = zip(runs.losses, runs.reference.map(expected), strict=True)
-    runs["loss_difference"] = [_farthest(own, other) for own, other in pairs]
-    plain = runs[runs.provider == NO_OVERLAP].set_index("case")
-    attention, exchange = (runs.case.map(plain[x]).astype(float) for x in ("attention_ms", "exposed_exchange_ms"))
-    told = (exchange > 0) & (baseline == NO_OVERLAP)
-    exposed = runs.attention_ms.fillna(0) + runs.exposed_exchange_ms.fillna(0) - attention
+    base, plain = of(baseline), of(NO_OVERLAP)
+    # Runs of other settings (steps, model, data) have another single-process run: no speedup over those.
+    alike = runs.kind == base.kind  # over one link, and where it was slowed at one rate
+    same = (runs.reference == base.reference) & alike
+    turns = zip(base.turn_ms, runs.turn_ms, same & (runs.begun == base.begun), strict=True)
+    spread = np.array([_in_turns(theirs, own) if together else (np.nan,) * 3 for theirs, own, together in turns])
+    p20, within, p80 = spread.reshape(-1, 3).T
+    medians = (base.step_ms / runs.step_ms).where(same & (base.step_ms > 0) & (runs.step_ms > 0))
+    runs["speedup"], runs["speedup_p20"], runs["speedup_p80"] = np.where(np.isnan(within), medians, within), p20, p80
+    why = {LEFT_OUT: runs.kind.map(label) == LEFT_OUT, f"no {baseline}": base.step_ms.isna(), "other link": ~alike}
+    runs["missing"] = np.select([*why.values(), ~same], [*why, "other settings"], "")
+
+    expected = runs.reference.map(dict(zip(alone.config, alone.losses, strict=True)))
+    runs["loss_difference"] = [_farthest(own, other) for own, other in zip(runs.losses, expected, strict=True)]
+    exposed = runs.attention_ms.fillna(0) + runs.exposed_exchange_ms.fillna(0) - plain.attention_ms
+    told = (plain.exposed_exchange_ms > 0) & (baseline == NO_OVERLAP)
     runs["exposed_ms"] = exposed.where(told)
-    runs["hidden"] = (1 - exposed / exchange).where(told)
+    runs["hidden"] = (1 - exposed / plain.exposed_exchange_ms).where(told)
 
     wanted = runs[["case", "reference"]].drop_duplicates()
     beside = wanted.merge(alone.drop(columns=["case", "reference"]), left_on="reference", right_on="config")
     whole = pd.concat([runs, beside], ignore_index=True) if len(beside) else runs
     order = {case: place for place, case in enumerate(runs.case.unique())}
     turn = (whole.provider != baseline).astype(int) + (whole.provider == REFERENCE)
-    whole = whole.assign(_case=whole.case.map(order), _turn=turn).sort_values(["_case", "_turn"], kind="stable")
-    whole = whole.drop(columns=["_case", "_turn"]).reset_index(drop=True)
+    whole = whole.iloc[np.lexsort((turn, whole.case.map(order)))].reset_index(drop=True)
     factors = _factors(list(order))
     for name, values_of in factors.items():
         whole[name] = whole.case.map(values_of)
@@ -287,8 +260,13 @@ def speedup_text(line: Line) -> str:
 
 
 class Column(NamedTuple):
-    """A column of the table as it is told. title: its heading. says: what the number is. form: how it is written."""
+    """A column of the table as it is told, a line of `columns.csv`.
 
+    of: the comparisons that have it: of methods, of levels of overlap, or both. title: its heading. form: how its
+    numbers are written. says: what they are.
+    """
+
+    of: str
     name: str
     title: str
     form: str
@@ -305,62 +283,11 @@ class Column(NamedTuple):
         return "" if plan else format(value, self.form)
 
 
-ATTENTION = "attention kernels of one step, forward and backward, slowest rank"
-RESULT = (
-    Column("step_ms", "step ms", ".0f", "whole optimizer step: median over steps after warm-up, with p20 - p80 below"),
-    Column(
-        "speedup",
-        "speedup over {baseline}",
-        ".3f",
-        "step of the baseline / this step: median of the ratios within a turn, in brackets p20 - p80; "
-        f"not told apart: that range comes within {ALIKE - 1:.0%} of 1",
-    ),
-    Column("final_loss", "final loss", ".5f", "nats a token at the last step"),
-    Column(
-        "loss_difference",
-        "loss difference",
-        ".1e",
-        "largest relative difference at any step from one process on the same packs; "
-        f"{LOSS_TOLERANCE:.0e} is the limit in fp32",
-    ),
-)
-METHODS = (
-    Column(
-        "imbalance",
-        "imbalance",
-        ".3f",
-        "work of the busiest rank / mean work, mean over windows; 1 is balanced",
-    ),
-    Column("saving", "saving", ".3f", "1 - KV rows on the critical rank / the all-gather's"),
-    Column("attention_ms", "attention ms", ".0f", ATTENTION),
-    Column(
-        "exposed_exchange_ms",
-        "exchange ms",
-        ".1f",
-        "packing, sending and waiting for rows that no attention hides, slowest rank",
-    ),
-)
-OVERLAPS = (
-    Column(
-        "exposed_ms",
-        "exposed ms",
-        ".1f",
-        "what the exchange adds to a step: attention ms, and time in the exchange outside it, beyond the attention ms "
-        "of overlap none",
-    ),
-    Column(
-        "hidden",
-        "hidden",
-        ".2f",
-        "1 - exposed ms / that of overlap none; not within 0 and 1 where attention varied too much between the runs",
-    ),
-    Column("wait_ms", "wait ms", ".1f", "waiting for slower ranks, slowest rank"),
-    Column("attention_ms", "attention ms", ".0f", f"{ATTENTION}; under fused with the waits inside"),
-)
-
-
 def columns(comparison: Comparison) -> list[Column]:
-    """What is told of each line beside its name."""
-    factors = [Column(name, name, "", "what differs between the cases") for name in comparison.factors]
-    chosen = (*OVERLAPS, *RESULT) if comparison.of_overlap else (*factors, *METHODS, *RESULT)
-    return [column._replace(title=column.title.format(baseline=comparison.over)) for column in chosen]
+    """What is told of each line beside its name. Of methods also what differs between their cases."""
+    values = {"baseline": comparison.over, "alike": ALIKE - 1, "tolerance": LOSS_TOLERANCE}
+    with Path(__file__).with_name("columns.csv").open(encoding="utf-8", newline="") as lines:
+        _, *known = [Column(*(text.format(**values) for text in line)) for line in csv.reader(lines)]
+    chosen = [column for column in known if column.of in ("both", "overlap" if comparison.of_overlap else "method")]
+    factors = [] if comparison.of_overlap else comparison.factors
+    return [*(Column("method", name, name, "", "what differs between the cases") for name in factors), *chosen]

@@ -6,21 +6,14 @@ over all received rows. Shares of a launch, which no clock sees, are the cost mo
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Collection, Sequence
+from functools import cache, cached_property
 
 import numpy as np
 
-from flashcp.experiments.bench.kernel_times import (
-    KernelTimer,
-    RankSchedule,
-    gathered_schedule,
-    rank_schedule,
-    whole_schedule,
-)
+from flashcp.experiments.bench.kernel_times import KernelTimer, gathered_schedule, rank_schedule, whole_schedule
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.planned import Planned, Setting
-
-__all__ = ["MeasuredPlanned"]
 
 
 class MeasuredPlanned(Planned):
@@ -29,17 +22,32 @@ class MeasuredPlanned(Planned):
     def __init__(self, plan: ShardingPlan, setting: Setting, timer: KernelTimer) -> None:
         super().__init__(plan, setting)
         self._timer = timer
-        self._wholes, self._steps, self._remotes = map(cache, (self._time_wholes, self._time_steps, self._time_remotes))
         self._heads = cache(self._time_heads)
 
+    @cached_property
+    def _wholes(self) -> np.ndarray:
+        """us [2, N]: forward and backward."""
+        return self._times([None] * self.ranks)
+
+    @cached_property
+    def _steps(self) -> np.ndarray:
+        """us [2, N, N], reader by owner."""
+        return np.stack([self._times([[owner]] * self.ranks) for owner in range(self.ranks)], axis=2)
+
+    @cached_property
+    def _remotes(self) -> np.ndarray:
+        """us [2, N]."""
+        ranks = range(self.ranks)
+        return self._times([[source for source in ranks if source != rank] for rank in ranks])
+
     def _whole_us(self, backward: bool) -> np.ndarray:
-        return self._wholes()[int(backward)]
+        return self._wholes[int(backward)]
 
     def _step_us(self, backward: bool) -> np.ndarray:
-        return self._steps()[int(backward)]
+        return self._steps[int(backward)]
 
     def _remote_us(self, backward: bool) -> np.ndarray:
-        return self._remotes()[int(backward)]
+        return self._remotes[int(backward)]
 
     def _heads_us(self, backward: bool, in_order: bool) -> float:
         return self._heads(in_order)[int(backward)]
@@ -56,24 +64,11 @@ class MeasuredPlanned(Planned):
         launch = np.maximum(0.0, self.whole_us(backward) - self.cost.launch_us(backward))
         return (launch / shares)[self.reads.rank]
 
-    def _time_wholes(self) -> np.ndarray:
-        """us [2, N]: forward and backward."""
-        return np.array([self._times(rank_schedule(self.plan, rank)) for rank in range(self.ranks)]).T
-
-    def _time_steps(self) -> np.ndarray:
-        """us [2, N, N], reader by owner."""
-        every = range(self.ranks)
-        one = [[rank_schedule(self.plan, rank, [source]) for source in every] for rank in every]
-        return np.moveaxis(np.array([[self._times(step) for step in steps] for steps in one]), 2, 0)
-
-    def _time_remotes(self) -> np.ndarray:
-        """us [2, N]."""
-        others = [[source for source in range(self.ranks) if source != rank] for rank in range(self.ranks)]
-        return np.array([self._times(rank_schedule(self.plan, rank, some)) for rank, some in enumerate(others)]).T
-
     def _time_heads(self, in_order: bool) -> tuple[float, float]:
         one = whole_schedule(self.plan.document_lengths) if in_order else gathered_schedule(self.plan)
         return self._timer.times(one, self.heads_shape)
 
-    def _times(self, one: RankSchedule | None) -> tuple[float, float]:
-        return (0.0, 0.0) if one is None else self._timer.times(one, self.shape)
+    def _times(self, sources: Sequence[Collection[int] | None]) -> np.ndarray:
+        """us [2, N]: every rank over the rows of its sources; None: over all that it reads."""
+        schedules = [rank_schedule(self.plan, rank, some) for rank, some in enumerate(sources)]
+        return np.array([self._timer.times(one, self.shape) if one else (0.0, 0.0) for one in schedules]).T

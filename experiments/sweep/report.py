@@ -5,15 +5,14 @@ from __future__ import annotations
 import base64
 import csv
 import io
-import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flashcp.experiments.bench.calibration import DIRECTIONS, read_times
-from flashcp.experiments.cli.verbs import AS_JSON
+from flashcp.experiments.cli import show
 from flashcp.experiments.folders import check_file
 from flashcp.experiments.paper.figures import FIGURES, paper_folders, publish_figure, write_paper_page
 from flashcp.experiments.paper.figures import PAGE as PAPER_PAGE
@@ -35,10 +34,12 @@ from flashcp.experiments.templates import write_whole
 from flashcp.sharding.methods import METHODS
 from flashcp.text import table
 
-__all__ = ["FIGURE", "PAGE", "main", "publish", "read_baseline"]
-
+WORDS = "DIRECTORY [baseline=NAME] [page=FILE]"
 FIGURE, PAGE, MARKDOWN = "comparison.png", "dashboard.html", "report.md"
 BASELINE = "llama3"
+SHARES = (-0.1, 1.1)  # where `hidden` is a share, give or take a tenth
+Failures = Mapping[tuple[str, str], str]
+"""Why runs failed, by case and provider."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -60,17 +61,20 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if not (folder / RESULTS).is_file():
         raise ValueError(f"{folder}: no {RESULTS} in it; expected the directory of a sweep")
-    if not read_rows(folder) and not read_failures(folder):
-        raise ValueError(f"{folder / RESULTS}: no rows in it, and no failed run beside it")
     rows = read_rows(folder)
-    if any(label(row.kind) not in (MEASURED, EMULATED, LEFT_OUT) for row in rows):
-        text = publish_figure(_figure_name(folder), rows, folder)
-        print(text, file=sys.stderr if AS_JSON.get() else sys.stdout)
-        if AS_JSON.get():
-            print(json.dumps({"rows": [vars(row) for row in rows]}, indent=1))
-        return 0
-    publish(folder, read_baseline(options.get("baseline", _baseline(rows)), "baseline"))
+    if not rows and not read_failures(folder):
+        raise ValueError(f"{folder / RESULTS}: no rows in it, and no failed run beside it")
+    if all(label(row.kind) in (MEASURED, EMULATED, LEFT_OUT) for row in rows):
+        overlaps = any(row.provider == NO_OVERLAP for row in rows)
+        publish(folder, read_baseline(options.get("baseline", NO_OVERLAP if overlaps else BASELINE), "baseline"))
+    else:
+        show_rows(rows, publish_figure(_figure_name(folder), rows, folder))
     return 0
+
+
+def show_rows(rows: Sequence[Row], text: str) -> None:
+    """The rows of a simulation where JSON was asked for, and how far they are from the paper."""
+    show({"rows": [vars(row) for row in rows]}, text, aside=True)
 
 
 def _figure_name(folder: Path) -> str:
@@ -78,10 +82,8 @@ def _figure_name(folder: Path) -> str:
     names = [folder.resolve().name, *(picture.stem for picture in sorted(folder.glob("*.png")))]
     found = next((name for name in names if name in FIGURES), "")
     if not found:
-        raise ValueError(
-            f"{folder}: simulated rows of an unknown figure; expected a folder or a picture in it named "
-            f"{', '.join(FIGURES)}"
-        )
+        expected = f"a folder or a picture in it named {', '.join(FIGURES)}"
+        raise ValueError(f"{folder}: simulated rows of an unknown figure; expected {expected}")
     return found
 
 
@@ -99,29 +101,22 @@ def _check_calibrations(folder: Path) -> None:
             raise ValueError(f"{file}: not the times of a calibration (measured_us and predicted_us: expected > 0)")
 
 
-def _baseline(rows: Sequence[Row]) -> str:
-    """What a sweep's rows are compared with when nobody says."""
-    return NO_OVERLAP if any(row.provider == NO_OVERLAP for row in rows) else BASELINE
-
-
 def read_baseline(name: str, field: str) -> str:
     """The provider that speedups are over: a method, or a pair that is no method, or overlap `none`.
 
     Raises ValueError for other names.
     """
     if name not in METHODS and "+" not in name and name != NO_OVERLAP:
-        raise ValueError(
-            f"{field}={name!r}: expected one of {', '.join(METHODS)}, a pair SHARDING+EXCHANGE, or {NO_OVERLAP} to "
-            "compare levels of overlap"
-        )
+        also = f"a pair SHARDING+EXCHANGE, or {NO_OVERLAP} to compare levels of overlap"
+        raise ValueError(f"{field}={name!r}: expected one of {', '.join(METHODS)}, {also}")
     return name
 
 
 def publish(folder: Path, baseline: str) -> Comparison:
     """Print the table (or one JSON document); write the figure and the pages beside the rows."""
-    rows = read_rows(folder)
-    failures = read_failures(folder)
+    rows, failures = read_rows(folder), read_failures(folder)
     comparison = compare(rows, baseline)
+    text = render(comparison, failures)
     if rows:
         for name in (FIGURE, PAGE, MARKDOWN):
             check_file(folder / name, "report")
@@ -129,142 +124,87 @@ def publish(folder: Path, baseline: str) -> Comparison:
         figure.savefig(folder / FIGURE, dpi=160)
         figure.set_layout_engine("none")  # as it was laid out; once more takes as long again
         figure.savefig(drawn, format="svg")
-        told = _told(folder.resolve().name, comparison, rows, failures)
+        told = {**_told(comparison, failures), **_page(comparison, rows), "title": folder.resolve().name}
         told["svg"] = base64.b64encode(drawn.getvalue()).decode()
         for name, template in ((PAGE, "dashboard.html.j2"), (MARKDOWN, "report.md.j2")):
             write_whole(folder / name, fill(Path(__file__).with_name(template), **told))
-    if AS_JSON.get():
-        print(json.dumps(_document(comparison, failures), indent=1))
-    else:
-        print(render(comparison, failures))
-        if rows:
-            print(f"\n{folder / RESULTS}  {folder / FIGURE}  {folder / PAGE}  {folder / MARKDOWN}")
+        text += f"\n\n{'  '.join(str(folder / name) for name in (RESULTS, FIGURE, PAGE, MARKDOWN))}"
+    document = {
+        "baseline": baseline,
+        "methods": [{"name": line.provider, **line._asdict()} for line in comparison.lines],
+        "failures": [{"case": case, "name": name, "error": error} for (case, name), error in failures.items()],
+    }
+    show(document, text)
     return comparison
 
 
-def read_failures(folder: Path) -> dict[tuple[str, str], str]:
-    """Why runs failed, by case and provider."""
+def read_failures(folder: Path) -> Failures:
+    """Why runs of a sweep failed."""
     files = sorted(folder.glob("jobs/*/*/failure.txt"))
     return {(file.parent.parent.name, file.parent.name): file.read_text(encoding="utf-8").strip() for file in files}
 
 
-def render(comparison: Comparison, failures: dict[tuple[str, str], str]) -> str:
+def render(comparison: Comparison, failures: Failures) -> str:
     """The table of every case, and under it what the numbers do not say."""
-    chosen = columns(comparison)
-    head = ["overlap" if comparison.of_overlap else "method", *(column.title for column in chosen)]
-    parts = []
+    told = _told(comparison, failures)
+    head = [told["first"], *(column.title for column in told["columns"])]
+    tables = []
     for case in dict.fromkeys([*comparison.cases, *(case for case, _ in failures)]):
-        lines = [line for line in comparison.lines if line.case == case]
-        body = [[line.provider, *(column.cell(line) for column in chosen)] for line in lines]
+        body = [[line.provider, *(column.cell(line) for column in told["columns"])] for line in comparison.of(case)]
         body += [[provider, *[""] * (len(head) - 1)] for failed, provider in failures if failed == case]
-        parts.append(f"{comparison.title(case)}\n{table(head, body)}")
-    if len(comparison.factors) and not comparison.of_overlap:
-        parts.append(f"speedup over {comparison.over}, by case\n{table(*comparison.by_factor())}")
-    notes = [f"failed: {case} {provider}: {error}" for (case, provider), error in failures.items()]
-    notes += [f"{case} {line}" for case, line in _remarks(comparison)]
-    for kind in comparison.kinds:
-        if (means := comparison.mean_speedups(kind)) and len(comparison.cases) > 2:
-            shown = ", ".join(f"{provider} {value:.3f}" for provider, value in means.items())
-            cases = f"{kind} cases" if comparison.emulated else "cases"
-            notes.append(f"speedup over {comparison.baseline}, geometric mean over {cases}: {shown}")
-    if not comparison.is_hidden_told:
-        notes.append("hidden is not within 0 and 1: attention varied too much between the runs")
-    if worst := comparison.worst_difference:
-        verdict = "within" if (worst.loss_difference or 0) <= LOSS_TOLERANCE else "beyond"
-        notes.append(
-            f"largest relative difference of a loss from the single process: {worst.loss_difference:.1e} "
-            f"({worst.provider}), {verdict} {LOSS_TOLERANCE:.0e}"
-        )
-    return "\n\n".join([*parts, "\n".join(notes)]).rstrip()
+        tables.append((comparison.title(case), table(head, body)))
+    if told["by_factor"]:
+        tables.append((f"speedup over {comparison.over}, by case", table(*told["by_factor"])))
+    return fill(Path(__file__).with_name("report.txt.j2"), tables=tables, **told).rstrip()
 
 
-def _remarks(comparison: Comparison) -> list[tuple[str, str]]:
-    """Cases, and what must be known of them: how a link was slowed, who was left out and why."""
+def _told(comparison: Comparison, failures: Failures) -> dict[str, Any]:
+    """What text and pages tell."""
     emulated = [(case, f"is {EMULATED}: {how}") for case, how in comparison.emulated.items()]
-    return emulated + [(line.case, f"{line.provider}: {line.kind}") for line in comparison.left_out]
-
-
-def _document(comparison: Comparison, failures: dict[tuple[str, str], str]) -> dict[str, object]:
+    left_out = [line for line in comparison.runs if label(line.kind) == LEFT_OUT]
+    hidden, worst = comparison.table.hidden.dropna(), comparison.worst_difference
     return {
-        "baseline": comparison.baseline,
-        "methods": [{"name": line.provider, **line._asdict()} for line in comparison.lines],
-        "failures": [{"case": case, "name": provider, "error": error} for (case, provider), error in failures.items()],
+        "comparison": comparison,
+        "first": "overlap" if comparison.of_overlap else "method",
+        "columns": columns(comparison),
+        "by_factor": comparison.by_factor() if comparison.factors and not comparison.of_overlap else None,
+        "means": {kind: means for kind in comparison.kinds if (means := comparison.mean_speedups(kind))},
+        "failures": failures,
+        "remarks": emulated + [(line.case, f"{line.provider}: {line.kind}") for line in left_out],
+        "is_hidden_told": hidden.between(*SHARES).all(),  # attention varies between runs
+        "worst": worst,
+        "agrees": worst is None or worst.loss_difference <= LOSS_TOLERANCE,
+        "tolerance": LOSS_TOLERANCE,
     }
 
 
-def _told(
-    name: str, comparison: Comparison, rows: Sequence[Row], failures: dict[tuple[str, str], str]
-) -> dict[str, Any]:
-    """What both templates tell."""
-    cases = {case: [line for line in comparison.lines if line.case == case] for case in comparison.cases}
+def _page(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
+    """What pages tell besides."""
+    frame = comparison.table[comparison.table.provider != REFERENCE]
+    hiding = frame[frame.hidden.between(*SHARES) & (frame.hidden != 0)].groupby("case", sort=False).hidden.idxmax()
+    compared = [row for row in rows if row.metric != LEFT_OUT]
+    dates = [row.date for row in rows]
+    runs = comparison.runs
     return {
-        "title": name,
-        "comparison": comparison,
-        "lead": _lead(comparison, rows),
-        "tiles": _tiles(comparison),
-        "failures": failures,
-        "remarks": _remarks(comparison),
-        "cases": cases,
-        "columns": columns(comparison),
-        "longest": {
-            case: max((line.step_ms or 0.0 for line in lines if line.provider != REFERENCE), default=0.0) or 1.0
-            for case, lines in cases.items()
-        },
+        "providers": {line.provider for line in runs},
+        "steps": sorted({len(line.losses) for line in comparison.lines}),
+        "kinds": " and ".join(dict.fromkeys(label(row.kind) for row in compared)),
+        "devices": _several(row.device for row in compared),
+        "hiding": [comparison.lines[place] for place in hiding],
+        "balanced": [line for line in runs if line.provider == comparison.baseline and line.imbalance is not None],
+        "saving": max(runs, key=lambda line: line.saving or 0.0, default=None),
+        "longest": frame.groupby("case").step_ms.max().fillna(1.0).to_dict(),
         "parts": PARTS,
         "step_parts": step_parts,
         "single": REFERENCE,
-        "by_factor": comparison.by_factor() if comparison.factors and not comparison.of_overlap else None,
         "figure": FIGURE,
         "provenance": {
             "numbers": _several(row.kind for row in rows),
-            "device": _several(row.device for row in rows),
-            "versions": _several(row.versions for row in rows),
-            "commit": _several(row.commit for row in rows),
-            "date": " to ".join(dict.fromkeys((min(row.date for row in rows), max(row.date for row in rows)))),
+            **{field: _several(getattr(row, field) for row in rows) for field in ("device", "versions", "commit")},
+            "date": " to ".join(dict.fromkeys((min(dates), max(dates)))),
             "rows": f"{len(rows)} in {RESULTS} beside this page; `flashcp report DIRECTORY` makes the page from them",
         },
     }
-
-
-def _lead(comparison: Comparison, rows: Sequence[Row]) -> str:
-    providers = dict.fromkeys(line.provider for line in comparison.runs)
-    counts = sorted({len(line.losses) for line in comparison.lines})
-    steps = f"{counts[0]} to {counts[-1]}" if counts[1:] else "".join(map(str, counts))
-    told = [row for row in rows if row.metric != LEFT_OUT]
-    kinds, devices = " and ".join(dict.fromkeys(label(row.kind) for row in told)), _several(row.device for row in told)
-    what = "levels of overlap" if comparison.of_overlap else "methods"
-    return f"{len(providers)} {what}, {steps} training steps each, {kinds} on {devices}"
-
-
-def _tiles(comparison: Comparison) -> list[tuple[str, str]]:
-    """Numbers that stand out, and what they are."""
-    tiles: list[tuple[str, str]] = []
-    runs, baseline = comparison.runs, comparison.baseline
-    if comparison.of_overlap:  # the most that was hidden in each case, where it was measured well enough
-        for case in comparison.cases:
-            lines = [line for line in runs if line.case == case and line.hidden and -0.1 <= line.hidden <= 1.1]
-            if best := max(lines, key=lambda line: line.hidden, default=None):
-                tiles.append(
-                    (f"{100 * min(1.0, best.hidden):.0f}%", f"of the exchange hidden by {best.provider}: {case}")
-                )
-    else:
-        for kind in comparison.kinds:
-            if means := comparison.mean_speedups(kind):
-                fastest = max(means, key=lambda provider: means[provider])
-                what = f"{fastest}, fastest step over {baseline}"
-                what = f"no step faster than {baseline}'s" if fastest == baseline else what
-                link = " (link slowed: emulated)" if kind == EMULATED else ""
-                tiles.append((f"{means[fastest]:.2f}x", f"{what}{link}"))
-        if balanced := [line for line in runs if line.imbalance is not None and line.provider == baseline]:
-            tiles.append((f"{balanced[0].imbalance:.2f}", f"imbalance of {baseline}; 1 is balanced"))
-        if saving := max(runs, key=lambda line: line.saving or 0.0, default=None):
-            tiles.append((f"{100 * (saving.saving or 0):.0f}%", f"fewer KV rows than an all-gather: {saving.provider}"))
-    if worst := comparison.worst_difference:
-        agree = worst.loss_difference <= LOSS_TOLERANCE
-        tiles.append(
-            (f"{worst.loss_difference:.0e}", f"largest difference of a loss: {'agree' if agree else 'do not agree'}")
-        )
-    return tiles
 
 
 def _several(values: Iterable[str]) -> str:

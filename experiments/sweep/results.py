@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -19,31 +21,6 @@ from flashcp.experiments.provenance import commit, versions_text
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "EMULATED",
-    "FAILED",
-    "LEFT_OUT",
-    "MEASURED",
-    "NO_OVERLAP",
-    "REFERENCE",
-    "RESULTS",
-    "TURNS",
-    "TURN_MS",
-    "WINDOWS",
-    "Failure",
-    "Number",
-    "Row",
-    "check_device",
-    "label",
-    "left_out_row",
-    "read_rows",
-    "reason",
-    "summary_rows",
-    "to_row",
-    "versions",
-    "write_rows",
-]
 
 RESULTS = "results.csv"
 WINDOWS = "windows"
@@ -61,20 +38,12 @@ REFERENCE = "single_process"
 NO_OVERLAP = "none"
 """Provider, and the baseline, of a sweep whose lines are levels of overlap."""
 LONGEST = 240  # characters of a reason
-UNITS = {
-    "step_ms": "ms",
-    "attention_ms": "ms",
-    "exposed_exchange_ms": "ms",
-    "wait_ms": "ms",
-    "loader_ms": "ms",
-    "tokens_per_s": "tokens/s",
-    "imbalance": "max/mean",
-    "imbalance_max": "max/mean",
-    "critical_rows": "rows",
-    "saving": "share",
-    "final_loss": "nats",
-    "tokens": "tokens",
-}
+SUMMARY = ["step_ms", "attention_ms", "exposed_exchange_ms", "wait_ms", "loader_ms", "tokens_per_s"]
+SUMMARY += ["imbalance", "imbalance_max", "critical_rows", "saving", "final_loss", "tokens"]
+"""The metrics of a training run."""
+UNITS = {"ms": "ms", "mib": "MiB", "rows": "rows", "tokens": "tokens", "s": "tokens/s", "loss": "nats"}
+UNITS |= {"saving": "share", "imbalance": "max/mean", "max": "max/mean"}
+"""By the last word of a metric's name; others are ratios."""
 LEVELS = ("none", "staged", "fused")
 SIGNED = {"saving", *(f"exposed_{level}_ms" for level in LEVELS), *(f"hidden_{level}" for level in LEVELS)}
 """Metrics that may be below 0: an exchange can move more rows than the all-gather, and a time can differ from another
@@ -131,6 +100,16 @@ def label(kind: str) -> str:
     return kind.partition(":")[0]
 
 
+def unit(metric: str) -> str:
+    """What a metric of a run or of a simulation is counted in."""
+    return UNITS.get(metric.rpartition("_")[2], "ratio")
+
+
+def digest(value: Any, size: int = 4) -> str:
+    """Of plain values, in hex digits, two a byte of `size`."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=size).hexdigest()
+
+
 def left_out_row(case: str, provider: str, why: str, config: str) -> Row:
     """A provider that is not compared in a case, and why. config: digest of the run that was not made."""
     left_out = to_row(case, Number(provider, LEFT_OUT, "1", None, 1.0, None), "none", f"{LEFT_OUT}: {why}")
@@ -179,16 +158,15 @@ def to_row(
 
 def summary_rows(case: str, provider: str, config: str, summary: Mapping[str, Any]) -> list[Row]:
     """The rows of a training run, from its summary.json; `reference` is still empty."""
-    versions, how = summary["versions"], summary["emulated"]
+    made, how = summary["versions"], summary["emulated"]
     kind = f"{EMULATED}: {how}" if how else MEASURED
-    carried = (versions["device"], versions_text(versions), commit(), versions["date"], kind, config, "")
+    carried = (made["device"], versions_text(made), commit(), made["date"], kind, config)
 
     def row(metric: str, unit: str, value: Any, step: int | None = None) -> Row:
-        if isinstance(value, Mapping):
-            return Row(case, provider, metric, unit, step, value["p20"], value["median"], value["p80"], *carried)
-        return Row(case, provider, metric, unit, step, None, float(value), None, *carried)
+        one: Mapping[str, Any] = value if isinstance(value, Mapping) else {"median": float(value)}
+        return Row(case, provider, metric, unit, step, one.get("p20"), one["median"], one.get("p80"), *carried)
 
-    numbers = [row(metric, unit, summary[metric]) for metric, unit in UNITS.items()]
+    numbers = [row(metric, unit(metric), summary[metric]) for metric in SUMMARY]
     numbers += [row("loss", "nats", loss, step) for step, loss in enumerate(summary["losses"], start=1)]
     if turns := summary.get("turns"):
         numbers.append(row(TURNS, "s since 1970", turns["begun"]))
@@ -226,20 +204,13 @@ def write_rows(folder: Path, rows: Iterable[Row], name: str = RESULTS) -> None:
     os.replace(unfinished, folder / name)
 
 
-def _parse(line: dict[str, str]) -> Row:
+def _parse(line: dict[str, Any]) -> Row:
+    """Numbers are finite, and below 0 only where one can be."""
     if None in line or None in line.values():
         raise ValueError("expected one value a column")
-    values: dict[str, Any] = dict(line)
-    values["step"] = int(line["step"]) if line["step"] else None
-    values["median"] = _number(line, "median")
-    for name in ("p20", "p80"):
-        values[name] = _number(line, name) if line[name] else None
-    return Row(**values)
-
-
-def _number(line: dict[str, str], name: str) -> float:
-    """A finite number, below 0 only where one can be."""
-    value = float(line[name])
-    if not math.isfinite(value) or (value < 0 and line["metric"] not in SIGNED):
-        raise ValueError(f"{name}={line[name]}: expected a finite number >= 0")
-    return value
+    given = {name: line[name] for name in ("median", "p20", "p80") if line[name] or name == "median"}
+    numbers: dict[str, Any] = {"p20": None, "p80": None, **{name: float(text) for name, text in given.items()}}
+    for name, text in given.items():
+        if not math.isfinite(numbers[name]) or (numbers[name] < 0 and line["metric"] not in SIGNED):
+            raise ValueError(f"{name}={text}: expected a finite number >= 0")
+    return Row(**{**line, **numbers, "step": int(line["step"]) if line["step"] else None})

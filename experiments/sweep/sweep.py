@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import math
@@ -12,19 +11,20 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from flashcp.experiments.cli import train as training
-from flashcp.experiments.cli.compose import Job, run_app
-from flashcp.experiments.cli.launch import launch, rank_environment
-from flashcp.experiments.cli.settings import Run, read_run
+from flashcp.experiments.cli.compose import Job, Multirun, run_app
+from flashcp.experiments.cli.launch import Run, launch, rank_environment
+from flashcp.experiments.cli.train import CONFIG, read_run, train
+from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep import simulations
 from flashcp.experiments.sweep.compare import LOSS_TOLERANCE, Comparison, attribute
-from flashcp.experiments.sweep.multirun import Multirun
+from flashcp.experiments.sweep.report import publish, read_baseline
 from flashcp.experiments.sweep.results import (
     EMULATED,
     NO_OVERLAP,
@@ -40,9 +40,6 @@ from flashcp.train.parallel import FREE, SLOWING
 from flashcp.train.run import prepare
 from flashcp.train.tracker import TrackerConfig, track_comparison
 
-__all__ = ["CONFIG", "Sweep", "main"]
-
-CONFIG = training.CONFIG
 SHOWN = {"method", "data", "context", "world_size", "sharding", "exchange"}
 """Overrides that a job's case and provider show already."""
 
@@ -54,32 +51,22 @@ def main(words: Sequence[str]) -> int:
     """
     if simulations.is_simulation(words):
         return simulations.main(words)
-    return run_app(training.train, CONFIG, ["hydra.mode=MULTIRUN", *words])
+    return run_app(train, CONFIG, ["hydra.mode=MULTIRUN", *words])
 
 
 def track(comparison: Comparison, tracker: TrackerConfig, out: Path) -> None:
     """The comparison as one run of wandb: a table, a bar chart, the speedups as numbers of the summary."""
-    lines = [line for line in comparison.lines if line.provider != REFERENCE]
     own = ["exposed_ms", "hidden", "wait_ms"] if comparison.of_overlap else ["imbalance", "saving"]
-    columns = [
-        "case",
-        "provider",
-        *comparison.factors,
-        *own,
-        "attention_ms",
-        "exposed_exchange_ms",
-        "step_ms",
-        "speedup",
-        "final_loss",
-    ]
-    name = f"speedup_vs_{comparison.baseline}"
+    columns = ["case", "provider", *comparison.factors, *own]
+    columns += ["attention_ms", "exposed_exchange_ms", "step_ms", "speedup", "final_loss"]
     summary: dict[str, float] = {}
     for kind in comparison.kinds:
-        means, of_kind = comparison.mean_speedups(kind), name if kind != EMULATED else f"{name}/{kind}"
-        summary |= {f"{of_kind}/{provider}": value for provider, value in means.items()}
+        name = f"speedup_vs_{comparison.baseline}" + (f"/{kind}" if kind == EMULATED else "")
+        means = comparison.mean_speedups(kind)
+        summary |= {f"{name}/{provider}": value for provider, value in means.items()}
         if means:
-            summary[of_kind] = max(means.values())
-    table = [[getattr(line, attribute(column)) for column in columns] for line in lines]
+            summary[name] = max(means.values())
+    table = [[getattr(line, attribute(column)) for column in columns] for line in comparison.runs]
     track_comparison(tracker, out, columns, table, ("provider", "speedup"), summary)
 
 
@@ -90,8 +77,6 @@ class Sweep(Multirun):
     config = CONFIG
 
     def start(self, settings: dict[str, Any]) -> None:
-        from flashcp.experiments.sweep.report import read_baseline  # late: one run alone needs no pictures
-
         told = settings["sweep"]
         self.name, self.turns, self.rerun, self.with_reference = (
             told[key] for key in ("name", "turns", "rerun", "reference")
@@ -111,91 +96,82 @@ class Sweep(Multirun):
         for run in self.runs(job):
             if (link := run.config.parallel.link) != FREE and not self.turns:
                 raise ValueError(f"sweep.turns=False with parallel.link={link}: expected true: turns share its rate")
-            fresh = dataclasses.replace(run.config, out=f"{run.config.out}.new")  # whatever an older run left there
-            prepare(fresh, run.world_size)
+            check_out(run.out)
+            prepare(replace(run.config, out=f"{run.out}.new"), run.world_size)  # whatever an older run left there
 
-    def run_alone(self, job: Job) -> float | None:
-        own = self.runs(job)[-1]
-        if (link := own.config.parallel.link) != FREE:
+    def run(self, jobs: Sequence[Job], alone: bool = False) -> float | None:
+        """Single processes first, then the runs of a case in turns. Returns the final loss of one that runs alone."""
+        asked = [self.runs(job) for job in jobs]
+        own = asked[-1][-1]
+        if alone and (link := own.config.parallel.link) != FREE:
             raise ValueError(f"parallel.link={link}: expected Hydra's own launcher and sweeper: turns share its rate")
-        self.jobs = [job]
-        self.run_all(shown=False)
-        self.jobs = []
-        rows = read_rows(self.out)
-        losses = [row.median for row in rows if (row.config, row.metric) == (own.digest, "final_loss")]
-        return losses[0] if losses else math.nan
-
-    def run_all(self, shown: bool = True) -> None:
-        """Single processes first, then the runs of a case in turns. shown: with a bar."""
-        asked = [self.runs(job) for job in self.jobs]
         left_out = {runs[-1].digest: (runs[-1], why) for runs in asked if (why := bypass(runs[-1]))}
         with self.changing_rows() as rows:
             for run, why in left_out.values():
                 print(f"left out: {run.case} {run.provider}: {why}", file=sys.stderr)
                 rows[:] = [*_without(rows, run), left_out_row(run.case, run.provider, why, run.digest)]
-        jobs = [runs for runs in asked if runs[-1].digest not in left_out]
-        runs = {run.digest: run for of_job in jobs for run in of_job}
-        self.done = set() if self.rerun else runs.keys() & {row.config for row in read_rows(self.out)}
+        kept = [runs for runs in asked if runs[-1].digest not in left_out]
+        runs = {run.digest: run for of_job in kept for run in of_job}
+        self.done = set() if self.rerun else runs.keys() & self.have_rows()
         waiting = [run for digest, run in runs.items() if digest not in self.done]
         if self.done:
             print(f"{len(self.done)} of {len(runs)} runs are in {self.out} already", file=sys.stderr)
-        if waiting and (load := os.getloadavg()[0]) > (os.cpu_count() or 1):
-            print(
-                f"times will be noisy: load {load:.1f} on {os.cpu_count()} cores before the sweep began",
-                file=sys.stderr,
-            )
+        if waiting and (load := os.getloadavg()[0]) > (cores := os.cpu_count() or 1):
+            noise = f"load {load:.1f} on {cores} cores before the sweep began"
+            print(f"times will be noisy: {noise}", file=sys.stderr)
         steps = sum(run.config.loop.steps for run in waiting)
-        with tqdm(total=steps, unit="step", disable=not (waiting and shown)) as self.bar:
-            for group in self.groups(jobs):
+        with tqdm(total=steps, unit="step", disable=alone or not waiting) as self.bar:
+            for group in self.groups(kept):
                 self.train_together(group)
                 with self.changing_rows() as rows:
-                    for of_job in jobs:
+                    for of_job in kept:
                         if of_job[-1] in group:
                             rows[:] = _named(rows, of_job[-1], of_job[0].digest if self.with_reference else "")
+        made = [row.median for row in read_rows(self.out) if (row.config, row.metric) == (own.digest, "final_loss")]
+        return next(iter(made), math.nan) if alone else None
+
+    def have_rows(self) -> set[str]:
+        return {row.config for row in read_rows(self.out)}
 
     def report(self) -> None:
         """Table, figure and pages of all rows. Exits 1 when a run failed or losses disagree."""
-        from flashcp.experiments.sweep.report import publish
-
         comparison = publish(self.out, self.baseline)
-        track(comparison, dataclasses.replace(self.tracker, group=self.name, job_type="compare"), self.out)
+        track(comparison, replace(self.tracker, group=self.name, job_type="compare"), self.out)
         worst = comparison.worst_difference
-        disagree = self.exact and worst is not None and (worst.loss_difference or 0.0) > LOSS_TOLERANCE
+        disagree = self.exact and worst is not None and worst.loss_difference > LOSS_TOLERANCE
         if self.failures().items() - self.failed_before.items() or disagree:
             sys.exit(1)
 
     def runs(self, job: Job) -> list[Run]:
-        """The runs that a job asks for: its own, after the single-process run it is compared with."""
+        """The runs that a job asks for: its own, after the single-process run it is compared with.
+
+        One process has no link: the same run is the reference over every link.
+        """
         told = self.swept - SHOWN - ({"parallel.overlap"} if self.baseline == NO_OVERLAP else set())
-        of_link = {"parallel.link"}
+        free = {**job.settings, "parallel": {**job.settings["parallel"], "link": FREE}}
 
         def named(keys: set[str]) -> str:
             chosen = [item for item in job.overrides if item.split("=")[0] in keys]
             return "".join(f"-{item.removeprefix('parallel.')}" for item in chosen)
 
-        own = read_run(job.settings, named(told))
-        # One process has no link: the same run is the reference over every link.
-        parallel = {**job.settings["parallel"], "link": FREE}
-        alone = read_run({**job.settings, "parallel": parallel}, named(told - of_link)).alone()
+        own, alone = read_run(job.settings, named(told)), read_run(free, named(told - {"parallel.link"})).alone()
         return [self.placed(run) for run in ([alone, own] if self.with_reference else [own])]
 
     def placed(self, run: Run) -> Run:
         """The run in its directory, out/jobs/CASE/PROVIDER."""
         folder = self.out / "jobs" / re.sub(r"[^\w.=,+-]+", "_", run.case) / run.provider
-        quiet = dataclasses.replace(run.config.loop, progress=False)
-        run = dataclasses.replace(run, config=dataclasses.replace(run.config, loop=quiet))
-        return run.placed(str(folder), self.name, [commit()])
+        quiet = replace(run.config, loop=replace(run.config.loop, progress=False))
+        return replace(run, config=quiet).placed(str(folder), self.name, [commit()])
 
     def groups(self, jobs: Sequence[Sequence[Run]]) -> list[list[Run]]:
         """The runs of the jobs, together those that take turns: of one case, and started alike."""
         found: dict[object, list[Run]] = {}
-        for place in range(2 if self.with_reference else 1):
-            for runs in jobs:
-                run = runs[place]
+        for runs in zip(*jobs, strict=True):
+            for run in runs:
                 alike = run.case, run.threads, *sorted(rank_environment(run.config))
-                key = alike if self.turns else (*alike, run.digest)
-                if run not in found.setdefault(key, []):
-                    found[key].append(run)
+                group = found.setdefault(alike if self.turns else (*alike, run.digest), [])
+                if run not in group:
+                    group.append(run)
         return list(found.values())
 
     def train_together(self, group: Sequence[Run]) -> None:
@@ -206,9 +182,9 @@ class Sweep(Multirun):
         does another sweep for runs that take turns. Jobs of one run each do not keep each other out.
         """
         together = group[0].provider == REFERENCE or len(group) > 1
-        with locked(Path(group[0].config.out).parent) if together else nullcontext():
+        with locked(group[0].out.parent) if together else nullcontext():
             if together and not self.rerun:
-                self.done |= {row.config for row in read_rows(self.out)}
+                self.done |= self.have_rows()
             self._train_together(group)
 
     def _train_together(self, group: Sequence[Run]) -> None:
@@ -223,9 +199,8 @@ class Sweep(Multirun):
             self.bar.write(f"{group[0].case}: no turns, one after another ({error})", file=sys.stderr)
         for run in runs:
             if error := self.train([run]):
-                folder = Path(run.config.out)
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "failure.txt").write_text(error + "\n", encoding="utf-8")
+                run.out.mkdir(parents=True, exist_ok=True)
+                (run.out / "failure.txt").write_text(error + "\n", encoding="utf-8")
                 self.bar.write(f"failed: {run.case} {run.provider}: {error}", file=sys.stderr)
 
     def train(self, runs: Sequence[Run]) -> str:
@@ -233,18 +208,16 @@ class Sweep(Multirun):
 
         Returns why they failed, else nothing.
         """
-        folders, begun = [Path(run.config.out) for run in runs], self.bar.n
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+        begun, again, have = self.bar.n, 0, self.have_rows()
+        for run in runs:
+            shutil.rmtree(run.out, ignore_errors=True)
+            again += run.config.loop.steps if run.digest in have and not self.rerun else 0
         at_work = runs[0].provider if len(runs) == 1 else f"{len(runs)} methods in turns"
         self.bar.set_description(f"{at_work}: ranks start")
-        steps = len(runs) * runs[0].config.loop.steps
-        have_rows = {row.config for row in read_rows(self.out)}
-        again = 0 if self.rerun else sum(run.config.loop.steps for run in runs if run.digest in have_rows)
         self.bar.total += again
 
         def watch() -> None:
-            files = [folder / "metrics.jsonl" for folder in folders]
+            files = [run.out / "metrics.jsonl" for run in runs]
             done = sum(file.read_bytes().count(b"\n") for file in files if file.is_file())
             if begun + done > self.bar.n:
                 self.bar.set_description(at_work, refresh=False)
@@ -255,20 +228,18 @@ class Sweep(Multirun):
         outcome = launch(*runs, watch=watch)
         if outcome.code and len(runs) > 1:  # they go on one after another, from the beginning
             self.bar.n, self.bar.total = begun, self.bar.total - again
-        else:
-            self.bar.total += self.bar.n - begun - steps  # a run may end before its last step
+        else:  # a run may end before its last step
+            self.bar.total += self.bar.n - begun - len(runs) * runs[0].config.loop.steps
         self.bar.refresh()
         if outcome.code:
             return outcome.error
-        how = ""
-        for run, folder in zip(runs, folders, strict=True):
-            summary = json.loads((folder / "summary.json").read_text())
+        for run in runs:
+            summary = json.loads((run.out / "summary.json").read_text())
             made = summary_rows(run.case, run.provider, run.digest, summary)
             with self.changing_rows() as rows:
                 reference = next((row.reference for row in rows if row.config == run.digest), "")
-                rows[:] = _without(rows, run) + [dataclasses.replace(row, reference=reference) for row in made]
-            how = summary["emulated"]
-        if how:
+                rows[:] = _without(rows, run) + [replace(row, reference=reference) for row in made]
+        if how := summary["emulated"]:
             self.bar.write(f"{runs[0].case} is {EMULATED}: {how}", file=sys.stderr)
         return ""
 
@@ -309,10 +280,9 @@ def _without(rows: list[Row], run: Run) -> list[Row]:
 
 def _named(rows: list[Row], run: Run, reference: str) -> list[Row]:
     """All rows, the run's last. Another sweep may have made them and have other names for them: its copy stays."""
-    name = (run.case, run.provider)
     made = [row for row in rows if row.config == run.digest]
-    names = [(row.case, row.provider) for row in made]
-    copied = name if name in names else next(iter(names), name)
+    names = dict.fromkeys((row.case, row.provider) for row in made)
+    copied = next((name for name in names if name == (run.case, run.provider)), next(iter(names), None))
     mine = [row for row in made if (row.case, row.provider) == copied]
-    others = [row for row in rows if (row.case, row.provider) != name]
-    return others + [dataclasses.replace(row, case=name[0], provider=name[1], reference=reference) for row in mine]
+    own = [replace(row, case=run.case, provider=run.provider, reference=reference) for row in mine]
+    return _without(rows, run) + own

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from flashcp.experiments.cli import VERBS
 from flashcp.experiments.cli.main import main
-from flashcp.experiments.cli.verbs import VERBS
 
 PLAN_REFUSED = [
     ("method=nope", "method=nope: expected one of llama3, per_document, ring"),

@@ -13,9 +13,9 @@ import pytest
 
 from flashcp.experiments.cli.bench import BENCHES
 from flashcp.experiments.cli.compose import compose
+from flashcp.experiments.cli.main import groups, verb_usage
 from flashcp.experiments.cli.schema import DATA, GROUPS, SETTINGS, committed
-from flashcp.experiments.cli.settings import RunSettings, read_run
-from flashcp.experiments.cli.usage import groups, verb_usage
+from flashcp.experiments.cli.train import RunSettings, read_run
 from flashcp.kernels.tuning import Blocks, Tuning
 from flashcp.schema import read_dataclass
 from flashcp.sharding.methods import METHODS

@@ -21,9 +21,9 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 
+from flashcp.experiments.cli import VERBS
 from flashcp.experiments.cli.compose import compose
 from flashcp.experiments.cli.main import main
-from flashcp.experiments.cli.verbs import VERBS
 from flashcp.experiments.sweep.results import REFERENCE, TURNS, read_rows
 from tests.checkout import ROOT
 
@@ -65,6 +65,45 @@ def test_options_after_a_bad_override_still_end_in_one_line(refused: Callable[..
     assert refused("plan", "-m", "method").startswith("'method' is not an override: expected KEY=VALUE")
     assert refused("train", "--cfg", "job", "--info").startswith("Only one of --run, --multirun, --cfg, --info")
     assert refused("plan", "--config-dir", "nowhere", *PLAN).startswith("Additional config directory")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("plan --cfg nonsense", "argument -c/--cfg: invalid choice: 'nonsense' (choose from 'job', 'hydra', 'all')"),
+        ("plan --cfg", "argument -c/--cfg: expected one argument"),
+        ("plan windows=1 hydra.run.dir=/dev/null", "[Errno 17] File exists: '/dev/null'"),
+        ("plan -m windows=1 hydra.launcher._target_=nope", "Invalid plugin 'nope'"),
+        ("plan -m windows=1 hydra.sweeper=null", "Hydra sweeper is not configured"),
+    ],
+)
+def test_what_hydra_cannot_use_is_one_line(refused: Callable[..., str], words: str, message: str) -> None:
+    assert refused(*words.split()).startswith(message)
+
+
+def test_a_file_of_the_user_s_that_is_not_yaml_is_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
+    mine = tmp_path / "experiment/mine.yaml"
+    mine.parent.mkdir()
+    mine.write_text("a: [1\n b: {")
+    message = refused("sweep", "--config-dir", str(tmp_path), "experiment=mine")
+    assert message.startswith("not YAML: ")
+    assert str(mine) in message
+
+
+def test_a_signal_waits_until_a_verb_is_imported() -> None:
+    """Amid the import of a library's native part it would abort the process."""
+    code = """if True:
+        import os, signal, sys
+        from flashcp.experiments.cli import main as command
+        real = command.import_module
+        def load(name):
+            os.kill(os.getpid(), signal.SIGINT)
+            print("imported")
+            return real(name)
+        command.import_module = load
+        sys.exit(command.main(["report", "."]))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "imported\n", "flashcp: interrupted\n")
 
 
 def test_a_folder_of_the_user_s_brings_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from flashcp.experiments.cli.compose import compose
 from flashcp.experiments.cli.launch import Echo, diagnose, launch, rank_environment, start_ranks
-from flashcp.experiments.cli.settings import read_run
+from flashcp.experiments.cli.train import read_run
 
 LAUNCHER = """Traceback (most recent call last):
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError: flashcp.train FAILED

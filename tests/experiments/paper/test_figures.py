@@ -14,7 +14,7 @@ import pytest
 
 from flashcp.experiments.cli.main import main
 from flashcp.experiments.cli.schema import committed
-from flashcp.experiments.cli.simulate_choices import chosen_variants, read_setting
+from flashcp.experiments.cli.simulate import chosen_variants, read_setting
 from flashcp.experiments.paper.beyond import BASELINES, DATA, stages
 from flashcp.experiments.paper.figures import FIGURES, write_paper_page
 from flashcp.experiments.paper.numbers import Case, Cell, Numbers, verdict

@@ -12,7 +12,7 @@ import pytest
 
 from flashcp.experiments.cli.compose import compose
 from flashcp.experiments.cli.main import main
-from flashcp.experiments.cli.settings import read_run
+from flashcp.experiments.cli.train import read_run
 from flashcp.experiments.plots import comparison_figure
 from flashcp.experiments.sweep.compare import columns, compare
 from flashcp.experiments.sweep.report import render

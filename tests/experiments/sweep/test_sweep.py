@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
@@ -61,10 +62,32 @@ def test_sweep_resumes_and_outlives_a_failing_job(
     assert failures[0] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "sweep", [["method=llama3"], ["experiment=paper_fig3", "windows=1"]], ids=["runs", "simulations"]
+)
+@pytest.mark.parametrize("name", ["results.csv", "multirun.yaml"])
+def test_folders_where_files_would_go_are_one_line(
+    refused: Callable[..., str], tmp_path: Path, sweep: list[str], name: str
+) -> None:
+    (tmp_path / "out" / name).mkdir(parents=True)
+    assert refused("sweep", *sweep, "out=out") == f"out='out/{name}': cannot be written (Is a directory)"
+
+
+def test_a_file_where_the_folder_of_jobs_would_go_is_one_line(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/jobs").write_text("mine")
+    assert refused("sweep", "out=out", "method=llama3").endswith("out/jobs is not a directory that may be written to")
+
+
+def test_a_case_whose_name_is_too_long_is_one_line(refused: Callable[..., str]) -> None:
+    message = refused("sweep", "out=out", "method=llama3", f"tracker.project={'x' * 300},y")
+    assert message.endswith("cannot be written (File name too long)")
+
+
 def test_jobs_of_other_processes_wait_for_a_folder(tmp_path: Path) -> None:
     """Another sweep's runs in turns, too."""
     entered = Event()
-    runs: Any = [SimpleNamespace(provider=name, config=SimpleNamespace(out=f"{tmp_path}/case/{name}")) for name in "ab"]
+    runs: Any = [SimpleNamespace(provider=name, out=tmp_path / "case" / name) for name in "ab"]
     sweep: Any = SimpleNamespace(rerun=True, _train_together=lambda group: entered.set())
 
     def other() -> None:
