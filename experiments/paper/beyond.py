@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from flashcp.experiments.paper.numbers import Case, Numbers
+from flashcp.experiments.paper.numbers import DATA as TITLES
+from flashcp.experiments.paper.numbers import Case, Numbers, PaperFigure
 from flashcp.experiments.plots import PALETTE, legend_below, styled
 
-__all__ = ["BASELINES", "DATA", "Stage", "Win", "stages", "wins"]
+__all__ = ["BASELINES", "BEYOND_PAPER", "DATA", "SPEEDUP_PARTS", "Stage", "Win", "stages", "wins"]
+
+DATA = ("wlb_llm", "pile")
 
 # --- from a published method to `flashcp`
 
-DATA = {"wlb_llm": "WLB-LLM", "pile": "Pile"}
 BASELINES = {"llama3": "per_sequence", "per_document": "per_document", "flashcp_paper": "flashcp_paper"}
 CHANGES = ("as published", "no copies", "overlap", "only rows that are read", "our plan")
 
@@ -33,44 +35,38 @@ class Stage(NamedTuple):
 def stages(numbers: Numbers, data: str, baseline: str) -> list[Stage]:
     """From a published method to ours."""
     none, staged = (numbers.case(data=data, overlap=overlap) for overlap in ("none", "staged"))
-    times = [
-        numbers(case, provider, "module_ms")
-        for case, provider in (
-            (none, baseline),
-            (none, f"{baseline}_best_effort"),
-            (staged, f"{baseline}_best_effort"),
-            (staged, f"{BASELINES[baseline]}+exact"),
-            (staged, "flashcp"),
-        )
-    ]
+    best, exact = f"{baseline}_best_effort", f"{BASELINES[baseline]}+exact"
+    way = ((none, baseline), (none, best), (staged, best), (staged, exact), (staged, "flashcp"))
+    times = [numbers(case, provider, "module_ms") for case, provider in way]
     before = [times[0], *times[:-1]]
     return [Stage(change, ms, was / ms) for change, ms, was in zip(CHANGES, times, before, strict=True)]
 
 
-def parts_facts(numbers: Numbers) -> dict[str, Any]:
+def _ways(numbers: Numbers) -> dict[str, Any]:
     """ways: lengths, method and stages of each."""
-    ways = [(title, method, stages(numbers, data, method)) for data, title in DATA.items() for method in BASELINES]
+    ways = [(TITLES[data], method, stages(numbers, data, method)) for data, method in product(DATA, BASELINES)]
     return {"changes": CHANGES, "ways": ways}
 
 
 @styled
-def parts_draw(numbers: Numbers, path: Path) -> None:
+def _draw_ways(numbers: Numbers, path: Path) -> None:
     """A panel for data and baseline: the module's time after each change, and what the change was worth."""
     figure = Figure(figsize=(15, 5.5))
     grid = figure.subplots(len(DATA), len(BASELINES), sharey=True, sharex="row")
-    for axes, (title, method, found) in zip(grid.flat, parts_facts(numbers)["ways"], strict=True):
+    for axes, (title, method, found) in zip(grid.flat, _ways(numbers)["ways"], strict=True):
         axes.barh([stage.change for stage in found], [stage.ms for stage in found], color=PALETTE[: len(found)])
         for place, stage in enumerate(found):
             text = f" {stage.ms:.1f} ms" + (f", {stage.speedup:.2f}x" if place else "")
             axes.text(stage.ms, place, text, va="center", fontsize=8.5)
         axes.set_title(f"{title}, {method} to flashcp: {found[0].ms / found[-1].ms:.2f}x")
         axes.grid(visible=False)
-        axes.set_xlim(0, max(axes.get_xlim()[1], 1.25 * found[0].ms))  # a row of panels shares it
-        axes.set_xlabel("ms")
+        axes.set(xlim=(0, max(axes.get_xlim()[1], 1.25 * found[0].ms)), xlabel="ms")  # a row of panels shares it
     grid[0][0].invert_yaxis()  # all panels share it
     figure.suptitle("simulated: one training pass of the attention module, N = 8, 128K, H = 32")
     figure.savefig(path)
 
+
+SPEEDUP_PARTS = PaperFigure("where a speedup comes from, one change at a time", _draw_ways, facts=_ways)
 
 # --- who wins where, each with our kernel and no copies
 
@@ -93,13 +89,12 @@ def wins(numbers: Numbers) -> list[Win]:
     """The fastest method of every case."""
     found = []
     for case in numbers.cases:
-        providers = numbers.providers(case.name)
-        (best, name), (following, _) = sorted((numbers(case.name, p, "module_ms"), p) for p in providers)[:2]
+        (best, name), (following, _) = sorted((ms, name) for name, ms in numbers.of(case.name, "module_ms").items())[:2]
         found.append(Win(case, name, following / best, numbers(case.name, name, "speedup")))
     return found
 
 
-def wins_facts(numbers: Numbers) -> dict[str, Any]:
+def _won(numbers: Numbers) -> dict[str, Any]:
     """won: cases by method. close: those won by less than 5%. relayed: those that the paper's plan wins over several
     nodes of more than one rank."""
     found = wins(numbers)
@@ -112,23 +107,22 @@ def wins_facts(numbers: Numbers) -> dict[str, Any]:
 
 
 @styled
-def wins_draw(numbers: Numbers, path: Path) -> None:
+def _draw_wins(numbers: Numbers, path: Path) -> None:
     """One panel for data, cluster and heads: ranks across, windows up; colour: the fastest; how far it is ahead."""
-    every = wins(numbers)
-    count = Counter(win.fastest for win in every).most_common()
+    every, count = wins(numbers), _won(numbers)["won"]
     colour = {name: PALETTE[(place + 1) % len(PALETTE)] for place, (name, _) in enumerate(count)}
-    panels = [(data, cluster, heads) for data in DATA for cluster in CLUSTERS for heads in ("32", "32:8")]
     figure = Figure(figsize=(16, 8.4))
+    panels = product(DATA, CLUSTERS, ("32", "32:8"))
     for axes, (data, cluster, heads) in zip(figure.subplots(len(DATA), 4).flat, panels, strict=True):
         chosen = [win for win in every if (win.case.data, win.case.cluster, win.case.heads) == (data, cluster, heads)]
-        _panel(axes, chosen, colour)
+        _draw_squares(axes, chosen, colour)
         axes.set_title(f"{data}, {heads} heads\n{CLUSTERS[cluster]}", fontsize=9)
     legend_below(figure, {f"{name} ({number})": colour[name] for name, number in count})
     figure.suptitle("fastest method, simulated; how far ahead of the next; below, of llama3 as published")
     figure.savefig(path)
 
 
-def _panel(axes: Any, chosen: Sequence[Win], colour: dict[str, str]) -> None:
+def _draw_squares(axes: Any, chosen: list[Win], colour: dict[str, str]) -> None:
     ranks = sorted({win.case.ranks for win in chosen})
     contexts = sorted({win.case.context for win in chosen})
     for win in chosen:
@@ -142,3 +136,6 @@ def _panel(axes: Any, chosen: Sequence[Win], colour: dict[str, str]) -> None:
     axes.tick_params(labelsize=8, length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
+
+
+BEYOND_PAPER = PaperFigure("where each method wins", _draw_wins, facts=_won)

@@ -16,27 +16,25 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flashcp.clusters import read_cluster
 from flashcp.experiments.bench.cluster_text import cluster_text
-from flashcp.experiments.paper.values import BREAKDOWN, Breakdown
+from flashcp.experiments.paper.numbers import BREAKDOWN, Breakdown
 from flashcp.experiments.provenance import commit
 from flashcp.sharding.lengths import windows
 from flashcp.sharding.strategies import plan
-from flashcp.simulator.cost import AttentionCost, AttentionShape, CopyCost, KernelCost, Link, Links
+from flashcp.simulator.cost import AttentionShape
 from flashcp.simulator.machine import Machine, PublishedCopies
 from flashcp.simulator.planned import Planned, Setting
 
-__all__ = ["Fit", "PaperFit", "fit_machine", "fit_rows", "fit_table", "fit_weight", "write_fit"]
+__all__ = ["Fit", "PaperFit", "fit_rows", "fit_table", "write_fit"]
 
+CLUSTER = "h100-nvlink"
+"""What the fit writes is its file; all that is not fitted is read there, with where it comes from. The column cannot
+tell the launches of a shard, which are assumed, from the passes."""
 WORLD_SIZE, CONTEXT = 8, 131_072
 SHAPE = AttentionShape()
 STRATEGIES = {"llama3": "per_sequence", "per_document": "per_document", "flashcp_paper": "flashcp_paper"}
 COLUMN = BREAKDOWN["wlb_llm"]
-MEMORY_GBPS = 3350.0  # H100 SXM datasheet
-COPY_SHARE = 0.8  # of it, for copies that read and write whole rows
-NVLINK_LATENCY_US = 2.0
-LAUNCH_US = 5.0
-SHARD_US = 8.0  # four launches (K and V, forward and backward) of 2 us: the column cannot tell it from the passes
-SYNC_US = 40.0  # ring-flash-attention's table: its zigzag loses 1.4 ms to 37 of them
 
 
 @dataclass
@@ -59,20 +57,19 @@ class Fit(NamedTuple):
 
 def fit_rows(settings: PaperFit) -> Iterator[Fit]:
     """The fit for every weight. Raises ValueError naming value, field and what is legal."""
-    if settings.windows < 1:
-        raise ValueError(f"windows={settings.windows}: expected a whole number >= 1")
-    if settings.seed < 0:
-        raise ValueError(f"seed={settings.seed}: expected a whole number >= 0")
+    for name, least in (("windows", 1), ("seed", 0)):
+        if getattr(settings, name) < least:
+            raise ValueError(f"{name}={getattr(settings, name)}: expected a whole number >= {least}")
     if not settings.weights or not all(0 < weight < math.inf for weight in settings.weights):
         raise ValueError(f"weights={settings.weights}: expected numbers > 0, at least one")
     for weight in settings.weights:
-        yield fit_weight(weight, settings.windows, settings.seed)
+        yield _fit(weight, settings.windows, settings.seed)
 
 
-def fit_weight(weight: float, count: int, seed: int) -> Fit:
+def _fit(weight: float, count: int, seed: int) -> Fit:
     """All parameters for one long_document_weight."""
     packs = list(windows("wlb_llm", CONTEXT, count, seed, long_document_weight=weight))
-    machine = fit_machine(350.0, 300.0)
+    machine = _with_tflops(_with_link(read_cluster(CLUSTER)), 350.0, 300.0)
     planned = {
         method: [Planned(plan(pack, WORLD_SIZE, strategy), Setting(machine)) for pack in packs]
         for method, strategy in STRATEGIES.items()
@@ -83,42 +80,47 @@ def fit_weight(weight: float, count: int, seed: int) -> Fit:
             math.exp(np.mean([math.log(ours[m][i] / getattr(COLUMN[m], part)) for m in COLUMN]))
             for i, part in enumerate(("attention_forward", "attention_backward"))
         )
-        machine = fit_machine(machine.attention.forward.tflops * forward, machine.attention.backward.tflops * backward)
-    shards = {method: float(np.mean([len(p.reads.rank) for p in each])) for method, each in planned.items()}
-    shards["llama3"] = 2 * WORLD_SIZE  # it puts chunks in order, not documents
-    window_ms = 2 * CONTEXT * SHAPE.kv_bytes / (1e6 * machine.copies.gbps)  # one pass
-    passes = {m: (COLUMN[m].copies - shards[m] * SHARD_US / 1e3) / window_ms for m in COLUMN}
-    costs = PublishedCopies(passes["llama3"], passes["per_document"], passes["flashcp_paper"], SHARD_US, SYNC_US)
-    machine = replace(machine, published=costs)
-    ours = _attention_ms(planned, machine)
-    breakdown = {}
+        kernels = machine.attention
+        machine = _with_tflops(machine, kernels.forward.tflops * forward, kernels.backward.tflops * backward)
+    machine = replace(machine, published=_passes(planned, machine), provenance=_provenance(machine, weight, count))
+    ours, breakdown = _attention_ms(planned, machine), {}
     for method, each in planned.items():
         exchange = "compacted" if method == "flashcp_paper" else "all_gather"
         moved = [machine.links.collective_us(p.block_bytes(exchange), WORLD_SIZE) for p in each]
         collective = float(np.mean(moved)) / 1e3
         breakdown[method] = Breakdown(COLUMN[method].copies, *ours[method], collective, collective)
-    logs = [
-        math.log(mine / theirs)
-        for method, parts in breakdown.items()
-        for mine, theirs in zip(parts, COLUMN[method], strict=True)
-    ]
-    return Fit(weight, _with_provenance(machine, weight, count), breakdown, float(np.mean(np.square(logs))))
+    pairs = [pair for method, parts in breakdown.items() for pair in zip(parts, COLUMN[method], strict=True)]
+    error = float(np.mean(np.square([math.log(mine / theirs) for mine, theirs in pairs])))
+    return Fit(weight, machine, breakdown, error)
 
 
-def fit_machine(forward_tflops: float, backward_tflops: float) -> Machine:
-    """An H100 whose attention reaches these rates; the link carries the paper's all-gather in its time."""
-    memory = {"kv_gbps": MEMORY_GBPS, "query_gbps": MEMORY_GBPS, "launch_us": LAUNCH_US}
-    theirs = np.mean([COLUMN[m][3:] for m in ("llama3", "per_document")])
-    hops = WORLD_SIZE - 1
+def _with_link(machine: Machine) -> Machine:
+    """The link carries the paper's all-gather and reduce-scatter in their time."""
+    node, hops = machine.links.node, WORLD_SIZE - 1
+    collective_us = 1e3 * np.mean([COLUMN[method][3:] for method in ("llama3", "per_document")])
     carried = hops * CONTEXT / WORLD_SIZE * SHAPE.kv_bytes
-    nvlink = carried / (theirs * 1e3 - hops * NVLINK_LATENCY_US) / 1e3
-    return Machine(
-        name="h100-nvlink",
-        attention=AttentionCost(KernelCost(forward_tflops, **memory), KernelCost(backward_tflops, **memory)),
-        copies=CopyCost(gbps=COPY_SHARE * MEMORY_GBPS, launch_us=2.0),
-        links=Links(8, Link(float(nvlink), NVLINK_LATENCY_US), Link(50.0, 5.0)),
-        gemm_tflops=600.0,
-        published=PublishedCopies(1.0, 1.0, 1.0, SHARD_US, SYNC_US),
+    gbps = float(carried / (collective_us - hops * node.latency_us) / 1e3)
+    return replace(machine, links=replace(machine.links, node=replace(node, gbps=gbps)))
+
+
+def _with_tflops(machine: Machine, forward: float, backward: float) -> Machine:
+    attention, old = machine.attention, (machine.attention.forward, machine.attention.backward)
+    new = [replace(kernel, tflops=tflops) for kernel, tflops in zip(old, (forward, backward), strict=True)]
+    return replace(machine, attention=replace(attention, forward=new[0], backward=new[1]))
+
+
+def _passes(planned: dict[str, list[Planned]], machine: Machine) -> PublishedCopies:
+    """What is left of the paper's copies besides launches, in passes over the window's K and V."""
+    shards = {method: float(np.mean([len(p.reads.rank) for p in each])) for method, each in planned.items()}
+    shards["llama3"] = 2 * WORLD_SIZE  # it puts chunks in order, not documents
+    window_ms = 2 * CONTEXT * SHAPE.kv_bytes / (1e6 * machine.copies.gbps)
+    launches_ms = {method: count * machine.published.shard_us / 1e3 for method, count in shards.items()}
+    passes = {method: (COLUMN[method].copies - launches_ms[method]) / window_ms for method in COLUMN}
+    return replace(
+        machine.published,
+        gathered_passes=passes["llama3"],
+        shuffled_passes=passes["per_document"],
+        compacted_passes=passes["flashcp_paper"],
     )
 
 
@@ -131,33 +133,13 @@ def _attention_ms(planned: dict[str, list[Planned]], machine: Machine) -> dict[s
     return times
 
 
-def _with_provenance(machine: Machine, weight: float, count: int) -> Machine:
-    today = datetime.date.today().isoformat()
+def _provenance(machine: Machine, weight: float, count: int) -> dict[str, str]:
     fitted = (
         f"fitted to the WLB-LLM column of the paper's breakdown table (H100 SXM, 8 ranks, 128K, 32 heads), "
-        f"{count} windows with long_document_weight {weight:g}, commit {commit()}, {today}"
+        f"{count} windows with long_document_weight {weight:g}, commit {commit()}, {datetime.date.today().isoformat()}"
     )
-    return replace(
-        machine,
-        provenance={
-            "attention": "assumption: tiles of 128 x 64 rows as FlashAttention cuts them, launches of 5 us",
-            "attention.forward.tflops": fitted,
-            "attention.backward.tflops": fitted,
-            "attention.forward.kv_gbps": "datasheet: HBM3, 3.35 TB/s",
-            "attention.forward.query_gbps": "datasheet: HBM3, 3.35 TB/s",
-            "attention.backward.kv_gbps": "datasheet: HBM3, 3.35 TB/s",
-            "attention.backward.query_gbps": "datasheet: HBM3, 3.35 TB/s",
-            "copies": "assumption: 0.8 of the datasheet's 3.35 TB/s, launches of 2 us",
-            "links.ranks_per_node": "datasheet: DGX H100",
-            "links.node.gbps": "read off the paper: 5.45 ms for its all-gather and reduce-scatter of 1.88 GB a rank",
-            "links.node.latency_us": "assumption",
-            "links.network": "datasheet: 400 Gb/s a rank; the latency is an assumption",
-            "gemm_tflops": "assumption: 0.6 of the datasheet's 989 dense bf16",
-            "published": fitted,
-            "published.shard_us": "assumption: four launches of 2 us",
-            "published.sync_us": "estimate: what ring-flash-attention's own table leaves for 37 of them (8 H800)",
-        },
-    )
+    fitted_parameters = ("attention.forward.tflops", "attention.backward.tflops", "published")
+    return machine.provenance | dict.fromkeys(fitted_parameters, fitted)
 
 
 def fit_table(fits: list[Fit]) -> str:

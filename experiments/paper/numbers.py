@@ -1,19 +1,46 @@
-"""Numbers of a simulated sweep by case, method and metric; a number of the paper beside ours."""
+"""Numbers of a simulated sweep by case, method and metric; those of the paper; one beside the other."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
 
 from flashcp.experiments.sweep.results import Row
 
-__all__ = ["Case", "Cell", "Numbers", "farthest", "verdict"]
+__all__ = ["BREAKDOWN", "DATA", "PAPER", "Breakdown", "Case", "Cell", "Numbers", "PaperFigure", "farthest", "verdict"]
 
 NAME = re.compile(
-    r"(?P<data>[^-]+)(-w(?P<weight>[\d.]+))?-c(?P<context>\d+k?)-n(?P<ranks>\d+)-h(?P<heads>[\d:]+)"
+    r"(?P<data>[^-]+)(-w(?P<weight>[\d.]+))?-c(?P<context>\d+)(?P<kilo>k?)-n(?P<ranks>\d+)-h(?P<heads>[\d:]+)"
     r"-(?P<cluster>.+?)(-(?P<overlap>none|staged|fused))?"
 )
+DATA = {"wlb_llm": "WLB-LLM", "pile": "Pile", "redpajama": "RedPajama"}
+"""Data sets as the paper writes them."""
+
+
+class Breakdown(NamedTuple):
+    """Parts of one training pass of the attention module, ms."""
+
+    copies: float
+    attention_forward: float
+    attention_backward: float
+    all_gather: float
+    reduce_scatter: float
+
+    @property
+    def total(self) -> float:
+        """All of it: the paper's parts follow one another."""
+        return sum(self)
+
+
+PAPER: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("published.yaml")))
+BREAKDOWN: dict[str, dict[str, Breakdown]] = {
+    data: {method: Breakdown(**parts) for method, parts in methods.items()}
+    for data, methods in PAPER["breakdown"].items()
+}
 
 
 class Case(NamedTuple):
@@ -33,10 +60,9 @@ class Case(NamedTuple):
         """Of a name that `sweep.simulations.case_name` made; None for others."""
         if not (found := NAME.fullmatch(name)):
             return None
-        size = found["context"]
-        context = 1024 * int(size[:-1]) if size.endswith("k") else int(size)
-        weight, ranks, overlap = float(found["weight"] or 1), int(found["ranks"]), found["overlap"] or ""
-        return cls(name, found["data"], weight, context, ranks, found["heads"], found["cluster"], overlap)
+        context = int(found["context"]) * (1024 if found["kilo"] else 1)
+        size = float(found["weight"] or 1), context, int(found["ranks"])
+        return cls(name, found["data"], *size, found["heads"], found["cluster"], found["overlap"] or "")
 
 
 class Numbers:
@@ -54,6 +80,15 @@ class Numbers:
             return self._values[case, provider, metric]
         except KeyError:
             raise ValueError(f"no row for {case}, {provider}, {metric}") from None
+
+    def of(self, case: str, metric: str) -> dict[str, float]:
+        """Every method's, in order. Raises ValueError where one has none."""
+        return {provider: self(case, provider, metric) for provider in self.providers(case)}
+
+    def speedups(self, case: str, metric: str) -> dict[str, float]:
+        """Of every method over llama3. Raises ValueError where one has no such time."""
+        base = self(case, "llama3", metric)
+        return {provider: base / ms for provider, ms in self.of(case, metric).items()}
 
     def providers(self, case: str) -> list[str]:
         """The methods of a case, in order."""
@@ -103,6 +138,17 @@ class Cell(NamedTuple):
         return f"{self.what}: {self.paper:.3g}, ours {self.ours:.3g} ({self.apart})"
 
 
+class PaperFigure(NamedTuple):
+    """title: what the paper shows there. draw: the picture of its numbers and ours. cells: the numbers, none where the
+    paper has none. facts: what `page.md.j2` tells beside. theirs: whose the numbers are that ours stand beside."""
+
+    title: str
+    draw: Callable[[Numbers, Path], None]
+    cells: Callable[[Numbers], list[Cell]] = lambda numbers: []
+    facts: Callable[[Numbers], Any] = lambda numbers: {}
+    theirs: str = "paper"
+
+
 def farthest(cells: Sequence[Cell]) -> Cell:
     """The one whose distance is the largest share of its number."""
     return max(cells, key=lambda cell: abs(cell.ours / cell.paper - 1))
@@ -113,8 +159,6 @@ def verdict(cells: Sequence[Cell]) -> str:
     judged = [cell for cell in cells if cell.judged]
     if not judged:
         return "the paper has no such numbers"
-    outside = [cell for cell in judged if not cell.within]
-    text = (
-        f"{len(judged) - len(outside)} of {len(judged)} numbers that should come out do; farthest: {farthest(judged)}"
-    )
-    return f"{text}; outside: {', '.join(cell.what for cell in outside)}" if outside else text
+    outside = [cell.what for cell in judged if not cell.within]
+    near = f"{len(judged) - len(outside)} of {len(judged)} numbers that should come out do"
+    return f"{near}; farthest: {farthest(judged)}" + (f"; outside: {', '.join(outside)}" if outside else "")

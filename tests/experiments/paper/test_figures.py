@@ -17,10 +17,9 @@ from flashcp.experiments.cli.schema import committed
 from flashcp.experiments.cli.simulate_choices import chosen_variants, read_setting
 from flashcp.experiments.paper.beyond import BASELINES, DATA, stages
 from flashcp.experiments.paper.figures import FIGURES, write_paper_page
-from flashcp.experiments.paper.numbers import Case, Cell, Numbers, verdict
+from flashcp.experiments.paper.numbers import BREAKDOWN, Case, Cell, Numbers, verdict
 from flashcp.experiments.paper.published import breakdown
 from flashcp.experiments.paper.reality import measured_rows
-from flashcp.experiments.paper.values import BREAKDOWN
 from flashcp.experiments.sweep.results import read_rows, write_rows
 from flashcp.experiments.sweep.simulations import case_name
 from flashcp.sharding.methods import METHODS
