@@ -14,7 +14,7 @@ from flashcp.experiments.bench.attention_peers import PEERS
 from flashcp.experiments.bench.attention_times import measure as measure_attention
 from flashcp.experiments.bench.timing import Work, in_turns_ms
 from flashcp.experiments.campaign.part import Case, Turn
-from flashcp.experiments.campaign.tools import NCU, case_of, profile
+from flashcp.experiments.campaign.tools import NCU, case_of, under
 from flashcp.experiments.sweep.results import Failure, Number
 from flashcp.kernels.schedule import whole_pack_schedule
 
@@ -49,7 +49,7 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
     if label == CEILINGS:
         yield from ceilings(turn.device, turn.small)
     elif label == NCU:
-        yield from profile(turn)
+        yield from under(NCU, turn)
     else:
         name = label.removesuffix(OF_SLOW)
         others = {SLOW} if name == label else PEERS.keys() - {SLOW, OURS}
@@ -66,10 +66,11 @@ def ceilings(device: torch.device, small: bool) -> Iterator[Number]:
     work: dict[str, Work] = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
     times = in_turns_ms(work, device, 1.0)
     amounts = {"copy": 2 * source.nbytes / 1e6, "matmul": 2 * size**3 / 1e9}
-    for (name, spread), unit in zip(times.items(), ("GB/s", "TFLOP/s"), strict=True):
+    rates = {"copy": ("copy_gbps", "GB/s"), "matmul": ("matmul_tflops", "TFLOP/s")}
+    for name, spread in times.items():
         yield Number(name, f"{name}_ms", "ms", *spread)
         low, middle, high = (amounts[name] / ms for ms in reversed(spread))
-        yield Number(name, f"{name}_{'gbps' if unit == 'GB/s' else 'tflops'}", unit, low, middle, high)
+        yield Number(name, *rates[name], low, middle, high)
 
 
 @cache
@@ -79,9 +80,8 @@ def _attention_cases(small: bool) -> dict[str, AttentionCase]:
         tiny = AttentionCase("tiny", whole_pack_schedule(np.array(lengths)), sum(lengths), 0, lengths, 4, 2, 16)
         return {tiny.label: tiny}
     found = {case.label: case for case in all_cases()}
-    order = {name: place for place, name in enumerate(FIRST)}
 
     def value(case: AttentionCase) -> tuple[bool, int]:
-        return case.grouped, order.get(case.name, len(order))
+        return case.grouped, FIRST.index(case.name) if case.name in FIRST else len(FIRST)
 
     return {case.label: case for case in sorted(found.values(), key=value)}

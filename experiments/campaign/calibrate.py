@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import product
 
 from flashcp.experiments.bench.calibrate import CalibrateBench, bench_calibrate, calibration_table, write_calibration
 from flashcp.experiments.bench.calibration.times import DIRECTIONS, SPLITS, errors
@@ -35,12 +36,9 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
     print(calibration_table(found), file=sys.stderr, flush=True)
     write_calibration(turn.folder / f"{label}.yaml", found)
     (calibration,) = found
-    for direction in DIRECTIONS:
-        for split in SPLITS:
-            told = errors(calibration.times, direction, split)
-            for name in ("median", "p95"):
-                yield Number(
-                    "flashcp", f"{direction}_{split}_error_{name}", "1", None, float(getattr(told, name)), None
-                )
+    for direction, split in product(DIRECTIONS, SPLITS):
+        told = errors(calibration.times, direction, split)
+        yield Number("flashcp", f"{direction}_{split}_error_median", "1", None, told.median, None)
+        yield Number("flashcp", f"{direction}_{split}_error_p95", "1", None, told.p95, None)
     for name, value in parameters(calibration.machine).items():
         yield Number("machine", name, name.rpartition("_")[2].rpartition(".")[2], None, float(value), None)

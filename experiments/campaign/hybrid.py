@@ -15,7 +15,7 @@ from flashcp.experiments.sweep.results import Failure, Number
 from flashcp.sharding.lengths import windows
 from flashcp.simulator.batch import make_plans
 from flashcp.simulator.cost import AttentionShape
-from flashcp.simulator.pack import Outcome, simulate_plans
+from flashcp.simulator.pack import simulate_plans
 from flashcp.simulator.planned import Setting
 from flashcp.simulator.variants import VARIANTS
 
@@ -47,17 +47,15 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
     shape = AttentionShape(2, 2, 16, 4) if turn.small else AttentionShape()
     timer = _timer(turn.device, shape)
     pack = list(windows(data, context, int(number) + 1, 0))[-1]
-    setting = Setting(read_cluster(_cluster(turn.device)), shape)
+    device = torch.cuda.get_device_name(turn.device) if turn.device.type == "cuda" else ""
+    cluster = next((name for part, name in CLUSTERS.items() if part in device), "h100-nvlink")
+    setting = Setting(read_cluster(cluster), shape)
     variants = list(VARIANTS.values())
     plans = make_plans(pack, variants, ranks, {})
-    for variant in variants:
-        turn.begin(variant.name)
     outcomes = simulate_plans(plans, variants, setting, lambda plan, setting: MeasuredPlanned(plan, setting, timer))
     for name, outcome in outcomes.items():
-        for metric in Outcome._fields:
-            unit = UNITS.get(metric.rpartition("_")[2], "1")
-            value = float(getattr(outcome, metric))
-            yield Number(name, metric, unit, None, value, None)
+        for metric, value in outcome._asdict().items():
+            yield Number(name, metric, UNITS.get(metric.rpartition("_")[2], "1"), None, float(value), None)
 
 
 @cache
@@ -66,8 +64,3 @@ def _timer(device: torch.device, shape: AttentionShape) -> KernelTimer:
     timer = KernelTimer(device)
     timer.check(shape)
     return timer
-
-
-def _cluster(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((cluster for part, cluster in CLUSTERS.items() if part in name), "h100-nvlink")

@@ -17,12 +17,11 @@ MINUTES = 1.5
 KIND = "measured"
 
 SIZES = {
-    "2_ranks_64k_8_heads": (2, 65_536, 8, 128),
-    "4_ranks_64k_8_heads": (4, 65_536, 8, 128),
-    "2_ranks_128k_32_heads": (2, 131_072, 32, 128),
+    "2_ranks_64k_8_heads": "--ranks 2 --tokens 65536 --heads 8 --head_dim 128",
+    "4_ranks_64k_8_heads": "--ranks 4 --tokens 65536 --heads 8 --head_dim 128",
+    "2_ranks_128k_32_heads": "--ranks 2 --tokens 131072 --heads 32 --head_dim 128",
 }
-"""Ranks, tokens, heads, head_dim."""
-SMALL = {"tiny": (2, 512, 2, 32)}
+SMALL = {"tiny": "--ranks 2 --tokens 512 --heads 2 --head_dim 32"}
 
 
 def cases(small: bool) -> list[Case]:
@@ -32,9 +31,8 @@ def cases(small: bool) -> list[Case]:
 
 def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
     """The benchmark's rows, in its own words."""
-    ranks, tokens, heads, head_dim = (SMALL | SIZES)[label]
-    words = {"ranks": ranks, "tokens": tokens, "heads": heads, "head_dim": head_dim, "out": turn.folder / label}
+    out = turn.folder / label
     with redirect_stdout(sys.stderr):
-        bench_virtual.main([word for name, value in words.items() for word in (f"--{name}", str(value))])
-    for row in read_rows(turn.folder / label):
+        bench_virtual.main([*(SMALL | SIZES)[label].split(), "--out", str(out)])
+    for row in read_rows(out):
         yield Number(row.provider, row.metric, row.unit, row.p20, row.median, row.p80)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flashcp.experiments.campaign import worker
+from flashcp.experiments.campaign import watch
 from flashcp.experiments.campaign.part import Case, Turn
 from flashcp.experiments.sweep.results import Failure, Number
 
@@ -40,7 +40,7 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
     if label == "dies":
         os.kill(os.getpid(), 11)
     if label == "lost" and "a" not in turn.left_out:
-        worker.check_device = no_more_work  # of this process, as of one whose GPU met an illegal address
+        watch.check_device = no_more_work  # of this process, as of one whose GPU met an illegal address
         turn.begin("a")
         raise RuntimeError("illegal address")
     if label in ("one_hangs", "two_die"):
