@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from flashcp.experiments.paper.numbers import DATA as TITLES
-from flashcp.experiments.paper.numbers import Case, Numbers, PaperFigure
+from flashcp.experiments.paper.numbers import Numbers, PaperFigure
 from flashcp.experiments.plots import PALETTE, legend_below, styled
 
 __all__ = ["BASELINES", "BEYOND_PAPER", "DATA", "SPEEDUP_PARTS", "Stage", "Win", "stages", "wins"]
@@ -79,7 +79,7 @@ CLUSTERS = {
 class Win(NamedTuple):
     """A case's fastest method, how much slower the next one is, and the speedup over llama3 as published."""
 
-    case: Case
+    case: Any
     fastest: str
     ahead: float
     speedup: float

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,7 @@ WORLD_SIZE, CONTEXT = 8, 131_072
 SHAPE = AttentionShape()
 STRATEGIES = {"llama3": "per_sequence", "per_document": "per_document", "flashcp_paper": "flashcp_paper"}
 COLUMN = BREAKDOWN["wlb_llm"]
+THEIRS = np.array(list(COLUMN.values()))  # [methods, parts]
 
 
 @dataclass
@@ -69,68 +70,58 @@ def fit_rows(settings: PaperFit) -> Iterator[Fit]:
 def _fit(weight: float, count: int, seed: int) -> Fit:
     """All parameters for one long_document_weight."""
     packs = list(windows("wlb_llm", CONTEXT, count, seed, long_document_weight=weight))
-    machine = _with_tflops(_with_link(read_cluster(CLUSTER)), 350.0, 300.0)
+    machine = _with_tflops(_with_link(read_cluster(CLUSTER)), [350.0, 300.0])
     planned = {
         method: [Planned(plan(pack, WORLD_SIZE, strategy), Setting(machine)) for pack in packs]
         for method, strategy in STRATEGIES.items()
     }
     for _ in range(4):  # the times are nearly proportional to 1 / tflops
-        ours = _attention_ms(planned, machine)
-        forward, backward = (
-            math.exp(np.mean([math.log(ours[m][i] / getattr(COLUMN[m], part)) for m in COLUMN]))
-            for i, part in enumerate(("attention_forward", "attention_backward"))
-        )
-        kernels = machine.attention
-        machine = _with_tflops(machine, kernels.forward.tflops * forward, kernels.backward.tflops * backward)
+        ratios = np.exp(np.mean(np.log(_attention_ms(planned, machine) / THEIRS[:, 1:3]), axis=0)).tolist()
+        kernels = (machine.attention.forward, machine.attention.backward)
+        machine = _with_tflops(machine, [one.tflops * ratio for one, ratio in zip(kernels, ratios, strict=True)])
     machine = replace(machine, published=_passes(planned, machine), provenance=_provenance(machine, weight, count))
-    ours, breakdown = _attention_ms(planned, machine), {}
+    collectives = []
     for method, each in planned.items():
         exchange = "compacted" if method == "flashcp_paper" else "all_gather"
         moved = [machine.links.collective_us(p.block_bytes(exchange), WORLD_SIZE) for p in each]
-        collective = float(np.mean(moved)) / 1e3
-        breakdown[method] = Breakdown(COLUMN[method].copies, *ours[method], collective, collective)
-    pairs = [pair for method, parts in breakdown.items() for pair in zip(parts, COLUMN[method], strict=True)]
-    error = float(np.mean(np.square([math.log(mine / theirs) for mine, theirs in pairs])))
-    return Fit(weight, machine, breakdown, error)
+        collectives.append(float(np.mean(moved)) / 1e3)
+    ours = np.column_stack([THEIRS[:, 0], _attention_ms(planned, machine), collectives, collectives])
+    breakdown = {method: Breakdown(*parts) for method, parts in zip(COLUMN, ours.tolist(), strict=True)}
+    return Fit(weight, machine, breakdown, float(np.mean(np.square(np.log(ours / THEIRS)))))
 
 
 def _with_link(machine: Machine) -> Machine:
     """The link carries the paper's all-gather and reduce-scatter in their time."""
     node, hops = machine.links.node, WORLD_SIZE - 1
-    collective_us = 1e3 * np.mean([COLUMN[method][3:] for method in ("llama3", "per_document")])
     carried = hops * CONTEXT / WORLD_SIZE * SHAPE.kv_bytes
-    gbps = float(carried / (collective_us - hops * node.latency_us) / 1e3)
+    gbps = float(carried / (1e3 * np.mean(THEIRS[:2, 3:]) - hops * node.latency_us) / 1e3)
     return replace(machine, links=replace(machine.links, node=replace(node, gbps=gbps)))
 
 
-def _with_tflops(machine: Machine, forward: float, backward: float) -> Machine:
-    attention, old = machine.attention, (machine.attention.forward, machine.attention.backward)
-    new = [replace(kernel, tflops=tflops) for kernel, tflops in zip(old, (forward, backward), strict=True)]
-    return replace(machine, attention=replace(attention, forward=new[0], backward=new[1]))
+def _with_tflops(machine: Machine, tflops: Sequence[float]) -> Machine:
+    """tflops: forward and backward."""
+    attention = machine.attention
+    forward, backward = replace(attention.forward, tflops=tflops[0]), replace(attention.backward, tflops=tflops[1])
+    return replace(machine, attention=replace(attention, forward=forward, backward=backward))
 
 
-def _passes(planned: dict[str, list[Planned]], machine: Machine) -> PublishedCopies:
+def _passes(planned: Mapping[str, Sequence[Planned]], machine: Machine) -> PublishedCopies:
     """What is left of the paper's copies besides launches, in passes over the window's K and V."""
     shards = {method: float(np.mean([len(p.reads.rank) for p in each])) for method, each in planned.items()}
     shards["llama3"] = 2 * WORLD_SIZE  # it puts chunks in order, not documents
-    window_ms = 2 * CONTEXT * SHAPE.kv_bytes / (1e6 * machine.copies.gbps)
-    launches_ms = {method: count * machine.published.shard_us / 1e3 for method, count in shards.items()}
-    passes = {method: (COLUMN[method].copies - launches_ms[method]) / window_ms for method in COLUMN}
-    return replace(
-        machine.published,
-        gathered_passes=passes["llama3"],
-        shuffled_passes=passes["per_document"],
-        compacted_passes=passes["flashcp_paper"],
-    )
+    pass_ms = 2 * CONTEXT * SHAPE.kv_bytes / (1e6 * machine.copies.gbps)
+    left_ms = THEIRS[:, 0] - np.array(list(shards.values())) * machine.published.shard_us / 1e3
+    gathered, shuffled, compacted = (left_ms / pass_ms).tolist()
+    return PublishedCopies(gathered, shuffled, compacted, machine.published.shard_us, machine.published.sync_us)
 
 
-def _attention_ms(planned: dict[str, list[Planned]], machine: Machine) -> dict[str, tuple[float, float]]:
-    """Mean over packs of the slowest rank's attention, forward and backward."""
-    times = {}
-    for method, each in planned.items():
-        both = [[p.priced(machine.attention, backward).max() / 1e3 for p in each] for backward in (False, True)]
-        times[method] = (float(np.mean(both[0])), float(np.mean(both[1])))
-    return times
+def _attention_ms(planned: Mapping[str, Sequence[Planned]], machine: Machine) -> np.ndarray:
+    """Mean over packs of the slowest rank's attention [methods, 2], forward and backward."""
+    times = [
+        [[p.priced(machine.attention, backward).max() / 1e3 for p in each] for backward in (False, True)]
+        for each in planned.values()
+    ]
+    return np.mean(times, axis=2)
 
 
 def _provenance(machine: Machine, weight: float, count: int) -> dict[str, str]:
@@ -138,8 +129,8 @@ def _provenance(machine: Machine, weight: float, count: int) -> dict[str, str]:
         f"fitted to the WLB-LLM column of the paper's breakdown table (H100 SXM, 8 ranks, 128K, 32 heads), "
         f"{count} windows with long_document_weight {weight:g}, commit {commit()}, {datetime.date.today().isoformat()}"
     )
-    fitted_parameters = ("attention.forward.tflops", "attention.backward.tflops", "published")
-    return machine.provenance | dict.fromkeys(fitted_parameters, fitted)
+    named = ("attention.forward.tflops", "attention.backward.tflops", "published")
+    return machine.provenance | dict.fromkeys(named, fitted)
 
 
 def fit_table(fits: list[Fit]) -> str:

@@ -5,16 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
 from flashcp.experiments.sweep.results import Row
 
-__all__ = ["BREAKDOWN", "DATA", "PAPER", "Breakdown", "Case", "Cell", "Numbers", "PaperFigure", "farthest", "verdict"]
+__all__ = [
+    "BREAKDOWN",
+    "DATA",
+    "PAPER",
+    "Breakdown",
+    "Cell",
+    "Numbers",
+    "PaperFigure",
+    "farthest",
+    "read_case",
+    "verdict",
+]
 
 NAME = re.compile(
-    r"(?P<data>[^-]+)(-w(?P<weight>[\d.]+))?-c(?P<context>\d+)(?P<kilo>k?)-n(?P<ranks>\d+)-h(?P<heads>[\d:]+)"
+    r"(?P<data>[^-]+)(-w(?P<weight>[\d.]+))?-c(?P<context>\d+k?)-n(?P<ranks>\d+)-h(?P<heads>[\d:]+)"
     r"-(?P<cluster>.+?)(-(?P<overlap>none|staged|fused))?"
 )
 DATA = {"wlb_llm": "WLB-LLM", "pile": "Pile", "redpajama": "RedPajama"}
@@ -43,26 +55,18 @@ BREAKDOWN: dict[str, dict[str, Breakdown]] = {
 }
 
 
-class Case(NamedTuple):
-    """The columns of a case, out of its name. heads: of queries, and of keys where they are fewer (`32:8`)."""
+def read_case(name: str) -> SimpleNamespace | None:
+    """The columns of a case by the name that `sweep.simulations.case_name` made; None for other names.
 
-    name: str
-    data: str
-    weight: float
-    context: int
-    ranks: int
-    heads: str
-    cluster: str
-    overlap: str
-
-    @classmethod
-    def read(cls, name: str) -> Case | None:
-        """Of a name that `sweep.simulations.case_name` made; None for others."""
-        if not (found := NAME.fullmatch(name)):
-            return None
-        context = int(found["context"]) * (1024 if found["kilo"] else 1)
-        size = float(found["weight"] or 1), context, int(found["ranks"])
-        return cls(name, found["data"], *size, found["heads"], found["cluster"], found["overlap"] or "")
+    name, data, weight, context, ranks, heads (of queries, and of keys where they are fewer: `32:8`), cluster, overlap.
+    """
+    if not (found := NAME.fullmatch(name)):
+        return None
+    columns: dict[str, Any] = found.groupdict("")
+    size = columns["context"]
+    columns |= {"weight": float(columns["weight"] or 1), "ranks": int(columns["ranks"])}
+    columns["context"] = 1024 * int(size[:-1]) if size.endswith("k") else int(size)
+    return SimpleNamespace(name=name, **columns)
 
 
 class Numbers:
@@ -71,8 +75,7 @@ class Numbers:
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = list(rows)
         self._values = {(row.case, row.provider, row.metric): row.median for row in rows}
-        self.names = list(dict.fromkeys(row.case for row in rows))
-        self.cases = [case for name in self.names if (case := Case.read(name))]
+        self.cases = [case for name in dict.fromkeys(row.case for row in rows) if (case := read_case(name))]
 
     def __call__(self, case: str, provider: str, metric: str) -> float:
         """One number. Raises ValueError where there is none."""

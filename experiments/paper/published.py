@@ -60,7 +60,7 @@ def _cells_5(numbers: Numbers) -> list[Cell]:
 
 
 def _mean(numbers: Numbers, method: str, metrics: Iterable[str]) -> float:
-    ratios = [numbers(case, method, m) / numbers(case, FLASHCP, m) for case in numbers.names for m in metrics]
+    ratios = [numbers(c.name, method, m) / numbers(c.name, FLASHCP, m) for c in numbers.cases for m in metrics]
     return float(np.mean(ratios))
 
 
@@ -70,15 +70,16 @@ def _unhidden(numbers: Numbers) -> dict[str, dict[str, float]]:
     mean, if that of training is the same."""
     found = {}
     for method in ("ring", "ring_zigzag"):
-        shares = []
-        for case in numbers.names:
-            attention, copies, sent = (
-                numbers(case, method, f"{part}_ms") for part in ("attention", "copies", "exchange")
-            )
-            shares.append(np.array([attention + copies, sent]) / numbers(case, FLASHCP, "module_ms"))
-        busy, sent = np.mean(shares, axis=0).tolist()
-        hidden, slower = _mean(numbers, method, ["module_ms"]), (PAPER["mean_speedups"][method] - busy) / sent
-        found[method] = {"hidden": hidden, "shown": busy + sent, "slower": slower}
+        parts = [
+            [numbers(c.name, method, m) for m in ("attention_ms", "copies_ms", "exchange_ms")] for c in numbers.cases
+        ]
+        ours = [[numbers(c.name, FLASHCP, "module_ms")] for c in numbers.cases]
+        attention, copies, sent = np.mean(np.divide(parts, ours), axis=0).tolist()
+        found[method] = {
+            "hidden": _mean(numbers, method, ["module_ms"]),
+            "shown": attention + copies + sent,
+            "slower": (PAPER["mean_speedups"][method] - attention - copies) / sent,
+        }
     return found
 
 
