@@ -199,13 +199,14 @@ def _draw_losses(panels: Any, lines: list[Line], reference: Line | None, colours
     falling, apart = panels
     expected = reference.losses if reference else ()
     if reference:
-        falling.plot(_steps(expected), expected, color="#d7dde3", lw=6, solid_capstyle="round")
+        falling.plot(range(1, len(expected) + 1), expected, color="#d7dde3", lw=6, solid_capstyle="round")
     for number, line in enumerate(lines):  # curves that agree lie on each other: dashes in turn show them all
         style = (4 * number, (4, 4 * max(0, len(lines) - 1)))
-        falling.plot(_steps(line.losses), line.losses, color=colours[line.provider], lw=1.6, ls=style)
+        steps, colour = range(1, len(line.losses) + 1), colours[line.provider]
+        falling.plot(steps, line.losses, color=colour, lw=1.6, ls=style)
         pairs = zip(line.losses, expected, strict=False)
         differences = [max(relative_difference(a, b), SMALLEST_DIFFERENCE) for a, b in pairs]
-        apart.plot(_steps(differences), differences, color=colours[line.provider], lw=1.4, label=line.provider)
+        apart.plot(steps[: len(differences)], differences, color=colour, lw=1.4, label=line.provider)
     falling.set_title("loss, nats a token (wide: one process)" if reference else "loss, nats a token")
     apart.axhline(LOSS_TOLERANCE, color=INK, lw=1, ls=(0, (4, 3)))
     apart.set(yscale="log", ylim=(SMALLEST_DIFFERENCE / 2, 10 * LOSS_TOLERANCE))
@@ -214,10 +215,6 @@ def _draw_losses(panels: Any, lines: list[Line], reference: Line | None, colours
     for axes in panels:
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _steps(losses: Sequence[float]) -> range:
-    return range(1, len(losses) + 1)
 
 
 def _draw_speedups(axes: Any, comparison: Comparison, colours: Mapping[str, str]) -> None:
@@ -301,7 +298,7 @@ EXCHANGE = (
     ("MB sent, busiest rank", 1e-6, {"sent_bytes": ""}),
     ("latency us, one row a rank", 1.0, {"latency_us": ""}),
     ("GB/s, exchange alone", 1.0, {"bandwidth_gbps": ""}),
-    ("ms exposed", 1.0, {f"exposed_{level}_ms": level for level in ("none", "staged", "fused")}),
+    ("ms exposed{slowed}", 1.0, {f"exposed_{level}_ms": level for level in ("none", "staged", "fused")}),
 )
 """Panels: title, factor, and series by metric."""
 
@@ -312,12 +309,11 @@ def draw_exchanges(rows: Sequence[Row], path: Path) -> None:
     a bar a transport and exchange."""
     figure = Figure(figsize=(13.5, 1.8 + 0.34 * len({row.provider for row in rows})))
     grid = figure.subplots(1, len(EXCHANGE))
-    for axes, (title, factor, metrics) in zip(grid, EXCHANGE, strict=True):
-        _spread_bars(axes, {name: [row for row in rows if row.metric == key] for key, name in metrics.items()}, factor)
-        axes.set_title(title)
     throttled = {row.provider.split("/")[0]: row.median for row in rows if row.metric == "throttle_gbps"}
     slowed = "".join(f"; {transport} slowed to {gbps:.2g} GB/s" for transport, gbps in throttled.items())
-    grid[-1].set_title(f"{grid[-1].get_title(loc='left')}{slowed}")
+    for axes, (title, factor, metrics) in zip(grid, EXCHANGE, strict=True):
+        _spread_bars(axes, {name: [row for row in rows if row.metric == key] for key, name in metrics.items()}, factor)
+        axes.set_title(title.format(slowed=slowed))
     for axes in grid[1:-1]:
         axes.tick_params(labelleft=False)
     figure.suptitle(f"{rows[0].case}: medians with p20 and p80, the slowest rank")

@@ -37,19 +37,19 @@ def bench_attention(bench: AttentionBench, out: str) -> tuple[list[Row], Path]:
     out: directory; empty: `results_folder`. Returns the rows and that directory. Raises ValueError, before anything
     is written, where there is no GPU, and for settings that leave nothing to measure.
     """
-    from flashcp.experiments.campaign import attention
+    from flashcp.experiments.campaign.part import PARTS, load
     from flashcp.experiments.campaign.watch import run_part
 
     if not 0 < bench.minutes < float("inf"):
         raise ValueError(f"minutes={bench.minutes}: expected a number > 0")
     if not torch.cuda.is_available():
         raise ValueError("attention is measured on a GPU, and torch sees none here")
-    labels = [case.label for case in attention.cases(small=False)]
+    labels = [case.label for case in load(PARTS["attention"]).cases(False)]
     if not any(bench.cases in label for label in labels):
         raise ValueError(f"cases={bench.cases!r}: expected a part of one of {', '.join(labels)}")
     folder = Path(out) if out else results_folder(torch.cuda.get_device_name())
     check_out(folder)
-    rows = run_part(attention.__name__, folder, 60 * bench.minutes, cases=bench.cases).rows
+    rows = run_part(PARTS["attention"], folder, 60 * bench.minutes, cases=bench.cases).rows
     from flashcp.experiments.plots import draw_rates  # late: the campaign's machines may have no matplotlib
 
     draw_rates(rows, folder)

@@ -13,16 +13,12 @@ from flashcp.experiments.bench.attention_cases import Case as AttentionCase
 from flashcp.experiments.bench.attention_peers import PEERS
 from flashcp.experiments.bench.attention_times import measure as measure_attention
 from flashcp.experiments.bench.timing import Work, in_turns_ms
-from flashcp.experiments.campaign.part import Case, Turn
+from flashcp.experiments.campaign.part import Case, Part, Turn
 from flashcp.experiments.campaign.tools import NCU, case_of, under
 from flashcp.experiments.sweep.results import Failure, Number
 from flashcp.kernels.schedule import whole_pack_schedule
 
-__all__ = ["ABOUT", "KIND", "MINUTES", "cases", "measure"]
-
-ABOUT = "attention beside its peers, useful TFLOP/s"
-MINUTES = 4.0
-KIND = "measured"
+__all__ = ["PART"]
 
 CEILINGS = "ceilings"
 COPIED_BYTES = 4 << 30
@@ -55,6 +51,9 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
         others = {SLOW} if name == label else PEERS.keys() - {SLOW, OURS}
         case, share_s = _attention_cases(turn.small)[name], 0.1 if turn.small else SHARE_S
         yield from measure_attention(case, turn.device, turn.left_out | others, turn.begin, share_s)
+
+
+PART = Part("attention beside its peers, useful TFLOP/s", 4.0, cases, measure)
 
 
 def ceilings(device: torch.device, small: bool) -> Iterator[Number]:

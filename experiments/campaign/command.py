@@ -68,8 +68,8 @@ def _sitting(chosen: Sequence[str], options: argparse.Namespace) -> int:
     for place, name in enumerate(chosen):
         part, *others = (load(PARTS[one]) for one in chosen[place:])
         left = began + 60 * options.minutes - time.monotonic()
-        seconds = left * part.MINUTES / (part.MINUTES + sum(other.MINUTES for other in others))
-        print(f"{name}: {part.ABOUT}; at most {seconds:.0f} s", file=sys.stderr, flush=True)
+        seconds = left * part.minutes / (part.minutes + sum(other.minutes for other in others))
+        print(f"{name}: {part.about}; at most {seconds:.0f} s", file=sys.stderr, flush=True)
         told = {"small": options.small, "of_commit": options.commit, "cases": options.cases}
         result = run_part(PARTS[name], out / name, seconds, **told)
         empty |= len(result.rows) == result.failures

@@ -18,18 +18,14 @@ from flashcp.experiments.bench.accuracy import relative_error
 from flashcp.experiments.bench.attention_cases import OURS, exact_share, make_tensors
 from flashcp.experiments.bench.attention_cases import Case as AttentionCase
 from flashcp.experiments.bench.attention_peers import PEERS
-from flashcp.experiments.campaign.part import Case, Turn
+from flashcp.experiments.campaign.part import Case, Part, Turn
 from flashcp.experiments.campaign.tools import SANITIZER, case_of, under
 from flashcp.experiments.sweep.results import Failure, Number, check_device, reason
 from flashcp.kernels.schedule import build_schedule, whole_pack_schedule
 from flashcp.kernels.tuning import HEAD_DIMS
 from flashcp.sharding.strategies import plan
 
-__all__ = ["ABOUT", "KIND", "MINUTES", "cases", "measure", "test_files"]
-
-ABOUT = "values and gradients against float64, and the tests for a GPU"
-MINUTES = 3.0
-KIND = "measured"
+__all__ = ["PART", "test_files"]
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = "float64_head_dim_"
@@ -63,6 +59,9 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
         yield from against_float64(int(label.removeprefix(EXACT)), turn)
     else:
         yield from run_tests(label, turn)
+
+
+PART = Part("values and gradients against float64, and the tests for a GPU", 3.0, cases, measure)
 
 
 def against_float64(head_dim: int, turn: Turn) -> Iterator[Number | Failure]:

@@ -34,7 +34,7 @@ def dry_run(
         part = load(PARTS[name])
         listed = [case for case in part.cases(small) if cases in case.label]
         minutes = sum(case.expected_s for case in listed) / 60
-        print(f"{name}: {part.ABOUT}; {len(listed)} cases, some {minutes:.0f} min for all, share {part.MINUTES:g}")
+        print(f"{name}: {part.about}; {len(listed)} cases, some {minutes:.0f} min for all, share {part.minutes:g}")
         for case in listed:
             print(f"  {case.label:<44} {case.expected_s:4.0f} s, at most {case.limit_s:.0f}")
     wanted = [kernel for kernel in kernels() if chosen(kernel)]

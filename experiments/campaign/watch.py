@@ -52,19 +52,19 @@ class LostError(Exception):
 
 
 def run_part(
-    module: str, folder: Path, seconds: float, *, small: bool = False, of_commit: str = "", cases: str = ""
+    place: str, folder: Path, seconds: float, *, small: bool = False, of_commit: str = "", cases: str = ""
 ) -> PartResult:
     """Measure a part's cases, for so many seconds at most; its rows are in `folder`, rewritten after every case.
 
-    cases: only those whose label holds this text. Progress is said on standard error.
+    place: see `part.load`. cases: only those whose label holds this text. Progress is said on standard error.
     """
-    part = load(module)
+    part = load(place)
     chosen = [case for case in part.cases(small) if cases in case.label]
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     rows: list[Row] = []
     late = lost_in_a_row = 0
-    with closing(_Watched(module, folder, small, began + seconds)) as watched:
+    with closing(_Watched(place, folder, small, began + seconds)) as watched:
         for number, case in enumerate(chosen, start=1):
             started, given_up = time.monotonic(), lost_in_a_row == LOST_IN_A_ROW
             if given_up or began + seconds - started < min(case.expected_s, case.limit_s):
@@ -74,7 +74,7 @@ def run_part(
             found, died = watched.measure(case)
             failures = [one for one in found if isinstance(one, Failure)]
             lost_in_a_row = lost_in_a_row + 1 if died and failures == found else 0
-            rows += [to_row(case.label, one, watched.device, part.KIND, of_commit) for one in found]
+            rows += [to_row(case.label, one, watched.device, part.kind, of_commit) for one in found]
             write_rows(folder, rows)
             for one in failures:
                 _say(f"{case.label}: {one.provider or 'all'} failed: {one.reason}")
@@ -85,8 +85,8 @@ def run_part(
 class _Watched:
     """The measuring process, started when it is needed, ended when it hangs, and started again."""
 
-    def __init__(self, module: str, folder: Path, small: bool, deadline: float) -> None:
-        self.arguments, self.deadline = (module, folder, small), deadline
+    def __init__(self, place: str, folder: Path, small: bool, deadline: float) -> None:
+        self.arguments, self.deadline = (place, folder, small), deadline
         self.device = "unknown"
         self._process: Any = None
         self._line: Connection
@@ -173,11 +173,11 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def serve(module: str, folder: Path, small: bool, line: Connection) -> None:
+def serve(place: str, folder: Path, small: bool, line: Connection) -> None:
     """The process that measures: what comes along the line, until nothing does. It may hang or die at any case."""
     os.setpgrp()  # so that all that it starts can be ended with it
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    part = load(module)
+    part = load(place)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     line.send(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
     while (task := line.recv()) is not None:

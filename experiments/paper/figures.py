@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from flashcp.experiments.bench.calibration.times import DIRECTIONS, errors, read_times
-from flashcp.experiments.paper import beyond, published, reality
+from flashcp.experiments.folders import render
+from flashcp.experiments.paper import beyond, published
 from flashcp.experiments.paper.numbers import Numbers, farthest, verdict
 from flashcp.experiments.plots import draw_calibration
 from flashcp.experiments.sweep.results import RESULTS, WINDOWS, Row, read_rows
-from flashcp.experiments.templates import render
 
 __all__ = ["FIGURES", "PAGE", "paper_folders", "publish_figure", "write_paper_page"]
 
@@ -23,8 +23,8 @@ FIGURES = {
     "paper_fig6": published.FIGURE_6,
     "paper_fig7": published.FIGURE_7,
     "paper_table2": published.TABLE_2,
-    "demo_predicted": reality.DEMO_PREDICTED,
-    "demo_hybrid": reality.DEMO_HYBRID,
+    "demo_predicted": beyond.DEMO_PREDICTED,
+    "demo_hybrid": beyond.DEMO_HYBRID,
     "speedup_parts": beyond.SPEEDUP_PARTS,
     "beyond_paper": beyond.BEYOND_PAPER,
 }

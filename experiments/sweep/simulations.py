@@ -22,8 +22,8 @@ from flashcp.experiments.cli.schema import committed
 from flashcp.experiments.cli.simulate import simulate
 from flashcp.experiments.cli.simulate_choices import check_cluster_file, chosen_machine, read_setting
 from flashcp.experiments.cli.verbs import AS_JSON
+from flashcp.experiments.paper.beyond import measured_rows
 from flashcp.experiments.paper.figures import FIGURES, publish_figure
-from flashcp.experiments.paper.reality import measured_rows
 from flashcp.experiments.paper.solver import METRICS as SOLVED
 from flashcp.experiments.paper.solver import solve_packs
 from flashcp.experiments.provenance import commit

@@ -11,12 +11,8 @@ from collections.abc import Iterator
 import torch
 
 from flashcp.experiments.campaign import watch
-from flashcp.experiments.campaign.part import Case, Turn
+from flashcp.experiments.campaign.part import Case, Part, Turn
 from flashcp.experiments.sweep.results import Failure, Number
-
-ABOUT = "trouble"
-MINUTES = 1.0
-KIND = "made up"
 
 LABELS = ("good", "raises", "hangs", "dies", "lost", "one_hangs", "two_die", "last")
 
@@ -55,3 +51,6 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
             yield Number(provider, "time_ms", "ms", None, 1.0, None)
             if provider == "d":
                 yield Failure("d", "too slow")
+
+
+PART = Part("trouble", 1.0, lambda small: cases(small), measure, "made up")

@@ -15,11 +15,10 @@ import pytest
 from flashcp.experiments.cli.main import main
 from flashcp.experiments.cli.schema import committed
 from flashcp.experiments.cli.simulate_choices import chosen_variants, read_setting
-from flashcp.experiments.paper.beyond import BASELINES, DATA, stages
+from flashcp.experiments.paper.beyond import BASELINES, DATA, measured_rows, stages
 from flashcp.experiments.paper.figures import FIGURES, write_paper_page
 from flashcp.experiments.paper.numbers import BREAKDOWN, Cell, Numbers, read_case, verdict
 from flashcp.experiments.paper.published import breakdown
-from flashcp.experiments.paper.reality import measured_rows
 from flashcp.experiments.sweep.results import read_rows, write_rows
 from flashcp.experiments.sweep.simulations import case_name
 from flashcp.sharding.methods import METHODS
