@@ -6,7 +6,7 @@ Here too what other kernels are compared with: ours, and the exact result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +20,23 @@ from flashcp.kernels.tiles import OWN, key_tiles, query_tiles
 from flashcp.kernels.tuning import Blocks, Pass
 from flashcp.sharding.documents import expand_ranges
 from flashcp.sharding.lengths import LENGTH_DATA, windows
+from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan
 from flashcp.simulator.cost import FORWARD_FLOPS
 
-__all__ = ["OURS", "Case", "Forward", "Tensors", "all_cases", "exact_share", "make_tensors", "ours", "useful_share"]
+__all__ = [
+    "OURS",
+    "Case",
+    "Forward",
+    "Tensors",
+    "all_cases",
+    "exact_share",
+    "make_tensors",
+    "ours",
+    "pack",
+    "share",
+    "useful_share",
+]
 
 Forward = Callable[[], Tensor]
 OURS = "flashcp"
@@ -88,27 +101,27 @@ def all_cases() -> Iterator[Case]:
         packs[data] = next(windows(data, CONTEXT, 1, SEED)).tolist()
     for heads in HEADS:
         for name, lengths in packs.items():
-            yield _pack(name, lengths, heads)
+            yield pack(name, lengths, heads)
         for strategy in ("per_sequence", "per_document", "flashcp_paper"):
-            share = _share(strategy, packs["wlb_llm"], heads)
-            yield share
-            same = int(math.sqrt(2 * share.schedule.pairs))
-            yield _pack(f"as_one_document_{share.name}", [same], heads)
+            split = plan(packs["wlb_llm"], 8, strategy)
+            busiest = share(f"rank_of_8_{strategy}", split, int(split.work.argmax()), heads)
+            yield busiest
+            same = int(math.sqrt(2 * busiest.schedule.pairs))
+            yield pack(f"as_one_document_{busiest.name}", [same], heads)
 
 
-def _pack(name: str, lengths: list[int], heads: tuple[int, int]) -> Case:
+def pack(name: str, lengths: Sequence[int], heads: tuple[int, int], head_dim: int = HEAD_DIM) -> Case:
+    """A whole pack on one device. heads: of queries and of KV."""
     schedule = whole_pack_schedule(np.array(lengths))
-    return Case(name, schedule, sum(lengths), 0, tuple(lengths), *heads)
+    return Case(name, schedule, sum(lengths), 0, tuple(lengths), *heads, head_dim)
 
 
-def _share(strategy: str, lengths: list[int], heads: tuple[int, int]) -> Case:
-    """The share of the busiest of 8 ranks, its KV exchanged exactly."""
-    split = plan(lengths, 8, strategy)
-    rank = int(split.work.argmax())
+def share(name: str, split: ShardingPlan, rank: int, heads: tuple[int, int], head_dim: int = HEAD_DIM) -> Case:
+    """What a plan gives to one rank, its KV exchanged exactly."""
     local, received = split.local(rank), split.route("exact").received(rank)
     schedule = build_schedule(local, local=local, received=received)
     rows = int((received.stop - received.start).sum())
-    return Case(f"rank_of_8_{strategy}", schedule, int(split.tokens[rank]), rows, None, *heads)
+    return Case(name, schedule, int(split.tokens[rank]), rows, None, *heads, head_dim)
 
 
 def useful_share(schedule: Schedule, rows: int, which: Pass, blocks: Blocks) -> float:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-import numpy as np
 import torch
 
-from flashcp.experiments.bench.attention_cases import OURS, all_cases
+from flashcp.experiments.bench.attention_cases import OURS, all_cases, pack
 from flashcp.experiments.bench.attention_cases import Case as AttentionCase
 from flashcp.experiments.bench.attention_peers import PEERS
 from flashcp.experiments.bench.attention_times import measure as measure_attention
@@ -16,7 +15,6 @@ from flashcp.experiments.bench.timing import Work, in_turns_ms
 from flashcp.experiments.campaign.part import Case, Part, Turn
 from flashcp.experiments.campaign.tools import NCU, case_of, under
 from flashcp.experiments.sweep.results import Failure, Number
-from flashcp.kernels.schedule import whole_pack_schedule
 
 __all__ = ["PART"]
 
@@ -33,11 +31,10 @@ FIRST = ("one_16k", "pile", "16x8k", "wlb_llm", "one_4k", "one_32k", "rank_of_8_
 
 def cases(small: bool) -> list[Case]:
     """The ceilings, the cases of `attention_cases` by value, and one call under ncu."""
-    labels = list(_attention_cases(small))
-    found = [Case(label, 6, 120) for label in labels]
-    built = [Case(f"{label}{OF_SLOW}", 45, 150) for label in (labels if small else BUILT)]
-    plain = sum(not _attention_cases(small)[label].grouped for label in labels)
-    return [Case(CEILINGS, 5, 60), *found[:plain], *built, *found[plain:], case_of(NCU)]
+    found = _attention_cases(small)
+    plain, grouped = ([Case(label, 6, 120) for label in found if found[label].grouped == of] for of in (False, True))
+    built = [Case(f"{label}{OF_SLOW}", 45, 150) for label in (found if small else BUILT)]
+    return [Case(CEILINGS, 5, 60), *plain, *built, *grouped, case_of(NCU)]
 
 
 def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
@@ -75,8 +72,7 @@ def ceilings(device: torch.device, small: bool) -> Iterator[Number]:
 @cache
 def _attention_cases(small: bool) -> dict[str, AttentionCase]:
     if small:
-        lengths = (60, 1, 300, 129, 20)
-        tiny = AttentionCase("tiny", whole_pack_schedule(np.array(lengths)), sum(lengths), 0, lengths, 4, 2, 16)
+        tiny = pack("tiny", (60, 1, 300, 129, 20), (4, 2), 16)
         return {tiny.label: tiny}
     found = {case.label: case for case in all_cases()}
 

@@ -11,17 +11,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
 import torch
 
 from flashcp.experiments.bench.accuracy import relative_error
-from flashcp.experiments.bench.attention_cases import OURS, exact_share, make_tensors
+from flashcp.experiments.bench.attention_cases import OURS, exact_share, make_tensors, pack, share
 from flashcp.experiments.bench.attention_cases import Case as AttentionCase
 from flashcp.experiments.bench.attention_peers import PEERS
 from flashcp.experiments.campaign.part import Case, Part, Turn
 from flashcp.experiments.campaign.tools import SANITIZER, case_of, under
 from flashcp.experiments.sweep.results import Failure, Number, check_device, reason
-from flashcp.kernels.schedule import build_schedule, whole_pack_schedule
 from flashcp.kernels.tuning import HEAD_DIMS
 from flashcp.sharding.strategies import plan
 
@@ -147,13 +145,6 @@ def test_files() -> list[str]:
 
 
 @cache
-def _cases(head_dim: int) -> tuple[AttentionCase, ...]:
+def _cases(head_dim: int) -> tuple[AttentionCase, AttentionCase]:
     split = plan(LENGTHS, 3, "per_document")
-    local, received = split.local(1), split.route("exact").received(1)
-    rows = int((received.stop - received.start).sum())
-    share = build_schedule(local, local=local, received=received)
-    heads = (4, 2, head_dim)
-    return (
-        AttentionCase("pack", whole_pack_schedule(np.array(LENGTHS)), sum(LENGTHS), 0, LENGTHS, *heads),
-        AttentionCase("share", share, int(split.tokens[1]), rows, None, *heads),
-    )
+    return pack("pack", LENGTHS, (4, 2), head_dim), share("share", split, 1, (4, 2), head_dim)

@@ -105,7 +105,7 @@ class _Watched:
                         found.append(message)
                 return [*failures, *found], False
             except LostError as lost:
-                self._end()
+                self.close(moment_s=0.0)
                 failures += [one for one in found if isinstance(one, Failure)]
                 if provider not in {one.provider for one in failures}:
                     failures.append(Failure(provider, str(lost)))
@@ -149,18 +149,14 @@ class _Watched:
             raise message
         return message
 
-    def close(self) -> None:
-        """End the process, given a moment to end what it started itself."""
-        if self._process is not None:
-            with suppress(OSError):
-                self._line.send(None)
-                self._process.join(END_S)
-        self._end()
-
-    def _end(self) -> None:
-        """End the process and all that it started."""
+    def close(self, moment_s: float = END_S) -> None:
+        """End the process and all that it started, given a moment to do so itself."""
         if self._process is None:
             return
+        with suppress(OSError):
+            if moment_s:
+                self._line.send(None)
+                self._process.join(moment_s)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
@@ -180,20 +176,22 @@ def serve(place: str, folder: Path, small: bool, line: Connection) -> None:
     part = load(place)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     line.send(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
+    provider = ""
+
+    def begin(name: str) -> None:
+        nonlocal provider
+        provider = name
+        line.send(name)
+
     while (task := line.recv()) is not None:
         label, seconds, left_out = task
-        provider = [""]
-
-        def begin(name: str, provider: list[str] = provider) -> None:
-            provider[0] = name
-            line.send(name)
-
+        provider = ""
         try:
             for found in part.measure(label, Turn(device, folder, seconds, small, left_out, begin)):
                 line.send(found)
         except Exception as failure:
             traceback.print_exc()
-            line.send(Failure(provider[0], reason(failure)))
+            line.send(Failure(provider, reason(failure)))
         gc.collect()
         try:
             check_device(device)

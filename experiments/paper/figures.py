@@ -73,7 +73,6 @@ def _figure(name: str, place: Path, here: Path) -> dict[str, Any]:
         "figure": figure,
         "picture": f"{os.path.relpath(place, here)}/{name}.png",
         "cells": cells,
-        "judged": judged,
         "farthest": farthest(judged) if judged else "",
         "verdict": verdict(cells),
         "windows": sorted({int(row.median) for row in rows if row.metric == WINDOWS}),

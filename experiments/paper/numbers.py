@@ -143,13 +143,12 @@ class Cell(NamedTuple):
 
 class PaperFigure(NamedTuple):
     """title: what the paper shows there. draw: the picture of its numbers and ours. cells: the numbers, none where the
-    paper has none. facts: what `page.md.j2` tells beside. theirs: whose the numbers are that ours stand beside."""
+    paper has none. facts: what `page.md.j2` tells beside."""
 
     title: str
     draw: Callable[[Numbers, Path], None]
     cells: Callable[[Numbers], list[Cell]] = lambda numbers: []
     facts: Callable[[Numbers], Any] = lambda numbers: {}
-    theirs: str = "paper"
 
 
 def farthest(cells: Sequence[Cell]) -> Cell:

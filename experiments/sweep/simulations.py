@@ -24,8 +24,7 @@ from flashcp.experiments.cli.simulate_choices import check_cluster_file, chosen_
 from flashcp.experiments.cli.verbs import AS_JSON
 from flashcp.experiments.paper.beyond import measured_rows
 from flashcp.experiments.paper.figures import FIGURES, publish_figure
-from flashcp.experiments.paper.solver import METRICS as SOLVED
-from flashcp.experiments.paper.solver import solve_packs
+from flashcp.experiments.paper.published import SOLVED, solve_packs
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep.multirun import Multirun
 from flashcp.experiments.sweep.results import WINDOWS, Row, read_rows, write_rows
