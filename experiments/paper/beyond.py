@@ -21,16 +21,7 @@ from flashcp.experiments.plots import INK, PALETTE, ends, legend_below, spread, 
 from flashcp.experiments.sweep.results import MEASURED, RESULTS, Row, read_rows
 from flashcp.sharding.methods import METHODS
 
-__all__ = [
-    "BASELINES",
-    "BEYOND_PAPER",
-    "DATA",
-    "DEMO_HYBRID",
-    "DEMO_PREDICTED",
-    "SPEEDUP_PARTS",
-    "measured_rows",
-    "stages",
-]
+__all__ = ["BASELINES", "DATA", "FIGURES", "measured_rows", "stages"]
 
 DATA = ("wlb_llm", "pile")
 
@@ -81,8 +72,6 @@ def _draw_ways(numbers: Numbers, path: Path) -> None:
     figure.suptitle("simulated: one training pass of the attention module, N = 8, 128K, H = 32")
     figure.savefig(path)
 
-
-SPEEDUP_PARTS = PaperFigure("where a speedup comes from, one change at a time", _draw_ways, facts=_ways)
 
 # --- who wins where, each with our kernel and no copies
 
@@ -153,8 +142,6 @@ def _draw_squares(axes: Any, chosen: list[Win], colour: dict[str, str]) -> None:
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
 
-
-BEYOND_PAPER = PaperFigure("where each method wins", _draw_wins, facts=_won)
 
 # --- the demo's runs on two CPU ranks, measured beside their prediction
 
@@ -253,7 +240,10 @@ def _draw_demo(numbers: Numbers, path: Path) -> None:
     figure.savefig(path)
 
 
-DEMO_PREDICTED = PaperFigure(
-    "the simulator against reality: the demo's two CPU ranks", _draw_demo, _demo_cells, _demo_facts
-)
-DEMO_HYBRID = DEMO_PREDICTED._replace(title="the same, with every rank's kernels run and the exchange modelled")
+DEMO = PaperFigure("the simulator against reality: the demo's two CPU ranks", _draw_demo, _demo_cells, _demo_facts)
+FIGURES = {
+    "demo_predicted": DEMO,
+    "demo_hybrid": DEMO._replace(title="the same, with every rank's kernels run and the exchange modelled"),
+    "speedup_parts": PaperFigure("where a speedup comes from, one change at a time", _draw_ways, facts=_ways),
+    "beyond_paper": PaperFigure("where each method wins", _draw_wins, facts=_won),
+}

@@ -17,17 +17,7 @@ from flashcp.experiments.sweep.results import RESULTS, WINDOWS, Row, read_rows
 __all__ = ["FIGURES", "PAGE", "paper_folders", "publish_figure", "write_paper_page"]
 
 PAGE = "PAPER_RESULTS.md"
-FIGURES = {
-    "paper_fig3": published.FIGURE_3,
-    "paper_fig5": published.FIGURE_5,
-    "paper_fig6": published.FIGURE_6,
-    "paper_fig7": published.FIGURE_7,
-    "paper_table2": published.TABLE_2,
-    "demo_predicted": beyond.DEMO_PREDICTED,
-    "demo_hybrid": beyond.DEMO_HYBRID,
-    "speedup_parts": beyond.SPEEDUP_PARTS,
-    "beyond_paper": beyond.BEYOND_PAPER,
-}
+FIGURES = published.FIGURES | beyond.FIGURES
 
 
 def publish_figure(name: str, rows: Sequence[Row], out: Path) -> str:

@@ -18,7 +18,7 @@ from flashcp.experiments.progress import bar
 from flashcp.sharding.solver import SolvedPlan, solve_plan
 from flashcp.sharding.strategies import plan
 
-__all__ = ["FIGURE_3", "FIGURE_5", "FIGURE_6", "FIGURE_7", "SOLVED", "TABLE_2", "breakdown", "solve_packs"]
+__all__ = ["FIGURES", "SOLVED", "breakdown", "solve_packs"]
 
 FLASHCP = "flashcp_paper"
 PASSES = {"inference": "forward_ms", "training": "module_ms"}
@@ -48,8 +48,6 @@ def _cells_3(numbers: Numbers) -> list[Cell]:
 def _draw_3(numbers: Numbers, path: Path) -> None:
     bars([[_kernels(numbers)]], path, ylabel="kernel latency over llama3's", size=(7, 4))
 
-
-FIGURE_3 = PaperFigure("attention kernels alone, relative to llama3", _draw_3, _cells_3)
 
 # --- Figure 5: average speedups on three data sets, N = 4 and 8, H = 16 and 32, inference and training
 
@@ -103,8 +101,6 @@ def _draw_5(numbers: Numbers, path: Path) -> None:
     title = f"simulated; mean speedups of {FLASHCP} over each, the paper's in brackets: {means}"
     bars(rows, path, ylabel=SPEEDUP, size=(15, 7.5), title=title)
 
-
-FIGURE_5 = PaperFigure("average speedups of FlashCP", _draw_5, _cells_5, _unhidden)
 
 # --- Figure 6: the parts of one training pass, N = 8, H = 32; the first data set was fitted, see `fit`
 
@@ -167,8 +163,6 @@ def _draw_6(numbers: Numbers, path: Path) -> None:
     stacks(panels, path, ylabel="ms", colours=dict(zip(Breakdown._fields, COLOURS, strict=True)))
 
 
-FIGURE_6 = PaperFigure("where the time of one training pass goes", _draw_6, _cells_6, _totals)
-
 # --- Figure 7: speedup over llama3 by window, WLB-LLM's lengths, N = 8
 
 
@@ -199,8 +193,6 @@ def _turned(numbers: Numbers) -> dict[str, Any]:
 def _draw_7(numbers: Numbers, path: Path) -> None:
     bars([list(_windows(numbers).values())], path, ylabel=SPEEDUP, size=(14, 4.8))
 
-
-FIGURE_7 = PaperFigure(SPEEDUP + " by window", _draw_7, _cells_7, _turned)
 
 # --- Table 2: saving and imbalance of the heuristic and of an exact solver, Pile, N = 4
 
@@ -284,4 +276,10 @@ def _draw_table(numbers: Numbers, path: Path) -> None:
     bars([[panel]], path, ylabel="saving against the all-gather", size=(10, 4.8))
 
 
-TABLE_2 = PaperFigure("the heuristic beside an exact solver", _draw_table, _cells_table, _savings)
+FIGURES = {
+    "paper_fig3": PaperFigure("attention kernels alone, relative to llama3", _draw_3, _cells_3),
+    "paper_fig5": PaperFigure("average speedups of FlashCP", _draw_5, _cells_5, _unhidden),
+    "paper_fig6": PaperFigure("where the time of one training pass goes", _draw_6, _cells_6, _totals),
+    "paper_fig7": PaperFigure(f"{SPEEDUP} by window", _draw_7, _cells_7, _turned),
+    "paper_table2": PaperFigure("the heuristic beside an exact solver", _draw_table, _cells_table, _savings),
+}
