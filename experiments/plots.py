@@ -15,14 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from flashcp.experiments.bench.calibration.times import DIRECTIONS, TimeRow, errors
 from flashcp.experiments.folders import check_file
-from flashcp.experiments.sweep.compare import (
-    LOSS_TOLERANCE,
-    Comparison,
-    Line,
-    is_told_apart,
-    relative_difference,
-    step_parts,
-)
+from flashcp.experiments.sweep import compare
+from flashcp.experiments.sweep.compare import Comparison, Line
 from flashcp.experiments.sweep.results import Row
 
 if TYPE_CHECKING:
@@ -183,12 +177,12 @@ def comparison_figure(comparison: Comparison) -> Figure:
 def _draw_steps(axes: Any, lines: list[Line], title: str) -> None:
     tips = np.zeros(len(lines))
     for part, colour in PARTS.items():
-        widths = [step_parts(line)[part] for line in lines]
+        widths = [compare.step_parts(line)[part] for line in lines]
         axes.barh([line.provider for line in lines], widths, left=tips, color=colour, label=part, height=0.66)
         tips = tips + widths
     for place, (line, tip) in enumerate(zip(lines, tips, strict=True)):
         speedup = f"  {line.missing}" if line.speedup is None else f"  {line.speedup:.2f}x"
-        axes.text(tip, place, speedup if is_told_apart(line) else "  not told apart", va="center", fontsize=9)
+        axes.text(tip, place, speedup if compare.is_told_apart(line) else "  not told apart", va="center", fontsize=9)
     _sideways(axes)
     axes.set(xlim=(0, 1.14 * max(tips) or 1), xlabel="ms a step (median)", title=title)  # all may have been left out
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
@@ -205,11 +199,11 @@ def _draw_losses(panels: Any, lines: list[Line], reference: Line | None, colours
         steps, colour = range(1, len(line.losses) + 1), colours[line.provider]
         falling.plot(steps, line.losses, color=colour, lw=1.6, ls=style)
         pairs = zip(line.losses, expected, strict=False)
-        differences = [max(relative_difference(a, b), SMALLEST_DIFFERENCE) for a, b in pairs]
+        differences = [max(compare.relative_difference(a, b), SMALLEST_DIFFERENCE) for a, b in pairs]
         apart.plot(steps[: len(differences)], differences, color=colour, lw=1.4, label=line.provider)
     falling.set_title("loss, nats a token (wide: one process)" if reference else "loss, nats a token")
-    apart.axhline(LOSS_TOLERANCE, color=INK, lw=1, ls=(0, (4, 3)))
-    apart.set(yscale="log", ylim=(SMALLEST_DIFFERENCE / 2, 10 * LOSS_TOLERANCE))
+    apart.axhline(compare.LOSS_TOLERANCE, color=INK, lw=1, ls=(0, (4, 3)))
+    apart.set(yscale="log", ylim=(SMALLEST_DIFFERENCE / 2, 10 * compare.LOSS_TOLERANCE))
     apart.set_title("loss, relative difference from one process")
     apart.legend(**BESIDE)
     for axes in panels:
