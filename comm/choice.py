@@ -143,7 +143,11 @@ def _best(backend: str, hosts: int) -> tuple[str, str]:
 
 
 def _host() -> str:
-    """The same for processes that see the same shared memory."""
+    """The same for processes of one host that see the same shared memory.
+
+    Hosts are told apart by name too: those that share a kernel may share /dev/shm, and still are different nodes to
+    whoever started them.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id")
-    identity = boot.read_text().strip() if boot.exists() else socket.gethostname()
-    return f"{identity}/{os.stat(FOLDER).st_dev if FOLDER.is_dir() else ''}"
+    kernel = boot.read_text().strip() if boot.exists() else ""
+    return f"{kernel}/{os.stat(FOLDER).st_dev if FOLDER.is_dir() else ''}/{socket.gethostname()}"

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from flashcp.experiments.bench.calibration.times import DIRECTIONS, TimeRow, errors
+from flashcp.experiments.bench.calibration import DIRECTIONS, TimeRow, errors
 from flashcp.experiments.folders import check_file
 from flashcp.experiments.sweep import compare
 from flashcp.experiments.sweep.compare import Comparison, Line

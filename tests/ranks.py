@@ -20,6 +20,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -34,6 +35,7 @@ import torch
 import torch.distributed as dist
 
 START_S = 120.0  # a new worker imports torch on a busy machine
+JOIN_S = 30.0  # ranks that wait for each other to form a group need milliseconds
 GRACE_S = 5.0  # after one rank failed: time for the others to notice and tell
 
 
@@ -59,6 +61,10 @@ def run_cases(
     return _POOL.run(fn, world_size, list(cases), timeout_s)
 
 
+class _NoGroupError(RankError):
+    """The ranks did not find each other: none of the caller's code has run."""
+
+
 class _Worker:
     def __init__(self, context: multiprocessing.context.SpawnContext) -> None:
         self.pipe, there = context.Pipe()
@@ -82,6 +88,14 @@ class Pool:
         self, fn: Callable[..., Any], world_size: int, cases: list[Sequence[Any]], timeout_s: float
     ) -> list[list[Any]]:
         calls = [pickle.dumps((fn, case)) for case in cases]  # what cannot be pickled fails in the caller
+        try:
+            return self._run(world_size, calls, timeout_s)
+        except _NoGroupError as error:
+            # Seen once in some ten thousand groups: all ranks stay inside gloo's constructor. New processes go on.
+            print(f"a second try, with new workers: {error}", file=sys.stderr)
+            return self._run(world_size, calls, timeout_s)
+
+    def _run(self, world_size: int, calls: list[bytes], timeout_s: float) -> list[list[Any]]:
         self._start(world_size)
         with tempfile.TemporaryDirectory() as folder:
             for rank, worker in enumerate(self.workers[:world_size]):
@@ -102,24 +116,31 @@ class Pool:
         rank_of = {worker.pipe: rank for rank, worker in enumerate(workers)}
         results: list[list[Any]] = [[None] * world_size for _ in range(case_count)]
         answers = [0] * world_size
+        joined: set[int] = set()
         failures: list[str] = []
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + JOIN_S
         while rank_of and (ready := wait(list(rank_of), max(0.0, deadline - time.monotonic()))):
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 rank = rank_of[pipe]
                 kind, value = _receive(workers[rank])
+                if kind == "joined":
+                    joined.add(rank)
                 if kind == "result":
                     results[answers[rank]][rank] = value
                     answers[rank] += 1
-                    if not failures:
-                        deadline = time.monotonic() + timeout_s
+                if kind in ("joined", "result") and not failures:
+                    deadline = time.monotonic() + timeout_s
                 if kind in ("raised", "died"):
                     failures.append(f"rank {rank} of {world_size} {kind} in case {answers[rank]}{value}")
                     deadline = min(deadline, time.monotonic() + GRACE_S)
                 if kind in ("done", "died"):
                     del rank_of[pipe]
-        if rank_of and not failures:
+        error: type[RankError] = RankError
+        if not joined and not failures:
+            error = _NoGroupError
+            failures = [f"rank {rank} joined no group\n{_stack(folder, rank)}" for rank in rank_of.values()]
+        elif rank_of and not failures:
             # A rank with all its answers only waits in the closing barrier for the ones to blame.
             late = [rank for rank in rank_of.values() if answers[rank] < case_count] or list(rank_of.values())
             failures = [
@@ -130,7 +151,7 @@ class Pool:
         dead = [worker for worker in workers if not worker.process.is_alive()]
         self._drop([*dead, *(workers[rank] for rank in rank_of.values())])
         if failures:
-            raise RankError("\n".join(failures))
+            raise error("\n".join(failures))
         return results
 
     def _drop(self, workers: list[_Worker]) -> None:
@@ -165,12 +186,12 @@ def _serve(pipe: Connection) -> None:
             return
         with open(f"{folder}/stack{rank}", "w") as stack:
 
-            def watch(stack: TextIO = stack, timeout_s: float = timeout_s) -> None:
+            def watch(timeout_s: float = timeout_s, stack: TextIO = stack) -> None:
                 # A little early, so that it is on disk when the parent looks.
                 faulthandler.dump_traceback_later(0.9 * timeout_s, file=stack)
 
             try:
-                watch()
+                watch(JOIN_S)
                 # Twice the time-out: the parent's clock decides, and names the ranks.
                 dist.init_process_group(
                     "gloo",
@@ -179,6 +200,7 @@ def _serve(pipe: Connection) -> None:
                     world_size=world_size,
                     timeout=timedelta(seconds=2 * timeout_s),
                 )
+                pipe.send_bytes(pickle.dumps(("joined", None)))
                 for call in calls:
                     watch()
                     fn, case = pickle.loads(call)

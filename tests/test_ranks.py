@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 import pytest
@@ -51,6 +52,15 @@ def test_workers_stay_for_the_next_call_and_use_one_thread() -> None:
     first = [process for process, _ in run_ranks(add_ranks, 2, 0)]
     assert [process for process, _ in run_ranks(add_ranks, 2, 0)] == first
     assert run_ranks(threads, 2) == [1, 1]
+
+
+def test_ranks_that_find_no_group_are_replaced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = [process for process, _ in run_ranks(add_ranks, 2, 0)]
+    monkeypatch.setattr("tests.ranks.JOIN_S", 2.0)
+    os.kill(first[0], signal.SIGSTOP)  # a rank that never comes to the meeting
+    second = run_ranks(add_ranks, 2, 0)
+    assert [total for _, total in second] == [1, 1]
+    assert not {process for process, _ in second} & set(first)
 
 
 def test_cases_share_one_group() -> None:

@@ -1,46 +1,24 @@
-"""What the attention benchmark runs on: packs on one device, and the shares of a pack that plans give to one rank.
-
-Here too what other kernels are compared with: ours, and the exact result.
-"""
+"""What the attention benchmark runs on: packs on one device, the shares of a pack that plans give to one rank, and the
+exact result of either."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flashcp.attention import varlen_attention
-from flashcp.kernels.library import attention, schedule_tensor
-from flashcp.kernels.schedule import Schedule, build_schedule, whole_pack_schedule
-from flashcp.kernels.tiles import OWN, key_tiles, query_tiles
-from flashcp.kernels.tuning import Blocks, Pass
-from flashcp.sharding.documents import expand_ranges
+from flashcp.experiments.bench.kernel_times import rank_schedule
+from flashcp.kernels.schedule import Schedule, whole_pack_schedule
 from flashcp.sharding.lengths import LENGTH_DATA, windows
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan
 from flashcp.simulator.cost import FORWARD_FLOPS
 
-__all__ = [
-    "OURS",
-    "Case",
-    "Forward",
-    "Tensors",
-    "all_cases",
-    "exact_share",
-    "make_tensors",
-    "ours",
-    "pack",
-    "share",
-    "useful_share",
-]
-
-Forward = Callable[[], Tensor]
 OURS = "flashcp"
-
 CONTEXT = 131_072
 HEADS = ((32, 32), (32, 8))
 HEAD_DIM = 128
@@ -106,8 +84,7 @@ def all_cases() -> Iterator[Case]:
             split = plan(packs["wlb_llm"], 8, strategy)
             busiest = share(f"rank_of_8_{strategy}", split, int(split.work.argmax()), heads)
             yield busiest
-            same = int(math.sqrt(2 * busiest.schedule.pairs))
-            yield pack(f"as_one_document_{busiest.name}", [same], heads)
+            yield pack(f"as_one_document_{busiest.name}", [int(math.sqrt(2 * busiest.schedule.pairs))], heads)
 
 
 def pack(name: str, lengths: Sequence[int], heads: tuple[int, int], head_dim: int = HEAD_DIM) -> Case:
@@ -118,24 +95,9 @@ def pack(name: str, lengths: Sequence[int], heads: tuple[int, int], head_dim: in
 
 def share(name: str, split: ShardingPlan, rank: int, heads: tuple[int, int], head_dim: int = HEAD_DIM) -> Case:
     """What a plan gives to one rank, its KV exchanged exactly."""
-    local, received = split.local(rank), split.route("exact").received(rank)
-    schedule = build_schedule(local, local=local, received=received)
-    rows = int((received.stop - received.start).sum())
-    return Case(name, schedule, int(split.tokens[rank]), rows, None, *heads, head_dim)
-
-
-def useful_share(schedule: Schedule, rows: int, which: Pass, blocks: Blocks) -> float:
-    """Causal pairs over the pairs in all blocks that the kernel of a pass computes: counted, not timed."""
-    of_keys = which is Pass.BACKWARD_KV
-    tile_rows, step = blocks.tile_rows(which), blocks.block_m if of_keys else blocks.block_n
-    tiles = (key_tiles if of_keys else query_tiles)(schedule, rows, tile_rows)
-    row, tile_stop, first, last = tiles.table[:, 1:].T
-    tile = np.repeat(np.arange(len(row)), last - first)
-    place, start, stop = tiles.ranges[expand_ranges(first, last - first), :3].T
-    own = place == OWN  # read up to the tile's end, or from its first row on
-    start = np.where(own & of_keys, row[tile], start)
-    stop = np.where(own & (not of_keys), tile_stop[tile], stop)
-    return schedule.pairs / int((-(-(stop - start) // step)).sum() * step * tile_rows)
+    one = rank_schedule(split, rank)
+    assert one is not None  # every rank reads its own rows
+    return Case(name, one.schedule, one.query_rows, one.received_rows, None, *heads, head_dim)
 
 
 def make_tensors(case: Case, dtype: torch.dtype, device: torch.device) -> Tensors:
@@ -151,15 +113,6 @@ def make_tensors(case: Case, dtype: torch.dtype, device: torch.device) -> Tensor
     for x in (q, k, v, received):
         x.requires_grad_()
     return Tensors(q, k, v, received, draw(case.rows, *queries))
-
-
-def ours(case: Case, x: Tensors) -> Forward:
-    """The Triton kernels: `varlen_attention` on packs, the operator under it on a rank's share."""
-    if case.lengths is not None:
-        lengths = torch.tensor(case.lengths)
-        return lambda: varlen_attention(x.q, x.k, x.v, lengths)
-    schedule = schedule_tensor(case.schedule)
-    return lambda: attention(x.q, x.k, x.v, x.received, schedule, case.head_dim**-0.5)[0]
 
 
 def exact_share(case: Case, tensors: Tensors, kv_head: int, block: int = 1024) -> dict[str, Tensor]:

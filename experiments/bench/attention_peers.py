@@ -6,6 +6,7 @@ None means that a peer is not installed or does not do the case; the benchmark l
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -14,13 +15,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashcp.experiments.bench.attention_cases import OURS, Case, Forward, Tensors, ours
+from flashcp.attention import varlen_attention
+from flashcp.experiments.bench.attention_cases import OURS, Case, Tensors
 from flashcp.kernels.interface import KV
 from flashcp.kernels.launch import TritonAttention
+from flashcp.kernels.library import attention, schedule_tensor
 from flashcp.kernels.tuning import Pass, Tuning, architecture, choose
 from flashcp.kernels.varlen import KERNELS
+from flashcp.kernels.varlen.base import Sequences
 
-__all__ = ["PEERS"]
+Forward = Callable[[], Tensor]
+Peer = Callable[[Case, Tensors], Forward | None]
+
+
+def ours(case: Case, x: Tensors) -> Forward:
+    """The Triton kernels: `varlen_attention` on packs, the operator under it on a rank's share."""
+    if case.lengths is not None:
+        lengths = torch.tensor(case.lengths)
+        return lambda: varlen_attention(x.q, x.k, x.v, lengths)
+    schedule = schedule_tensor(case.schedule)
+    return lambda: attention(x.q, x.k, x.v, x.received, schedule, case.head_dim**-0.5)[0]
 
 
 def portable(case: Case, x: Tensors) -> Forward | None:
@@ -35,57 +49,73 @@ def portable(case: Case, x: Tensors) -> Forward | None:
     return lambda: kernel.attend(*inputs)[0]
 
 
-def torch_fa2(case: Case, x: Tensors) -> Forward | None:
+def of_packs(make: Callable[[Tensors, tuple[int, ...], Sequences], Forward | None]) -> Peer:
+    """A peer that takes whole packs alone, and their documents by cumulative lengths."""
+
+    def made(case: Case, x: Tensors) -> Forward | None:
+        if case.lengths is None:
+            return None
+        offsets = torch.tensor((0, *case.lengths)).cumsum(0).to(x.q.device, torch.int32)
+        longest = max(case.lengths)
+        return make(x, case.lengths, Sequences(offsets, offsets, longest, longest, causal=True))
+
+    return made
+
+
+@of_packs
+def torch_fa2(x: Tensors, lengths: tuple[int, ...], seqs: Sequences) -> Forward:
     """torch's own FlashAttention-2 on packs, the operator under `torch.nn.attention.varlen`."""
-    if case.lengths is None:
-        return None
-    offsets, longest = _offsets(case, x), max(case.lengths)
-    operator = torch.ops.aten._flash_attention_forward
-    return lambda: operator(x.q, x.k, x.v, offsets, offsets, longest, longest, 0.0, True, False)[0]
+    *rows, causal = seqs
+    return lambda: torch.ops.aten._flash_attention_forward(x.q, x.k, x.v, *rows, 0.0, causal, False)[0]
 
 
-def flex(case: Case, x: Tensors) -> Forward | None:
-    """FlexAttention with a BlockMask of the documents."""
-    if case.lengths is None:
-        return None
-    from torch.nn.attention.flex_attention import BlockMask
+@of_packs
+def flex(x: Tensors, lengths: tuple[int, ...], seqs: Sequences) -> Forward:
+    """FlexAttention with a BlockMask of the documents.
 
-    document = torch.from_numpy(np.repeat(np.arange(len(case.lengths)), case.lengths)).to(x.q.device)
+    After eight shapes torch would compile no more and run it unfused, without a word: it starts anew for every case,
+    and `fullgraph` makes an error of what is left.
+    """
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    document = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(x.q.device)
 
     def same_document(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document[query] == document[key])
 
     # Blocks of 128 x 128: `full` need no mask, `partial` do. Documents are sorted, so ends of blocks tell all.
-    size = -(-case.rows // 128)
-    starts = torch.arange(size, device=x.q.device) * 128
-    first, last = document[starts], document[(starts + 127).clamp(max=case.rows - 1)]
-    below = torch.arange(size, device=x.q.device)[:, None] > torch.arange(size, device=x.q.device)
+    rows = len(x.q)
+    blocks = torch.arange(-(-rows // 128), device=x.q.device)
+    first, last = document[blocks * 128], document[(blocks * 128 + 127).clamp(max=rows - 1)]
+    below = blocks[:, None] > blocks
     full = below & (last[:, None] == first[None, :])
-    full[-1] &= case.rows % 128 == 0  # rows that fill up the last block see nothing
-    touching = (below | torch.eye(size, dtype=torch.bool, device=x.q.device)) & (last[None, :] >= first[:, None])
-    mask = BlockMask.from_kv_blocks(
-        *_sparse(touching & ~full),
-        *_sparse(full),
-        BLOCK_SIZE=128,
-        mask_mod=same_document,
-        seq_lengths=(case.rows, case.rows),
-    )
+    full[-1] &= rows % 128 == 0  # rows that fill up the last block see nothing
+    touching = (blocks[:, None] >= blocks) & (last[None, :] >= first[:, None])
+    tables = *_sparse(touching & ~full), *_sparse(full)
+    mask = BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=128, mask_mod=same_document, seq_lengths=(rows, rows))
     q, k, v = (y.transpose(0, 1)[None] for y in (x.q, x.k, x.v))
-    grouped = case.query_heads != case.kv_heads
-    compiled = _compile_flex()
+    grouped = q.shape[1] != k.shape[1]
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=grouped)[0].transpose(0, 1)
 
 
-def cudnn(case: Case, x: Tensors) -> Forward | None:
+def _sparse(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """A table of blocks as FlexAttention takes it: how many in each row, and their columns, those first."""
+    count = blocks.sum(1, dtype=torch.int32)
+    columns = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    return count[None, None], columns[None, None]
+
+
+@of_packs
+def cudnn(x: Tensors, lengths: tuple[int, ...], seqs: Sequences) -> Forward | None:
     """cuDNN through torch's scaled_dot_product_attention: only documents of one length."""
-    if case.lengths is None or len(set(case.lengths)) > 1:
+    if len(set(lengths)) > 1:
         return None
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    documents = len(case.lengths)
-
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(0, (documents, -1)).transpose(1, 2) for y in (q, k, v))
+        q, k, v = (y.unflatten(0, (len(lengths), -1)).transpose(1, 2) for y in (q, k, v))
         grouped = q.shape[1] != k.shape[1]
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -94,89 +124,28 @@ def cudnn(case: Case, x: Tensors) -> Forward | None:
     return _with_heads_it_takes(forward, x)
 
 
-def cudnn_varlen(case: Case, x: Tensors) -> Forward | None:
-    """cuDNN on packs, by the operators that `torch.nn.attention.varlen` has in store for it (torch 2.11).
-
-    Forward only where the backward writes past its buffers (`kernels/varlen/cudnn.py`).
-    """
-    if case.lengths is None:
-        return None
-    offsets, longest = _offsets(case, x), max(case.lengths)
-    forward = _with_heads_it_takes(lambda q, k, v: CudnnVarlen.apply(q, k, v, offsets, longest), x)
+@of_packs
+def cudnn_varlen(x: Tensors, lengths: tuple[int, ...], seqs: Sequences) -> Forward:
+    """cuDNN on packs (`kernels/varlen/cudnn.py`). Forward only where the backward writes past its buffers."""
+    forward = _with_heads_it_takes(lambda q, k, v: CudnnVarlen.apply(q, k, v, seqs), x)
     return torch.no_grad()(forward) if KERNELS["cudnn"].no_backward() else forward
 
 
 class CudnnVarlen(torch.autograd.Function):
-    """cuDNN's causal attention of documents one behind another. q, k, v [tokens, heads, head_dim], offsets int32."""
+    """cuDNN's causal attention of documents one behind another, differentiable. q, k, v: [tokens, heads, head_dim]."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int) -> Tensor:
-        found = torch.ops.aten._cudnn_attention_forward(
-            q, k, v, None, offsets, offsets, longest, longest, True, 0.0, True, False
-        )
-        out, log_sum, seed, offset = found[0], found[1], found[6], found[7]
-        ctx.save_for_backward(q, k, v, out, log_sum, seed, offset, offsets)
-        ctx.longest = longest
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences) -> Tensor:
+        out, lse = KERNELS["cudnn"].forward(q, k, v, seqs, q.shape[-1] ** -0.5)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.seqs = seqs
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, log_sum, seed, offset, offsets = ctx.saved_tensors
-        found = torch.ops.aten._cudnn_attention_backward(
-            grads[0], q, k, v, out, log_sum, seed, offset, None, offsets, offsets, ctx.longest, ctx.longest, 0.0, True
-        )
-        return *found, None, None
-
-
-def fa3(case: Case, x: Tensors) -> Forward | None:
-    """FlashAttention-3: `flash_attn_interface`, or the wheel `fa3-fwd`, which has the forward alone."""
-    if find_spec("flash_attn_interface"):
-        return _flash_package("flash_attn_interface", case, x)
-    forward = _flash_package("fa3_fwd_interface", case, x)
-    return None if forward is None else torch.no_grad()(forward)
-
-
-def fa4(case: Case, x: Tensors) -> Forward | None:
-    """FlashAttention-4, where `flash_attn.cute` is installed."""
-    return _flash_package("flash_attn.cute", case, x)
-
-
-PEERS: dict[str, Callable[[Case, Tensors], Forward | None]] = {
-    OURS: ours,
-    "portable": portable,
-    "torch_fa2": torch_fa2,
-    "flex": flex,
-    "cudnn": cudnn,
-    "cudnn_varlen": cudnn_varlen,
-    "fa3": fa3,
-    "fa4": fa4,
-}
-
-
-def _flash_package(module: str, case: Case, x: Tensors) -> Forward | None:
-    if case.lengths is None or not find_spec(module.partition(".")[0]):
-        return None
-    function: Any = import_module(module).flash_attn_varlen_func
-    offsets, longest = _offsets(case, x), max(case.lengths)
-
-    def forward() -> Tensor:
-        out = function(x.q, x.k, x.v, cu_seqlens_q=offsets, cu_seqlens_k=offsets, max_seqlen_q=longest,
-                       max_seqlen_k=longest, causal=True)  # fmt: skip
-        return out[0] if isinstance(out, tuple) else out
-
-    return forward
-
-
-def _offsets(case: Case, x: Tensors) -> Tensor:
-    lengths = torch.tensor((0, *(case.lengths or ())))
-    return lengths.cumsum(0).to(x.q.device, torch.int32)
-
-
-def _sparse(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """A table of blocks as FlexAttention takes it: how many in each row, and their columns, those first."""
-    count = blocks.sum(1, dtype=torch.int32)
-    columns = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
-    return count[None, None], columns[None, None]
+        q, k, v, out, lse = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        return *KERNELS["cudnn"].backward(grads[0], q, k, v, out, lse, ctx.seqs, scale), None
 
 
 def _with_heads_it_takes(forward: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensors) -> Forward:
@@ -191,13 +160,27 @@ def _with_heads_it_takes(forward: Callable[[Tensor, Tensor, Tensor], Tensor], x:
     return lambda: forward(x.q, x.k, x.v)
 
 
-def _compile_flex() -> Callable[..., Tensor]:
-    """FlexAttention for the shapes of one case.
+def _flash_package(x: Tensors, lengths: tuple[int, ...], seqs: Sequences, module: str) -> Forward | None:
+    """A package of FlashAttention, where it is installed."""
+    if not find_spec(module.partition(".")[0]):
+        return None
+    function: Any = import_module(module).flash_attn_varlen_func
 
-    After eight shapes torch would compile no more and run it unfused, without a word: it starts anew for every case,
-    and `fullgraph` makes an error of what is left.
-    """
-    from torch.nn.attention.flex_attention import flex_attention
+    def forward() -> Tensor:
+        out = function(x.q, x.k, x.v, **seqs._asdict())
+        return out[0] if isinstance(out, tuple) else out
 
-    torch._dynamo.reset()
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return forward if module != "fa3_fwd_interface" else torch.no_grad()(forward)  # that wheel has no backward
+
+
+FA3 = "flash_attn_interface" if find_spec("flash_attn_interface") else "fa3_fwd_interface"
+PEERS: dict[str, Peer] = {
+    OURS: ours,
+    "portable": portable,
+    "torch_fa2": torch_fa2,
+    "flex": flex,
+    "cudnn": cudnn,
+    "cudnn_varlen": cudnn_varlen,
+    "fa3": of_packs(partial(_flash_package, module=FA3)),
+    "fa4": of_packs(partial(_flash_package, module="flash_attn.cute")),
+}

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from flashcp.experiments.bench.accuracy import LARGEST_ERROR, relative_error
-from flashcp.experiments.bench.attention_cases import (
-    OURS,
-    Case,
-    Forward,
-    Tensors,
-    exact_share,
-    make_tensors,
-    useful_share,
-)
-from flashcp.experiments.bench.attention_peers import PEERS
-from flashcp.experiments.bench.timing import Spread, Work, in_turns_ms
+from flashcp.experiments.bench.attention_cases import OURS, Case, Tensors, exact_share, make_tensors
+from flashcp.experiments.bench.attention_peers import PEERS, Forward
+from flashcp.experiments.bench.harness import Spread, Work, in_turns_ms, relative_error
 from flashcp.experiments.sweep.results import Failure, Number, check_device, reason
-from flashcp.kernels.tuning import Pass, architecture, choose
+from flashcp.kernels.schedule import Schedule
+from flashcp.kernels.tiles import OWN, key_tiles, query_tiles
+from flashcp.kernels.tuning import Blocks, Pass, architecture, choose
+from flashcp.sharding.documents import expand_ranges
 from flashcp.simulator.cost import BACKWARD_FLOPS, FORWARD_FLOPS
 
-__all__ = ["measure"]
-
-SHARE_S = 4.0  # seconds for the measurements of one case
+LARGEST_ERROR = 1e-2  # bf16 against float64
 
 
 def measure(
@@ -34,7 +27,7 @@ def measure(
     device: torch.device,
     left_out: Collection[str] = (),
     begin: Callable[[str], None] = lambda provider: None,
-    share_s: float = SHARE_S,
+    share_s: float = 4.0,
 ) -> Iterator[Number | Failure]:
     """Check, then time every provider of a case; one that has no backward, forward only.
 
@@ -44,37 +37,35 @@ def measure(
     x = make_tensors(case, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
     wanted = exact_share(case, x, case.kv_heads - 1)
     work: dict[str, Work] = {}
-    forwards: dict[str, Forward] = {}
     for name, make in PEERS.items():
         if name in left_out:
             continue
         begin(name)
+        told = ""
         try:
             forward = make(case, x)
-            if forward is not None:
-                out = forward()
-                yield Number(name, "relative_error", "1", None, checked(case, {"out": out.detach()}, wanted), None)
-                work[f"{name}/forward"] = forwards[name] = forward
+            if forward is None:
+                continue
+            out = forward()
+            error = checked(case, {"out": out.detach()}, wanted)
+            yield Number(name, "relative_error", "1", None, error, None)
+            work[f"{name}/forward"] = forward
+            if not out.requires_grad:
+                continue
+            told = "backward: "
+            backward = partial(torch.autograd.grad, out, x.leaves, x.grad, retain_graph=True)
+            error = checked(case, dict(zip(("q", "k", "v", "received"), backward(), strict=False)), wanted)
+            yield Number(name, "backward_relative_error", "1", None, error, None)
+            work[f"{name}/backward"] = backward
         except Exception as failure:
             check_device(device)
-            yield Failure(name, reason(failure))
-            continue
-        if forward is None or not out.requires_grad:
-            continue
-        backward = partial(torch.autograd.grad, out, x.leaves, x.grad, retain_graph=True)
-        try:
-            error = checked(case, _named(backward()), wanted)
-        except Exception as failure:
-            check_device(device)
-            yield Failure(name, f"backward: {reason(failure)}")
-            continue
-        yield Number(name, "backward_relative_error", "1", None, error, None)
-        work[f"{name}/backward"] = backward
-    if f"{OURS}/backward" in work:
+            yield Failure(name, f"{told}{reason(failure)}")
+    mine: Forward | None = work.get(f"{OURS}/forward")  # type: ignore[assignment]
+    if mine and f"{OURS}/backward" in work:
         begin(OURS)
-        yield from _of_ours(case, x, forwards[OURS], device)
-    if OURS in forwards:
-        work[f"{OURS}/forward_no_grad"] = torch.no_grad()(forwards[OURS])
+        yield from _of_ours(case, x, mine, device)
+    if mine:
+        work[f"{OURS}/forward_no_grad"] = torch.no_grad()(mine)
     begin("")
     yield from _timed(case, work, device, share_s)
 
@@ -84,23 +75,12 @@ def checked(case: Case, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor
 
     Raises RuntimeError for one that is too large: a wrong kernel is not timed.
     """
-    head, group = case.kv_heads - 1, case.query_heads // case.kv_heads
-    shares = {
-        "out": lambda value: value[:, head * group :],
-        "q": lambda value: value[:, head * group :],
-        "k": lambda value: value[:, head],
-        "v": lambda value: value[:, head],
-        "received": lambda value: value[:, :, head],
-    }
-    error = max(relative_error(shares[name](value), wanted[name]) for name, value in found.items())
+    group = case.query_heads // case.kv_heads
+    shares = {name: value[:, -group:] if name in ("out", "q") else value[..., -1, :] for name, value in found.items()}
+    error = max(relative_error(share, wanted[name]) for name, share in shares.items())
     if not error <= LARGEST_ERROR:
         raise RuntimeError(f"relative error {error:.2e}: a wrong kernel is not timed")
     return error
-
-
-def _named(gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Gradients of a case's leaves by name."""
-    return dict(zip(("q", "k", "v", "received"), gradients, strict=False))
 
 
 def _of_ours(case: Case, x: Tensors, forward: Forward, device: torch.device) -> Iterator[Number | Failure]:
@@ -115,6 +95,20 @@ def _of_ours(case: Case, x: Tensors, forward: Forward, device: torch.device) -> 
     except Exception as failure:
         check_device(device)
         yield Failure(OURS, reason(failure))
+
+
+def useful_share(schedule: Schedule, rows: int, which: Pass, blocks: Blocks) -> float:
+    """Causal pairs over the pairs in all blocks that the kernel of a pass computes: counted, not timed."""
+    of_keys = which is Pass.BACKWARD_KV
+    tile_rows, step = blocks.tile_rows(which), blocks.block_m if of_keys else blocks.block_n
+    tiles = (key_tiles if of_keys else query_tiles)(schedule, rows, tile_rows)
+    row, tile_stop, first, last = tiles.table[:, 1:].T
+    tile = np.repeat(np.arange(len(row)), last - first)
+    place, start, stop = tiles.ranges[expand_ranges(first, last - first), :3].T
+    own = place == OWN  # read up to the tile's end, or from its first row on
+    start = np.where(own & of_keys, row[tile], start)
+    stop = np.where(own & (not of_keys), tile_stop[tile], stop)
+    return schedule.pairs / int((-(-(stop - start) // step)).sum() * step * tile_rows)
 
 
 def _timed(case: Case, work: dict[str, Work], device: torch.device, share_s: float) -> Iterator[Number | Failure]:

@@ -12,41 +12,25 @@ attention hides at each level of overlap.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
-from flashcp.experiments.bench.exchange_cases import ExchangeBench
-from flashcp.experiments.bench.exchange_times import Number, measure
-from flashcp.experiments.cli.launch import BAD_INPUT, RanksFailedError, leave_no_trace, start_ranks
-from flashcp.experiments.folders import check_out
+from flashcp.experiments.bench.exchange_times import ExchangeBench, measure
+from flashcp.experiments.bench.harness import rows_table
+from flashcp.experiments.cli.launch import BAD_INPUT, RanksFailedError, start_ranks
+from flashcp.experiments.folders import check_out, leave_no_trace
 from flashcp.experiments.provenance import commit, versions_text
-from flashcp.experiments.sweep.results import Row, read_rows, write_rows
-from flashcp.text import table
+from flashcp.experiments.sweep.results import Number, Row, read_rows, write_rows
 from flashcp.train.ranks import exit_code, world
 from flashcp.train.summary import versions
 
-__all__ = ["OUT", "ExchangeBench", "bench_exchange", "exchange_table", "main"]
-
 OUT = "outputs/bench/exchange"
 WIRES = {"shm": "CPU shared memory", "gloo": "CPU, gloo over TCP"}
-COLUMNS = {
-    "MB sent": ("sent_bytes", 1e-6, ".2f"),
-    "MB sent back": ("sent_backward_bytes", 1e-6, ".2f"),
-    "latency us": ("latency_us", 1, ".0f"),
-    "exchange ms": ("exchange_ms", 1, ".2f"),
-    "GB/s": ("bandwidth_gbps", 1, ".2f"),
-    "throttle GB/s": ("throttle_gbps", 1, ".3f"),
-    "attention ms": ("compute_ms", 1, ".1f"),
-    "exposed ms": ("exposed_none_ms", 1, ".1f"),
-    "staged": ("exposed_staged_ms", 1, ".1f"),
-    "fused": ("exposed_fused_ms", 1, ".1f"),
-    "hidden staged": ("hidden_staged", 1, ".2f"),
-    "hidden fused": ("hidden_fused", 1, ".2f"),
-}
-"""Columns of the table: metric, factor, form."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +78,6 @@ def bench_exchange(bench: ExchangeBench, out: str) -> tuple[list[Row], Path]:
 
 
 def options_of(bench: ExchangeBench) -> list[str]:
-    """The settings as `main` reads them."""
     words = []
     for name, value in vars(bench).items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -106,12 +89,8 @@ def be_a_rank(bench: ExchangeBench, folder: Path) -> None:
     with world(bench.device, bench.timeout_s) as ranks:
         bench = replace(bench, world_size=ranks.world_size)
         bench.check()
-
-        def say(line: str) -> None:
-            if ranks.rank == 0:
-                print(line, file=sys.stderr, flush=True)
-
-        numbers = list(measure(bench, ranks, say))
+        said = sys.stderr if ranks.rank == 0 else io.StringIO()
+        numbers = list(measure(bench, ranks, partial(print, file=said, flush=True)))
         if ranks.rank == 0:
             told = versions(ranks.device)
             folder.mkdir(parents=True, exist_ok=True)
@@ -124,25 +103,14 @@ def be_a_rank(bench: ExchangeBench, folder: Path) -> None:
 
 def to_row(case: str, number: Number, told: dict[str, str]) -> Row:
     """A number with all that it must carry. told: versions of what ran it."""
-    transport, exchange = number.pair
+    transport = number.provider.split("/")[0]
     device = f"{told['device']}, {os.cpu_count()} cores; {WIRES.get(transport, transport)}"
-    carried = (device, versions_text(told), commit(), told["date"], "measured")
-    return Row(case, f"{transport}/{exchange}", number.metric, number.unit, None, *number[3:], *carried)
+    return Row(case, *number[:3], None, *number[3:], device, versions_text(told), commit(), told["date"], "measured")
 
 
 def exchange_table(rows: Sequence[Row]) -> str:
     """One line a transport and exchange; columns that nothing was measured for are left out."""
-    values = {(row.provider, row.metric): row.median for row in rows}
-    shown = {title: column for title, column in COLUMNS.items() if any(row.metric == column[0] for row in rows)}
-    body = [
-        [provider, *(_cell(values.get((provider, metric)), factor, form) for metric, factor, form in shown.values())]
-        for provider in dict.fromkeys(row.provider for row in rows)
-    ]
-    return f"{rows[0].case}, of the busiest rank\n{table(['transport/exchange', *shown], body)}"
-
-
-def _cell(value: float | None, factor: float, form: str) -> str:
-    return "" if value is None else format(factor * value, form)
+    return f"{rows[0].case}, of the busiest rank\n{rows_table(rows, {'transport/exchange': 'provider'}, 'exchange')}"
 
 
 if __name__ == "__main__":

@@ -1,43 +1,57 @@
 """`flashcp bench planner`: what plans are worth and what they cost, over data sets, world sizes and strategies.
 
-Rows are long: one number each, written to experiments/results/planner.csv with what a number must carry.
+`flashcp bench awkward`: the `flashcp` strategy on windows built to be hard, and against its own portfolio.
 """
 
 from __future__ import annotations
 
-import datetime
+import itertools
 import os
 import platform
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+import flashcp
+from flashcp.experiments.bench.harness import rows_table, spread
+from flashcp.experiments.progress import bar
 from flashcp.experiments.provenance import commit
-from flashcp.experiments.sweep.results import Number, Row, to_row, write_rows
+from flashcp.experiments.sweep.results import Number, Row, write_rows
 from flashcp.sharding.bounds import study_ceiling
-from flashcp.sharding.lengths import LENGTH_DATA, windows
+from flashcp.sharding.lengths import windows
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.sharding.strategies import plan, strategies
+from flashcp.sharding.strategies import plan
+from flashcp.sharding.strategies.flashcp.members import members
 
-__all__ = ["PlannerBench", "bench_planner", "planner_row", "planner_table", "provenance", "write_planner_rows"]
+MEMBERS_CONTEXT = 16_384  # of the random windows: small, so that thousands are planned in a minute
 
 
 @dataclass
 class PlannerBench:
     """What to measure. seeds: windows of all of them are pooled."""
 
-    data_sets: list[str] = field(default_factory=lambda: list(LENGTH_DATA))
-    world_sizes: list[int] = field(default_factory=lambda: [4, 8, 16, 32])
-    strategies: list[str] = field(default_factory=lambda: list(strategies()))
-    context: int = 131_072
-    windows: int = 100
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    data_sets: list[str]
+    world_sizes: list[int]
+    strategies: list[str]
+    context: int
+    windows: int
+    seeds: list[int]
+
+
+@dataclass
+class AwkwardBench:
+    """What to plan. random_windows: compared with the portfolio's members, six kinds of lengths in turn."""
+
+    world_sizes: list[int]
+    context: int
+    random_windows: int
+    seed: int = 7
 
 
 def bench_planner(bench: PlannerBench) -> Iterator[Row]:
@@ -50,46 +64,39 @@ def bench_planner(bench: PlannerBench) -> Iterator[Row]:
     for data in bench.data_sets:
         packs = [pack for seed in bench.seeds for pack in windows(data, bench.context, bench.windows, seed)]
         for world_size in bench.world_sizes:
-            ceilings = [study_ceiling(pack, world_size) for pack in packs]
+            ceilings = np.array([study_ceiling(pack, world_size) for pack in packs])
             for strategy in bench.strategies:
-                case = f"{data} {bench.context // 1024}K N={world_size}"
-                yield from _numbers(case, strategy, packs, world_size, ceilings)
+                for number in _numbers(strategy, packs, world_size, ceilings):
+                    yield _row(f"{data} {bench.context // 1024}K N={world_size}", number)
 
 
-def _numbers(
-    case: str, strategy: str, packs: list[np.ndarray], world_size: int, ceilings: list[float]
-) -> Iterator[Row]:
+def _numbers(strategy: str, packs: Sequence[np.ndarray], world_size: int, ceilings: np.ndarray) -> Iterator[Number]:
+    """Spreads over windows, and means, maxima and shares with p20 and p80 empty."""
     plan(packs[0], world_size, strategy)
-    plans, wall_ms, cpu_ms = [], [], []
+    plans, seconds = [], []
     for pack in packs:
         wall, cpu = time.perf_counter(), time.thread_time()
         made = plan(pack, world_size, strategy)
         made.route("exact").critical_rows  # noqa: B018  # counting the rows is part of what is timed
-        wall_ms.append(1000 * (time.perf_counter() - wall))
-        cpu_ms.append(1000 * (time.thread_time() - cpu))
+        seconds.append((time.perf_counter() - wall, time.thread_time() - cpu))
         plans.append(made)
     imbalance = np.array([made.imbalance for made in plans])
     saving = np.array([made.route("exact").saving for made in plans])
-    to_ceiling = 100 * (np.array(ceilings) - saving)
-    to_certificate = np.array([_points_to_certificate(made) for made in plans])
 
-    def spread(metric: str, unit: str, values: np.ndarray | list[float]) -> Row:
-        return planner_row(case, Number(strategy, metric, unit, *np.percentile(values, (20, 50, 80)).tolist()))
+    def single(metric: str, unit: str, value: float) -> Number:
+        return Number(strategy, metric, unit, None, float(value), None)
 
-    def single(metric: str, unit: str, value: float | np.floating[Any]) -> Row:
-        return planner_row(case, Number(strategy, metric, unit, None, float(value), None))
-
-    for metric, times in (("plan_ms", wall_ms), ("plan_cpu_ms", cpu_ms)):
-        yield spread(metric, "ms", times)
-        yield single(f"{metric}_mean", "ms", float(np.mean(times)))
-        yield single(f"{metric}_p99", "ms", float(np.percentile(times, 99)))
-    yield spread("imbalance", "max/mean", imbalance)
+    for metric, ms in zip(("plan_ms", "plan_cpu_ms"), 1000 * np.array(seconds).T, strict=True):
+        yield Number(strategy, metric, "ms", *spread(ms))
+        yield single(f"{metric}_mean", "ms", ms.mean())
+        yield single(f"{metric}_p99", "ms", np.percentile(ms, 99))
+    yield Number(strategy, "imbalance", "max/mean", *spread(imbalance))
     yield single("imbalance_max", "max/mean", imbalance.max())
-    yield single("windows_over_1.01", "share", float((imbalance > 1.01).mean()))
-    yield spread("saving", "share", saving)
+    yield single("windows_over_1.01", "share", (imbalance > 1.01).mean())
+    yield Number(strategy, "saving", "share", *spread(saving))
     yield single("saving_mean", "share", saving.mean())
-    yield single("ceiling_distance_mean", "points", to_ceiling.mean())
-    yield single("certificate_distance_mean", "points", to_certificate.mean())
+    yield single("ceiling_distance_mean", "points", (100 * (ceilings - saving)).mean())
+    yield single("certificate_distance_mean", "points", float(np.mean([*map(_points_to_certificate, plans)])))
     yield single("windows", "windows", len(packs))
 
 
@@ -101,24 +108,84 @@ def _points_to_certificate(made: ShardingPlan) -> float:
     return 100 * gaps[1] * made.world_size / gathered if gathered else 0.0
 
 
+def bench_awkward(bench: AwkwardBench) -> Iterator[Row]:
+    """Imbalance and critical rows of each hard window with their proven bounds, then how often a member was better."""
+    for world_size in bench.world_sizes:
+        for name, lengths in hard_windows(bench.context, world_size, bench.seed).items():
+            made = plan(lengths, world_size)
+            bounds, case = made.certificate, f"{name} {bench.context // 1024}K N={world_size}"
+            for provider, imbalance, rows in (
+                ("flashcp", made.imbalance, made.route("exact").critical_rows),
+                ("certificate", bounds.largest_work * world_size / int(made.work.sum()), bounds.critical_rows),
+            ):
+                yield _row(case, Number(provider, "imbalance", "max/mean", None, imbalance, None))
+                yield _row(case, Number(provider, "critical_rows", "rows", None, rows, None))
+
+    random = np.random.default_rng(bench.seed)
+    worse = 0
+    packs = itertools.islice(random_windows(random, bench.seed), bench.random_windows)
+    for pack in bar(packs, total=bench.random_windows, unit="window"):
+        world_size = min(int(random.choice([2, 3, 4, 8, 16])), int(pack.sum()))
+        worse += _a_member_is_better(pack, world_size)
+    case = f"random windows, six kinds, {bench.random_windows}"
+    yield _row(case, Number("flashcp", "worse_than_a_member", "windows", None, worse, None))
+
+
+def hard_windows(context: int, world_size: int, seed: int) -> dict[str, list[int]]:
+    """Document lengths that planners stumble over, by name."""
+    random = np.random.default_rng(seed)
+
+    def tiny(tokens: int) -> list[int]:
+        lengths = random.integers(1, 65, tokens // 16 + 64)
+        return lengths[np.cumsum(lengths) <= tokens].tolist()
+
+    return {
+        "full": [context],
+        "two halves": [context // 2] * 2,
+        "N+1 equal": [context // (world_size + 1)] * (world_size + 1),
+        "2N equal": [context // (2 * world_size)] * (2 * world_size),
+        "sixteen": [context // 16] * 16,
+        "1 to 64": tiny(context),
+        "three quarters and tiny": [3 * context // 4, *tiny(context // 4)],
+        "geometric": [max(1, context >> i) for i in range(1, 17)],
+        "2 documents": [3 * context // 4, context // 4],
+        "3 documents": [context // 2, context // 3, context // 7],
+        "4 documents": [context // 2, context // 4, context // 5, context // 21],
+        "5 documents": [context // 3, context // 4, context // 5, context // 6, context // 21],
+        "6 documents": [context // 6] * 6,
+        "30000 documents": random.integers(1, 9, 30_000).tolist(),
+    }
+
+
+def random_windows(random: np.random.Generator, seed: int) -> Iterator[np.ndarray]:
+    """Windows without end: the three data sets, tiny documents, equal ones, and lengths over four decades."""
+    data = [windows(name, MEMBERS_CONTEXT, 10**6, seed) for name in ("wlb_llm", "pile", "redpajama")]
+    while True:
+        yield from (next(stream) for stream in data)
+        yield random.integers(1, 64, random.integers(10, 800))
+        yield np.full(random.integers(1, 40), random.integers(10, 2000))
+        yield np.maximum(2, 10 ** random.uniform(0, 4, random.integers(1, 12))).astype(np.int64)
+
+
+def _a_member_is_better(lengths: np.ndarray, world_size: int) -> bool:
+    """Whether a plan of the portfolio has equal or better imbalance and fewer critical rows."""
+    made = plan(lengths, world_size)
+    rows = made.route("exact").critical_rows
+    others = [ShardingPlan(lengths, world_size, table) for table in members(lengths, world_size)]
+    return any(o.work.max() <= made.work.max() and o.route("exact").critical_rows < rows for o in others)
+
+
 def planner_table(rows: list[Row]) -> str:
     """The numbers people ask for first, one line a case and strategy."""
-    shown = (
-        ("imbalance_max", "imbalance max", ".4f"),
-        ("saving_mean", "saving", ".3f"),
-        ("ceiling_distance_mean", "to ceiling", ".2f"),
-        ("certificate_distance_mean", "to certificate", ".2f"),
-        ("plan_ms_mean", "ms mean", ".1f"),
-        ("plan_ms_p99", "ms p99", ".1f"),
-        ("plan_cpu_ms_mean", "CPU ms mean", ".1f"),
-        ("plan_cpu_ms_p99", "CPU ms p99", ".1f"),
-    )
-    values = {(row.case, row.provider, row.metric): row.median for row in rows}
-    lines = [f"{'case':<24}{'strategy':<16}" + "".join(f"{title:>15}" for _, title, _ in shown)]
-    for case, provider in dict.fromkeys((row.case, row.provider) for row in rows):
-        numbers = "".join(f"{format(values[case, provider, metric], style):>15}" for metric, _, style in shown)
-        lines.append(f"{case:<24}{provider:<16}{numbers}")
-    return "\n".join(lines)
+    return rows_table(rows, {"case": "case", "strategy": "provider"}, "planner")
+
+
+def awkward_table(rows: list[Row]) -> str:
+    """One line a window: imbalance and critical rows, each with its proven bound."""
+    *hard, last = rows
+    told = [replace(row, metric=f"{row.provider} {row.metric}") for row in hard]
+    shown = rows_table(told, {"window": "case"}, "awkward")
+    return f"{shown}\n{last.case}: a member was better in {last.median:.0f}"
 
 
 def write_planner_rows(path: Path, rows: list[Row]) -> None:
@@ -127,24 +194,12 @@ def write_planner_rows(path: Path, rows: list[Row]) -> None:
     write_rows(path.parent, rows, path.name)
 
 
-def planner_row(case: str, number: Number) -> Row:
-    """A number of a plan, with what it must carry. median: over windows, or the number itself (mean, maximum, share)
-    with p20 and p80 empty."""
-    return to_row(case, number, platform_text(), of_versions=_versions())
+def _row(case: str, number: Number) -> Row:
+    return Row(case, *number[:3], None, *number[3:], *provenance(), "measured")
 
 
 def provenance() -> tuple[str, str, str, str]:
-    """What every row carries: device, versions, commit, date."""
-    return platform_text(), _versions(), commit(), datetime.date.today().isoformat()
-
-
-def platform_text() -> str:
-    """The device of a host-only measurement: how many cores, of what."""
-    return f"{os.cpu_count()}-core CPU ({platform.machine()})"
-
-
-def _versions() -> str:
-    import flashcp
-
+    """What a row of a host-only measurement carries: device (how many cores, of what), versions, commit, date."""
     numba = f"numba {version('numba')}" if find_spec("numba") else "no numba"
-    return f"flashcp {flashcp.__version__}, numpy {np.__version__}, {numba}, python {platform.python_version()}"
+    versions = f"flashcp {flashcp.__version__}, numpy {np.__version__}, {numba}, python {platform.python_version()}"
+    return f"{os.cpu_count()}-core CPU ({platform.machine()})", versions, commit(), f"{datetime.now(UTC):%Y-%m-%d}"

@@ -12,29 +12,26 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from itertools import product
-from typing import NamedTuple
+from functools import cache, partial
+from itertools import compress, product
+from typing import NamedTuple, cast
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
 
 from flashcp.attention import varlen_attention
-from flashcp.experiments.bench.attention_cases import Case, Tensors, make_tensors
-from flashcp.experiments.bench.timing import Work, in_turns_ms
+from flashcp.experiments.bench.attention_cases import make_tensors, pack
+from flashcp.experiments.bench.harness import Work, in_turns_ms, relative_error
 from flashcp.kernels.ahead import TARGETS, Build, build, build_rows
 from flashcp.kernels.backward_rows import ROWS
-from flashcp.kernels.schedule import whole_pack_schedule
 from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, Tuning, architecture, table_dim
-
-__all__ = ["PACKS", "Kernel", "compile_all", "compilers", "fit", "grid", "main", "shipped", "timed_work", "tuned"]
 
 PACKS = {"long": [16_384], "short": [64] * 256}
 SECONDS = 20.0  # for the candidates of one pack
+LARGEST_DIFFERENCE = 2e-2  # of two kernels in bf16
 HEAD = f"{'kernel':<58} {'registers':>9} {'spilled B':>9} {'shared B':>9} {'tensor-core':>11} {'async':>6}"
 
 
@@ -53,15 +50,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fits = compiled(list(shipped()), options.processes)
         print(f"triton {triton.__version__}: {len(fits)} kernels, {fits.count(False)} unfit")
         return 0 if all(fits) else 1
-    which = Pass(options.which)
+    which, head_dim, device = Pass(options.which), options.head_dim, torch.device("cuda")
     candidates = list(grid(options.dtype))
-    kernels = [tuned(which, options.arch, options.head_dim, options.dtype, blocks) for blocks in candidates]
-    fits = compiled(kernels, options.processes)
-    fitting = [blocks for blocks, fit in zip(candidates, fits, strict=True) if fit]
-    if torch.cuda.is_available() and architecture(torch.device("cuda")) == options.arch:
-        rank_by_time(which, fitting, options.head_dim, getattr(torch, options.dtype))
-    else:
+    kernels = [tuned(which, options.arch, head_dim, options.dtype, blocks) for blocks in candidates]
+    fitting = [*compress(candidates, compiled(kernels, options.processes))]
+    if not torch.cuda.is_available() or architecture(device) != options.arch:
         print(f"not timed: that needs a GPU of {options.arch}")
+        return 0
+    for name, lengths in PACKS.items():
+        work = timed_work(which, fitting, head_dim, getattr(torch, options.dtype), lengths, device)
+        times = in_turns_ms(agreeing(work), device, SECONDS)
+        for blocks, (low, median, high) in sorted(times.items(), key=lambda entry: entry[1][1]):
+            print(f"{name}: {median:.3f} ms ({low:.3f} to {high:.3f}) {blocks}")
     return 0
 
 
@@ -112,12 +112,10 @@ def compiled(kernels: Sequence[Kernel], processes: int) -> list[bool]:
         for kernel, result in zip(kernels, compile_all(kernels, pool), strict=True):
             fits.append(isinstance(result, Build) and fit(result, kernel))
             if isinstance(result, Build):
-                cores = result.wgmma + result.tcgen05 + result.mma
-                numbers = f"{result.registers:>9} {result.spilled_bytes:>9} {result.shared_bytes:>9} {cores:>11}"
-                unfit = "" if fits[-1] else "  unfit"
-                print(f"{kernel.name:<58} {numbers} {result.async_copies:>6}{unfit}", flush=True)
-            else:
-                print(f"{kernel.name:<58} {result}", flush=True)
+                cores, unfit = result.wgmma + result.tcgen05 + result.mma, "" if fits[-1] else "  unfit"
+                memory = f"{result.registers:>9} {result.spilled_bytes:>9} {result.shared_bytes:>9}"
+                result = f"{memory} {cores:>11} {result.async_copies:>6}{unfit}"
+            print(f"{kernel.name:<58} {result}", flush=True)
     return fits
 
 
@@ -144,15 +142,6 @@ def _try(kernel: Kernel) -> Build | str:
         return f"does not compile: {str(error).splitlines()[0][:80]}"
 
 
-def rank_by_time(which: Pass, candidates: Sequence[Blocks], head_dim: int, dtype: torch.dtype) -> None:
-    """Time the candidates in turns on both packs; print the order."""
-    device = torch.device("cuda")
-    for pack, lengths in PACKS.items():
-        times = in_turns_ms(timed_work(which, candidates, head_dim, dtype, lengths, device), device, SECONDS)
-        for blocks, (low, median, high) in sorted(times.items(), key=lambda entry: entry[1][1]):
-            print(f"{pack}: {median:.3f} ms ({low:.3f} to {high:.3f}) {blocks}")
-
-
 def timed_work(
     which: Pass,
     candidates: Sequence[Blocks],
@@ -165,26 +154,37 @@ def timed_work(
 
     A backward is both passes: dK and dV, and dQ.
     """
-    case = Case("", whole_pack_schedule(np.array(lengths)), sum(lengths), 0, tuple(lengths), 16, 16, head_dim)
-    x = make_tensors(case, dtype, device)
+    x = make_tensors(pack("", lengths, (16, 16), head_dim), dtype, device)
+
+    def backward(out: Callable[[], Tensor]) -> object:
+        return torch.autograd.grad(out(), x.leaves, x.grad, retain_graph=True)
+
     work: dict[str, Work] = {}
     for blocks in candidates:
         forward = partial(varlen_attention, x.q, x.k, x.v, lengths, tuning=Tuning(**{which.value: blocks}))
-        work[blocks.to_text()] = forward if which is Pass.FORWARD else _Backward(forward, x)
+        # A backward's forward runs when it is first asked for, and is kept.
+        work[blocks.to_text()] = forward if which is Pass.FORWARD else partial(backward, cache(forward))
     return work
 
 
-class _Backward:
-    """A backward whose forward ran when it was first asked for."""
+def agreeing(work: Mapping[str, Work]) -> dict[str, Work]:
+    """Those that give what the first one gives; of the others it is said."""
+    kept: dict[str, Work] = {}
+    expected: tuple[Tensor, ...] = ()
+    for name, one in work.items():
+        found = results(one())
+        expected = expected or found
+        error = max(relative_error(value, other) for value, other in zip(found, expected, strict=True))
+        if error <= LARGEST_DIFFERENCE:
+            kept[name] = one
+        else:
+            print(f"{name} differs from the first by {error:.1e}: a wrong kernel is not timed")
+    return kept
 
-    def __init__(self, forward: Callable[[], Tensor], x: Tensors) -> None:
-        self.forward, self.x = forward, x
-        self.out: Tensor | None = None
 
-    def __call__(self) -> object:
-        if self.out is None:
-            self.out = self.forward()
-        return torch.autograd.grad(self.out, self.x.leaves, self.x.grad, retain_graph=True)
+def results(found: object) -> tuple[Tensor, ...]:
+    """The output, or the gradients, that `timed_work` came to."""
+    return (found.detach(),) if isinstance(found, Tensor) else tuple(cast(tuple[Tensor, ...], found))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from flashcp.experiments.bench.attention_cases import OURS, all_cases, pack
 from flashcp.experiments.bench.attention_cases import Case as AttentionCase
 from flashcp.experiments.bench.attention_peers import PEERS
 from flashcp.experiments.bench.attention_times import measure as measure_attention
-from flashcp.experiments.bench.timing import Work, in_turns_ms
+from flashcp.experiments.bench.harness import Work, in_turns_ms
 from flashcp.experiments.campaign.part import Case, Part, Turn
 from flashcp.experiments.campaign.tools import NCU, case_of, under
 from flashcp.experiments.sweep.results import Failure, Number

@@ -13,10 +13,10 @@ from xml.etree import ElementTree
 
 import torch
 
-from flashcp.experiments.bench.accuracy import relative_error
 from flashcp.experiments.bench.attention_cases import OURS, exact_share, make_tensors, pack, share
 from flashcp.experiments.bench.attention_cases import Case as AttentionCase
 from flashcp.experiments.bench.attention_peers import PEERS
+from flashcp.experiments.bench.harness import relative_error
 from flashcp.experiments.campaign.part import Case, Part, Turn
 from flashcp.experiments.campaign.tools import SANITIZER, case_of, under
 from flashcp.experiments.sweep.results import Failure, Number, check_device, reason

@@ -13,7 +13,7 @@ import torch
 from flashcp.clusters import read_cluster
 from flashcp.experiments.bench import virtual as bench_virtual
 from flashcp.experiments.bench.calibrate import CalibrateBench, bench_calibrate, calibration_table, write_calibration
-from flashcp.experiments.bench.calibration.times import DIRECTIONS, SPLITS, errors
+from flashcp.experiments.bench.calibration import DIRECTIONS, SPLITS, errors
 from flashcp.experiments.bench.kernel_times import KernelTimer
 from flashcp.experiments.campaign.part import Case, Part, Turn
 from flashcp.experiments.sweep.measured import MeasuredPlanned

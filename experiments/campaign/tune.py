@@ -12,8 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flashcp.experiments.bench.accuracy import relative_error
-from flashcp.experiments.bench.timing import in_turns_ms
+from flashcp.experiments.bench.harness import in_turns_ms, relative_error
 from flashcp.experiments.bench.tune_attention import PACKS, compile_all, compilers, fit, grid, timed_work, tuned
 from flashcp.experiments.campaign.part import Case, Part, Turn
 from flashcp.experiments.sweep.results import Failure, Number, check_device, reason

@@ -41,8 +41,7 @@ def _planner() -> Bench:
 
 
 def _awkward() -> Bench:
-    from flashcp.experiments.bench.awkward import AwkwardBench, awkward_table, bench_awkward
-    from flashcp.experiments.bench.planner import write_planner_rows
+    from flashcp.experiments.bench.planner import AwkwardBench, awkward_table, bench_awkward, write_planner_rows
 
     return Bench(AwkwardBench, _into_file(bench_awkward, write_planner_rows), awkward_table)
 
@@ -54,7 +53,8 @@ def _attention() -> Bench:
 
 
 def _exchange() -> Bench:
-    from flashcp.experiments.bench.exchange import ExchangeBench, bench_exchange, exchange_table
+    from flashcp.experiments.bench.exchange import bench_exchange, exchange_table
+    from flashcp.experiments.bench.exchange_times import ExchangeBench
 
     return Bench(ExchangeBench, bench_exchange, exchange_table)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcp.experiments.bench.calibration.times import DIRECTIONS, errors, read_times
+from flashcp.experiments.bench.calibration import DIRECTIONS, errors, read_times
 from flashcp.experiments.folders import render
 from flashcp.experiments.paper import beyond, published
 from flashcp.experiments.paper.numbers import Numbers, farthest, verdict

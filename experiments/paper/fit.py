@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flashcp.clusters import read_cluster
-from flashcp.experiments.bench.cluster_text import cluster_text
+from flashcp.experiments.bench.calibration import cluster_text
 from flashcp.experiments.paper.numbers import BREAKDOWN, Breakdown
 from flashcp.experiments.provenance import commit
 from flashcp.sharding.lengths import windows

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcp.experiments.bench.calibration.times import DIRECTIONS, read_times
+from flashcp.experiments.bench.calibration import DIRECTIONS, read_times
 from flashcp.experiments.cli.verbs import AS_JSON
 from flashcp.experiments.folders import check_file, write_whole
 from flashcp.experiments.folders import render as fill

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-import pytest
 from torch.profiler import ProfilerActivity, profile
 
 from flashcp.comm.clock import Clock, span
@@ -13,15 +12,18 @@ from flashcp.comm.clock import Clock, span
 
 def test_a_block_inside_another_counts_for_itself_alone() -> None:
     clock = Clock()
+    outer = time.perf_counter()
     with clock.measure("attention_ms", "local tiles"):
         started = time.perf_counter()
         with clock.measure("exposed_exchange_ms"):
             time.sleep(0.04)
         inner_ms = 1e3 * (time.perf_counter() - started)
         time.sleep(0.02)
-    assert clock.exposed_exchange_ms == pytest.approx(inner_ms, abs=2)
+    outer_ms = 1e3 * (time.perf_counter() - outer)
+    # Bounds that hold however long the machine stops between two lines; counted twice, 40 ms would break the last.
+    assert 40 <= clock.exposed_exchange_ms <= inner_ms
     assert clock.attention_ms >= 20
-    assert clock.attention_ms + clock.exposed_exchange_ms == pytest.approx(1e3 * (time.perf_counter() - started), abs=2)
+    assert clock.attention_ms + clock.exposed_exchange_ms <= outer_ms
 
 
 def test_blocks_with_a_name_are_ranges_of_a_trace() -> None:

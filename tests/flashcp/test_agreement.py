@@ -11,6 +11,7 @@ import torch.distributed as dist
 import flashcp
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, PeerFailedError, PlanMismatchError
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
+from flashcp.comm.handshake import Handshake, Header
 from tests.packs import random_qkv
 from tests.ranks import run_cases, run_ranks
 
@@ -184,6 +185,22 @@ def absent_in_the_backward() -> str:
 
 def test_a_rank_that_skips_the_backward_is_named() -> None:
     assert "rank 0 did not come" in run_ranks(absent_in_the_backward, 2)[1]
+
+
+def absent_for_part_of_a_millisecond(timeout_s: float) -> str:
+    """gloo waits whole milliseconds, so its wait ends before our own clock says so."""
+    group = dist.new_group([0, 1])
+    said = ""
+    if dist.get_rank() == 1:
+        header = Header(failed=0, call=1)
+        said = message(ExchangeTimeoutError, Handshake(group, timeout_s).compare, header)
+    dist.barrier()
+    return said
+
+
+def test_a_rank_is_missing_by_the_kind_of_the_error_and_not_by_the_clock() -> None:
+    for _, said in run_cases(absent_for_part_of_a_millisecond, 2, [(0.0309 + 0.001 * case,) for case in range(10)]):
+        assert "rank 0 did not come" in said
 
 
 def failing_rank_0() -> tuple[str, float]:

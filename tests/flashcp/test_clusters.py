@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from flashcp.clusters import clusters, read_cluster, read_cluster_file, read_machine
-from flashcp.experiments.bench.cluster_text import cluster_text
+from flashcp.experiments.bench.calibration import cluster_text
 from flashcp.experiments.cli.compose import compose
 from flashcp.experiments.cli.schema import GROUPS
 from flashcp.simulator.machine import Machine, parameters

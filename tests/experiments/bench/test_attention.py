@@ -16,15 +16,13 @@ from flashcp.experiments.bench.attention import attention_table
 from flashcp.experiments.bench.attention_cases import (
     OURS,
     Case,
-    Forward,
     Tensors,
     all_cases,
     exact_share,
     make_tensors,
-    useful_share,
 )
-from flashcp.experiments.bench.attention_peers import PEERS
-from flashcp.experiments.bench.attention_times import measure
+from flashcp.experiments.bench.attention_peers import PEERS, Forward
+from flashcp.experiments.bench.attention_times import measure, useful_share
 from flashcp.experiments.plots import draw_rates
 from flashcp.experiments.sweep.results import Failure, Number, to_row
 from flashcp.kernels.reference import reference_attention

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flashcp.experiments.bench import awkward as bench_awkward
-from flashcp.experiments.bench.awkward import AwkwardBench, awkward_table, hard_windows
+from flashcp.experiments.bench import planner as bench_awkward
+from flashcp.experiments.bench.planner import AwkwardBench, awkward_table, hard_windows
 from flashcp.sharding.shards import ShardTable
 
 

@@ -11,19 +11,29 @@ import pytest
 import torch
 
 from flashcp.clusters import read_cluster_file
-from flashcp.experiments.bench.calibrate import CalibrateBench, Calibration, bench_calibrate, calibration_table
-from flashcp.experiments.bench.calibration.attention import fit_attention, random_schedule, random_shape
-from flashcp.experiments.bench.calibration.fit import (
+from flashcp.experiments.bench.calibrate import (
+    CalibrateBench,
+    Calibration,
+    bench_calibrate,
+    calibration_table,
+    layer_tflops,
+    random_schedule,
+    random_shape,
+)
+from flashcp.experiments.bench.calibration import (
     KernelSample,
+    TimeRow,
+    errors,
+    fit_attention,
     fit_kernel,
     fit_line,
     fit_rates,
     kernel_us,
+    read_times,
     total_features,
+    write_times,
 )
-from flashcp.experiments.bench.calibration.links import layer_tflops
-from flashcp.experiments.bench.calibration.times import TimeRow, errors, read_times, write_times
-from flashcp.experiments.bench.timing import median_us
+from flashcp.experiments.bench.harness import median_us
 from flashcp.experiments.cli.main import main
 from flashcp.simulator.cost import AttentionCost, AttentionShape, CopyCost, KernelCost, read_features
 from tests.checkout import ROOT

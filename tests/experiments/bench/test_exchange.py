@@ -20,12 +20,20 @@ from torch import Tensor
 from flashcp.comm.exchanges.exact import Exact
 from flashcp.comm.exchanges.receiving import GradientReturn
 from flashcp.experiments.bench.exchange import exchange_table, main, options_of, to_row
-from flashcp.experiments.bench.exchange_cases import ExchangeBench, Problem, check, offered, operator, overlaps_of
-from flashcp.experiments.bench.exchange_times import Number, in_turns, measure
+from flashcp.experiments.bench.exchange_times import (
+    ExchangeBench,
+    Problem,
+    check,
+    measure,
+    offered,
+    operator,
+    overlaps_of,
+)
+from flashcp.experiments.bench.harness import in_turns
 from flashcp.experiments.cli.bench import keys as bench_keys
 from flashcp.experiments.cli.compose import compose
 from flashcp.experiments.cli.main import main as flashcp
-from flashcp.experiments.sweep.results import read_rows
+from flashcp.experiments.sweep.results import Number, read_rows
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.train.ranks import Ranks
 from tests.checkout import ROOT
@@ -47,7 +55,7 @@ def test_every_exchange_is_counted_and_timed_on_every_transport() -> None:
     bench = dataclasses.replace(TINY, world_size=3)
     first, *others = run_ranks(measured, 3, bench)
     assert others == [first, first]
-    numbers = {(number.pair, number.metric): number for number in first}
+    numbers = {(tuple(number.provider.split("/")), number.metric): number for number in first}
     assert {pair for pair, _ in numbers} == {(where, name) for where in ("shm", "gloo") for name in EXCHANGES}
     for (pair, metric), number in numbers.items():
         if metric.startswith("sent_"):
@@ -213,9 +221,9 @@ def test_a_rank_that_fails_is_one_line_and_exit_code_1(tmp_path: Path, capsys: p
 def test_the_table_has_a_line_a_transport_and_exchange() -> None:
     told = {"device": "cpu x", "date": "today", "torch": "2"}
     numbers = [
-        Number(("shm", "exact"), "sent_bytes", "bytes", None, 2.5e6, None),
-        Number(("shm", "exact"), "hidden_staged", "share", 0.1, 0.5, 0.9),
-        Number(("gloo", "ring"), "sent_bytes", "bytes", None, 1e6, None),
+        Number("shm/exact", "sent_bytes", "bytes", None, 2.5e6, None),
+        Number("shm/exact", "hidden_staged", "share", 0.1, 0.5, 0.9),
+        Number("gloo/ring", "sent_bytes", "bytes", None, 1e6, None),
     ]
     lines = exchange_table([to_row("work", number, told) for number in numbers]).splitlines()
     assert lines[0] == "work, of the busiest rank"

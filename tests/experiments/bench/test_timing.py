@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from flashcp.experiments.bench import timing
-from flashcp.experiments.bench.timing import in_turns_ms, rounds_in
+from flashcp.experiments.bench import harness as timing
+from flashcp.experiments.bench.harness import in_turns_ms, rounds_in
 
 CPU = torch.device("cpu")
 

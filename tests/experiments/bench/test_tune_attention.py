@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
-from flashcp.experiments.bench.tune_attention import Kernel, compiled, fit, shipped, tuned
+from flashcp.experiments.bench import tune_attention
+from flashcp.experiments.bench.tune_attention import Kernel, compiled, fit, main, shipped, tuned
 from flashcp.kernels.ahead import TARGETS, Build
 from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, Blocks, Pass
 
@@ -51,6 +53,22 @@ def test_a_kernel_that_does_not_compile_is_said(capsys: pytest.CaptureFixture[st
     kernels = [Kernel(name, "sm_90", True, True, work) for name, work in (("good", _good), ("bad", _bad))]
     assert compiled(kernels, 1) == [True, False]
     assert capsys.readouterr().out.splitlines()[1].split(maxsplit=1) == ["bad", "does not compile: too large"]
+
+
+def test_a_wrong_candidate_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As on a GPU, with made-up kernels: the second one's gradients are off, the third one's are no numbers."""
+    x = torch.randn(8)
+    made = {"first": (x, x), "off": (x, 1.1 * x), "nan": (x * torch.nan, x), "other": (x, 1.001 * x)}
+    timed: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune_attention, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tune_attention, "compiled", lambda kernels, processes: [True] * len(kernels))
+    monkeypatch.setattr(tune_attention, "timed_work", lambda *_: {name: (lambda y=y: y) for name, y in made.items()})
+    monkeypatch.setattr(tune_attention, "in_turns_ms", lambda work, *_: timed.extend(work) or {})
+    assert main([]) == 0
+    assert timed == ["first", "other"] * len(tune_attention.PACKS)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.endswith("a wrong kernel is not timed")]
+    assert [line.split()[0] for line in said] == ["off", "nan"] * len(tune_attention.PACKS)
 
 
 def _good() -> Build:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import flashcp
-from flashcp.experiments.bench.virtual import main
-from flashcp.experiments.bench.virtual_ranks import VirtualRanks, check_connections
+from flashcp.experiments.bench.virtual import VirtualRanks, check_connections, main
 from flashcp.experiments.sweep.results import read_rows
 from tests.packs import random_qkv, relative_error
 

@@ -11,8 +11,7 @@ import torch
 
 import flashcp
 from flashcp.clusters import read_machine
-from flashcp.experiments.bench.calibration.attention import schedule_features
-from flashcp.experiments.bench.calibration.fit import KernelSample, kernel_us
+from flashcp.experiments.bench.calibration import KernelSample, kernel_us, schedule_features
 from flashcp.experiments.bench.kernel_times import KernelTimer, RankSchedule, rank_schedule
 from flashcp.experiments.cli.compose import compose
 from flashcp.experiments.cli.main import main
