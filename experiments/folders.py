@@ -1,4 +1,4 @@
-"""Where results go, checked before anything runs."""
+"""Where results go, checked before anything runs; pages out of Jinja2 templates, written whole."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-__all__ = ["check_file", "check_out", "leave_no_trace"]
+__all__ = ["check_file", "check_out", "leave_no_trace", "render", "write_whole"]
 
 
 def check_file(file: Path, field: str = "out") -> None:
@@ -47,3 +48,25 @@ def leave_no_trace(files: Iterable[Path], made: Iterable[Path]) -> None:
     for folder in made:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def render(template: Path, **values: Any) -> str:
+    """The template's text with these values; in HTML they are escaped. A name that nobody gave is an error."""
+    import jinja2  # late: a command that writes no page is quicker without
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template.parent),
+        autoescape=template.name.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template.name).render(**values)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    unfinished = path.with_name(f"unfinished_{path.name}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -17,14 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from flashcp.experiments.bench.calibration import DIRECTIONS, TimeRow, errors
 from flashcp.experiments.folders import check_file
-from flashcp.experiments.sweep.compare import (
-    LOSS_TOLERANCE,
-    Comparison,
-    Line,
-    is_told_apart,
-    relative_difference,
-    step_parts,
-)
+from flashcp.experiments.sweep import compare
+from flashcp.experiments.sweep.compare import Comparison, Line
 from flashcp.experiments.sweep.results import Row
 
 if TYPE_CHECKING:
@@ -42,32 +34,22 @@ __all__ = [
     "draw_exchanges",
     "draw_rates",
     "draw_timelines",
+    "ends",
     "legend_below",
     "save",
+    "spread",
     "stacks",
     "styled",
 ]
 
-P = ParamSpec("P")
-R = TypeVar("R")
-STYLE = Path(__file__).with_name("flashcp.mplstyle")
-LOOK = matplotlib.rc_params_from_file(STYLE, use_default_template=False)
+LOOK = matplotlib.rc_params_from_file(Path(__file__).with_name("flashcp.mplstyle"), use_default_template=False)
 PALETTE: list[str] = LOOK["axes.prop_cycle"].by_key()["color"]
 INK: str = LOOK["text.color"]
 PARTS = {"attention": PALETTE[1], "exchange": PALETTE[2], "rest": "#c8d0d8"}
 """Parts of a step and their colours."""
 WIDTH = 0.8  # of a group of bars
-
-
-def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """A function that draws, under the style sheet."""
-
-    @wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
-        with matplotlib.rc_context(LOOK):
-            return draw(*args, **kwargs)
-
-    return drawn
+styled = matplotlib.rc_context(LOOK)
+"""Decorates a function that draws: under the style sheet."""
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -85,6 +67,23 @@ def legend_below(figure: Figure, colours: Mapping[str, str]) -> None:
     handles = [Patch(color=colour, label=label) for label, colour in colours.items()]
     columns = min(len(handles), int(figure.get_figwidth() / 1.8))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def ends(row: Row) -> tuple[float, float]:
+    """p20 and p80; the median where there is none."""
+    return (row.median if row.p20 is None else row.p20, row.median if row.p80 is None else row.p80)
+
+
+def spread(rows: Sequence[Row]) -> np.ndarray:
+    """How far p20 lies below each row's median and p80 above it: what error bars take [2, R]."""
+    return np.abs(np.transpose([ends(row) for row in rows]) - [row.median for row in rows])
+
+
+def _sideways(axes: Any) -> None:
+    """Bars lie: the first on top, the grid across them."""
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
 
 
 class Panel(NamedTuple):
@@ -136,15 +135,14 @@ def stacks(panels: Sequence[Panel], path: Path, *, ylabel: str, colours: Mapping
     """A panel beside the other, each with a column per group whose parts stand on each other. Totals on top."""
     figure = Figure(figsize=(7 * len(panels), 6))
     for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        base = [0.0] * len(panel.ours)
+        base = np.zeros(len(panel.ours))
         for part, colour in colours.items():
             heights = [values[part] for values in panel.ours.values()]
             axes.bar(list(panel.ours), heights, bottom=base, color=colour, width=0.7)
-            base = [low + height for low, height in zip(base, heights, strict=True)]
+            base = base + heights
         for place, total in enumerate(base):
             axes.text(place, total, f"{total:.1f}", ha="center", va="bottom", fontsize=8)
-        axes.set_title(panel.title)
-        axes.set_ylabel(ylabel)
+        axes.set(title=panel.title, ylabel=ylabel)
         axes.tick_params(axis="x", labelrotation=60, labelsize=8)
     legend_below(figure, {part.replace("_", " "): colour for part, colour in colours.items()})
     figure.savefig(path)
@@ -153,6 +151,8 @@ def stacks(panels: Sequence[Panel], path: Path, *, ylabel: str, colours: Mapping
 # --- a sweep: where a step's time goes, how the loss falls, how far it is from the single process
 
 SMALLEST_DIFFERENCE = 1e-9  # where the logarithmic axis begins: losses that are equal lie on it
+BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
+"""Where a legend stands that is of the last panel."""
 
 
 @styled
@@ -167,62 +167,48 @@ def comparison_figure(comparison: Comparison) -> Figure:
     for row, case in zip(grid, cases, strict=True):
         lines = [line for line in comparison.runs if line.case == case]
         reference = next((line for line in comparison.lines if line.case == case and line not in lines), None)
-        _draw_steps(row[0], lines, comparison.title(case), comparison.over)
-        _draw_losses(row[1], lines, reference, colours)
-        _draw_differences(row[2], lines, reference, colours)
+        _draw_steps(row[0], lines, f"{comparison.title(case)}\nstep time, speedup over {comparison.over}")
+        _draw_losses(row[1:], lines, reference, colours)
     if across:
         _draw_speedups(parts[1].subplots(), comparison, colours)
     return figure
 
 
-def _draw_steps(axes: Any, lines: list[Line], case: str, baseline: str) -> None:
-    left = [0.0] * len(lines)
+def _draw_steps(axes: Any, lines: list[Line], title: str) -> None:
+    tips = np.zeros(len(lines))
     for part, colour in PARTS.items():
-        widths = [step_parts(line)[part] for line in lines]
-        axes.barh([line.provider for line in lines], widths, left=left, color=colour, label=part, height=0.66)
-        left = [begin + width for begin, width in zip(left, widths, strict=True)]
-    for place, (line, end) in enumerate(zip(lines, left, strict=True)):
+        widths = [compare.step_parts(line)[part] for line in lines]
+        axes.barh([line.provider for line in lines], widths, left=tips, color=colour, label=part, height=0.66)
+        tips = tips + widths
+    for place, (line, tip) in enumerate(zip(lines, tips, strict=True)):
         speedup = f"  {line.missing}" if line.speedup is None else f"  {line.speedup:.2f}x"
-        speedup = speedup if is_told_apart(line) else "  not told apart"
-        axes.text(end, place, speedup, va="center", fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.14 * max(left) or 1)  # all may have been left out
-    axes.grid(visible=False, axis="y")
-    axes.grid(visible=True, axis="x")
-    axes.set_xlabel("ms a step (median)")
-    axes.set_title(f"{case}\nstep time, speedup over {baseline}")
+        axes.text(tip, place, speedup if compare.is_told_apart(line) else "  not told apart", va="center", fontsize=9)
+    _sideways(axes)
+    axes.set(xlim=(0, 1.14 * max(tips) or 1), xlabel="ms a step (median)", title=title)  # all may have been left out
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
 
 
-def _draw_losses(axes: Any, lines: list[Line], reference: Line | None, colours: Mapping[str, str]) -> None:
+def _draw_losses(panels: Any, lines: list[Line], reference: Line | None, colours: Mapping[str, str]) -> None:
+    """The losses of every run, and how far they are from those of the single process."""
+    falling, apart = panels
+    expected = reference.losses if reference else ()
     if reference:
-        axes.plot(_steps(reference.losses), reference.losses, color="#d7dde3", lw=6, solid_capstyle="round")
+        falling.plot(range(1, len(expected) + 1), expected, color="#d7dde3", lw=6, solid_capstyle="round")
     for number, line in enumerate(lines):  # curves that agree lie on each other: dashes in turn show them all
         style = (4 * number, (4, 4 * max(0, len(lines) - 1)))
-        axes.plot(_steps(line.losses), line.losses, color=colours[line.provider], lw=1.6, ls=style)
-    axes.set_xlabel("step")
-    axes.set_title("loss, nats a token (wide: one process)" if reference else "loss, nats a token")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _draw_differences(axes: Any, lines: list[Line], reference: Line | None, colours: Mapping[str, str]) -> None:
-    expected = reference.losses if reference else ()
-    for line in lines:
-        differences = [
-            max(relative_difference(a, b), SMALLEST_DIFFERENCE) for a, b in zip(line.losses, expected, strict=False)
-        ]
-        axes.plot(_steps(differences), differences, color=colours[line.provider], lw=1.4, label=line.provider)
-    axes.axhline(LOSS_TOLERANCE, color=INK, lw=1, ls=(0, (4, 3)))
-    axes.set_yscale("log")
-    axes.set_ylim(SMALLEST_DIFFERENCE / 2, 10 * LOSS_TOLERANCE)
-    axes.set_xlabel("step")
-    axes.set_title("loss, relative difference from one process")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
-
-
-def _steps(losses: Sequence[float]) -> range:
-    return range(1, len(losses) + 1)
+        steps, colour = range(1, len(line.losses) + 1), colours[line.provider]
+        falling.plot(steps, line.losses, color=colour, lw=1.6, ls=style)
+        pairs = zip(line.losses, expected, strict=False)
+        differences = [max(compare.relative_difference(a, b), SMALLEST_DIFFERENCE) for a, b in pairs]
+        apart.plot(steps[: len(differences)], differences, color=colour, lw=1.4, label=line.provider)
+    falling.set_title("loss, nats a token (wide: one process)" if reference else "loss, nats a token")
+    apart.axhline(compare.LOSS_TOLERANCE, color=INK, lw=1, ls=(0, (4, 3)))
+    apart.set(yscale="log", ylim=(SMALLEST_DIFFERENCE / 2, 10 * compare.LOSS_TOLERANCE))
+    apart.set_title("loss, relative difference from one process")
+    apart.legend(**BESIDE)
+    for axes in panels:
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _draw_speedups(axes: Any, comparison: Comparison, colours: Mapping[str, str]) -> None:
@@ -237,19 +223,14 @@ def _draw_speedups(axes: Any, comparison: Comparison, colours: Mapping[str, str]
             if line and line.speedup_p20 is not None:
                 axes.vlines(place, line.speedup_p20, line.speedup_p80, color=colour, lw=1)
     axes.set_xticks(range(len(cases)), cases)
-    axes.set_xlabel(name)
-    axes.set_title(f"speedup over {comparison.over}, p20 to p80 of the turns")
-    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    axes.set(xlabel=name, title=f"speedup over {comparison.over}, p20 to p80 of the turns")
+    axes.legend(**BESIDE)
 
 
 # --- one pack's simulation: what every rank does when, method by method
 
 KINDS = {"attention": PARTS["attention"], "exchange": PARTS["exchange"], "copies": "#d9a441"}
-LANES = {
-    "attention": (-0.36, 0.5),
-    "copies": (-0.36, 0.5),
-    "exchange": (0.18, 0.18),
-}  # low edge and height in a rank's row
+BUSY, TRAVELS = (-0.36, 0.5), (0.18, 0.18)  # low edge and height in a rank's row
 
 
 def check_figure(name: str) -> Path:
@@ -275,11 +256,11 @@ def draw_timelines(modules: Mapping[str, Module], title: str, path: Path) -> Non
     lines = -(-len(modules) // columns)
     figure = Figure(figsize=(13, 0.8 + (0.75 + 0.13 * ranks) * lines))
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
-    longest = max(map(_end, modules.values()))
+    # The backward begins when the last rank is through with the forward.
+    ends_ms = {name: (one.forward.now.max() + one.backward.now.max()) / 1e3 for name, one in modules.items()}
     for axes, (name, module) in zip(grid, modules.items(), strict=False):
         _draw_module(axes, module, ranks)
-        axes.set_xlim(0, longest / 1e3)
-        axes.set_title(f"{name}: {_end(module) / 1e3:.2f} ms")
+        axes.set(xlim=(0, max(ends_ms.values())), title=f"{name}: {ends_ms[name]:.2f} ms")
         axes.grid(visible=False)
     for axes in grid[len(modules) :]:
         axes.remove()
@@ -288,16 +269,11 @@ def draw_timelines(modules: Mapping[str, Module], title: str, path: Path) -> Non
     save(figure, path)
 
 
-def _end(module: Module) -> float:
-    """When the last rank is through with the backward, us; it begins when the last one is through with the forward."""
-    return float(module.forward.now.max() + module.backward.now.max())
-
-
 def _draw_module(axes: Any, module: Module, ranks: int) -> None:
     turn = float(module.forward.now.max())
     for timeline, offset in ((module.forward, 0.0), (module.backward, turn)):
         for span in timeline.spans:
-            low, height = LANES[span.kind]
+            low, height = TRAVELS if span.kind == "exchange" else BUSY
             for rank in range(ranks):
                 width = span.stop[rank] - span.start[rank]
                 if width > 0:
@@ -310,100 +286,82 @@ def _draw_module(axes: Any, module: Module, ranks: int) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
 
-# --- the exchange benchmark: bytes, latency, bandwidth, and what attention hides
+# --- benchmarks: bars with their p20 and p80
 
-EXPOSED = {"exposed_none_ms": "none", "exposed_staged_ms": "staged", "exposed_fused_ms": "fused"}
-EXCHANGE = {
-    "sent_bytes": ("MB sent, busiest rank", 1e-6),
-    "latency_us": ("latency us, one row a rank", 1.0),
-    "bandwidth_gbps": ("GB/s, exchange alone", 1.0),
-}
+EXCHANGE = (
+    ("MB sent, busiest rank", 1e-6, {"sent_bytes": ""}),
+    ("latency us, one row a rank", 1.0, {"latency_us": ""}),
+    ("GB/s, exchange alone", 1.0, {"bandwidth_gbps": ""}),
+    ("ms exposed{slowed}", 1.0, {f"exposed_{level}_ms": level for level in ("none", "staged", "fused")}),
+)
+"""Panels: title, factor, and series by metric."""
 
 
 @styled
 def draw_exchanges(rows: Sequence[Row], path: Path) -> None:
-    """Write the figure in the format of the path's suffix: a panel a metric, a bar a transport and exchange."""
+    """Write the figure in the format of the path's suffix: bytes, latency, bandwidth and what attention does not hide,
+    a bar a transport and exchange."""
     figure = Figure(figsize=(13.5, 1.8 + 0.34 * len({row.provider for row in rows})))
-    grid = figure.subplots(1, len(EXCHANGE) + 1, squeeze=False)[0]
-    for axes, (metric, (title, factor)) in zip(grid, EXCHANGE.items(), strict=False):
-        _spread_bars(axes, {"": [row for row in rows if row.metric == metric]}, factor)
-        axes.set_title(title)
-    _spread_bars(
-        grid[-1], {name: [row for row in rows if row.metric == metric] for metric, name in EXPOSED.items()}, 1.0
-    )
-    grid[-1].set_title(_about_hiding(rows))
+    grid = figure.subplots(1, len(EXCHANGE))
+    throttled = {row.provider.split("/")[0]: row.median for row in rows if row.metric == "throttle_gbps"}
+    slowed = "".join(f"; {transport} slowed to {gbps:.2g} GB/s" for transport, gbps in throttled.items())
+    for axes, (title, factor, metrics) in zip(grid, EXCHANGE, strict=True):
+        _spread_bars(axes, {name: [row for row in rows if row.metric == key] for key, name in metrics.items()}, factor)
+        axes.set_title(title.format(slowed=slowed))
     for axes in grid[1:-1]:
         axes.tick_params(labelleft=False)
     figure.suptitle(f"{rows[0].case}: medians with p20 and p80, the slowest rank")
     figure.savefig(path)
 
 
-def _about_hiding(rows: Sequence[Row]) -> str:
-    throttled = {row.provider.split("/")[0]: row.median for row in rows if row.metric == "throttle_gbps"}
-    slowed = "".join(f"; {transport} slowed to {gbps:.2g} GB/s" for transport, gbps in throttled.items())
-    return f"ms exposed{slowed}"
-
-
-def _spread_bars(axes: Any, series: dict[str, list[Row]], factor: float) -> None:
-    """Horizontal bars, those of several series side by side; providers from the top."""
-    names = list(dict.fromkeys(row.provider for rows in series.values() for row in rows))
-    for i, (label, rows) in enumerate(series.items()):
-        if not rows:
-            continue
-        places = [names.index(row.provider) + 0.8 * ((i + 0.5) / len(series) - 0.5) for row in rows]
-        widths = [factor * row.median for row in rows]
-        spread = [
-            [factor * abs(row.median - (row.median if end is None else end)) for row, end in ends]
-            for ends in ([(row, row.p20) for row in rows], [(row, row.p80) for row in rows])
-        ]
-        colour = PALETTE[(i + 1) % len(PALETTE)]
-        axes.barh(places, widths, 0.8 / len(series), xerr=spread, color=colour, label=label, ecolor="#9aa5b1")
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.grid(visible=True, axis="x")
-    if len(series) > 1 and names:
-        axes.legend()
-
-
-# --- the attention benchmark: rates by case
-
-
 @styled
 def draw_rates(rows: Sequence[Row], folder: Path) -> None:
-    """Write forward.png and backward.png: TFLOP/s of every provider on every case."""
+    """Write forward.png and backward.png of the attention benchmark: TFLOP/s of every provider on every case."""
     for which in ("forward", "backward"):
-        kept = [replace(row, provider=row.case, case=row.provider) for row in rows if row.metric == f"{which}_tflops"]
-        series = {name: [row for row in kept if row.case == name] for name in dict.fromkeys(row.case for row in kept)}
-        figure = Figure(figsize=(10, 1 + 0.45 * len({row.provider for row in kept})))
+        kept = [row for row in rows if row.metric == f"{which}_tflops"]
+        series = {
+            name: [row for row in kept if row.provider == name] for name in dict.fromkeys(r.provider for r in kept)
+        }
+        figure = Figure(figsize=(10, 1 + 0.45 * len({row.case for row in kept})))
         axes = figure.subplots()
-        _spread_bars(axes, series, 1.0)
+        _spread_bars(axes, series, 1.0, by="case")
         axes.set_xlabel(f"{which}, useful TFLOP/s (bf16, head_dim 128; higher is better)")
         figure.savefig(folder / f"{which}.png")
 
 
-# --- a calibration: predicted attention times beside measured ones
+def _spread_bars(axes: Any, series: Mapping[str, Sequence[Row]], factor: float, by: str = "provider") -> None:
+    """Horizontal bars, those of several series side by side. by: what has a bar in each series, from the top."""
+    names = list(dict.fromkeys(getattr(row, by) for rows in series.values() for row in rows))
+    for i, (label, rows) in enumerate(series.items()):
+        if not rows:
+            continue
+        places = [names.index(getattr(row, by)) + 0.8 * ((i + 0.5) / len(series) - 0.5) for row in rows]
+        widths = [factor * row.median for row in rows]
+        look: dict[str, Any] = {"color": PALETTE[(i + 1) % len(PALETTE)], "ecolor": "#9aa5b1", "label": label}
+        axes.barh(places, widths, 0.8 / len(series), xerr=factor * spread(rows), **look)
+    axes.set_yticks(range(len(names)), names)
+    _sideways(axes)
+    if len(series) > 1 and names:
+        axes.legend()
 
 
 @styled
 def draw_calibration(times: Sequence[TimeRow], path: Path) -> None:
     """One scatter of the schedules that fitted nothing: measured across, predicted up, logarithmic."""
-    points = {}
-    for direction in DIRECTIONS:
-        found = errors(times, direction, "check")
-        chosen = [row for row in times if (row.direction, row.split) == (direction, "check")]
-        label = f"{direction}: error median {found.median:.1%}, p95 {found.p95:.1%}"
-        points[label] = [(row.measured_us, row.predicted_us) for row in chosen]
+    checked = [row for row in times if row.split == "check"]
     figure = Figure(figsize=(6.4, 5.6))
     axes = figure.subplots()
-    every = [value / 1e3 for pairs in points.values() for pair in pairs for value in pair]
-    ends = [0.8 * min(every), 1.25 * max(every)]
-    axes.plot(ends, ends, color=INK, lw=1)
-    axes.fill_between(ends, [0.75 * end for end in ends], [1.25 * end for end in ends], color="#e6eaee", label="25%")
-    for (label, pairs), colour in zip(points.items(), PALETTE[1:], strict=False):
-        measured, predicted = ([value / 1e3 for value in column] for column in zip(*pairs, strict=True))
+    every = [us / 1e3 for row in checked for us in (row.measured_us, row.predicted_us)]
+    range_ms = np.array([0.8 * min(every), 1.25 * max(every)])
+    axes.plot(range_ms, range_ms, color=INK, lw=1)
+    axes.fill_between(range_ms, 0.75 * range_ms, 1.25 * range_ms, color="#e6eaee", label="25%")
+    for direction, colour in zip(DIRECTIONS, PALETTE[1:], strict=False):
+        found = errors(times, direction, "check")
+        pairs = [(row.measured_us / 1e3, row.predicted_us / 1e3) for row in checked if row.direction == direction]
+        label = f"{direction}: error median {found.median:.1%}, p95 {found.p95:.1%}"
+        measured, predicted = zip(*pairs, strict=True)
         axes.scatter(measured, predicted, s=12, color=colour, label=label, alpha=0.8, linewidths=0)
-    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="ms measured", ylabel="ms predicted")
+    axes.set(xscale="log", yscale="log", xlim=range_ms, ylim=range_ms, xlabel="ms measured", ylabel="ms predicted")
     axes.set_title("attention of random ranks, schedules that fitted nothing")
     axes.legend()
     figure.savefig(path)

@@ -173,7 +173,8 @@ def test_import_from_a_wheel(environment: str, request: pytest.FixtureRequest, t
 
 def packaged() -> dict[str, bytes]:
     """What of the checkout is installed: code, configurations and templates, by their path below site-packages."""
-    data = r"conf/.*\.yaml|experiments/.*\.(?:j2|mplstyle|txt)|experiments/(?:bench|sweep)/.*\.csv|flashcp/py\.typed"
+    data = r"(?:conf|experiments/paper)/.*\.yaml|experiments/.*\.(?:j2|mplstyle|txt)|flashcp/py\.typed"
+    data += r"|experiments/(?:bench|sweep)/.*\.csv"
     kept = re.compile(rf"(?:flashcp|{'|'.join(ROOMS)})/.*\.py|{data}")
     names = [name for name in checkout_files() if kept.fullmatch(name)]
     return {f"flashcp/{name.removeprefix('flashcp/')}": (ROOT / name).read_bytes() for name in names}

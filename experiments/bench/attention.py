@@ -39,6 +39,7 @@ def bench_attention(bench: AttentionBench, out: str) -> tuple[list[Row], Path]:
     out: directory; empty: experiments/results/<device>/attention of this checkout. Returns the rows and that directory.
     Raises ValueError, before anything is written, where there is no GPU or no such case.
     """
+
     if not torch.cuda.is_available():
         raise ValueError("attention is measured on a GPU, and torch sees none here")
     labels = [case.label for case in load(PARTS["attention"]).cases(False)]

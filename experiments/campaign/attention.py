@@ -5,24 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-import numpy as np
 import torch
 
-from flashcp.experiments.bench.attention_cases import OURS, all_cases
+from flashcp.experiments.bench.attention_cases import OURS, all_cases, pack
 from flashcp.experiments.bench.attention_cases import Case as AttentionCase
 from flashcp.experiments.bench.attention_peers import PEERS
 from flashcp.experiments.bench.attention_times import measure as measure_attention
 from flashcp.experiments.bench.harness import Work, in_turns_ms
-from flashcp.experiments.campaign.part import Case, Turn
-from flashcp.experiments.campaign.tools import NCU, case_of, profile
+from flashcp.experiments.campaign.part import Case, Part, Turn
+from flashcp.experiments.campaign.tools import NCU, case_of, under
 from flashcp.experiments.sweep.results import Failure, Number
-from flashcp.kernels.schedule import whole_pack_schedule
 
-__all__ = ["ABOUT", "KIND", "MINUTES", "cases", "measure"]
-
-ABOUT = "attention beside its peers, useful TFLOP/s"
-MINUTES = 4.0
-KIND = "measured"
+__all__ = ["PART"]
 
 CEILINGS = "ceilings"
 COPIED_BYTES = 4 << 30
@@ -37,11 +31,10 @@ FIRST = ("one_16k", "pile", "16x8k", "wlb_llm", "one_4k", "one_32k", "rank_of_8_
 
 def cases(small: bool) -> list[Case]:
     """The ceilings, the cases of `attention_cases` by value, and one call under ncu."""
-    labels = list(_attention_cases(small))
-    found = [Case(label, 6, 120) for label in labels]
-    built = [Case(f"{label}{OF_SLOW}", 45, 150) for label in (labels if small else BUILT)]
-    plain = sum(not _attention_cases(small)[label].grouped for label in labels)
-    return [Case(CEILINGS, 5, 60), *found[:plain], *built, *found[plain:], case_of(NCU)]
+    found = _attention_cases(small)
+    plain, grouped = ([Case(label, 6, 120) for label in found if found[label].grouped == of] for of in (False, True))
+    built = [Case(f"{label}{OF_SLOW}", 45, 150) for label in (found if small else BUILT)]
+    return [Case(CEILINGS, 5, 60), *plain, *built, *grouped, case_of(NCU)]
 
 
 def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
@@ -49,12 +42,15 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
     if label == CEILINGS:
         yield from ceilings(turn.device, turn.small)
     elif label == NCU:
-        yield from profile(turn)
+        yield from under(NCU, turn)
     else:
         name = label.removesuffix(OF_SLOW)
         others = {SLOW} if name == label else PEERS.keys() - {SLOW, OURS}
         case, share_s = _attention_cases(turn.small)[name], 0.1 if turn.small else SHARE_S
         yield from measure_attention(case, turn.device, turn.left_out | others, turn.begin, share_s)
+
+
+PART = Part("attention beside its peers, useful TFLOP/s", 4.0, cases, measure)
 
 
 def ceilings(device: torch.device, small: bool) -> Iterator[Number]:
@@ -66,22 +62,21 @@ def ceilings(device: torch.device, small: bool) -> Iterator[Number]:
     work: dict[str, Work] = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
     times = in_turns_ms(work, device, 1.0)
     amounts = {"copy": 2 * source.nbytes / 1e6, "matmul": 2 * size**3 / 1e9}
-    for (name, spread), unit in zip(times.items(), ("GB/s", "TFLOP/s"), strict=True):
+    rates = {"copy": ("copy_gbps", "GB/s"), "matmul": ("matmul_tflops", "TFLOP/s")}
+    for name, spread in times.items():
         yield Number(name, f"{name}_ms", "ms", *spread)
         low, middle, high = (amounts[name] / ms for ms in reversed(spread))
-        yield Number(name, f"{name}_{'gbps' if unit == 'GB/s' else 'tflops'}", unit, low, middle, high)
+        yield Number(name, *rates[name], low, middle, high)
 
 
 @cache
 def _attention_cases(small: bool) -> dict[str, AttentionCase]:
     if small:
-        lengths = (60, 1, 300, 129, 20)
-        tiny = AttentionCase("tiny", whole_pack_schedule(np.array(lengths)), sum(lengths), 0, lengths, 4, 2, 16)
+        tiny = pack("tiny", (60, 1, 300, 129, 20), (4, 2), 16)
         return {tiny.label: tiny}
     found = {case.label: case for case in all_cases()}
-    order = {name: place for place, name in enumerate(FIRST)}
 
     def value(case: AttentionCase) -> tuple[bool, int]:
-        return case.grouped, order.get(case.name, len(order))
+        return case.grouped, FIRST.index(case.name) if case.name in FIRST else len(FIRST)
 
     return {case.label: case for case in sorted(found.values(), key=value)}

@@ -64,23 +64,16 @@ def _sitting(chosen: Sequence[str], options: argparse.Namespace) -> int:
     out = options.out or Path("outputs/campaign") / (re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_") or "cpu")
     check_out(out)
     print(f"campaign on {device or 'a CPU'}, {options.minutes:g} minutes, rows in {out}", flush=True)
-    shares = {name: load(PARTS[name]).MINUTES for name in chosen}
-    lines, empty = [], False
-    for name in chosen:
+    empty = False
+    for place, name in enumerate(chosen):
+        part, *others = (load(PARTS[one]) for one in chosen[place:])
         left = began + 60 * options.minutes - time.monotonic()
-        seconds = left * shares.pop(name) / (sum(shares.values()) + load(PARTS[name]).MINUTES)
-        print(f"{name}: {load(PARTS[name]).ABOUT}; at most {seconds:.0f} s", file=sys.stderr, flush=True)
-        result = run_part(
-            PARTS[name],
-            out / name,
-            seconds,
-            small=options.small,
-            of_commit=options.commit,
-            cases=options.cases,
-        )
+        seconds = left * part.minutes / (part.minutes + sum(other.minutes for other in others))
+        print(f"{name}: {part.about}; at most {seconds:.0f} s", file=sys.stderr, flush=True)
+        told = {"small": options.small, "of_commit": options.commit, "cases": options.cases}
+        result = run_part(PARTS[name], out / name, seconds, **told)
         empty |= len(result.rows) == result.failures
-        lines.append(result.line(name))
-        print(lines[-1], flush=True)
+        print(result.line(name), flush=True)
     return int(empty)
 
 

@@ -11,62 +11,55 @@ from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
 import torch
 
-from flashcp.experiments.bench.attention_cases import OURS, exact_share, make_tensors
+from flashcp.experiments.bench.attention_cases import OURS, exact_share, make_tensors, pack, share
 from flashcp.experiments.bench.attention_cases import Case as AttentionCase
 from flashcp.experiments.bench.attention_peers import PEERS
 from flashcp.experiments.bench.harness import relative_error
-from flashcp.experiments.campaign.part import Case, Turn
-from flashcp.experiments.campaign.tools import SANITIZER, case_of, sanitize
+from flashcp.experiments.campaign.part import Case, Part, Turn
+from flashcp.experiments.campaign.tools import SANITIZER, case_of, under
 from flashcp.experiments.sweep.results import Failure, Number, check_device, reason
-from flashcp.kernels.schedule import build_schedule, whole_pack_schedule
 from flashcp.kernels.tuning import HEAD_DIMS
 from flashcp.sharding.strategies import plan
 
-__all__ = ["ABOUT", "KIND", "MINUTES", "cases", "measure", "test_files"]
-
-ABOUT = "values and gradients against float64, and the tests for a GPU"
-MINUTES = 3.0
-KIND = "measured"
+__all__ = ["PART", "test_files"]
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = "float64_head_dim_"
 LENGTHS = (300, 1, 41, 7, 129)
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 MARK = "mark.gpu"
-FILES = (
-    "tests/comm/test_gpu_symmetric.py",
-    "tests/experiments/bench/test_virtual_ranks.py",
-    "tests/kernels/test_gpu_hopper.py",
-    "tests/kernels/test_gpu_attention.py",
-)
-"""The first of the test files, by value; the others that have tests for a GPU follow."""
-EXPECTED_S = {
-    "tests/kernels/test_gpu_attention.py": 330,
+FILES = {
+    "tests/comm/test_gpu_symmetric.py": 20,
+    "tests/experiments/bench/test_virtual_ranks.py": 20,
     "tests/kernels/test_gpu_hopper.py": 120,
-}  # compiling, most of it
+    "tests/kernels/test_gpu_attention.py": 330,
+}
+"""The first of the test files, by value, and about how many seconds each takes, compiling, most of it; the others that
+have tests for a GPU follow."""
 TEST_S, FILE_S = 100, 420
 WORKERS = 8  # one compiles while another computes
 
 
 def cases(small: bool) -> list[Case]:
     """Head dims against float64, test files, one call under compute-sanitizer."""
-    dims = (16,) if small else tuple(sorted(HEAD_DIMS, key=lambda head_dim: head_dim != 128))
+    dims, files = ([16], test_files()[:1]) if small else (sorted(HEAD_DIMS, key=lambda dim: dim != 128), test_files())
     found = [Case(f"{EXACT}{head_dim}", 30, 90) for head_dim in dims]
-    found += [Case(file, EXPECTED_S.get(file, 20), FILE_S) for file in (test_files()[:1] if small else test_files())]
-    return [*found, case_of(SANITIZER)]
+    return [*found, *(Case(file, FILES.get(file, 20), FILE_S) for file in files), case_of(SANITIZER)]
 
 
 def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
     """Errors, or how many tests passed and which did not."""
     if label == SANITIZER:
-        yield from sanitize(turn)
+        yield from under(SANITIZER, turn)
     elif label.startswith(EXACT):
         yield from against_float64(int(label.removeprefix(EXACT)), turn)
     else:
         yield from run_tests(label, turn)
+
+
+PART = Part("values and gradients against float64, and the tests for a GPU", 3.0, cases, measure)
 
 
 def against_float64(head_dim: int, turn: Turn) -> Iterator[Number | Failure]:
@@ -79,14 +72,12 @@ def against_float64(head_dim: int, turn: Turn) -> Iterator[Number | Failure]:
             turn.begin(name)
             try:
                 error = largest_error(case, dtype, turn.device)
+                if not error <= limit:
+                    raise RuntimeError(f"relative error {error:.2e}: expected <= {limit:g}")
+                yield Number(name, "relative_error", "1", None, error, None)
             except Exception as failure:
                 check_device(turn.device)
                 yield Failure(name, reason(failure))
-                continue
-            if error <= limit:
-                yield Number(name, "relative_error", "1", None, error, None)
-            else:
-                yield Failure(name, f"relative error {error:.2e}: expected <= {limit:g}")
 
 
 def largest_error(case: AttentionCase, dtype: torch.dtype, device: torch.device) -> float:
@@ -136,7 +127,7 @@ def outcomes(report: Path) -> Iterator[Number | Failure]:
     """What a report in JUnit's form holds."""
     counts = {"passed": 0, "skipped": 0}
     for test in ElementTree.parse(report).iter("testcase"):
-        wrong = next((test.find(kind) for kind in ("failure", "error") if test.find(kind) is not None), None)
+        wrong = next(iter(test.findall("failure") + test.findall("error")), None)
         if wrong is not None:
             yield Failure(f"{test.get('name')}", (wrong.get("message") or "no reason given").strip())
         else:
@@ -147,19 +138,13 @@ def outcomes(report: Path) -> Iterator[Number | Failure]:
 
 def test_files() -> list[str]:
     """Test files of this checkout that hold tests for a GPU; none where there is no checkout."""
-    found = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*.py"))
-             if MARK in path.read_text("utf-8")]  # fmt: skip
-    first = [file for file in FILES if file in found]
-    return [*first, *(file for file in found if file not in first)]
+    files = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if MARK in file.read_text("utf-8")]
+    first = list(FILES)
+    found = [str(file.relative_to(ROOT)) for file in files]
+    return sorted(found, key=lambda file: first.index(file) if file in first else len(first))
 
 
 @cache
-def _cases(head_dim: int) -> tuple[AttentionCase, ...]:
+def _cases(head_dim: int) -> tuple[AttentionCase, AttentionCase]:
     split = plan(LENGTHS, 3, "per_document")
-    local, received = split.local(1), split.route("exact").received(1)
-    rows = int((received.stop - received.start).sum())
-    share = build_schedule(local, local=local, received=received)
-    return (
-        AttentionCase("pack", whole_pack_schedule(np.array(LENGTHS)), sum(LENGTHS), 0, LENGTHS, 4, 2, head_dim),
-        AttentionCase("share", share, int(split.tokens[1]), rows, None, 4, 2, head_dim),
-    )
+    return pack("pack", LENGTHS, (4, 2), head_dim), share("share", split, 1, (4, 2), head_dim)

@@ -6,14 +6,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
-from typing import Any
 
 import triton
 
 from flashcp.experiments.bench.tune_attention import Kernel, compile_all, compilers, fit, shipped
 from flashcp.experiments.campaign.part import PARTS, load
 from flashcp.kernels.ahead import TRANSFERS, Build, build, build_hopper, build_transfer
-from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, TABLE, Blocks, Pass, table_dim
+from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, TABLE, Pass, table_dim
 
 __all__ = ["dry_run", "kernels"]
 
@@ -35,7 +34,7 @@ def dry_run(
         part = load(PARTS[name])
         listed = [case for case in part.cases(small) if cases in case.label]
         minutes = sum(case.expected_s for case in listed) / 60
-        print(f"{name}: {part.ABOUT}; {len(listed)} cases, some {minutes:.0f} min for all, share {part.MINUTES:g}")
+        print(f"{name}: {part.about}; {len(listed)} cases, some {minutes:.0f} min for all, share {part.minutes:g}")
         for case in listed:
             print(f"  {case.label:<44} {case.expected_s:4.0f} s, at most {case.limit_s:.0f}")
     wanted = [kernel for kernel in kernels() if chosen(kernel)]
@@ -51,9 +50,8 @@ def dry_run(
                 print(f"  {kernel.name}: {found}", flush=True)
             elif not fit(found, kernel):
                 unfit += 1
-                print(
-                    f"  {kernel.name}: unfit, {found.registers} registers, {found.spilled_bytes} B spilled", flush=True
-                )
+                told = f"{found.registers} registers, {found.spilled_bytes} B spilled"
+                print(f"  {kernel.name}: unfit, {told}", flush=True)
     print(f"{len(wanted)} kernels: {refused} do not compile, {unfit} unfit")
     return int(refused > 0)
 
@@ -64,19 +62,14 @@ def kernels() -> Iterator[Kernel]:
     yield from (kernel for kernel in shipped() if kernel.arch == ARCH)
     for head_dim, dtype, which in product(HEAD_DIMS, DTYPES, Pass):
         for blocks in dict.fromkeys(TABLE[ARCH, table_dim(head_dim), 4 if dtype == "float32" else 2, which]):
-            yield _variant("parallel", which, head_dim, dtype, blocks, parallel=True)
-            if which is Pass.FORWARD:
-                yield _variant("fused", which, head_dim, dtype, blocks, parallel=True, fused=True)
+            for kind in ("parallel", "fused") if which is Pass.FORWARD else ("parallel",):
+                name = f"{ARCH} {head_dim} {dtype} {which.value} {blocks.block_m}x{blocks.block_n} {kind}"
+                work = partial(build, which, ARCH, head_dim, dtype, blocks, parallel=True, fused=kind == "fused")
+                yield Kernel(name, ARCH, False, dtype != "float32", work)
     for name, head_dim, dtype in product(TRANSFERS, HEAD_DIMS, DTYPES):
-        work = partial(build_transfer, name, ARCH, head_dim, dtype)
-        yield Kernel(f"{ARCH} {head_dim} {dtype} {name}", ARCH, False, False, work)
+        transfer = partial(build_transfer, name, ARCH, head_dim, dtype)
+        yield Kernel(f"{ARCH} {head_dim} {dtype} {name}", ARCH, False, False, transfer)
     for head_dim, dtype, group, merge in product((64, 128), ("bfloat16", "float16"), (1, 4), (False, True)):
-        work = partial(build_hopper, head_dim, dtype, group, merge)
+        hopper = partial(build_hopper, head_dim, dtype, group, merge)
         name = f"{ARCH} {head_dim} {dtype} hopper forward group {group}{' merge' if merge else ''}"
-        yield Kernel(name, ARCH, True, True, work)
-
-
-def _variant(kind: str, which: Pass, head_dim: int, dtype: str, blocks: Blocks, **options: bool) -> Kernel:
-    name = f"{ARCH} {head_dim} {dtype} {which.value} {blocks.block_m}x{blocks.block_n} {kind}"
-    work: Any = partial(build, which, ARCH, head_dim, dtype, blocks, **options)
-    return Kernel(name, ARCH, False, dtype != "float32", work)
+        yield Kernel(name, ARCH, True, True, hopper)

@@ -1,12 +1,12 @@
-"""What a part of the campaign is: a module with `ABOUT`, `MINUTES`, `cases` and `measure`."""
+"""What a part of the campaign is, and where each is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from pkgutil import resolve_name
+from typing import NamedTuple, cast
 
 import torch
 
@@ -14,11 +14,16 @@ from flashcp.experiments.sweep.results import Failure, Number
 
 __all__ = ["PARTS", "Case", "Part", "Turn", "load"]
 
+HERE = "flashcp.experiments.campaign"
 PARTS = {
-    name: f"flashcp.experiments.campaign.{name}"
-    for name in ("correct", "attention", "overlap", "tune", "calibrate", "hybrid")
+    "correct": f"{HERE}.correct:PART",
+    "attention": f"{HERE}.attention:PART",
+    "overlap": f"{HERE}.machine:OVERLAP",
+    "tune": f"{HERE}.tune:PART",
+    "calibrate": f"{HERE}.machine:CALIBRATE",
+    "hybrid": f"{HERE}.machine:HYBRID",
 }
-"""Modules by name, the most valuable first."""
+"""Modules and what they call it, by name, the most valuable first."""
 
 
 class Case(NamedTuple):
@@ -45,20 +50,17 @@ class Turn:
     begin: Callable[[str], None] = lambda provider: None
 
 
-class Part(Protocol):
-    """ABOUT: what it brings home. MINUTES: its share of a sitting. KIND: as rows say it."""
+class Part(NamedTuple):
+    """about: what it brings home. minutes: its share of a sitting. cases: what there is to measure, or what there is in
+    small, the most valuable first. measure: the case of a label. kind: as rows say it."""
 
-    ABOUT: str
-    MINUTES: float
-    KIND: str
-
-    def cases(self, small: bool) -> Sequence[Case]:
-        """What there is to measure, the most valuable first."""
-
-    def measure(self, label: str, turn: Turn) -> Iterator[Number | Failure]:
-        """Measure the case of that label."""
+    about: str
+    minutes: float
+    cases: Callable[[bool], Sequence[Case]]
+    measure: Callable[[str, Turn], Iterator[Number | Failure]]
+    kind: str = "measured"
 
 
-def load(module: str) -> Part:
-    """The part in a module."""
-    return cast(Part, import_module(module))
+def load(place: str) -> Part:
+    """The part at `module:NAME`."""
+    return cast(Part, resolve_name(place))

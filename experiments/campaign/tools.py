@@ -6,22 +6,26 @@ import csv
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
+import torch
+
+from flashcp.attention import varlen_attention
 from flashcp.experiments.campaign.part import Case, Turn
 from flashcp.experiments.sweep.results import Failure, Number
 
-__all__ = ["NCU", "SANITIZER", "case_of", "counters", "profile", "sanitize"]
+__all__ = ["NCU", "SANITIZER", "case_of", "counters", "one_call", "under"]
 
 NCU, SANITIZER = "ncu", "compute-sanitizer"
-CALL = (sys.executable, "-m", "flashcp.experiments.campaign.one_call")
 LIMIT_S = 75
-SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats")
-PROFILE = (
-    *(NCU, "--clock-control", "none", "--csv", "--kernel-name", r"regex:(forward|backward_kv|backward_q)_kernel"),
-    *(word for section in SECTIONS for word in ("--section", section)),
-)
-CHECK = (SANITIZER, "--tool", "memcheck", "--error-exitcode", "9")
+SMALL = 300
+KERNELS = "regex:(forward|backward_kv|backward_q)_kernel"
+SECTIONS = "--section SpeedOfLight --section LaunchStats --section Occupancy --section WarpStateStats"
+TOOLS = {
+    NCU: (8192, f"--clock-control none --csv --kernel-name {KERNELS} {SECTIONS}"),
+    SANITIZER: (SMALL, "--tool memcheck --error-exitcode 9"),
+}
+"""Tokens of the call, and the words before it."""
 
 
 def case_of(tool: str) -> Case:
@@ -29,26 +33,24 @@ def case_of(tool: str) -> Case:
     return Case(tool, 30 if shutil.which(tool) else 0.1, LIMIT_S + 15)
 
 
-def profile(turn: Turn) -> Iterator[Number | Failure]:
-    """What ncu's sections tell of the three kernels, on one document of 8K."""
-    if not _there(NCU):
+def under(tool: str, turn: Turn) -> Iterator[Number | Failure]:
+    """What ncu's sections tell of the three kernels, or whether memcheck finds reads and writes outside of what was
+    allocated; where the tool is not installed, a line on standard error. Its output is kept beside the rows."""
+    if not shutil.which(tool):
+        print(f"{tool}: not on the PATH, nothing measured", file=sys.stderr)
         return
-    code, text = _run(PROFILE, ["--tokens", "300" if turn.small else "8192"], turn)
-    found = list(counters(text))
+    tokens, options = TOOLS[tool]
+    call = f"from flashcp.experiments.campaign import tools; tools.one_call({SMALL if turn.small else tokens})"
+    command = [tool, *options.split(), sys.executable, "-c", call]
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S)
+    (turn.folder / f"{tool}.txt").write_text(run.stdout, encoding="utf-8")
+    found = list(counters(run.stdout))
+    if tool == SANITIZER and not run.returncode:
+        found = [Number(SANITIZER, "memcheck_errors", "errors", None, 0.0, None)]
     yield from found
-    if code or not found:
-        yield Failure(NCU, _last_line(text) or f"ended with code {code}")
-
-
-def sanitize(turn: Turn) -> Iterator[Number | Failure]:
-    """Whether memcheck finds reads and writes outside of what was allocated, on a few short documents."""
-    if not _there(SANITIZER):
-        return
-    code, text = _run(CHECK, ["--tokens", "300"], turn)
-    if code:
-        yield Failure(SANITIZER, _last_line(text) or f"ended with code {code}")
-    else:
-        yield Number(SANITIZER, "memcheck_errors", "errors", None, 0.0, None)
+    if run.returncode or not found:
+        said = [line.strip() for line in run.stdout.splitlines() if line.strip()]  # the summary comes last
+        yield Failure(tool, said[-1] if said else f"ended with code {run.returncode}")
 
 
 def counters(text: str) -> Iterator[Number]:
@@ -64,22 +66,14 @@ def counters(text: str) -> Iterator[Number]:
             yield Number(row["Kernel Name"].split("(")[0], row["Metric Name"], row["Metric Unit"], None, value, None)
 
 
-def _there(tool: str) -> bool:
-    """Whether it is installed; a line on standard error where it is not."""
-    found = shutil.which(tool) is not None
-    if not found:
-        print(f"{tool}: not on the PATH, nothing measured", file=sys.stderr)
-    return found
-
-
-def _run(tool: Sequence[str], arguments: Sequence[str], turn: Turn) -> tuple[int, str]:
-    """Exit code and output of a call under a tool; the output is kept beside the rows."""
-    command = [*tool, *CALL, *arguments]
-    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S)
-    (turn.folder / f"{tool[0]}.txt").write_text(run.stdout, encoding="utf-8")
-    return run.returncode, run.stdout
-
-
-def _last_line(text: str) -> str:
-    """What a tool says last, which is its summary."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+def one_call(tokens: int) -> None:
+    """Forward and backward of tokens in three documents, one of them long; once to warm up and once more."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lengths = [tokens - 8, 1, 7]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v = (torch.randn(tokens, 4, 128, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    for _ in range(2):
+        out = varlen_attention(q, k, v, lengths)
+        torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -14,16 +14,12 @@ from torch import Tensor
 
 from flashcp.experiments.bench.harness import in_turns_ms, relative_error
 from flashcp.experiments.bench.tune_attention import PACKS, compile_all, compilers, fit, grid, timed_work, tuned
-from flashcp.experiments.campaign.part import Case, Turn
+from flashcp.experiments.campaign.part import Case, Part, Turn
 from flashcp.experiments.sweep.results import Failure, Number, check_device, reason
 from flashcp.kernels.ahead import Build
 from flashcp.kernels.tuning import TABLE, Blocks, Pass, architecture, table_dim
 
-__all__ = ["ABOUT", "KIND", "MINUTES", "cases", "measure"]
-
-ABOUT = "block shapes beside those of the table"
-MINUTES = 3.0
-KIND = "measured"
+__all__ = ["PART"]
 
 HEAD_DIMS = (128, 64, 96, 80, 256, 32, 16)  # by how many models have them
 DTYPE = "bfloat16"
@@ -80,6 +76,9 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
     finalists = [blocks for blocks in dict.fromkeys([shipped, *best]) if blocks in alone]
     for name, spread in in_turns_ms(work(finalists), turn.device, TURNS_S).items():
         yield Number(name, "shipped_ms" if name == shipped.to_text() else "candidate_ms", "ms", *spread)
+
+
+PART = Part("block shapes beside those of the table", 3.0, cases, measure)
 
 
 def _results(found: object) -> tuple[Tensor, ...]:

@@ -1,21 +1,29 @@
-"""Runs a part in a process that it watches: what hangs or dies costs its own row, never another's."""
+"""Runs a part in a process that it watches: what hangs or dies costs its own row, never another's.
+
+What goes along the line between the two: down, a case's label and what a `Turn` says of it, None at the end; up, the
+device's name, then for each case providers whose turn it is, what was found, and None; or a `LostError`.
+"""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Collection
-from contextlib import suppress
+import traceback
+from collections.abc import Collection, Iterator
+from contextlib import closing, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flashcp.experiments.campaign.part import Case, load
-from flashcp.experiments.campaign.worker import Begun, Done, Hello, Lost, Task, serve
-from flashcp.experiments.sweep.results import Failure, Number, Row, to_row, write_rows
+import torch
+
+from flashcp.experiments.campaign.part import Case, Turn, load
+from flashcp.experiments.sweep.results import Failure, Number, Row, check_device, reason, to_row, write_rows
 
 __all__ = ["PartResult", "run_part"]
 
@@ -40,101 +48,85 @@ class PartResult(NamedTuple):
 
 
 class LostError(Exception):
-    """The measuring process hung or died. Its text is the reason."""
+    """The measuring process hung or died, or its device takes no more work. Its text is the reason."""
 
 
 def run_part(
-    module: str, folder: Path, seconds: float, *, small: bool = False, of_commit: str = "", cases: str = ""
+    place: str, folder: Path, seconds: float, *, small: bool = False, of_commit: str = "", cases: str = ""
 ) -> PartResult:
     """Measure a part's cases, for so many seconds at most; its rows are in `folder`, rewritten after every case.
 
-    cases: only those whose label holds this text. Progress is said on standard error.
+    place: see `part.load`. cases: only those whose label holds this text. Progress is said on standard error.
     """
-    part = load(module)
+    part = load(place)
     chosen = [case for case in part.cases(small) if cases in case.label]
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     rows: list[Row] = []
     late = lost_in_a_row = 0
-    with _Watched(module, folder, small, began + seconds) as watched:
+    with closing(_Watched(place, folder, small, began + seconds)) as watched:
         for number, case in enumerate(chosen, start=1):
-            left = began + seconds - time.monotonic()
-            if left < min(case.expected_s, case.limit_s) or lost_in_a_row == LOST_IN_A_ROW:
-                why = "the time is over" if lost_in_a_row < LOST_IN_A_ROW else "the processes before it died"
-                _say(f"{case.label}: left out, {why}")
+            started, given_up = time.monotonic(), lost_in_a_row == LOST_IN_A_ROW
+            if given_up or began + seconds - started < min(case.expected_s, case.limit_s):
+                _say(f"{case.label}: left out, {'the processes before it died' if given_up else 'the time is over'}")
                 late += 1
                 continue
-            started = time.monotonic()
             found, died = watched.measure(case)
-            lost_in_a_row = lost_in_a_row + 1 if died and all(isinstance(one, Failure) for one in found) else 0
-            rows += [to_row(case.label, one, watched.device, part.KIND, of_commit) for one in found]
+            failures = [one for one in found if isinstance(one, Failure)]
+            lost_in_a_row = lost_in_a_row + 1 if died and failures == found else 0
+            rows += [to_row(case.label, one, watched.device, part.kind, of_commit) for one in found]
             write_rows(folder, rows)
-            for one in found:
-                if isinstance(one, Failure):
-                    _say(f"{case.label}: {one.provider or 'all'} failed: {one.reason}")
+            for one in failures:
+                _say(f"{case.label}: {one.provider or 'all'} failed: {one.reason}")
             _say(f"{number}/{len(chosen)} {case.label}: {len(found)} rows, {time.monotonic() - started:.1f} s")
-    failures = sum(row.metric == "failed" for row in rows)
-    return PartResult(rows, failures, late, time.monotonic() - began)
+    return PartResult(rows, sum(row.metric == "failed" for row in rows), late, time.monotonic() - began)
 
 
 class _Watched:
     """The measuring process, started when it is needed, ended when it hangs, and started again."""
 
-    def __init__(self, module: str, folder: Path, small: bool, deadline: float) -> None:
-        self.arguments, self.deadline = (module, folder, small), deadline
+    def __init__(self, place: str, folder: Path, small: bool, deadline: float) -> None:
+        self.arguments, self.deadline = (place, folder, small), deadline
         self.device = "unknown"
         self._process: Any = None
         self._line: Connection
 
-    def __enter__(self) -> _Watched:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._process is not None:
-            with suppress(OSError):
-                self._line.send(None)  # it ends what it started itself, given a moment
-                self._process.join(END_S)
-        self._end()
-
     def measure(self, case: Case) -> tuple[list[Number | Failure], bool]:
         """What came of a case, and whether its process died of it at last."""
-        failures: list[Number | Failure] = []
-        left_out: frozenset[str] = frozenset()
+        failures: list[Failure] = []
         for _ in range(TRIES):
             found: list[Number | Failure] = []
-            turn = [""]
+            provider = ""
             try:
-                self._try(case, left_out, found, turn)
-                return failures + found, False
+                for message in self._messages(case, frozenset(one.provider for one in failures)):
+                    if isinstance(message, str):
+                        provider = message
+                    else:
+                        found.append(message)
+                return [*failures, *found], False
             except LostError as lost:
-                self._end()
+                self.close(moment_s=0.0)
                 failures += [one for one in found if isinstance(one, Failure)]
-                if turn[0] not in {one.provider for one in failures}:
-                    failures.append(Failure(turn[0], str(lost)))
-                if not turn[0] or time.monotonic() + case.expected_s > self.deadline:
-                    return [one for one in found if isinstance(one, Number)] + failures, True
-                left_out |= {one.provider for one in failures}
-        return failures, True
+                if provider not in {one.provider for one in failures}:
+                    failures.append(Failure(provider, str(lost)))
+                if not provider or time.monotonic() + case.expected_s > self.deadline:
+                    return [*(one for one in found if isinstance(one, Number)), *failures], True
+        return [*failures], True
 
-    def _try(self, case: Case, left_out: Collection[str], found: list[Number | Failure], turn: list[str]) -> None:
+    def _messages(self, case: Case, left_out: Collection[str]) -> Iterator[Any]:
+        """Providers, numbers and failures as they come. Raises LostError where the process hangs or dies."""
         if self._process is None:
             self._start()
         limit = time.monotonic() + case.limit_s
-        task = Task(case.label, frozenset(left_out), self.deadline - time.monotonic())
         try:
-            self._line.send(task)
-            while not isinstance(message := self._next(min(limit, self.deadline)), Done):
-                if isinstance(message, Begun):
-                    turn[0] = message.provider
-                elif isinstance(message, Lost):
-                    raise LostError(message.reason)
-                else:
-                    found.append(message)
+            self._line.send((case.label, self.deadline - time.monotonic(), left_out))
+            while (message := self._next(min(limit, self.deadline))) is not None:
+                yield message
         except TimeoutError:
             over = f"no end within {case.limit_s:g} s" if time.monotonic() >= limit else "the part's time was over"
             raise LostError(over) from None
         except (EOFError, OSError):
-            self._process.join(5)
+            self._process.join(END_S)
             raise LostError(f"its process ended with code {self._process.exitcode}") from None
 
     def _start(self) -> None:
@@ -144,22 +136,27 @@ class _Watched:
         self._process.start()
         theirs.close()
         try:
-            hello = self._next(time.monotonic() + START_S)
+            self.device = self._next(time.monotonic() + START_S)
         except (TimeoutError, EOFError, OSError) as error:
             raise LostError(f"no process to measure in: {type(error).__name__}") from None
-        assert isinstance(hello, Hello)
-        self.device = hello.device
 
     def _next(self, until: float) -> Any:
         """The next message. Raises TimeoutError where none comes in time, EOFError where the process is gone."""
         if not self._line.poll(max(0.0, until - time.monotonic())):
             raise TimeoutError
-        return self._line.recv()
+        message = self._line.recv()
+        if isinstance(message, LostError):
+            raise message
+        return message
 
-    def _end(self) -> None:
-        """End the process and all that it started."""
+    def close(self, moment_s: float = END_S) -> None:
+        """End the process and all that it started, given a moment to do so itself."""
         if self._process is None:
             return
+        with suppress(OSError):
+            if moment_s:
+                self._line.send(None)
+                self._process.join(moment_s)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
@@ -170,3 +167,44 @@ class _Watched:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def serve(place: str, folder: Path, small: bool, line: Connection) -> None:
+    """The process that measures: what comes along the line, until nothing does. It may hang or die at any case."""
+    os.setpgrp()  # so that all that it starts can be ended with it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    part = load(place)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    line.send(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
+    provider = ""
+
+    def begin(name: str) -> None:
+        nonlocal provider
+        provider = name
+        line.send(name)
+
+    while (task := line.recv()) is not None:
+        label, seconds, left_out = task
+        provider = ""
+        try:
+            for found in part.measure(label, Turn(device, folder, seconds, small, left_out, begin)):
+                line.send(found)
+        except Exception as failure:
+            traceback.print_exc()
+            line.send(Failure(provider, reason(failure)))
+        gc.collect()
+        try:
+            check_device(device)
+        except RuntimeError as lost:
+            line.send(LostError(reason(lost)))
+            return
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        line.send(None)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os.killpg(0, signal.SIGKILL)

@@ -3,67 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from flashcp.experiments.bench.calibration import DIRECTIONS, errors, read_times
-from flashcp.experiments.paper import beyond, published, reality
-from flashcp.experiments.paper.numbers import Cell, Numbers, farthest, verdict
+from flashcp.experiments.folders import render
+from flashcp.experiments.paper import beyond, published
+from flashcp.experiments.paper.numbers import Numbers, farthest, verdict
 from flashcp.experiments.plots import draw_calibration
 from flashcp.experiments.sweep.results import RESULTS, WINDOWS, Row, read_rows
-from flashcp.experiments.templates import render
 
-__all__ = ["FIGURES", "PAGE", "PaperFigure", "paper_folders", "publish_figure", "write_paper_page"]
+__all__ = ["FIGURES", "PAGE", "paper_folders", "publish_figure", "write_paper_page"]
 
 PAGE = "PAPER_RESULTS.md"
-
-
-def nothing(numbers: Numbers) -> Any:
-    """Of figures that the paper does not have, or that say no more than their numbers."""
-    return []
-
-
-class PaperFigure(NamedTuple):
-    """title: what the paper shows there. draw: the picture of its numbers and ours. cells: the numbers. facts: what
-    `page.md.j2` tells of them beside. theirs: whose the numbers are that ours stand beside."""
-
-    title: str
-    draw: Callable[[Numbers, Path], None]
-    cells: Callable[[Numbers], list[Cell]] = nothing
-    facts: Callable[[Numbers], Any] = nothing
-    theirs: str = "paper"
-
-
-FIGURES = {
-    "paper_fig3": PaperFigure("attention kernels alone, relative to llama3", published.fig3_draw, published.fig3_cells),
-    "paper_fig5": PaperFigure(
-        "average speedups of FlashCP", published.fig5_draw, published.fig5_cells, published.fig5_facts
-    ),
-    "paper_fig6": PaperFigure(
-        "where the time of one training pass goes", published.fig6_draw, published.fig6_cells, published.fig6_facts
-    ),
-    "paper_fig7": PaperFigure(
-        "speedup over llama3 by window", published.fig7_draw, published.fig7_cells, published.fig7_facts
-    ),
-    "paper_table2": PaperFigure(
-        "the heuristic beside an exact solver", published.table2_draw, published.table2_cells, published.table2_facts
-    ),
-    "demo_predicted": PaperFigure(
-        "the simulator against reality: the demo's two CPU ranks",
-        *(reality.draw, reality.cells, reality.facts),
-        theirs="measured",
-    ),
-    "demo_hybrid": PaperFigure(
-        "the same, with every rank's kernels run and the exchange modelled",
-        *(reality.draw, reality.cells, reality.facts),
-        theirs="measured",
-    ),
-    "speedup_parts": PaperFigure(
-        "where a speedup comes from, one change at a time", beyond.parts_draw, facts=beyond.parts_facts
-    ),
-    "beyond_paper": PaperFigure("where each method wins", beyond.wins_draw, facts=beyond.wins_facts),
-}
+FIGURES = published.FIGURES | beyond.FIGURES
 
 
 def publish_figure(name: str, rows: Sequence[Row], out: Path) -> str:
@@ -102,21 +56,18 @@ def _figure(name: str, place: Path, here: Path) -> dict[str, Any]:
     """All that the template tells of a figure."""
     figure, rows = FIGURES[name], read_rows(place)
     publish_figure(name, rows, place)
-    numbers = Numbers(rows)
-    cells = figure.cells(numbers)
+    cells = figure.cells(Numbers(rows))
     judged = [cell for cell in cells if cell.judged]
     return {
         "name": name,
         "figure": figure,
         "picture": f"{os.path.relpath(place, here)}/{name}.png",
         "cells": cells,
-        "judged": judged,
-        "held_out": [cell for cell in judged if not cell.fitted],
         "farthest": farthest(judged) if judged else "",
         "verdict": verdict(cells),
         "windows": sorted({int(row.median) for row in rows if row.metric == WINDOWS}),
         "sources": dict.fromkeys(f"{row.kind}, {row.versions}, commit {row.commit}, {row.date[:10]}" for row in rows),
-        "facts": figure.facts(numbers),
+        "facts": figure.facts(Numbers(rows)),
     }
 
 

@@ -9,34 +9,33 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from flashcp.clusters import read_cluster
 from flashcp.experiments.bench.calibration import cluster_text
-from flashcp.experiments.paper.values import BREAKDOWN, Breakdown
+from flashcp.experiments.paper.numbers import BREAKDOWN, Breakdown
 from flashcp.experiments.provenance import commit
 from flashcp.sharding.lengths import windows
 from flashcp.sharding.strategies import plan
-from flashcp.simulator.cost import AttentionCost, AttentionShape, CopyCost, KernelCost, Link, Links
+from flashcp.simulator.cost import AttentionShape
 from flashcp.simulator.machine import Machine, PublishedCopies
 from flashcp.simulator.planned import Planned, Setting
 
-__all__ = ["Fit", "PaperFit", "fit_machine", "fit_rows", "fit_table", "fit_weight", "write_fit"]
+__all__ = ["Fit", "PaperFit", "fit_rows", "fit_table", "write_fit"]
 
+CLUSTER = "h100-nvlink"
+"""What the fit writes is its file; all that is not fitted is read there, with where it comes from. The column cannot
+tell the launches of a shard, which are assumed, from the passes."""
 WORLD_SIZE, CONTEXT = 8, 131_072
 SHAPE = AttentionShape()
 STRATEGIES = {"llama3": "per_sequence", "per_document": "per_document", "flashcp_paper": "flashcp_paper"}
 COLUMN = BREAKDOWN["wlb_llm"]
-MEMORY_GBPS = 3350.0  # H100 SXM datasheet
-COPY_SHARE = 0.8  # of it, for copies that read and write whole rows
-NVLINK_LATENCY_US = 2.0
-LAUNCH_US = 5.0
-SHARD_US = 8.0  # four launches (K and V, forward and backward) of 2 us: the column cannot tell it from the passes
-SYNC_US = 40.0  # ring-flash-attention's table: its zigzag loses 1.4 ms to 37 of them
+THEIRS = np.array(list(COLUMN.values()))  # [methods, parts]
 
 
 @dataclass
@@ -59,105 +58,79 @@ class Fit(NamedTuple):
 
 def fit_rows(settings: PaperFit) -> Iterator[Fit]:
     """The fit for every weight. Raises ValueError naming value, field and what is legal."""
-    if settings.windows < 1:
-        raise ValueError(f"windows={settings.windows}: expected a whole number >= 1")
-    if settings.seed < 0:
-        raise ValueError(f"seed={settings.seed}: expected a whole number >= 0")
+    for name, least in (("windows", 1), ("seed", 0)):
+        if getattr(settings, name) < least:
+            raise ValueError(f"{name}={getattr(settings, name)}: expected a whole number >= {least}")
     if not settings.weights or not all(0 < weight < math.inf for weight in settings.weights):
         raise ValueError(f"weights={settings.weights}: expected numbers > 0, at least one")
     for weight in settings.weights:
-        yield fit_weight(weight, settings.windows, settings.seed)
+        yield _fit(weight, settings.windows, settings.seed)
 
 
-def fit_weight(weight: float, count: int, seed: int) -> Fit:
+def _fit(weight: float, count: int, seed: int) -> Fit:
     """All parameters for one long_document_weight."""
     packs = list(windows("wlb_llm", CONTEXT, count, seed, long_document_weight=weight))
-    machine = fit_machine(350.0, 300.0)
+    machine = _with_tflops(_with_link(read_cluster(CLUSTER)), [350.0, 300.0])
     planned = {
         method: [Planned(plan(pack, WORLD_SIZE, strategy), Setting(machine)) for pack in packs]
         for method, strategy in STRATEGIES.items()
     }
     for _ in range(4):  # the times are nearly proportional to 1 / tflops
-        ours = _attention_ms(planned, machine)
-        forward, backward = (
-            math.exp(np.mean([math.log(ours[m][i] / getattr(COLUMN[m], part)) for m in COLUMN]))
-            for i, part in enumerate(("attention_forward", "attention_backward"))
-        )
-        machine = fit_machine(machine.attention.forward.tflops * forward, machine.attention.backward.tflops * backward)
-    shards = {method: float(np.mean([len(p.reads.rank) for p in each])) for method, each in planned.items()}
-    shards["llama3"] = 2 * WORLD_SIZE  # it puts chunks in order, not documents
-    window_ms = 2 * CONTEXT * SHAPE.kv_bytes / (1e6 * machine.copies.gbps)  # one pass
-    passes = {m: (COLUMN[m].copies - shards[m] * SHARD_US / 1e3) / window_ms for m in COLUMN}
-    costs = PublishedCopies(passes["llama3"], passes["per_document"], passes["flashcp_paper"], SHARD_US, SYNC_US)
-    machine = replace(machine, published=costs)
-    ours = _attention_ms(planned, machine)
-    breakdown = {}
+        ratios = np.exp(np.mean(np.log(_attention_ms(planned, machine) / THEIRS[:, 1:3]), axis=0)).tolist()
+        kernels = (machine.attention.forward, machine.attention.backward)
+        machine = _with_tflops(machine, [one.tflops * ratio for one, ratio in zip(kernels, ratios, strict=True)])
+    machine = replace(machine, published=_passes(planned, machine), provenance=_provenance(machine, weight, count))
+    collectives = []
     for method, each in planned.items():
         exchange = "compacted" if method == "flashcp_paper" else "all_gather"
         moved = [machine.links.collective_us(p.block_bytes(exchange), WORLD_SIZE) for p in each]
-        collective = float(np.mean(moved)) / 1e3
-        breakdown[method] = Breakdown(COLUMN[method].copies, *ours[method], collective, collective)
-    logs = [
-        math.log(mine / theirs)
-        for method, parts in breakdown.items()
-        for mine, theirs in zip(parts, COLUMN[method], strict=True)
-    ]
-    return Fit(weight, _with_provenance(machine, weight, count), breakdown, float(np.mean(np.square(logs))))
+        collectives.append(float(np.mean(moved)) / 1e3)
+    ours = np.column_stack([THEIRS[:, 0], _attention_ms(planned, machine), collectives, collectives])
+    breakdown = {method: Breakdown(*parts) for method, parts in zip(COLUMN, ours.tolist(), strict=True)}
+    return Fit(weight, machine, breakdown, float(np.mean(np.square(np.log(ours / THEIRS)))))
 
 
-def fit_machine(forward_tflops: float, backward_tflops: float) -> Machine:
-    """An H100 whose attention reaches these rates; the link carries the paper's all-gather in its time."""
-    memory = {"kv_gbps": MEMORY_GBPS, "query_gbps": MEMORY_GBPS, "launch_us": LAUNCH_US}
-    theirs = np.mean([COLUMN[m][3:] for m in ("llama3", "per_document")])
-    hops = WORLD_SIZE - 1
+def _with_link(machine: Machine) -> Machine:
+    """The link carries the paper's all-gather and reduce-scatter in their time."""
+    node, hops = machine.links.node, WORLD_SIZE - 1
     carried = hops * CONTEXT / WORLD_SIZE * SHAPE.kv_bytes
-    nvlink = carried / (theirs * 1e3 - hops * NVLINK_LATENCY_US) / 1e3
-    return Machine(
-        name="h100-nvlink",
-        attention=AttentionCost(KernelCost(forward_tflops, **memory), KernelCost(backward_tflops, **memory)),
-        copies=CopyCost(gbps=COPY_SHARE * MEMORY_GBPS, launch_us=2.0),
-        links=Links(8, Link(float(nvlink), NVLINK_LATENCY_US), Link(50.0, 5.0)),
-        gemm_tflops=600.0,
-        published=PublishedCopies(1.0, 1.0, 1.0, SHARD_US, SYNC_US),
-    )
+    gbps = float(carried / (1e3 * np.mean(THEIRS[:2, 3:]) - hops * node.latency_us) / 1e3)
+    return replace(machine, links=replace(machine.links, node=replace(node, gbps=gbps)))
 
 
-def _attention_ms(planned: dict[str, list[Planned]], machine: Machine) -> dict[str, tuple[float, float]]:
-    """Mean over packs of the slowest rank's attention, forward and backward."""
-    times = {}
-    for method, each in planned.items():
-        both = [[p.priced(machine.attention, backward).max() / 1e3 for p in each] for backward in (False, True)]
-        times[method] = (float(np.mean(both[0])), float(np.mean(both[1])))
-    return times
+def _with_tflops(machine: Machine, tflops: Sequence[float]) -> Machine:
+    """tflops: forward and backward."""
+    attention = machine.attention
+    forward, backward = replace(attention.forward, tflops=tflops[0]), replace(attention.backward, tflops=tflops[1])
+    return replace(machine, attention=replace(attention, forward=forward, backward=backward))
 
 
-def _with_provenance(machine: Machine, weight: float, count: int) -> Machine:
-    today = datetime.date.today().isoformat()
+def _passes(planned: Mapping[str, Sequence[Planned]], machine: Machine) -> PublishedCopies:
+    """What is left of the paper's copies besides launches, in passes over the window's K and V."""
+    shards = {method: float(np.mean([len(p.reads.rank) for p in each])) for method, each in planned.items()}
+    shards["llama3"] = 2 * WORLD_SIZE  # it puts chunks in order, not documents
+    pass_ms = 2 * CONTEXT * SHAPE.kv_bytes / (1e6 * machine.copies.gbps)
+    left_ms = THEIRS[:, 0] - np.array(list(shards.values())) * machine.published.shard_us / 1e3
+    gathered, shuffled, compacted = (left_ms / pass_ms).tolist()
+    return PublishedCopies(gathered, shuffled, compacted, machine.published.shard_us, machine.published.sync_us)
+
+
+def _attention_ms(planned: Mapping[str, Sequence[Planned]], machine: Machine) -> np.ndarray:
+    """Mean over packs of the slowest rank's attention [methods, 2], forward and backward."""
+    times = [
+        [[p.priced(machine.attention, backward).max() / 1e3 for p in each] for backward in (False, True)]
+        for each in planned.values()
+    ]
+    return np.mean(times, axis=2)
+
+
+def _provenance(machine: Machine, weight: float, count: int) -> dict[str, str]:
     fitted = (
         f"fitted to the WLB-LLM column of the paper's breakdown table (H100 SXM, 8 ranks, 128K, 32 heads), "
-        f"{count} windows with long_document_weight {weight:g}, commit {commit()}, {today}"
+        f"{count} windows with long_document_weight {weight:g}, commit {commit()}, {datetime.date.today().isoformat()}"
     )
-    return replace(
-        machine,
-        provenance={
-            "attention": "assumption: tiles of 128 x 64 rows as FlashAttention cuts them, launches of 5 us",
-            "attention.forward.tflops": fitted,
-            "attention.backward.tflops": fitted,
-            "attention.forward.kv_gbps": "datasheet: HBM3, 3.35 TB/s",
-            "attention.forward.query_gbps": "datasheet: HBM3, 3.35 TB/s",
-            "attention.backward.kv_gbps": "datasheet: HBM3, 3.35 TB/s",
-            "attention.backward.query_gbps": "datasheet: HBM3, 3.35 TB/s",
-            "copies": "assumption: 0.8 of the datasheet's 3.35 TB/s, launches of 2 us",
-            "links.ranks_per_node": "datasheet: DGX H100",
-            "links.node.gbps": "read off the paper: 5.45 ms for its all-gather and reduce-scatter of 1.88 GB a rank",
-            "links.node.latency_us": "assumption",
-            "links.network": "datasheet: 400 Gb/s a rank; the latency is an assumption",
-            "gemm_tflops": "assumption: 0.6 of the datasheet's 989 dense bf16",
-            "published": fitted,
-            "published.shard_us": "assumption: four launches of 2 us",
-            "published.sync_us": "estimate: what ring-flash-attention's own table leaves for 37 of them (8 H800)",
-        },
-    )
+    named = ("attention.forward.tflops", "attention.backward.tflops", "published")
+    return machine.provenance | dict.fromkeys(named, fitted)
 
 
 def fit_table(fits: list[Fit]) -> str:

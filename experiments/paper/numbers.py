@@ -1,42 +1,72 @@
-"""Numbers of a simulated sweep by case, method and metric; a number of the paper beside ours."""
+"""Numbers of a simulated sweep by case, method and metric; those of the paper; one beside the other."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
 
 from flashcp.experiments.sweep.results import Row
 
-__all__ = ["Case", "Cell", "Numbers", "farthest", "verdict"]
+__all__ = [
+    "BREAKDOWN",
+    "DATA",
+    "PAPER",
+    "Breakdown",
+    "Cell",
+    "Numbers",
+    "PaperFigure",
+    "farthest",
+    "read_case",
+    "verdict",
+]
 
 NAME = re.compile(
     r"(?P<data>[^-]+)(-w(?P<weight>[\d.]+))?-c(?P<context>\d+k?)-n(?P<ranks>\d+)-h(?P<heads>[\d:]+)"
     r"-(?P<cluster>.+?)(-(?P<overlap>none|staged|fused))?"
 )
+DATA = {"wlb_llm": "WLB-LLM", "pile": "Pile", "redpajama": "RedPajama"}
+"""Data sets as the paper writes them."""
 
 
-class Case(NamedTuple):
-    """The columns of a case, out of its name. heads: of queries, and of keys where they are fewer (`32:8`)."""
+class Breakdown(NamedTuple):
+    """Parts of one training pass of the attention module, ms."""
 
-    name: str
-    data: str
-    weight: float
-    context: int
-    ranks: int
-    heads: str
-    cluster: str
-    overlap: str
+    copies: float
+    attention_forward: float
+    attention_backward: float
+    all_gather: float
+    reduce_scatter: float
 
-    @classmethod
-    def read(cls, name: str) -> Case | None:
-        """Of a name that `sweep.simulations.case_name` made; None for others."""
-        if not (found := NAME.fullmatch(name)):
-            return None
-        size = found["context"]
-        context = 1024 * int(size[:-1]) if size.endswith("k") else int(size)
-        weight, ranks, overlap = float(found["weight"] or 1), int(found["ranks"]), found["overlap"] or ""
-        return cls(name, found["data"], weight, context, ranks, found["heads"], found["cluster"], overlap)
+    @property
+    def total(self) -> float:
+        """All of it: the paper's parts follow one another."""
+        return sum(self)
+
+
+PAPER: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("published.yaml")))
+BREAKDOWN: dict[str, dict[str, Breakdown]] = {
+    data: {method: Breakdown(**parts) for method, parts in methods.items()}
+    for data, methods in PAPER["breakdown"].items()
+}
+
+
+def read_case(name: str) -> SimpleNamespace | None:
+    """The columns of a case by the name that `sweep.simulations.case_name` made; None for other names.
+
+    name, data, weight, context, ranks, heads (of queries, and of keys where they are fewer: `32:8`), cluster, overlap.
+    """
+    if not (found := NAME.fullmatch(name)):
+        return None
+    columns: dict[str, Any] = found.groupdict("")
+    size = columns["context"]
+    columns |= {"weight": float(columns["weight"] or 1), "ranks": int(columns["ranks"])}
+    columns["context"] = 1024 * int(size[:-1]) if size.endswith("k") else int(size)
+    return SimpleNamespace(name=name, **columns)
 
 
 class Numbers:
@@ -45,8 +75,7 @@ class Numbers:
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = list(rows)
         self._values = {(row.case, row.provider, row.metric): row.median for row in rows}
-        self.names = list(dict.fromkeys(row.case for row in rows))
-        self.cases = [case for name in self.names if (case := Case.read(name))]
+        self.cases = [case for name in dict.fromkeys(row.case for row in rows) if (case := read_case(name))]
 
     def __call__(self, case: str, provider: str, metric: str) -> float:
         """One number. Raises ValueError where there is none."""
@@ -54,6 +83,15 @@ class Numbers:
             return self._values[case, provider, metric]
         except KeyError:
             raise ValueError(f"no row for {case}, {provider}, {metric}") from None
+
+    def of(self, case: str, metric: str) -> dict[str, float]:
+        """Every method's, in order. Raises ValueError where one has none."""
+        return {provider: self(case, provider, metric) for provider in self.providers(case)}
+
+    def speedups(self, case: str, metric: str) -> dict[str, float]:
+        """Of every method over llama3. Raises ValueError where one has no such time."""
+        base = self(case, "llama3", metric)
+        return {provider: base / ms for provider, ms in self.of(case, metric).items()}
 
     def providers(self, case: str) -> list[str]:
         """The methods of a case, in order."""
@@ -103,6 +141,16 @@ class Cell(NamedTuple):
         return f"{self.what}: {self.paper:.3g}, ours {self.ours:.3g} ({self.apart})"
 
 
+class PaperFigure(NamedTuple):
+    """title: what the paper shows there. draw: the picture of its numbers and ours. cells: the numbers, none where the
+    paper has none. facts: what `page.md.j2` tells beside."""
+
+    title: str
+    draw: Callable[[Numbers, Path], None]
+    cells: Callable[[Numbers], list[Cell]] = lambda numbers: []
+    facts: Callable[[Numbers], Any] = lambda numbers: {}
+
+
 def farthest(cells: Sequence[Cell]) -> Cell:
     """The one whose distance is the largest share of its number."""
     return max(cells, key=lambda cell: abs(cell.ours / cell.paper - 1))
@@ -113,8 +161,6 @@ def verdict(cells: Sequence[Cell]) -> str:
     judged = [cell for cell in cells if cell.judged]
     if not judged:
         return "the paper has no such numbers"
-    outside = [cell for cell in judged if not cell.within]
-    text = (
-        f"{len(judged) - len(outside)} of {len(judged)} numbers that should come out do; farthest: {farthest(judged)}"
-    )
-    return f"{text}; outside: {', '.join(cell.what for cell in outside)}" if outside else text
+    outside = [cell.what for cell in judged if not cell.within]
+    near = f"{len(judged) - len(outside)} of {len(judged)} numbers that should come out do"
+    return f"{near}; farthest: {farthest(judged)}" + (f"; outside: {', '.join(outside)}" if outside else "")

@@ -13,7 +13,8 @@ from typing import Any
 
 from flashcp.experiments.bench.calibration import DIRECTIONS, read_times
 from flashcp.experiments.cli import show
-from flashcp.experiments.folders import check_file
+from flashcp.experiments.folders import check_file, write_whole
+from flashcp.experiments.folders import render as fill
 from flashcp.experiments.paper.figures import FIGURES, paper_folders, publish_figure, write_paper_page
 from flashcp.experiments.paper.figures import PAGE as PAPER_PAGE
 from flashcp.experiments.plots import PARTS, comparison_figure
@@ -29,8 +30,6 @@ from flashcp.experiments.sweep.results import (
     label,
     read_rows,
 )
-from flashcp.experiments.templates import render as fill
-from flashcp.experiments.templates import write_whole
 from flashcp.sharding.methods import METHODS
 from flashcp.text import table
 

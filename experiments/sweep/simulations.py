@@ -18,10 +18,9 @@ from flashcp.experiments.cli.compose import Job, Multirun, run_app
 from flashcp.experiments.cli.packs import read_packs
 from flashcp.experiments.cli.schema import committed
 from flashcp.experiments.cli.simulate import check_cluster_file, chosen_machine, read_setting, simulate
+from flashcp.experiments.paper.beyond import measured_rows
 from flashcp.experiments.paper.figures import FIGURES, publish_figure
-from flashcp.experiments.paper.reality import measured_rows
-from flashcp.experiments.paper.solver import METRICS as SOLVED
-from flashcp.experiments.paper.solver import solve_packs
+from flashcp.experiments.paper.published import SOLVED, solve_packs
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep.report import show_rows
 from flashcp.experiments.sweep.results import WINDOWS, Row, digest, read_rows, unit, write_rows

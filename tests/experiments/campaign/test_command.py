@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashcp.experiments.campaign import command
+from flashcp.experiments.campaign import command, correct
 from flashcp.experiments.campaign.command import main
 from flashcp.experiments.campaign.part import PARTS
 from flashcp.experiments.campaign.watch import PartResult
@@ -58,13 +58,13 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_parts_share_the_time_by_their_value(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: dict[str, float] = {}
 
-    def run(module: str, folder: Path, seconds: float, **_: object) -> PartResult:
+    def run(place: str, folder: Path, seconds: float, **_: object) -> PartResult:
         given[folder.name] = seconds
         return PartResult([], 0, 0, 0.0)
 
     monkeypatch.setattr(command, "run_part", run)
     monkeypatch.setattr(command, "_device", lambda: "")
-    shares = {name: command.load(module).MINUTES for name, module in PARTS.items()}
+    shares = {name: command.load(place).minutes for name, place in PARTS.items()}
     assert main(["--small", "--out", str(tmp_path)]) == 1  # no part brought a number home
     assert list(given) == list(PARTS)  # by value
     assert given["correct"] == pytest.approx(540 * shares["correct"] / sum(shares.values()), rel=0.02)
@@ -100,8 +100,8 @@ import torch
 from pathlib import Path
 import warnings
 warnings.simplefilter("ignore")
-for module in PARTS.values():
-    assert load(module).cases(True) and load(module).cases(False), module
+for place in PARTS.values():
+    assert load(place).cases(True) and load(place).cases(False), place
 import flashcp
 flashcp.plan([3000, 2000], 2, "flashcp", budget=100)
 turn = Turn(torch.device("cpu"), Path({str(tmp_path)!r}), 60.0, small=True)
@@ -123,7 +123,7 @@ assert main(["nothing"]) == 2
 
 
 def test_tests_for_a_gpu_collect_where_libraries_are_missing() -> None:
-    marked = sorted(name for name in command.load(PARTS["correct"]).test_files())  # type: ignore[attr-defined]
+    marked = sorted(correct.test_files())
     words = ["-q", "--collect-only", "-p", "pytest_timeout", "-m", "gpu", *marked]
     script = f"{BLOCKED}\nimport pytest\nsys.exit(pytest.main({words!r}))"
     alone = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # hydra brings a plugin

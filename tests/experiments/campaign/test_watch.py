@@ -12,7 +12,7 @@ from flashcp.experiments.campaign.watch import PartResult, run_part
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep.results import Row, read_rows
 
-TROUBLE = "tests.experiments.campaign.trouble"
+TROUBLE = "tests.experiments.campaign.trouble:PART"
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
-from flashcp.experiments.campaign import worker
-from flashcp.experiments.campaign.part import Case, Turn
+from flashcp.experiments.campaign import watch
+from flashcp.experiments.campaign.part import Case, Part, Turn
 from flashcp.experiments.sweep.results import Failure, Number
-
-ABOUT = "trouble"
-MINUTES = 1.0
-KIND = "made up"
 
 LABELS = ("good", "raises", "hangs", "dies", "lost", "one_hangs", "two_die", "last")
 
@@ -40,7 +36,7 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
     if label == "dies":
         os.kill(os.getpid(), 11)
     if label == "lost" and "a" not in turn.left_out:
-        worker.check_device = no_more_work  # of this process, as of one whose GPU met an illegal address
+        watch.check_device = no_more_work  # of this process, as of one whose GPU met an illegal address
         turn.begin("a")
         raise RuntimeError("illegal address")
     if label in ("one_hangs", "two_die"):
@@ -55,3 +51,6 @@ def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
             yield Number(provider, "time_ms", "ms", None, 1.0, None)
             if provider == "d":
                 yield Failure("d", "too slow")
+
+
+PART = Part("trouble", 1.0, lambda small: cases(small), measure, "made up")

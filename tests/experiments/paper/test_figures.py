@@ -15,12 +15,10 @@ import pytest
 from flashcp.experiments.cli.main import main
 from flashcp.experiments.cli.schema import committed
 from flashcp.experiments.cli.simulate import chosen_variants, read_setting
-from flashcp.experiments.paper.beyond import BASELINES, DATA, stages
+from flashcp.experiments.paper.beyond import BASELINES, DATA, measured_rows, stages
 from flashcp.experiments.paper.figures import FIGURES, write_paper_page
-from flashcp.experiments.paper.numbers import Case, Cell, Numbers, verdict
+from flashcp.experiments.paper.numbers import BREAKDOWN, Cell, Numbers, read_case, verdict
 from flashcp.experiments.paper.published import breakdown
-from flashcp.experiments.paper.reality import measured_rows
-from flashcp.experiments.paper.values import BREAKDOWN
 from flashcp.experiments.sweep.results import read_rows, write_rows
 from flashcp.experiments.sweep.simulations import case_name
 from flashcp.sharding.methods import METHODS
@@ -196,14 +194,14 @@ def test_within_fifteen_percent_or_the_distance_that_is_allowed() -> None:
 def test_columns_of_a_case_are_those_its_name_was_made_of() -> None:
     for name in committed("simulation"):
         for job in expand("simulations", [f"simulation={name}"]):
-            settings, case = job.settings, Case.read(case_name(job.settings))
+            settings, case = job.settings, read_case(case_name(job.settings))
             assert case, case_name(settings)
             assert (case.ranks, case.context) == (settings["world_size"], settings["context"])
             assert case.weight == settings["data"].get("long_document_weight", 1)
             assert int(case.heads.split(":")[0]) == settings["model"]["query_heads"]
             assert case.cluster == settings["cluster"]["name"]
             assert case.overlap == settings["overlap"].replace("auto", "")
-    assert Case.read("stdlib-c8k-n2") is None
+    assert read_case("stdlib-c8k-n2") is None
 
 
 def test_a_case_without_rows_is_named() -> None:

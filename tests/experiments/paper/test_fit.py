@@ -11,7 +11,7 @@ from flashcp.clusters import read_cluster_file, read_machine
 from flashcp.experiments.cli.compose import compose
 from flashcp.experiments.cli.main import main
 from flashcp.experiments.paper.fit import PaperFit, fit_rows, fit_table
-from flashcp.experiments.paper.values import BREAKDOWN
+from flashcp.experiments.paper.numbers import BREAKDOWN
 
 
 def test_the_committed_parameters_are_the_fit_s() -> None:
