@@ -1,0 +1,182 @@
+"""A rank of the lab: `python -m flashcp.experiments.lab.rank STEP SETTINGS.json OUT.jsonl`, as torchrun starts it.
+
+The step `rate` measures how fast the ranks attend, all at once. The step `run` is what the lab is for. First the gate:
+every method's output and gradients against the float64 reference, on a small pack. Then window after window: a pass in
+which the bytes on the links are counted, and turns that are timed, in which all methods run one after the other. Rank 0
+writes what was found, a record a line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+
+import flashcp
+from flashcp.context_parallel import ContextParallel
+from flashcp.experiments.bench.accuracy import relative_error
+from flashcp.experiments.lab.cases import LabBench, Work
+from flashcp.experiments.lab.crossing import crossing_bytes
+from flashcp.experiments.lab.nodes import sent_bytes
+from flashcp.experiments.progress import bar
+from flashcp.schema import read_dataclass
+from flashcp.sharding.strategies import plan
+from flashcp.train.measured_link import measured_tflops
+from flashcp.train.ranks import Ranks, exit_code, world
+from flashcp.train.turns import order_of_turn
+
+__all__ = ["main"]
+
+SMALL = (1, 60, 300, 129, 20, 2)
+"""Documents of the gate."""
+WORST = 1e-5
+"""The largest relative error against float64 of what is timed."""
+RATED = (2048, 1024, 512, 256, 128, 64, 64)
+"""Documents that the rate is measured on."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Be a rank. Returns 0; 2 for bad input; else 1."""
+    step, settings, out = sys.argv[1:] if arguments is None else arguments
+    bench = read_dataclass(LabBench, json.loads(Path(settings).read_text()))
+    return exit_code(lambda: _run(step, bench, Path(out)))
+
+
+def _run(step: str, bench: LabBench, out: Path) -> None:
+    with world("cpu", bench.timeout_s) as ranks, out.open("a" if ranks.rank == 0 else "r") as file:
+        lab = _Rank(bench, ranks, file)
+        if step == "rate":
+            lab.rate()
+        else:
+            lab.gate()
+            lab.measure()
+
+
+class _Rank:
+    """operators: of each group of ranks that this one is in and each exchange; one connection a group."""
+
+    def __init__(self, bench: LabBench, ranks: Ranks, file: TextIO) -> None:
+        self.bench, self.ranks, self.file = bench, ranks, file
+        self.node = ranks.rank // bench.ranks_per_node
+        self.operators: dict[tuple[int, int, str], ContextParallel] = {}
+        sizes = {bench.world_size // bench.replicas, bench.world_size}
+        self.groups = {
+            (first, size): dist.new_group(list(range(first, first + size)))
+            for size in sorted(sizes)
+            for first in range(0, bench.world_size, size)
+        }
+
+    def rate(self) -> None:
+        """Write 10^12 attention operations a second of the slowest rank."""
+        heads = self.bench.query_heads, self.bench.kv_heads, self.bench.head_dim
+        self._write(tflops=measured_tflops(RATED, heads, self.ranks))
+
+    def gate(self) -> None:
+        """Raises RuntimeError on all ranks where a method is wrong."""
+        random = torch.Generator().manual_seed(self.bench.seed)
+        shape, tokens = self.bench.shape, sum(SMALL)
+        q, k, v, grad = (
+            torch.randn(tokens, heads, shape.head_dim, generator=random)
+            for heads in (shape.query_heads, shape.kv_heads, shape.kv_heads, shape.query_heads)
+        )
+        inputs = tuple(x.requires_grad_() for x in (q, k, v))
+        reference = flashcp.reference_attention(q, k, v, SMALL)
+        wanted = [reference, *torch.autograd.grad(reference, inputs, grad.double())]
+        for method, works in self.bench.work(self.bench.batches[0]).items():
+            ((work, cp),) = self._mine(works)
+            small = plan(SMALL, work.plan.world_size, work.plan.strategy)
+            a, b, c = local = tuple(cp.shard(x.detach(), small).requires_grad_() for x in inputs)
+            out = cp.attention(a, b, c, small)
+            found = [out, *torch.autograd.grad(out, local, cp.shard(grad, small))]
+            error = max(relative_error(one, cp.shard(other, small)) for one, other in zip(found, wanted, strict=True))
+            (worst,) = self.ranks.max(error)
+            if not worst <= WORST:
+                raise RuntimeError(f"{method}: relative error {worst:.1e}: what is wrong is not timed")
+            self._write(gate=method, error=worst, transport=cp.transport)
+
+    def measure(self) -> None:
+        """Write, for each batch and method, the bytes that left each node, and in every turn the slowest rank's ms."""
+        batches = self.bench.batches
+        for index, batch in enumerate(bar(batches, unit="batch", disable=self.ranks.rank != 0)):
+            works = self.bench.work(batch)
+            run = {method: self._function(each) for method, each in works.items()}
+            for method, function in run.items():
+                sent = self._counted(function)
+                shape, per_node = self.bench.shape, self.bench.ranks_per_node
+                routes = [0.0] * self.bench.nodes
+                for work in works[method]:
+                    if work.plan.world_size % per_node == 0:
+                        first = work.first // per_node
+                        for node, count in enumerate(crossing_bytes(work.plan, work.exchange, shape, per_node)):
+                            routes[first + node] += float(count)
+                self._write(batch=index, method=method, sent_bytes=sent, route_bytes=routes)
+            names = list(run)
+            for turn in range(self.bench.turns):
+                for place in order_of_turn(index * self.bench.turns + turn, len(names)):
+                    ms = self._timed(run[names[place]])
+                    self._write(batch=index, turn=turn, method=names[place], ms=ms)
+
+    def _function(self, works: Sequence[Work]) -> Callable[[], None]:
+        """This rank's part: attention forward and backward."""
+        ((work, cp),) = self._mine(works)
+        rows, shape = int(work.plan.tokens[cp.rank]), self.bench.shape
+        random = torch.Generator().manual_seed(self.bench.seed + 1 + self.ranks.rank)
+        q, k, v, grad = (
+            torch.randn(rows, heads, shape.head_dim, generator=random).requires_grad_()
+            for heads in (shape.query_heads, shape.kv_heads, shape.kv_heads, shape.query_heads)
+        )
+
+        def function() -> None:
+            out = cp.attention(q, k, v, work.plan)
+            torch.autograd.grad(out, (q, k, v), grad)
+
+        return function
+
+    def _mine(self, works: Sequence[Work]) -> list[tuple[Work, ContextParallel]]:
+        """The work of this rank's group, and its operator."""
+        return [
+            (work, self._operator(work))
+            for work in works
+            if work.first <= self.ranks.rank < work.first + work.plan.world_size
+        ]
+
+    def _operator(self, work: Work) -> ContextParallel:
+        key = work.first, work.plan.world_size, work.exchange
+        if key not in self.operators:
+            group = self.groups[key[:2]]
+            self.operators[key] = ContextParallel(group, exchange=work.exchange, timeout_s=self.bench.timeout_s)
+        return self.operators[key]
+
+    def _timed(self, function: Callable[[], None]) -> float:
+        """Milliseconds of the slowest rank; all begin together."""
+        self.ranks.barrier()
+        started = time.perf_counter()
+        function()
+        return self.ranks.max(1e3 * (time.perf_counter() - started))[0]
+
+    def _counted(self, function: Callable[[], None]) -> list[int]:
+        """Bytes that left each node meanwhile, headers counted."""
+        self.ranks.barrier()
+        before = self._sent()
+        self.ranks.barrier()
+        function()
+        self.ranks.barrier()
+        after = self._sent()
+        return [late - early for early, late in zip(before, after, strict=True)]
+
+    def _sent(self) -> list[int]:
+        return [sent_bytes(node) for node in range(self.bench.nodes)] if self.ranks.rank == 0 else []
+
+    def _write(self, **record: Any) -> None:
+        if self.ranks.rank == 0:
+            print(json.dumps(record), file=self.file, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
