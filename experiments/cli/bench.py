@@ -59,6 +59,13 @@ def _exchange() -> Bench:
     return Bench(ExchangeBench, bench_exchange, exchange_table)
 
 
+def _lab() -> Bench:
+    from flashcp.experiments.lab.cases import LabBench
+    from flashcp.experiments.lab.lab import bench_lab, lab_table
+
+    return Bench(LabBench, bench_lab, lab_table)
+
+
 def _paper_fit() -> Bench:
     from flashcp.experiments.paper.fit import PaperFit, fit_rows, fit_table, write_fit
 
@@ -83,6 +90,7 @@ BENCHES: dict[str, Callable[[], Bench]] = {
     "awkward": _awkward,
     "attention": _attention,
     "exchange": _exchange,
+    "lab": _lab,
     "paper_fit": _paper_fit,
     "calibrate": _calibrate,
 }

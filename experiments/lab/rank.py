@@ -9,6 +9,7 @@ writes what was found, a record a line.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from flashcp.experiments.bench.accuracy import relative_error
 from flashcp.experiments.lab.cases import LabBench, Work
 from flashcp.experiments.lab.crossing import crossing_bytes
 from flashcp.experiments.lab.nodes import sent_bytes
+from flashcp.experiments.lab.predict import RATED
 from flashcp.experiments.progress import bar
 from flashcp.schema import read_dataclass
 from flashcp.sharding.strategies import plan
@@ -35,10 +37,10 @@ __all__ = ["main"]
 
 SMALL = (1, 60, 300, 129, 20, 2)
 """Documents of the gate."""
+ROUNDS = 11
+MESSAGE_BYTES = 1 << 20
 WORST = 1e-5
 """The largest relative error against float64 of what is timed."""
-RATED = (2048, 1024, 512, 256, 128, 64, 64)
-"""Documents that the rate is measured on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,9 +75,27 @@ class _Rank:
         }
 
     def rate(self) -> None:
-        """Write 10^12 attention operations a second of the slowest rank."""
-        heads = self.bench.query_heads, self.bench.kv_heads, self.bench.head_dim
-        self._write(tflops=measured_tflops(RATED, heads, self.ranks))
+        """Write what the links are scaled by and the simulator asks for: a `Rates`, field by field."""
+        bench, ranks = self.bench, self.ranks
+        tflops = measured_tflops(RATED, (bench.query_heads, bench.kv_heads, bench.head_dim), ranks)
+        one_row = self._function([Work(0, plan([ranks.world_size], ranks.world_size, "contiguous"), "exact")])
+        latency_ms = statistics.median(self._timed(one_row) for _ in range(ROUNDS))
+        neighbours = min(2, bench.ranks_per_node)
+        self._write(tflops=tflops, latency_us=1e3 * latency_ms / 2, node_gbps=self._gbps(neighbours))
+
+    def _gbps(self, readers: int) -> float:
+        """GB/s from rank 0 to rank 1, which share a node where nodes have several ranks; no limit where they do not."""
+        if readers < 2:
+            return 100.0
+        message = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
+
+        def send() -> None:
+            if self.ranks.rank == 0:
+                dist.send(message, 1)
+            elif self.ranks.rank == 1:
+                dist.recv(message, 0)
+
+        return MESSAGE_BYTES / (1e6 * statistics.median(self._timed(send) for _ in range(ROUNDS)))
 
     def gate(self) -> None:
         """Raises RuntimeError on all ranks where a method is wrong."""
