@@ -91,10 +91,10 @@ class LabBench:
             raise ValueError(f"data_set={self.data_set!r}: expected one of {', '.join(LENGTH_DATA)}")
         if self.link != "free" and self.link not in clusters():
             raise ValueError(f"link={self.link!r}: expected one of free, {', '.join(clusters())}")
-        if self.world_size < 2 or self.world_size % self.replicas:
-            raise ValueError(
-                f"replicas={self.replicas}: expected a divisor of all ranks, {self.world_size}, at least 2"
-            )
+        if self.world_size < 2:
+            raise ValueError(f"nodes={self.nodes} with ranks_per_node={self.ranks_per_node}: expected 2 ranks or more")
+        if self.nodes % self.replicas:
+            raise ValueError(f"replicas={self.replicas}: expected a divisor of nodes={self.nodes}, for none shares one")
         if self.context < self.world_size:
             raise ValueError(f"context={self.context}: expected at least one token a rank, {self.world_size}")
         if self.query_heads % self.kv_heads:

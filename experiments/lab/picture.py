@@ -38,5 +38,5 @@ def draw_lab(rows: Sequence[Row], path: Path) -> None:
         axes.invert_yaxis()
         axes.set_title(case)
         axes.set_xlabel(f"times faster than {BASELINE}: median, p20 and p80 over windows")
-    figure.axes[0].legend(loc="lower right")
+    figure.axes[0].legend(loc="upper right")
     figure.savefig(path)

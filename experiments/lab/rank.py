@@ -1,6 +1,7 @@
 """A rank of the lab: `python -m flashcp.experiments.lab.rank STEP SETTINGS.json OUT.jsonl`, as torchrun starts it.
 
-The step `rate` measures how fast the ranks attend, all at once. The step `run` is what the lab is for. First the gate:
+The step `rate` measures how fast the ranks attend, all at once. Any other step but `run` is the name of a method that
+meets faults (`faults.py`). The step `run` is what the lab is for. First the gate:
 every method's output and gradients against the float64 reference, on a small pack. Then window after window: a pass in
 which the bytes on the links are counted, and turns that are timed, in which all methods run one after the other. Rank 0
 writes what was found, a record a line.
@@ -24,6 +25,7 @@ from flashcp.context_parallel import ContextParallel
 from flashcp.experiments.bench.accuracy import relative_error
 from flashcp.experiments.lab.cases import LabBench, Work
 from flashcp.experiments.lab.crossing import crossing_bytes
+from flashcp.experiments.lab.faults import meet_faults
 from flashcp.experiments.lab.nodes import sent_bytes
 from flashcp.experiments.lab.predict import RATED
 from flashcp.experiments.progress import bar
@@ -33,7 +35,7 @@ from flashcp.train.measured_link import measured_tflops
 from flashcp.train.ranks import Ranks, exit_code, world
 from flashcp.train.turns import order_of_turn
 
-__all__ = ["main"]
+__all__ = ["LabRank", "main"]
 
 SMALL = (1, 60, 300, 129, 20, 2)
 """Documents of the gate."""
@@ -52,15 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(step: str, bench: LabBench, out: Path) -> None:
     with world("cpu", bench.timeout_s) as ranks, out.open("a" if ranks.rank == 0 else "r") as file:
-        lab = _Rank(bench, ranks, file)
+        lab = LabRank(bench, ranks, file)
         if step == "rate":
             lab.rate()
-        else:
+        elif step == "run":
             lab.gate()
             lab.measure()
+        else:
+            meet_faults(lab, step, out)
 
 
-class _Rank:
+class LabRank:
     """operators: of each group of ranks that this one is in and each exchange; one connection a group."""
 
     def __init__(self, bench: LabBench, ranks: Ranks, file: TextIO) -> None:
@@ -78,10 +82,10 @@ class _Rank:
         """Write what the links are scaled by and the simulator asks for: a `Rates`, field by field."""
         bench, ranks = self.bench, self.ranks
         tflops = measured_tflops(RATED, (bench.query_heads, bench.kv_heads, bench.head_dim), ranks)
-        one_row = self._function([Work(0, plan([ranks.world_size], ranks.world_size, "contiguous"), "exact")])
-        latency_ms = statistics.median(self._timed(one_row) for _ in range(ROUNDS))
+        one_row = self.function([Work(0, plan([ranks.world_size], ranks.world_size, "contiguous"), "exact")])
+        latency_ms = statistics.median(self.timed(one_row) for _ in range(ROUNDS))
         neighbours = min(2, bench.ranks_per_node)
-        self._write(tflops=tflops, latency_us=1e3 * latency_ms / 2, node_gbps=self._gbps(neighbours))
+        self.write(tflops=tflops, latency_us=1e3 * latency_ms / 2, node_gbps=self._gbps(neighbours))
 
     def _gbps(self, readers: int) -> float:
         """GB/s from rank 0 to rank 1, which share a node where nodes have several ranks; no limit where they do not."""
@@ -95,7 +99,7 @@ class _Rank:
             elif self.ranks.rank == 1:
                 dist.recv(message, 0)
 
-        return MESSAGE_BYTES / (1e6 * statistics.median(self._timed(send) for _ in range(ROUNDS)))
+        return MESSAGE_BYTES / (1e6 * statistics.median(self.timed(send) for _ in range(ROUNDS)))
 
     def gate(self) -> None:
         """Raises RuntimeError on all ranks where a method is wrong."""
@@ -118,31 +122,30 @@ class _Rank:
             (worst,) = self.ranks.max(error)
             if not worst <= WORST:
                 raise RuntimeError(f"{method}: relative error {worst:.1e}: what is wrong is not timed")
-            self._write(gate=method, error=worst, transport=cp.transport)
+            self.write(gate=method, error=worst, transport=cp.transport)
 
     def measure(self) -> None:
         """Write, for each batch and method, the bytes that left each node, and in every turn the slowest rank's ms."""
         batches = self.bench.batches
         for index, batch in enumerate(bar(batches, unit="batch", disable=self.ranks.rank != 0)):
             works = self.bench.work(batch)
-            run = {method: self._function(each) for method, each in works.items()}
+            run = {method: self.function(each) for method, each in works.items()}
             for method, function in run.items():
                 sent = self._counted(function)
                 shape, per_node = self.bench.shape, self.bench.ranks_per_node
                 routes = [0.0] * self.bench.nodes
                 for work in works[method]:
-                    if work.plan.world_size % per_node == 0:
-                        first = work.first // per_node
-                        for node, count in enumerate(crossing_bytes(work.plan, work.exchange, shape, per_node)):
-                            routes[first + node] += float(count)
-                self._write(batch=index, method=method, sent_bytes=sent, route_bytes=routes)
+                    first = work.first // per_node
+                    for node, count in enumerate(crossing_bytes(work.plan, work.exchange, shape, per_node)):
+                        routes[first + node] += float(count)
+                self.write(batch=index, method=method, sent_bytes=sent, route_bytes=routes)
             names = list(run)
             for turn in range(self.bench.turns):
                 for place in order_of_turn(index * self.bench.turns + turn, len(names)):
-                    ms = self._timed(run[names[place]])
-                    self._write(batch=index, turn=turn, method=names[place], ms=ms)
+                    ms = self.timed(run[names[place]])
+                    self.write(batch=index, turn=turn, method=names[place], ms=ms)
 
-    def _function(self, works: Sequence[Work]) -> Callable[[], None]:
+    def function(self, works: Sequence[Work]) -> Callable[[], None]:
         """This rank's part: attention forward and backward."""
         ((work, cp),) = self._mine(works)
         rows, shape = int(work.plan.tokens[cp.rank]), self.bench.shape
@@ -173,7 +176,7 @@ class _Rank:
             self.operators[key] = ContextParallel(group, exchange=work.exchange, timeout_s=self.bench.timeout_s)
         return self.operators[key]
 
-    def _timed(self, function: Callable[[], None]) -> float:
+    def timed(self, function: Callable[[], None]) -> float:
         """Milliseconds of the slowest rank; all begin together."""
         self.ranks.barrier()
         started = time.perf_counter()
@@ -193,7 +196,7 @@ class _Rank:
     def _sent(self) -> list[int]:
         return [sent_bytes(node) for node in range(self.bench.nodes)] if self.ranks.rank == 0 else []
 
-    def _write(self, **record: Any) -> None:
+    def write(self, **record: Any) -> None:
         if self.ranks.rank == 0:
             print(json.dumps(record), file=self.file, flush=True)
 

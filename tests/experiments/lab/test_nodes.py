@@ -16,6 +16,8 @@ from flashcp.experiments.lab import nodes as lab
 from flashcp.experiments.lab.nodes import LabError, Link, Node, built_nodes, remove_leftovers
 from flashcp.experiments.lab.quotas import Quotas
 
+pytestmark = pytest.mark.usefixtures("turn")
+
 RATE = Link(0.02)  # GB/s: 2 MB take 0.1 s
 SENT = 2_000_000  # bytes
 RECEIVE = """
