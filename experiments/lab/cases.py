@@ -43,7 +43,8 @@ class Work(NamedTuple):
 
 @dataclass
 class LabBench:
-    """methods: names, or pairs SHARDING+EXCHANGE. one_plan: those that plan the windows of all replicas together too.
+    """methods: names, or pairs SHARDING+EXCHANGE. faults: those of them that meet faults on links afterwards.
+    one_plan: methods that plan the windows of all replicas together too.
 
     nodes, ranks_per_node, cores: of the lab; the ranks share the cores equally. link: free, or a cluster file whose
     bytes an operation between nodes the lab's links get. delay_us: of a link. replicas: groups of ranks with a window
@@ -52,6 +53,7 @@ class LabBench:
     """
 
     methods: list[str] = field(default_factory=lambda: list(METHODS))
+    faults: list[str] = field(default_factory=list)
     one_plan: list[str] = field(default_factory=list)
     nodes: int = 4
     ranks_per_node: int = 2
@@ -105,6 +107,9 @@ class LabBench:
             raise ValueError(
                 f"methods={self.methods}: expected {BASELINE} among them, which the others are compared with"
             )
+        for method in self.faults:
+            if method not in self.methods:
+                raise ValueError(f"faults holds {method!r}: expected some of methods={self.methods}")
         for name in ("methods", "one_plan"):
             for variant in choose_variants(getattr(self, name) or [BASELINE]):
                 ranks = self.world_size // (self.replicas if name == "methods" else 1)

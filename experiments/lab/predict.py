@@ -3,45 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import TypeVar
 
 import numpy as np
 
 from flashcp.clusters import read_cluster
 from flashcp.experiments.lab.cases import LabBench, Work
+from flashcp.experiments.lab.scale import RATED, Scale
 from flashcp.simulation import simulate
 from flashcp.simulator.cost import BACKWARD_FLOPS, FORWARD_FLOPS, Link, Links
 from flashcp.simulator.machine import Machine
 
-__all__ = ["RATED", "Rates", "lab_machine", "predicted_ms"]
+__all__ = ["lab_machine", "operations", "predict"]
 
-RATED = (2048, 1024, 512, 256, 128, 64, 64)
-"""Documents that the rate of attention is measured on."""
 CALIBRATED = "this_machine"
 """The cluster file whose kernels are those of the lab's ranks, on a core of their own."""
 Costs = TypeVar("Costs")
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What was measured in a lab before it runs.
-
-    tflops: 10^12 attention operations a second of the slowest rank, all at once, forward and backward. latency_us: of
-    an exchange of one row a rank, one pass of the operator. node_gbps: GB/s between two ranks of a node.
-    """
-
-    tflops: float
-    latency_us: float
-    node_gbps: float
-
-
-def lab_machine(bench: LabBench, rates: Rates, link_gbps: float) -> Machine:
-    """The lab as the simulator knows machines. link_gbps: GB/s of a node's link.
+def lab_machine(scale: Scale) -> Machine:
+    """The lab as the simulator knows machines.
 
     Its kernels are the calibrated ones, all slower by one factor: a rank has a share of a core.
     """
-    whole = read_cluster(CALIBRATED)
+    bench, rates, whole = scale.bench, scale.rates, read_cluster(CALIBRATED)
     share = rates.tflops / _tflops(whole, bench)
     attention = whole.attention
     return replace(
@@ -55,15 +41,17 @@ def lab_machine(bench: LabBench, rates: Rates, link_gbps: float) -> Machine:
         links=Links(
             bench.ranks_per_node,
             Link(rates.node_gbps, rates.latency_us),
-            Link(link_gbps / bench.ranks_per_node, rates.latency_us),
+            Link(scale.link_gbps / bench.ranks_per_node, rates.latency_us),
         ),
         provenance={},
     )
 
 
-def predicted_ms(bench: LabBench, machine: Machine, works: dict[str, list[Work]]) -> dict[str, float]:
-    """Of each method: the time of its slowest group of ranks, forward and backward."""
-    return {method: max(_ms(bench, machine, work) for work in each) for method, each in works.items()}
+def predict(bench: LabBench, scale: Scale) -> dict[str, list[float]]:
+    """Milliseconds of each method, batch by batch: of its slowest group of ranks, forward and backward."""
+    machine = lab_machine(scale)
+    works = [bench.work(batch) for batch in bench.batches]
+    return {method: [max(_ms(bench, machine, one) for one in each[method]) for each in works] for method in works[0]}
 
 
 def _ms(bench: LabBench, machine: Machine, work: Work) -> float:

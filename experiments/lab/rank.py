@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,7 +28,7 @@ from flashcp.experiments.lab.cases import LabBench, Work
 from flashcp.experiments.lab.crossing import crossing_bytes
 from flashcp.experiments.lab.faults import meet_faults
 from flashcp.experiments.lab.nodes import sent_bytes
-from flashcp.experiments.lab.predict import RATED
+from flashcp.experiments.lab.scale import RATED
 from flashcp.experiments.progress import bar
 from flashcp.schema import read_dataclass
 from flashcp.sharding.strategies import plan
@@ -71,9 +72,12 @@ class LabRank:
         self.bench, self.ranks, self.file = bench, ranks, file
         self.node = ranks.rank // bench.ranks_per_node
         self.operators: dict[tuple[int, int, str], ContextParallel] = {}
+        # A group has a time-out of its own, half an hour where none is given: until then a rank that lost its peers
+        # cannot end, for gloo's threads still wait for them.
+        timeout = timedelta(seconds=bench.timeout_s)
         sizes = {bench.world_size // bench.replicas, bench.world_size}
         self.groups = {
-            (first, size): dist.new_group(list(range(first, first + size)))
+            (first, size): dist.new_group(list(range(first, first + size)), timeout=timeout)
             for size in sorted(sizes)
             for first in range(0, bench.world_size, size)
         }

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flashcp.experiments.lab.cases import LabBench
-from flashcp.experiments.lab.lab import Scale, predict
-from flashcp.experiments.lab.predict import RATED, Rates, lab_machine, operations
+from flashcp.experiments.lab.predict import lab_machine, operations, predict
+from flashcp.experiments.lab.scale import RATED, Rates, Scale
 from flashcp.simulation import simulate
 
 BENCH = LabBench(context=2048, windows=2, methods=["llama3", "flashcp"])
@@ -14,7 +14,7 @@ RATES = Rates(tflops=0.01, latency_us=2000.0, node_gbps=0.5)
 
 
 def test_the_machine_attends_at_the_rate_that_was_measured() -> None:
-    machine = lab_machine(BENCH, RATES, 0.04)
+    machine = lab_machine(Scale(BENCH, RATES, 0.04))
     found = simulate(
         RATED, 1, cluster=machine, methods=["flashcp"], query_heads=8, kv_heads=8, head_dim=32, dtype_bytes=4
     )
