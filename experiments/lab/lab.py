@@ -97,7 +97,8 @@ class _Ranks:
 
         def look() -> None:
             done = {record["batch"] for record in _read(self.files[1]) if "ms" in record}
-            bar.update(max(0, len(done) - 1 - bar.n))
+            if len(done) - 1 > bar.n:
+                bar.update(len(done) - 1 - bar.n)
 
         return look
 
