@@ -152,7 +152,8 @@ def diagnose(log: Path, code: int) -> Outcome:
     text = log.read_bytes()
     ended = {int(found["rank"]): int(found["code"]) for found in FAILED_RANK.finditer(text)}
     ended = {rank: status for rank, status in ended.items() if status != -signal.SIGTERM}  # the launcher's doing
-    ended |= {int(found["rank"]): int(found["code"]) for found in LOST_RANK.finditer(text)}
+    # The launcher's line at the moment of the loss has the number on its node, which is the rank where one node is all.
+    ended = ended or {int(found["rank"]): int(found["code"]) for found in LOST_RANK.finditer(text)}
     complaints = [found[1].decode(errors="replace") for found in COMPLAINT.finditer(text)]
     killed = [rank for rank, status in ended.items() if status < 0]
     silent = [rank for rank in killed if not any(line.startswith(f"rank {rank} of ") for line in complaints)]
