@@ -19,7 +19,7 @@ CARRIED := hydra-core omegaconf pyyaml packaging einops tqdm \
 BUILT := antlr4-python3-runtime==4.9.3
 GLIBC := 17 24 27 28 31 34 35
 
-.PHONY: help demo test lint paper kernels kernels-versions emulate gpu-wheels pins clean
+.PHONY: help demo cluster-lab test lint paper kernels kernels-versions emulate gpu-wheels pins clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ demo: $(STAMP) ## train one model under several methods on 2 CPU ranks, over a f
 	@trap 'kill $$(jobs -p) 2>/dev/null || true' EXIT; for i in $$(seq $(BUSY)); do while :; do :; done & done; \
 	echo "260 steps; made for under 2 minutes on 2 idle cores, longer beside other work" >&2; \
 	$(BIN)/flashcp sweep experiment=demo $(ARGS)
+
+cluster-lab: $(STAMP) ## attention on an emulated cluster, 4 nodes of 2 ranks: predicted, then measured (root; docs/lab.md)
+	$(BIN)/flashcp bench lab $(ARGS)
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)

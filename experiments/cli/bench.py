@@ -51,6 +51,7 @@ PARTS = {
     "awkward": ("bench.planner", "AwkwardBench", "bench_awkward", "awkward_table", PLANNER_ROWS),
     "attention": ("bench.attention", "AttentionBench", "bench_attention", "attention_table"),
     "exchange": ("bench.exchange", "ExchangeBench", "bench_exchange", "exchange_table"),
+    "lab": ("lab.lab", "LabBench", "bench_lab", "lab_table"),
     "paper_fit": ("paper.fit", "PaperFit", "fit_rows", "fit_table", "paper.fit.write_fit", ".yaml"),
     "calibrate": (
         *("bench.calibrate", "CalibrateBench", "bench_calibrate", "calibration_table"),

@@ -180,7 +180,8 @@ def diagnose(log: Path, code: int) -> Outcome:
         {int(found["rank"]): int(found["code"]) for found in pattern.finditer(text)}
         for pattern in (FAILED_RANK, LOST_RANK)
     )
-    ended = {rank: status for rank, status in listed.items() if status != -signal.SIGTERM} | lost  # its launcher's
+    # The launcher's line at the moment of the loss has the number on its node, which is the rank where one node is all.
+    ended = {rank: status for rank, status in listed.items() if status != -signal.SIGTERM} or lost  # its launcher's
     complaints = [found[1].decode(errors="replace") for found in COMPLAINT.finditer(text)]
     heard = {line.split()[1] for line in complaints if line.startswith("rank ")}
     silent = [rank for rank, status in ended.items() if status < 0 and str(rank) not in heard]

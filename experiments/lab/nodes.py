@@ -14,7 +14,10 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from pathlib import Path
 
 from flashcp.experiments.lab.quotas import Quotas
 
-__all__ = ["LabError", "Link", "Node", "built_nodes", "remove_leftovers"]
+__all__ = ["LabError", "Link", "Node", "built_nodes", "remove_leftovers", "sent_bytes"]
 
 NAME = "flashcp-lab"
 SWITCH = "fcplab"  # a network device has 15 letters at most
@@ -72,7 +75,7 @@ class Node:
 
     @property
     def port(self) -> str:
-        return f"{SWITCH}{self.index}"
+        return port_of(self.index)
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """The arguments as a command that runs on the node. `ip netns exec` would hide the control groups."""
@@ -83,13 +86,12 @@ class Node:
     @property
     def sent_bytes(self) -> int:
         """What has left the node so far, with the headers of Ethernet, IP and TCP."""
-        return int(Path(f"/sys/class/net/{self.port}/statistics/rx_bytes").read_text())
+        return sent_bytes(self.index)
 
-    def slow(self, share: float) -> None:
-        """Let the link carry a share of its rate from now on."""
-        rate = Link(share * self.link.gbps, self.link.delay_us)
-        _shape(["-n", self.name], "eth0", rate, "change")
-        _shape([], self.port, Link(rate.gbps), "change")
+    def shape(self, gbps: float) -> None:
+        """Let the link carry so many GB/s from now on."""
+        _shape(["-n", self.name], "eth0", gbps, "change")
+        _shape([], self.port, gbps, "change")
 
     def cut(self) -> None:
         """Unplug the node from the switch; its ranks are not told."""
@@ -98,6 +100,15 @@ class Node:
     def join(self) -> None:
         """Plug it in again."""
         _run("ip", "link", "set", self.port, "up")
+
+
+def port_of(node: int) -> str:
+    return f"{SWITCH}{node}"
+
+
+def sent_bytes(node: int) -> int:
+    """What has left a node so far. The switch's end of a link is seen from every node, for they share /sys."""
+    return int(Path(f"/sys/class/net/{port_of(node)}/statistics/rx_bytes").read_text())
 
 
 @contextmanager
@@ -109,7 +120,7 @@ def built_nodes(count: int, ranks_per_node: int, link: Link, cores: float) -> It
     if not 1 <= count <= 250:
         raise ValueError(f"nodes={count}: expected 1 to 250")
     _check_tools()
-    with _lock():
+    with _lock(), _ended_by_signals():
         remove_leftovers()
         try:
             quotas = Quotas.make(NAME, count * ranks_per_node, cores)
@@ -134,17 +145,17 @@ def _build(node: Node) -> None:
     _run("ip", *inside, "address", "add", f"{node.address}/24", "dev", "eth0")
     for device in ("lo", "eth0"):
         _run("ip", *inside, "link", "set", device, "up")
-    _shape(inside, "eth0", node.link, "add")
-    _shape([], node.port, Link(node.link.gbps), "add")
+    _shape(inside, "eth0", node.link.gbps, "add")
+    _shape([], node.port, node.link.gbps, "add")
     if node.link.delay_us:
         _run("tc", *inside, "qdisc", "add", "dev", "eth0", "parent", "1:", "netem", "delay", f"{node.link.delay_us}us",
              "limit", "100000")  # fmt: skip
 
 
-def _shape(where: Sequence[str], device: str, link: Link, verb: str) -> None:
+def _shape(where: Sequence[str], device: str, gbps: float, verb: str) -> None:
     """A token bucket at a device: 2 ms of tokens, and at least the largest packet that leaves in one piece."""
-    burst = max(1 << 17, round(2e-3 * 1e9 * link.gbps))
-    bucket = ["tbf", "rate", f"{round(8e9 * link.gbps)}bit", "burst", str(burst), "limit", str(LONGEST_QUEUE)]
+    burst = max(1 << 17, round(2e-3 * 1e9 * gbps))
+    bucket = ["tbf", "rate", f"{round(8e9 * gbps)}bit", "burst", str(burst), "limit", str(LONGEST_QUEUE)]
     _run("tc", *where, "qdisc", verb, "dev", device, "root", "handle", "1:", *bucket)
 
 
@@ -172,6 +183,19 @@ def _lock() -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM ends the lab as Ctrl-C does, with everything removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_tools() -> None:

@@ -22,7 +22,7 @@ def _missing() -> str:
         return str(error)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def turn() -> Iterator[None]:
     with Path(tempfile.gettempdir(), "flashcp-lab-tests.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

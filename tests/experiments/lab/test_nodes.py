@@ -16,6 +16,8 @@ from flashcp.experiments.lab import nodes as lab
 from flashcp.experiments.lab.nodes import LabError, Link, Node, built_nodes, remove_leftovers
 from flashcp.experiments.lab.quotas import Quotas
 
+pytestmark = pytest.mark.usefixtures("turn")
+
 RATE = Link(0.02)  # GB/s: 2 MB take 0.1 s
 SENT = 2_000_000  # bytes
 RECEIVE = """
@@ -104,7 +106,7 @@ def test_a_node_pays_nothing_for_what_stays_on_it(pair: list[Node]) -> None:
 
 
 def test_a_link_can_be_slowed_and_cut_and_joined(pair: list[Node]) -> None:
-    pair[1].slow(0.1)
+    pair[1].shape(0.1 * RATE.gbps)
     assert transfer(*pair) >= 0.9 * SENT / (1e8 * RATE.gbps)
     pair[1].cut()
     with pytest.raises(subprocess.CalledProcessError):
@@ -136,7 +138,7 @@ def test_an_error_leaves_nothing() -> None:
     assert not left()
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_what_an_interrupted_lab_leaves_is_gone_at_the_next(ending: signal.Signals) -> None:
     with subprocess.Popen([sys.executable, "-c", BUILD], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as builder:
         assert builder.stdout is not None

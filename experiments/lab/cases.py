@@ -1,0 +1,166 @@
+"""What a lab run measures: its nodes, the link that they stand for, the windows, the methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from flashcp.clusters import clusters
+from flashcp.comm.exchanges import EXCHANGE_CLASSES
+from flashcp.sharding.lengths import LENGTH_DATA, windows
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.strategies import plan
+from flashcp.simulator.cost import AttentionShape
+from flashcp.simulator.variants import choose_variants
+from flashcp.train.ranks import LONGEST_WAIT_S
+
+__all__ = ["BASELINE", "LabBench", "Work"]
+
+BASELINE = "llama3"
+METHODS = (
+    "llama3",
+    "per_document",
+    "ring",
+    "ring_zigzag",
+    "ulysses",
+    "flashcp_paper",
+    "flashcp_paper+exact",
+    "flashcp",
+)
+ONE_PLAN = "one plan: "
+"""Before the name of a method that plans the windows of all replicas together, over all ranks."""
+
+
+class Work(NamedTuple):
+    """What one group of ranks does under one method in one turn: consecutive ranks, and their plan."""
+
+    first: int
+    plan: ShardingPlan
+    exchange: str
+
+
+@dataclass
+class LabBench:
+    """methods: names, or pairs SHARDING+EXCHANGE. faults: those of them that meet faults on links afterwards.
+    one_plan: methods that plan the windows of all replicas together too.
+
+    nodes, ranks_per_node, cores: of the lab; the ranks share the cores equally. link: free, or a cluster file whose
+    bytes an operation between nodes the lab's links get. delay_us: of a link. replicas: groups of ranks with a window
+    each. data_set, context, shrink, windows, seed: windows of context x shrink tokens are sampled, and their lengths
+    divided by shrink. query_heads, kv_heads, head_dim: of attention, in fp32. turns: how often each window is timed.
+    """
+
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    faults: list[str] = field(default_factory=list)
+    one_plan: list[str] = field(default_factory=list)
+    nodes: int = 4
+    ranks_per_node: int = 2
+    cores: float = 1.9
+    link: str = "h100-ib-400g"
+    delay_us: float = 0.0
+    replicas: int = 1
+    data_set: str = "pile"
+    context: int = 16384
+    shrink: int = 8
+    windows: int = 10
+    seed: int = 0
+    query_heads: int = 8
+    kv_heads: int = 8
+    head_dim: int = 32
+    turns: int = 1
+    timeout_s: float = 120.0
+
+    def check(self) -> None:
+        """Raise ValueError, naming value, field and legal values."""
+        least = {
+            "nodes": 1,
+            "ranks_per_node": 1,
+            "replicas": 1,
+            "shrink": 1,
+            "windows": 1,
+            "seed": 0,
+            "query_heads": 1,
+            "kv_heads": 1,
+            "head_dim": 1,
+            "turns": 1,
+        }
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a whole number >= {smallest}")
+        if self.data_set not in LENGTH_DATA:
+            raise ValueError(f"data_set={self.data_set!r}: expected one of {', '.join(LENGTH_DATA)}")
+        if self.link != "free" and self.link not in clusters():
+            raise ValueError(f"link={self.link!r}: expected one of free, {', '.join(clusters())}")
+        if self.world_size < 2:
+            raise ValueError(f"nodes={self.nodes} with ranks_per_node={self.ranks_per_node}: expected 2 ranks or more")
+        if self.nodes % self.replicas:
+            raise ValueError(f"replicas={self.replicas}: expected a divisor of nodes={self.nodes}, for none shares one")
+        if self.context < self.world_size:
+            raise ValueError(f"context={self.context}: expected at least one token a rank, {self.world_size}")
+        if self.query_heads % self.kv_heads:
+            raise ValueError(f"query_heads={self.query_heads}: expected a multiple of kv_heads={self.kv_heads}")
+        if not 0 < self.timeout_s <= LONGEST_WAIT_S:
+            raise ValueError(f"timeout_s={self.timeout_s}: expected seconds > 0 and <= {LONGEST_WAIT_S:.0e}")
+        if BASELINE not in self.methods:
+            raise ValueError(
+                f"methods={self.methods}: expected {BASELINE} among them, which the others are compared with"
+            )
+        for method in self.faults:
+            if method not in self.methods:
+                raise ValueError(f"faults holds {method!r}: expected some of methods={self.methods}")
+        for name in ("methods", "one_plan"):
+            for variant in choose_variants(getattr(self, name) or [BASELINE]):
+                ranks = self.world_size // (self.replicas if name == "methods" else 1)
+                if EXCHANGE_CLASSES[variant.exchange].splits_heads and self.kv_heads % ranks:
+                    raise ValueError(
+                        f"kv_heads={self.kv_heads}: expected a multiple of {ranks} ranks for {variant.name}"
+                    )
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def shape(self) -> AttentionShape:
+        return AttentionShape(self.query_heads, self.kv_heads, self.head_dim, 4)
+
+    @property
+    def case(self) -> str:
+        """The work in short."""
+        heads = f"{self.query_heads}:{self.kv_heads}x{self.head_dim}"
+        replicas = f" replicas={self.replicas}" if self.replicas > 1 else ""
+        nodes = f"{self.nodes}x{self.ranks_per_node}"
+        return f"{nodes} {self.link} {self.data_set} {self.context}/{self.shrink} {heads}{replicas}"
+
+    @property
+    def batches(self) -> list[list[np.ndarray]]:
+        """Document lengths, int64, of each replica's window, batch after batch."""
+        sampled = windows(self.data_set, self.context * self.shrink, self.windows * self.replicas, self.seed)
+        small = [shrunk(lengths, self.shrink) for lengths in sampled]
+        return [small[first : first + self.replicas] for first in range(0, len(small), self.replicas)]
+
+    def work(self, batch: list[np.ndarray]) -> dict[str, list[Work]]:
+        """By method, what each replica does with its window."""
+        ranks = self.world_size // self.replicas
+        found = {}
+        for method in choose_variants(self.methods):
+            found[method.name] = [
+                Work(ranks * replica, plan(lengths, ranks, method.sharding), method.exchange)
+                for replica, lengths in enumerate(batch)
+            ]
+        for method in choose_variants(self.one_plan) if self.one_plan else ():
+            whole = plan(np.concatenate(batch), self.world_size, method.sharding)
+            found[ONE_PLAN + method.name] = [Work(0, whole, method.exchange)]
+        return found
+
+
+def shrunk(lengths: np.ndarray, divisor: int) -> np.ndarray:
+    """Lengths in the same proportions whose sum is divided, int64; documents too short to keep a token are left out.
+
+    The boundaries between documents are divided, so that no error adds up.
+    """
+    ends = np.cumsum(lengths) // divisor
+    small = np.diff(ends, prepend=0)
+    return small[small > 0]

@@ -1,0 +1,50 @@
+"""How many bytes of K and V, and of their gradients, leave each node of a cluster: what the routes say.
+
+Over gloo, whose sends, receives and all-to-all go straight from rank to rank, and whose all-gather goes round: every
+rank hands N - 1 blocks to the next one. Headers of messages are not counted.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flashcp.comm.exchanges import EXCHANGE_CLASSES
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.simulator.cost import AttentionShape
+
+__all__ = ["crossing_bytes", "moved_bytes"]
+
+
+def crossing_bytes(plan: ShardingPlan, exchange: str, shape: AttentionShape, ranks_per_node: int) -> np.ndarray:
+    """Bytes that leave each node while one attention runs forward and backward, float64 [nodes].
+
+    Consecutive ranks share a node. Raises ValueError where ranks do not fill nodes.
+    """
+    if plan.world_size % ranks_per_node:
+        raise ValueError(f"world_size={plan.world_size}: expected a multiple of ranks_per_node={ranks_per_node}")
+    moved = moved_bytes(plan, exchange, shape)
+    node = np.arange(plan.world_size) // ranks_per_node
+    between = np.where(node[:, None] != node[None, :], moved, 0.0)
+    return np.bincount(node, between.sum(axis=1))
+
+
+def moved_bytes(plan: ShardingPlan, exchange: str, shape: AttentionShape) -> np.ndarray:
+    """Bytes from rank to rank, both passes together, float64 [source, destination]."""
+    gradient = EXCHANGE_CLASSES[exchange].gradient_dtype
+    back = shape._replace(dtype_bytes=gradient.itemsize if gradient else shape.dtype_bytes)
+    ranks, others = plan.world_size, ~np.eye(plan.world_size, dtype=bool)
+    following = np.roll(np.eye(ranks), 1, axis=1)
+    if exchange == "ulysses":
+        heads = shape.query_bytes // 2 + shape.kv_bytes  # of one row: Q, K and V
+        there = plan.tokens[:, None] * (heads / ranks) * others
+        home = plan.tokens[None, :] * (shape.query_bytes / 2 / ranks) * others
+        return 2.0 * (there + home)  # the backward's are the mirror: of O one way, of Q, K and V the other
+    if exchange == "ring":
+        rows = plan.route(exchange)
+        return following * (rows.sent_rows * shape.kv_bytes + rows.received_rows * back.kv_bytes)[:, None]
+    if exchange == "exact":
+        owners = [plan.route(exchange).received(rank) for rank in range(ranks)]
+        read = np.stack([np.bincount(each.rank, each.stop - each.start, ranks) for each in owners])
+        return read.T * shape.kv_bytes + read * float(back.kv_bytes)
+    block = plan.route(exchange).block_rows
+    return block * ((ranks - 1) * shape.kv_bytes * following + back.kv_bytes * others)

@@ -1,0 +1,109 @@
+"""`flashcp bench lab`: attention under every method on an emulated cluster, predicted first and then measured.
+
+The lab is built, its rates are measured, its links get the rates of a cluster's, the simulator says what will come, the
+ranks run, and everything is taken down. Rows, table and picture tell predicted and measured times side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flashcp.experiments.cli.launch import BAD_INPUT, RanksFailedError
+from flashcp.experiments.folders import check_out
+from flashcp.experiments.lab.cases import LabBench
+from flashcp.experiments.lab.faults import Answering, CutSeen, cuts_seen
+from flashcp.experiments.lab.nodes import LabError, Node, built_nodes
+from flashcp.experiments.lab.predict import predict
+from flashcp.experiments.lab.rows import fault_rows, lab_rows, lab_table
+from flashcp.experiments.lab.scale import FREE, Rates, Scale
+from flashcp.experiments.lab.start import run_on_nodes
+from flashcp.experiments.sweep.results import Row, write_rows
+
+__all__ = ["OUT", "bench_lab", "lab_table"]
+
+OUT = "outputs/bench/lab"
+
+
+def bench_lab(bench: LabBench, out: str) -> tuple[list[Row], Path]:
+    """Build, predict, measure, take down. Returns the rows and their directory.
+
+    Raises ValueError for bad input, RanksFailedError where no lab can be built or a rank fails.
+    """
+    bench.check()
+    folder = Path(out)
+    check_out(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings, records = folder / "settings.json", folder / "records.jsonl"
+    settings.write_text(json.dumps(dataclasses.asdict(bench)))
+    records.write_text("")
+    try:
+        link = dataclasses.replace(FREE, delay_us=bench.delay_us)
+        with built_nodes(bench.nodes, bench.ranks_per_node, link, bench.cores) as nodes:
+            ranks = _Ranks(bench, nodes, settings, records)
+            print(f"{bench.case}: measuring the ranks' rates", file=sys.stderr)
+            ranks.run("rate")
+            scale = Scale.of(bench, Rates(**_read(records)[0]))
+            print(f"emulated: {scale}", file=sys.stderr)
+            for node in nodes:
+                node.shape(scale.link_gbps)
+            predicted = predict(bench, scale)
+            (folder / "predicted.json").write_text(json.dumps(predicted, indent=1))
+            print(f"predicted: {folder / 'predicted.json'}; now measuring", file=sys.stderr)
+            ranks.run("run")
+            cuts = {method: ranks.cut(method, scale.link_gbps) for method in bench.faults}
+    except LabError as error:
+        raise RanksFailedError(str(error)) from error
+    rows = lab_rows(bench, scale, predicted, _read(records))
+    rows += fault_rows(bench, scale, cuts, _read(records))
+    write_rows(folder, rows)
+    from flashcp.experiments.lab.picture import draw_lab  # late: matplotlib
+
+    draw_lab(rows, folder / "lab.png")
+    return rows, folder
+
+
+class _Ranks:
+    """Starts the ranks of every node for one step after another."""
+
+    def __init__(self, bench: LabBench, nodes: Sequence[Node], settings: Path, records: Path) -> None:
+        self.bench, self.nodes, self.files = bench, nodes, [settings.absolute(), records.absolute()]
+
+    def cut(self, method: str, link_gbps: float) -> list[CutSeen]:
+        """Let a method meet the faults. Raises as `run` does."""
+        answering = Answering(self.nodes, link_gbps, self.bench.world_size, self.files[1])
+        self.run(method, answering)
+        return cuts_seen(self.bench, self.files[1], answering.cut_at)
+
+    def run(self, step: str, watch: Callable[[], None] | None = None) -> None:
+        """Raises ValueError for bad input that the ranks find, RanksFailedError where one fails."""
+        arguments = ["-m", "flashcp.experiments.lab.rank", step, *map(str, self.files)]
+        log = self.files[0].with_name(f"{step}.log")
+        outcome = run_on_nodes(self.nodes, self.bench.ranks_per_node, arguments, log, watch or self._watch(step))
+        if outcome.code:
+            raise ValueError(outcome.error) if outcome.code == BAD_INPUT else RanksFailedError(outcome.error)
+
+    def _watch(self, step: str) -> Callable[[], None]:
+        """A bar over the batches that were measured."""
+        if step == "rate":
+            return lambda: None
+        from tqdm import tqdm
+
+        bar = tqdm(total=len(self.bench.batches), unit="batch", file=sys.stderr)
+
+        def look() -> None:
+            done = {record["batch"] for record in _read(self.files[1]) if "ms" in record}
+            if len(done) - 1 > bar.n:
+                bar.update(len(done) - 1 - bar.n)
+
+        return look
+
+
+def _read(records: Path) -> list[dict[str, Any]]:
+    """The records that are whole."""
+    lines = records.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]

@@ -1,0 +1,101 @@
+"""What the simulator says of a lab before the lab runs: each method's time, from its rates and its links alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import TypeVar
+
+import numpy as np
+
+from flashcp.clusters import read_cluster
+from flashcp.experiments.lab.cases import LabBench, Work
+from flashcp.experiments.lab.scale import RATED, Scale
+from flashcp.simulation import simulate
+from flashcp.simulator.cost import BACKWARD_FLOPS, FORWARD_FLOPS, Link, Links
+from flashcp.simulator.machine import Machine
+
+__all__ = ["lab_machine", "operations", "predict"]
+
+CALIBRATED = "this_machine"
+"""The cluster file whose kernels are those of the lab's ranks, on a core of their own."""
+Costs = TypeVar("Costs")
+
+
+def lab_machine(scale: Scale) -> Machine:
+    """The lab as the simulator knows machines.
+
+    Its kernels are the calibrated ones, all slower by one factor: a rank has a share of a core.
+    """
+    bench, rates, whole = scale.bench, scale.rates, read_cluster(CALIBRATED)
+    share = rates.tflops / _tflops(whole, bench)
+    attention = whole.attention
+    return replace(
+        whole,
+        name="lab",
+        attention=replace(
+            attention, forward=_slowed(attention.forward, share), backward=_slowed(attention.backward, share)
+        ),
+        copies=_slowed(whole.copies, share),
+        gemm_tflops=share * whole.gemm_tflops,
+        links=Links(
+            bench.ranks_per_node,
+            Link(rates.node_gbps, rates.latency_us),
+            Link(scale.link_gbps / bench.ranks_per_node, rates.latency_us),
+        ),
+        provenance={},
+    )
+
+
+def predict(bench: LabBench, scale: Scale) -> dict[str, list[float]]:
+    """Milliseconds of each method, batch by batch: of its slowest group of ranks, forward and backward."""
+    machine = lab_machine(scale)
+    works = [bench.work(batch) for batch in bench.batches]
+    return {method: [max(_ms(bench, machine, one) for one in each[method]) for each in works] for method in works[0]}
+
+
+def _ms(bench: LabBench, machine: Machine, work: Work) -> float:
+    found = simulate(
+        work.plan,
+        cluster=machine,
+        methods=[f"plan+{work.exchange}"],
+        query_heads=bench.query_heads,
+        kv_heads=bench.kv_heads,
+        head_dim=bench.head_dim,
+        dtype_bytes=bench.shape.dtype_bytes,
+    )
+    return found.methods[0].module_ms
+
+
+def _tflops(machine: Machine, bench: LabBench) -> float:
+    """What the rate would be on a core of its own."""
+    alone = simulate(
+        RATED,
+        1,
+        cluster=machine,
+        methods=["flashcp"],
+        query_heads=bench.query_heads,
+        kv_heads=bench.kv_heads,
+        head_dim=bench.head_dim,
+        dtype_bytes=bench.shape.dtype_bytes,
+    )
+    return operations(RATED, bench) / (1e9 * alone.methods[0].attention_ms)
+
+
+def operations(lengths: Sequence[int], bench: LabBench) -> float:
+    """Attention operations of a pack, forward and backward."""
+    rows = np.asarray(lengths, dtype=np.float64)
+    pairs = float((rows * (rows + 1) / 2).sum())
+    return (FORWARD_FLOPS + BACKWARD_FLOPS) * pairs * bench.query_heads * bench.head_dim
+
+
+def _slowed(costs: Costs, share: float) -> Costs:
+    """Rates times a share, times over it."""
+    changed = {}
+    for field in fields(costs):  # type: ignore[arg-type]
+        value = getattr(costs, field.name)
+        if field.name.endswith("_us"):
+            changed[field.name] = value / share
+        elif field.name.endswith(("tflops", "gbps")):
+            changed[field.name] = value * share
+    return replace(costs, **changed)  # type: ignore[type-var]

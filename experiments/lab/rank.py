@@ -1,0 +1,209 @@
+"""A rank of the lab: `python -m flashcp.experiments.lab.rank STEP SETTINGS.json OUT.jsonl`, as torchrun starts it.
+
+The step `rate` measures how fast the ranks attend, all at once. Any other step but `run` is the name of a method that
+meets faults (`faults.py`). The step `run` is what the lab is for. First the gate:
+every method's output and gradients against the float64 reference, on a small pack. Then window after window: a pass in
+which the bytes on the links are counted, and turns that are timed, in which all methods run one after the other. Rank 0
+writes what was found, a record a line.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+
+import flashcp
+from flashcp.context_parallel import ContextParallel
+from flashcp.experiments.bench.harness import relative_error
+from flashcp.experiments.lab.cases import LabBench, Work
+from flashcp.experiments.lab.crossing import crossing_bytes
+from flashcp.experiments.lab.faults import meet_faults
+from flashcp.experiments.lab.nodes import sent_bytes
+from flashcp.experiments.lab.scale import RATED
+from flashcp.experiments.progress import bar
+from flashcp.schema import read_dataclass
+from flashcp.sharding.strategies import plan
+from flashcp.train.link import measured_tflops
+from flashcp.train.ranks import Ranks, exit_code, world
+from flashcp.train.run import order_of_turn
+
+__all__ = ["LabRank", "main"]
+
+SMALL = (1, 60, 300, 129, 20, 2)
+"""Documents of the gate."""
+ROUNDS = 11
+MESSAGE_BYTES = 1 << 20
+WORST = 1e-5
+"""The largest relative error against float64 of what is timed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Be a rank. Returns 0; 2 for bad input; else 1."""
+    step, settings, out = sys.argv[1:] if arguments is None else arguments
+    bench = read_dataclass(LabBench, json.loads(Path(settings).read_text()))
+    return exit_code(lambda: _run(step, bench, Path(out)))
+
+
+def _run(step: str, bench: LabBench, out: Path) -> None:
+    with world("cpu", bench.timeout_s) as ranks, out.open("a" if ranks.rank == 0 else "r") as file:
+        lab = LabRank(bench, ranks, file)
+        if step == "rate":
+            lab.rate()
+        elif step == "run":
+            lab.gate()
+            lab.measure()
+        else:
+            meet_faults(lab, step, out)
+
+
+class LabRank:
+    """operators: of each group of ranks that this one is in and each exchange; one connection a group."""
+
+    def __init__(self, bench: LabBench, ranks: Ranks, file: TextIO) -> None:
+        self.bench, self.ranks, self.file = bench, ranks, file
+        self.node = ranks.rank // bench.ranks_per_node
+        self.operators: dict[tuple[int, int, str], ContextParallel] = {}
+        # A group has a time-out of its own, half an hour where none is given: until then a rank that lost its peers
+        # cannot end, for gloo's threads still wait for them.
+        timeout = timedelta(seconds=bench.timeout_s)
+        sizes = {bench.world_size // bench.replicas, bench.world_size}
+        self.groups = {
+            (first, size): dist.new_group(list(range(first, first + size)), timeout=timeout)
+            for size in sorted(sizes)
+            for first in range(0, bench.world_size, size)
+        }
+
+    def rate(self) -> None:
+        """Write what the links are scaled by and the simulator asks for: a `Rates`, field by field."""
+        bench, ranks = self.bench, self.ranks
+        tflops = measured_tflops(RATED, (bench.query_heads, bench.kv_heads, bench.head_dim), ranks)
+        one_row = self.function([Work(0, plan([ranks.world_size], ranks.world_size, "contiguous"), "exact")])
+        latency_ms = statistics.median(self.timed(one_row) for _ in range(ROUNDS))
+        neighbours = min(2, bench.ranks_per_node)
+        self.write(tflops=tflops, latency_us=1e3 * latency_ms / 2, node_gbps=self._gbps(neighbours))
+
+    def _gbps(self, readers: int) -> float:
+        """GB/s from rank 0 to rank 1, which share a node where nodes have several ranks; no limit where they do not."""
+        if readers < 2:
+            return 100.0
+        message = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
+
+        def send() -> None:
+            if self.ranks.rank == 0:
+                dist.send(message, 1)
+            elif self.ranks.rank == 1:
+                dist.recv(message, 0)
+
+        return MESSAGE_BYTES / (1e6 * statistics.median(self.timed(send) for _ in range(ROUNDS)))
+
+    def gate(self) -> None:
+        """Raises RuntimeError on all ranks where a method is wrong."""
+        random = torch.Generator().manual_seed(self.bench.seed)
+        shape, tokens = self.bench.shape, sum(SMALL)
+        q, k, v, grad = (
+            torch.randn(tokens, heads, shape.head_dim, generator=random)
+            for heads in (shape.query_heads, shape.kv_heads, shape.kv_heads, shape.query_heads)
+        )
+        inputs = tuple(x.requires_grad_() for x in (q, k, v))
+        reference = flashcp.reference_attention(q, k, v, SMALL)
+        wanted = [reference, *torch.autograd.grad(reference, inputs, grad.double())]
+        for method, works in self.bench.work(self.bench.batches[0]).items():
+            ((work, cp),) = self._mine(works)
+            small = plan(SMALL, work.plan.world_size, work.plan.strategy)
+            a, b, c = local = tuple(cp.shard(x.detach(), small).requires_grad_() for x in inputs)
+            out = cp.attention(a, b, c, small)
+            found = [out, *torch.autograd.grad(out, local, cp.shard(grad, small))]
+            error = max(relative_error(one, cp.shard(other, small)) for one, other in zip(found, wanted, strict=True))
+            (worst,) = self.ranks.max(error)
+            if not worst <= WORST:
+                raise RuntimeError(f"{method}: relative error {worst:.1e}: what is wrong is not timed")
+            self.write(gate=method, error=worst, transport=cp.transport)
+
+    def measure(self) -> None:
+        """Write, for each batch and method, the bytes that left each node, and in every turn the slowest rank's ms."""
+        batches = self.bench.batches
+        for index, batch in enumerate(bar(batches, unit="batch", disable=self.ranks.rank != 0)):
+            works = self.bench.work(batch)
+            run = {method: self.function(each) for method, each in works.items()}
+            for method, function in run.items():
+                sent = self._counted(function)
+                shape, per_node = self.bench.shape, self.bench.ranks_per_node
+                routes = [0.0] * self.bench.nodes
+                for work in works[method]:
+                    first = work.first // per_node
+                    for node, count in enumerate(crossing_bytes(work.plan, work.exchange, shape, per_node)):
+                        routes[first + node] += float(count)
+                self.write(batch=index, method=method, sent_bytes=sent, route_bytes=routes)
+            names = list(run)
+            for turn in range(self.bench.turns):
+                for place in order_of_turn(index * self.bench.turns + turn, len(names)):
+                    ms = self.timed(run[names[place]])
+                    self.write(batch=index, turn=turn, method=names[place], ms=ms)
+
+    def function(self, works: Sequence[Work]) -> Callable[[], None]:
+        """This rank's part: attention forward and backward."""
+        ((work, cp),) = self._mine(works)
+        rows, shape = int(work.plan.tokens[cp.rank]), self.bench.shape
+        random = torch.Generator().manual_seed(self.bench.seed + 1 + self.ranks.rank)
+        q, k, v, grad = (
+            torch.randn(rows, heads, shape.head_dim, generator=random).requires_grad_()
+            for heads in (shape.query_heads, shape.kv_heads, shape.kv_heads, shape.query_heads)
+        )
+
+        def function() -> None:
+            out = cp.attention(q, k, v, work.plan)
+            torch.autograd.grad(out, (q, k, v), grad)
+
+        return function
+
+    def _mine(self, works: Sequence[Work]) -> list[tuple[Work, ContextParallel]]:
+        """The work of this rank's group, and its operator."""
+        return [
+            (work, self._operator(work))
+            for work in works
+            if work.first <= self.ranks.rank < work.first + work.plan.world_size
+        ]
+
+    def _operator(self, work: Work) -> ContextParallel:
+        key = work.first, work.plan.world_size, work.exchange
+        if key not in self.operators:
+            group = self.groups[key[:2]]
+            self.operators[key] = ContextParallel(group, exchange=work.exchange, timeout_s=self.bench.timeout_s)
+        return self.operators[key]
+
+    def timed(self, function: Callable[[], None]) -> float:
+        """Milliseconds of the slowest rank; all begin together."""
+        self.ranks.barrier()
+        started = time.perf_counter()
+        function()
+        return self.ranks.max(1e3 * (time.perf_counter() - started))[0]
+
+    def _counted(self, function: Callable[[], None]) -> list[int]:
+        """Bytes that left each node meanwhile, headers counted."""
+        self.ranks.barrier()
+        before = self._sent()
+        self.ranks.barrier()
+        function()
+        self.ranks.barrier()
+        after = self._sent()
+        return [late - early for early, late in zip(before, after, strict=True)]
+
+    def _sent(self) -> list[int]:
+        return [sent_bytes(node) for node in range(self.bench.nodes)] if self.ranks.rank == 0 else []
+
+    def write(self, **record: Any) -> None:
+        if self.ranks.rank == 0:
+            print(json.dumps(record), file=self.file, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

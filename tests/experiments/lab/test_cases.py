@@ -1,0 +1,64 @@
+"""What a lab run measures, and what it refuses before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from flashcp.experiments.lab.cases import ONE_PLAN, LabBench, shrunk
+
+
+def test_shrunk_lengths_keep_their_sum_and_proportions() -> None:
+    lengths = np.array([700, 100, 30, 3, 3, 3, 1, 160])
+    small = shrunk(lengths, 8)
+    assert small.sum() == lengths.sum() // 8
+    assert small.tolist() == [87, 13, 3, 1, 1, 20]
+
+
+@pytest.mark.parametrize("data_set", ["pile", "redpajama", "wlb_llm"])
+def test_windows_are_full(data_set: str) -> None:
+    bench = LabBench(data_set=data_set, context=4096, windows=3, replicas=2)
+    assert [[int(lengths.sum()) for lengths in batch] for batch in bench.batches] == [[4096, 4096]] * 3
+
+
+def test_replicas_have_a_window_each_and_one_plan_has_them_all() -> None:
+    bench = LabBench(methods=["llama3", "flashcp"], one_plan=["flashcp"], context=1024, windows=1, replicas=2)
+    (batch,) = bench.batches
+    works = bench.work(batch)
+    assert list(works) == ["llama3", "flashcp", f"{ONE_PLAN}flashcp"]
+    assert [(work.first, work.plan.world_size) for work in works["flashcp"]] == [(0, 4), (4, 4)]
+    ((first, plan, exchange),) = works[f"{ONE_PLAN}flashcp"]
+    assert (first, plan.world_size, exchange) == (0, 8, "exact")
+    assert plan.document_lengths.tolist() == np.concatenate(batch).tolist()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"nodes": 0}, "nodes=0"),
+        ({"nodes": 1, "ranks_per_node": 1}, "expected 2 ranks or more"),
+        ({"replicas": 3}, "replicas=3"),
+        (
+            {"nodes": 3, "ranks_per_node": 2, "replicas": 2, "methods": ["llama3"]},
+            "replicas=2: expected a divisor of nodes=3",
+        ),
+        ({"link": "carrier-pigeon"}, "expected one of free, "),
+        ({"data_set": "war_and_peace"}, "data_set='war_and_peace'"),
+        ({"methods": ["flashcp"]}, "llama3"),
+        ({"methods": ["llama3", "magic"]}, "magic"),
+        ({"kv_heads": 2}, "for ulysses"),
+        ({"context": 4}, "context=4"),
+        ({"query_heads": 6}, "query_heads=6"),
+        ({"timeout_s": 0.0}, "timeout_s=0"),
+    ],
+)
+def test_what_makes_no_case_is_refused_in_one_line(wrong: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as error:
+        replace(LabBench(), **wrong).check()  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+def test_the_defaults_are_a_case() -> None:
+    LabBench().check()

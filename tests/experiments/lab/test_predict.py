@@ -1,0 +1,36 @@
+"""The lab as the simulator knows it."""
+
+from __future__ import annotations
+
+import pytest
+
+from flashcp.experiments.lab.cases import LabBench
+from flashcp.experiments.lab.predict import lab_machine, operations, predict
+from flashcp.experiments.lab.scale import RATED, Rates, Scale
+from flashcp.simulation import simulate
+
+BENCH = LabBench(context=2048, windows=2, methods=["llama3", "flashcp"])
+RATES = Rates(tflops=0.01, latency_us=2000.0, node_gbps=0.5)
+
+
+def test_the_machine_attends_at_the_rate_that_was_measured() -> None:
+    machine = lab_machine(Scale(BENCH, RATES, 0.04))
+    found = simulate(
+        RATED, 1, cluster=machine, methods=["flashcp"], query_heads=8, kv_heads=8, head_dim=32, dtype_bytes=4
+    )
+    assert operations(RATED, BENCH) / (1e9 * found["flashcp"].attention_ms) == pytest.approx(RATES.tflops, rel=1e-6)
+    assert machine.links.network.gbps == 0.02  # of a rank: two share the node's
+    assert machine.links.node.gbps == 0.5
+
+
+def test_a_slower_link_takes_more_from_who_sends_more() -> None:
+    slow, fast = (predict(BENCH, Scale(BENCH, RATES, gbps)) for gbps in (0.005, 0.5))
+    assert [len(slow[method]) for method in ("llama3", "flashcp")] == [2, 2]
+    assert sum(slow["llama3"]) / sum(slow["flashcp"]) > sum(fast["llama3"]) / sum(fast["flashcp"]) > 1
+
+
+def test_a_links_rate_is_the_clusters_by_bytes_an_operation() -> None:
+    one = Scale.of(BENCH, RATES)
+    twice = Scale.of(BENCH, Rates(0.02, 2000.0, 0.5))
+    assert twice.link_gbps == pytest.approx(2 * one.link_gbps)
+    assert f"{1e3 * one.link_gbps:.3g} MB/s = 50 GB/s of a rank of h100-ib-400g" in str(one)
