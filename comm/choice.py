@@ -22,8 +22,6 @@ from flashcp.comm.one_sided import OneSided
 from flashcp.comm.transport import Alone, Transport
 from flashcp.comm.two_sided import TwoSided
 
-__all__ = ["TRANSPORTS", "Connection", "TransportOptions", "connect"]
-
 TRANSPORTS = ("shm", "gloo", "nccl", "cuda_symmetric", "nvshmem")
 
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from torch.autograd import profiler
 from torch.profiler import record_function
 
-__all__ = ["Clock", "span"]
-
 _NOTHING = nullcontext()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["ExchangeError", "ExchangeTimeoutError", "HeapError", "PeerFailedError", "PlanMismatchError"]
-
 
 class ExchangeError(RuntimeError):
     """Ranks could not exchange rows. The process group should not be used after it."""

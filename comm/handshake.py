@@ -20,8 +20,6 @@ from torch import Tensor
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, PeerFailedError, PlanMismatchError
 from flashcp.comm.waits import bounded
 
-__all__ = ["Handshake", "Header", "PendingHeader", "Step"]
-
 _TAG, _SHARE_TAG = 7701, 7702  # keep headers apart from rows on the same pair of ranks
 _WORDS = 256  # bytes that a rank can share
 _AHEAD = 8  # headers posted and not yet compared

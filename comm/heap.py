@@ -15,8 +15,6 @@ from typing import NamedTuple
 from flashcp.comm.errors import HeapError
 from flashcp.comm.fabrics.base import Fabric, Region
 
-__all__ = ["Lease", "LeaseToken", "SymmetricHeap"]
-
 MIB = 1 << 20
 
 

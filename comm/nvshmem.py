@@ -33,8 +33,6 @@ from flashcp.comm.transport import Inbox, OutgoingRows, Transfer, row_bytes
 from flashcp.comm.two_sided import TwoSided
 from flashcp.kernels.uploads import to_device
 
-__all__ = ["Nvshmem", "grain_bytes"]
-
 _LEAST_BYTES = 1 << 22  # of a buffer: from here on the operator launches its most blocks
 _MOST_BLOCKS = (64, 16, 8)  # inside a node, between nodes, and between nodes in earlier versions
 _SPLITS = 256  # kept on the device: of some tens of plans

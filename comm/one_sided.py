@@ -18,8 +18,6 @@ from flashcp.comm.heap import SymmetricHeap
 from flashcp.comm.transport import Inbox, OutgoingRows, Transfer, Transport, row_bytes
 from flashcp.kernels.interface import WaitFlags
 
-__all__ = ["OneSided"]
-
 
 class OneSided(Transport):
     one_sided = True

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from flashcp.kernels.interface import KV, WaitFlags
 
-__all__ = ["ALL", "Alone", "Inbox", "OutgoingRows", "Transfer", "Transport", "row_bytes"]
-
 ALL = -1
 """As a source: the rows of all ranks, which come together."""
 

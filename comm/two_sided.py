@@ -19,8 +19,6 @@ from flashcp.comm.errors import ExchangeError
 from flashcp.comm.transport import ALL, Inbox, OutgoingRows, Transfer, Transport, row_bytes
 from flashcp.comm.waits import HostWaits, StreamWaits
 
-__all__ = ["TwoSided"]
-
 
 class TwoSided(Transport):
     sent_bytes = 0

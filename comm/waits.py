@@ -19,8 +19,6 @@ import torch
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError
 from flashcp.comm.watchdog import Watchdog
 
-__all__ = ["HostWaits", "StreamWaits", "bounded"]
-
 _LOOK_S = 2e-4  # between two looks at an event that the host waits for
 
 

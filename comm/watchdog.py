@@ -12,8 +12,6 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["Watchdog"]
-
 _IDLE_S = 10.0  # a thread with nothing to watch ends
 _LOOK_S = 0.1  # at most between two looks; a tenth of a short time-out
 

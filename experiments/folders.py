@@ -9,8 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_file", "check_out", "leave_no_trace", "render", "write_whole"]
-
 
 def check_file(file: Path, field: str = "out") -> None:
     """Raise ValueError when the file cannot be written; what it holds stays. field: that names it."""

@@ -22,26 +22,6 @@ from flashcp.experiments.sweep.results import Row
 if TYPE_CHECKING:
     from flashcp.simulator.planned import Module
 
-__all__ = [
-    "INK",
-    "PALETTE",
-    "PARTS",
-    "Panel",
-    "bars",
-    "check_figure",
-    "comparison_figure",
-    "draw_calibration",
-    "draw_exchanges",
-    "draw_rates",
-    "draw_timelines",
-    "ends",
-    "legend_below",
-    "save",
-    "spread",
-    "stacks",
-    "styled",
-]
-
 LOOK = matplotlib.rc_params_from_file(Path(__file__).with_name("flashcp.mplstyle"), use_default_template=False)
 PALETTE: list[str] = LOOK["axes.prop_cycle"].by_key()["color"]
 INK: str = LOOK["text.color"]

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-__all__ = ["commit", "versions_text"]
-
 RESULTS = "experiments/results"
 
 

@@ -14,8 +14,6 @@ from flashcp.kernels.selection import attention_name
 from flashcp.kernels.tuning import Tuning, check_tuning
 from flashcp.sharding.documents import read_document_lengths
 
-__all__ = ["varlen_attention"]
-
 
 def varlen_attention(
     q: Tensor,

@@ -19,8 +19,6 @@ from flashcp.schema import read_dataclass
 from flashcp.sharding.documents import check_choice
 from flashcp.simulator.machine import Machine, check_machine
 
-__all__ = ["clusters", "read_cluster", "read_cluster_file", "read_machine"]
-
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
 """What Hydra takes for a number: PyYAML wants a point in 1e6."""
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-__all__ = ["FINITE", "LONGEST_WAIT_S", "Count", "Limit", "Natural", "NonNegative", "Positive", "Seconds", "one_of"]
-
 
 @dataclass(frozen=True)
 class Limit:

@@ -23,8 +23,6 @@ from flashcp.kernels.inputs import check_inputs, default_scale
 from flashcp.kernels.interface import KV
 from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["Call", "Handle", "scale_code"]
-
 
 @dataclass(frozen=True)
 class Call:

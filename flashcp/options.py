@@ -13,8 +13,6 @@ from flashcp.sharding.documents import check_choice
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import STRATEGIES, plan
 
-__all__ = ["naming_options", "planner", "read_sharding"]
-
 
 def read_sharding(sharding: Mapping[str, Any]) -> dict[str, Any]:
     """The same section, each option with the strategy's type. Raises ValueError naming key, value and what is legal."""

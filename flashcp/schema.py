@@ -9,8 +9,6 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-__all__ = ["read_dataclass", "read_options"]
-
 Section = TypeVar("Section")
 KINDS = {
     int: "a whole number",

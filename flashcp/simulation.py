@@ -17,8 +17,6 @@ from flashcp.simulator.summary import BASELINE, Summary, recommendation, simulat
 from flashcp.simulator.variants import choose_variants, make_setting, read_ranks, without_ulysses
 from flashcp.text import table
 
-__all__ = ["Simulation", "simulate", "summary_table"]
-
 
 @dataclass(frozen=True)
 class Simulation:

@@ -16,8 +16,6 @@ from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.documents import expand_ranges
 from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["local_rows", "unshard"]
-
 _PLANS = 8  # whose rows stay on a device
 
 

@@ -25,18 +25,6 @@ from flashcp.kernels.one_sided import wait_kernel
 from flashcp.kernels.pack import BLOCK_ROWS, WARPS, pack_rows_kernel
 from flashcp.kernels.tuning import Blocks, Pass
 
-__all__ = [
-    "TARGETS",
-    "TRANSFERS",
-    "Build",
-    "build",
-    "build_hopper",
-    "build_rows",
-    "build_transfer",
-    "compile_hopper",
-    "read",
-]
-
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

@@ -22,8 +22,6 @@ from flashcp.kernels.blocks import (
 )
 from flashcp.kernels.parts import load_rows, outer, rows_dot, store_rows, sum_columns, times, zero_rows
 
-__all__ = ["backward_kv_kernel"]
-
 FAR = tl.constexpr(0x7FFFFFFF)
 
 

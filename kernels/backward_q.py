@@ -21,8 +21,6 @@ from flashcp.kernels.blocks import (
 )
 from flashcp.kernels.parts import load_rows, outer, rows_dot, store_rows, sum_columns, times, zero_rows
 
-__all__ = ["backward_q_kernel"]
-
 
 @triton.jit(do_not_specialize=["tiles", "heads"])
 def backward_q_kernel(

@@ -11,8 +11,6 @@ import triton.language as tl
 from flashcp.kernels.blocks import LOG2E, place
 from flashcp.kernels.parts import load_rows
 
-__all__ = ["ROWS", "backward_rows_kernel"]
-
 ROWS = 32
 """Rows of a block: the kernel only reads and adds up, so one size serves all."""
 

@@ -16,17 +16,6 @@ import triton.language as tl
 
 from flashcp.kernels import tiles
 
-__all__ = [
-    "LN2",
-    "LOG2E",
-    "OWN",
-    "is_mixed",
-    "key_range",
-    "load_tile",
-    "note_mixed",
-    "place",
-]
-
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 RECEIVED = tl.constexpr(tiles.RECEIVED)

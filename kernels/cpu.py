@@ -18,8 +18,6 @@ from torch import Tensor
 from flashcp.kernels.interface import KV, AttentionKernel, Gradients, WaitFlags
 from flashcp.kernels.schedule import Schedule
 
-__all__ = ["CpuAttention", "attend_on_cpu", "by_kv_head", "gradients_on_cpu", "merge", "shared", "to_rows"]
-
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 

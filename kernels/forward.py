@@ -35,8 +35,6 @@ from flashcp.kernels.blocks import (
 from flashcp.kernels.one_sided import wait_until
 from flashcp.kernels.parts import load_rows, outer, rows_dot, store_rows, sum_columns, times, zero_rows
 
-__all__ = ["forward_kernel"]
-
 LOWEST = tl.constexpr(-3.0e38)  # a maximum before the first score: finite, so that differences are never NaN
 
 

@@ -36,15 +36,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from flashcp.kernels import tiles
 from flashcp.kernels.interface import KV
 
-__all__ = [
-    "BLOCK_N",
-    "OPTIONS",
-    "STAGES",
-    "block_layout",
-    "hopper_forward_kernel",
-    "launch_hopper_forward",
-]
-
 BLOCK_N, STAGES = 128, 2
 OPTIONS = {"num_warps": 4, "maxnreg": 168}  # warps of one half; 168 registers x 3 warpgroups are all there are
 _ALIGNED = 16  # bytes: what TMA asks of addresses and strides

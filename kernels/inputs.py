@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["check_heads", "check_inputs", "default_scale"]
-
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from flashcp.kernels.schedule import Schedule
 
-__all__ = ["KV", "AttentionKernel", "Gradients", "WaitFlags"]
-
 _NAP_S = 2e-5
 
 

@@ -26,8 +26,6 @@ from flashcp.kernels.tiles import Tiles, key_tiles, query_tiles
 from flashcp.kernels.tuning import HOPPER_GAIN, Blocks, Pass, Tuning, architecture, choose, tile_heads
 from flashcp.kernels.uploads import Uploaded, to_device
 
-__all__ = ["TritonAttention"]
-
 _LOG2E = 1.4426950408889634
 
 

@@ -25,8 +25,6 @@ from flashcp.kernels.selection import select_attention
 from flashcp.kernels.tuning import Tuning
 from flashcp.sharding.documents import read_document_lengths
 
-__all__ = ["attention", "attention_backward", "dynamic", "schedule_tensor", "whole_pack"]
-
 _KEPT = 16  # schedules that stay at hand with their tile tables on the device
 
 

@@ -23,8 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["spins", "wait_kernel", "wait_until"]
-
 _LONGEST = 2**31 - 1
 
 

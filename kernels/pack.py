@@ -9,8 +9,6 @@ from torch import Tensor
 
 from flashcp.kernels.blocks import place
 
-__all__ = ["BLOCK_ROWS", "WARPS", "pack_rows", "pack_rows_kernel"]
-
 BLOCK_ROWS, WARPS = 32, 4
 
 

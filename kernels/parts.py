@@ -18,8 +18,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["load_rows", "outer", "part_widths", "rows_dot", "store_rows", "sum_columns", "times", "zero_rows"]
-
 
 @triton.constexpr_function
 def _padded(columns):

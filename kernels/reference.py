@@ -11,8 +11,6 @@ from torch import Tensor
 from flashcp.kernels.inputs import check_heads, default_scale
 from flashcp.sharding.documents import read_document_lengths
 
-__all__ = ["reference_attention"]
-
 
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, document_lengths: Iterable[int], softmax_scale: float | None = None

@@ -15,8 +15,6 @@ import numpy as np
 from flashcp.sharding.documents import document_offsets, expand_ranges
 from flashcp.sharding.shards import Segments
 
-__all__ = ["Schedule", "build_schedule", "whole_pack_schedule"]
-
 
 @dataclass(frozen=True, eq=False)
 class Schedule:

@@ -11,8 +11,6 @@ from flashcp.kernels.interface import AttentionKernel
 from flashcp.kernels.tuning import Tuning
 from flashcp.kernels.varlen import NAMES, select_varlen
 
-__all__ = ["ATTENTION", "attention_name", "select_attention", "waits_inside"]
-
 ATTENTION = ("cpu", "triton", *NAMES)
 _CPU = CpuAttention()
 

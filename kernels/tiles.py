@@ -19,18 +19,6 @@ import numpy as np
 from flashcp.kernels.schedule import Schedule
 from flashcp.sharding.documents import expand_ranges
 
-__all__ = [
-    "COLUMNS",
-    "LOCAL",
-    "OWN",
-    "RANGE_COLUMNS",
-    "RECEIVED",
-    "TILE_COLUMNS",
-    "Tiles",
-    "key_tiles",
-    "query_tiles",
-]
-
 COLUMNS = ("received", "row", "stop", "range_first", "range_stop")
 TILE_COLUMNS, RANGE_COLUMNS = 5, 4  # of `table` and of `ranges`, for kernels: the strides of their rows
 LOCAL, RECEIVED, OWN = 0, 1, 2

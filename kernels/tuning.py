@@ -16,21 +16,6 @@ import torch
 
 from flashcp.kernels.schedule import Schedule
 
-__all__ = [
-    "DTYPES",
-    "HEAD_DIMS",
-    "SHARED_BYTES",
-    "TABLE",
-    "Blocks",
-    "Pass",
-    "Tuning",
-    "architecture",
-    "check_tuning",
-    "choose",
-    "table_dim",
-    "tile_heads",
-]
-
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
 SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}

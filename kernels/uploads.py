@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Uploaded", "to_device"]
-
 
 def to_device(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """A copy on the device, in the order of its current stream. On a CPU: the array's own memory.

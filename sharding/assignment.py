@@ -11,8 +11,6 @@ import numpy as np
 from flashcp.sharding.documents import document_offsets, expand_ranges, read_document_lengths, read_world_size, sum_by
 from flashcp.sharding.shards import Segments, Shard, ShardTable, ShardView
 
-__all__ = ["Assignment"]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Assignment:

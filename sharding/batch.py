@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
-__all__ = ["map_ordered"]
-
 Pack = TypeVar("Pack")
 Result = TypeVar("Result")
 AT_A_TIME = 16  # packs handed to a worker together: one takes some ten milliseconds

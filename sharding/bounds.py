@@ -10,8 +10,6 @@ from flashcp.sharding.assignment import Assignment
 from flashcp.sharding.exchanges import Exact
 from flashcp.sharding.shards import shard_work
 
-__all__ = ["Certificate", "certificate", "certify", "least_largest_work", "study_ceiling"]
-
 LONGEST = 4  # documents whose tail is bounded
 BLOCKS = 4096  # of rows, for that
 PRICES = np.geomspace(0.25, 4.0, 17)

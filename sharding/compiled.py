@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["compiled_twins"]
-
 
 def compiled_twins(
     functions: Iterable[Callable[..., Any]], helpers: Iterable[Callable[..., Any]] = (), **options: Any

@@ -7,15 +7,6 @@ from numbers import Integral
 
 import numpy as np
 
-__all__ = [
-    "check_choice",
-    "document_offsets",
-    "expand_ranges",
-    "read_document_lengths",
-    "read_world_size",
-    "sum_by",
-]
-
 MOST_TOKENS = 2**31 - 1  # of a pack: its work, tokens squared, then fits int64
 
 

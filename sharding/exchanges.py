@@ -14,8 +14,6 @@ from flashcp.sharding.documents import expand_ranges, sum_by
 from flashcp.sharding.route import Route
 from flashcp.sharding.shards import Segments, ShardTable
 
-__all__ = ["EXCHANGES", "Exact", "share_heads", "traffic"]
-
 
 class Ends(NamedTuple):
     """Where each rank's last piece of each cut document ends: int64 arrays sorted by document, then end."""

@@ -15,8 +15,6 @@ import numpy as np
 
 from flashcp.sharding.packing import pack_lengths
 
-__all__ = ["LENGTH_DATA", "LONG_DOCUMENT", "SIGMA", "length_stream", "sample_lengths", "windows"]
-
 LONG_DOCUMENT = 32_768
 """Tokens above which `long_document_weight` applies."""
 SIGMA = 1.0

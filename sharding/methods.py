@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["METHODS", "Method"]
-
 
 class Method(NamedTuple):
     """A published context-parallel method."""

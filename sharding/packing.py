@@ -10,8 +10,6 @@ import numpy as np
 
 from flashcp.sharding.documents import check_choice
 
-__all__ = ["OVERFLOWS", "Window", "pack_lengths"]
-
 OVERFLOWS = ("truncate", "carry")
 
 

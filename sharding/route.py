@@ -9,8 +9,6 @@ import numpy as np
 from flashcp.sharding.assignment import Assignment
 from flashcp.sharding.shards import Segments
 
-__all__ = ["Route"]
-
 
 class Route:
     """The traffic of one plan under one exchange; each exchange is a subclass in `flashcp.sharding.exchanges`."""

@@ -9,8 +9,6 @@ import numpy as np
 
 from flashcp.sharding.documents import expand_ranges
 
-__all__ = ["Segments", "Shard", "ShardTable", "ShardView", "read_shards", "shard_work"]
-
 
 class Shard(NamedTuple):
     """Rows start..stop (stop excluded) of one document, held by one rank."""

@@ -14,8 +14,6 @@ from flashcp.sharding.documents import expand_ranges, read_document_lengths, rea
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import ShardTable, shard_work
 
-__all__ = ["SolvedPlan", "solve_plan"]
-
 
 @dataclass(frozen=True)
 class SolvedPlan:

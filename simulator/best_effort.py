@@ -15,8 +15,6 @@ from flashcp.simulator.planned import Module, Planned
 from flashcp.simulator.timeline import Hops, Timeline
 from flashcp.simulator.ulysses import ulysses
 
-__all__ = ["best_effort"]
-
 
 def best_effort(planned: Planned, exchange: str) -> Module:
     if exchange == "ulysses":

@@ -13,21 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = [
-    "BACKWARD_FLOPS",
-    "FORWARD_FLOPS",
-    "AttentionCost",
-    "AttentionShape",
-    "CopyCost",
-    "KernelCost",
-    "Link",
-    "Links",
-    "ModelShape",
-    "ReadFeatures",
-    "layer_flops",
-    "read_features",
-]
-
 FORWARD_FLOPS, BACKWARD_FLOPS = 4, 10
 """Useful operations of attention: a query-key pair, query head and dimension of the head."""
 

@@ -16,9 +16,6 @@ import numpy as np
 from flashcp.sharding.compiled import compiled_twins
 from flashcp.simulator.cost import Links
 
-__all__ = ["carry", "carry_all"]
-
-
 AT_ONCE = 8
 """Transfers of one queue under way together: one would leave ports idle while sources are busy with others."""
 

@@ -11,8 +11,6 @@ from typing import Any
 
 from flashcp.simulator.cost import AttentionCost, CopyCost, Links
 
-__all__ = ["Machine", "PublishedCopies", "check_machine", "parameters"]
-
 LARGEST = 1_000_000
 """Of a whole number: ranks of a node, rows of a tile."""
 

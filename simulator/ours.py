@@ -18,8 +18,6 @@ from flashcp.simulator.planned import Module, Planned
 from flashcp.simulator.timeline import Hops, Timeline
 from flashcp.simulator.ulysses import ulysses
 
-__all__ = ["attend", "ours"]
-
 
 def ours(planned: Planned, exchange: str) -> Module:
     if exchange == "ulysses":

@@ -15,8 +15,6 @@ from flashcp.simulator.planned import Module, Planned, Setting
 from flashcp.simulator.published import published
 from flashcp.simulator.variants import GIVEN_PLAN, Variant
 
-__all__ = ["Options", "Outcome", "Pack", "Price", "make_plans", "simulate_module", "simulate_plans"]
-
 Pack = np.ndarray | ShardingPlan
 Options = Mapping[str, Mapping[str, Any]]
 Price = Callable[[ShardingPlan, Setting], Planned]

@@ -14,8 +14,6 @@ from flashcp.simulator.cost import AttentionCost, AttentionShape, ReadFeatures, 
 from flashcp.simulator.machine import Machine
 from flashcp.simulator.timeline import Timeline
 
-__all__ = ["Module", "Planned", "Reads", "Setting", "plan_reads"]
-
 MERGE_BYTES = 12
 """Per number of O: a kernel's result, the fp32 sum read and written."""
 

@@ -15,8 +15,6 @@ from flashcp.simulator.planned import Module, Planned
 from flashcp.simulator.timeline import Timeline
 from flashcp.simulator.ulysses import ulysses
 
-__all__ = ["published", "published_ring"]
-
 GRADIENT_BYTES = 4
 
 

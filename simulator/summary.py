@@ -15,8 +15,6 @@ from flashcp.simulator.pack import Options, Outcome, Pack, Price, make_plans, si
 from flashcp.simulator.planned import Planned, Setting
 from flashcp.simulator.variants import VARIANTS, Variant
 
-__all__ = ["BASELINE", "Summary", "overlap_of", "recommendation", "simulate_methods"]
-
 BASELINE = "llama3"
 """Speedups are over this method as published."""
 TIE = 1.02

@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Hops", "Span", "Timeline"]
-
 
 class Span(NamedTuple):
     """Something each rank does: kind (`attention`, `copies`, `exchange`), start and stop, float64 us [N]."""

@@ -12,8 +12,6 @@ import numpy as np
 from flashcp.simulator.planned import Module, Planned
 from flashcp.simulator.timeline import Timeline
 
-__all__ = ["ulysses"]
-
 
 def ulysses(planned: Planned, copies: int, in_order: bool) -> Module:
     """One layer. copies: of what an all-to-all moves, before and after it. in_order: whether it puts documents together

@@ -16,8 +16,6 @@ from flashcp.simulator.cost import AttentionShape, ModelShape
 from flashcp.simulator.machine import Machine
 from flashcp.simulator.planned import Setting
 
-__all__ = ["GIVEN_PLAN", "VARIANTS", "Variant", "choose_variants", "make_setting", "read_ranks", "without_ulysses"]
-
 MOST_RANKS = 1024
 GIVEN_PLAN = "plan"
 """The strategy of a plan that the caller made."""

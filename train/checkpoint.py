@@ -22,8 +22,6 @@ from flashcp.limits import Count, Natural
 from flashcp.train.data.documents import Position
 from flashcp.train.ranks import Ranks
 
-__all__ = ["CheckpointConfig", "Progress", "find_checkpoint", "load_checkpoint", "save_checkpoint"]
-
 IDENTITY = "identity.json"
 
 

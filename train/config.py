@@ -22,8 +22,6 @@ from flashcp.train.optimizer import OptimizerConfig
 from flashcp.train.parallel import ExchangeConfig, ParallelConfig
 from flashcp.train.tracker import TrackerConfig
 
-__all__ = ["TrainConfig"]
-
 
 @dataclass
 class TrainConfig:

@@ -27,8 +27,6 @@ from flashcp.train.data.windows import pack_documents
 from flashcp.train.parallel import FREE
 from flashcp.train.ranks import Ranks
 
-__all__ = ["SlowedLink", "cluster_rates", "measured_tflops", "slowed_link"]
-
 REPEATS = 5
 
 

@@ -20,8 +20,6 @@ from flashcp.train.model import Decoder
 from flashcp.train.optimizer import FlatGradients, OptimizerConfig, learning_rate
 from flashcp.train.ranks import DEVICES, Ranks
 
-__all__ = ["PRECISIONS", "LoopConfig", "Trainer"]
-
 PRECISIONS = ("fp32", "bf16")
 
 

@@ -20,8 +20,6 @@ from flashcp.schema import read_dataclass
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.train.data.windows import NO_LABEL
 
-__all__ = ["AttentionHandle", "ContextParallelAttention", "Decoder", "ModelConfig"]
-
 INIT_STD = 0.02
 Finite = Annotated[float, Limit(lambda value: 0 < value < math.inf, "a finite number > 0")]
 

@@ -12,8 +12,6 @@ from torch import nn
 
 from flashcp.limits import FINITE, Limit, Natural, NonNegative, Positive
 
-__all__ = ["FlatGradients", "OptimizerConfig", "build_optimizer", "learning_rate"]
-
 Beta = Annotated[float, FINITE, Limit(lambda value: 0 <= value < 1, "a number >= 0 and < 1")]
 
 

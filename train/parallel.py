@@ -11,8 +11,6 @@ from flashcp.kernels.tuning import Blocks, Pass, Tuning
 from flashcp.limits import Seconds, one_of
 from flashcp.sharding.exchanges import EXCHANGES
 
-__all__ = ["FREE", "ExchangeConfig", "ParallelConfig", "TuningConfig"]
-
 FREE = "free"
 """As a link: rows leave at once."""
 SLOWING = ("shm", "cuda_symmetric")

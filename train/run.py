@@ -36,8 +36,6 @@ from flashcp.train.summary import summarise, versions, write_json
 from flashcp.train.trace import TRACE, traced
 from flashcp.train.tracker import Tracker
 
-__all__ = ["order_of_turn", "prepare", "run", "run_in_turns"]
-
 SHARED = ("context", "seed", "parallel.link", "loop.steps", "loop.accumulation", "loop.device", "loop.timeout_s")
 
 

@@ -16,8 +16,6 @@ import torch
 
 import flashcp
 
-__all__ = ["summarise", "versions", "write_json"]
-
 TIMES = ("step_ms", "attention_ms", "exposed_exchange_ms", "wait_ms", "loader_ms", "tokens_per_s")
 WARM_UP_STEPS = 2
 """Steps left out of the medians: allocators, caches and the processor's clock settle in them."""

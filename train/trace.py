@@ -20,8 +20,6 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from flashcp.comm.fabrics.shm import PUTS
 
-__all__ = ["STEPS", "TRACE", "traced"]
-
 TRACE = "trace"  # the folder below a run's
 STEPS = 3
 """Steps that a trace shows, after one that warms up."""

@@ -12,8 +12,6 @@ from typing import Annotated, Any, cast
 
 from flashcp.limits import one_of
 
-__all__ = ["WANDB_MODES", "Tracker", "TrackerConfig", "track_comparison"]
-
 WANDB_MODES = ("offline", "online", "disabled")
 
 

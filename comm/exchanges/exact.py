@@ -24,8 +24,6 @@ from flashcp.kernels.interface import KV
 from flashcp.sharding.exchanges import traffic
 from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["AllGather", "Compacted", "Exact"]
-
 
 class Exact(ReceivingExchange):
     name = "exact"

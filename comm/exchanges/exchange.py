@@ -24,8 +24,6 @@ from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import Segments
 
-__all__ = ["AttentionSettings", "Exchange", "IncomingKV", "Layout", "Saved", "as_kv"]
-
 
 @dataclass(frozen=True)
 class AttentionSettings:

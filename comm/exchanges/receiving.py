@@ -26,8 +26,6 @@ from flashcp.kernels.interface import KV
 from flashcp.kernels.schedule import Schedule
 from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["GradientReturn", "ReceivingExchange"]
-
 
 class GradientReturn(NamedTuple):
     """Gradients on their way to the owners of the rows.

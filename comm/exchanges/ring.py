@@ -21,8 +21,6 @@ from flashcp.kernels.interface import KV
 from flashcp.kernels.schedule import Schedule
 from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["Ring"]
-
 
 class Ring(ReceivingExchange):
     name = "ring"

@@ -17,8 +17,6 @@ from flashcp.comm.transport import OutgoingRows
 from flashcp.kernels.interface import KV
 from flashcp.sharding.plan import ShardingPlan
 
-__all__ = ["Ulysses"]
-
 
 class Ulysses(Exchange):
     name = "ulysses"

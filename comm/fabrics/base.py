@@ -20,8 +20,6 @@ from flashcp.comm.errors import ExchangeTimeoutError
 from flashcp.comm.transport import OutgoingRows
 from flashcp.kernels.interface import WaitFlags
 
-__all__ = ["ARRIVED", "FREED", "NO_PUT", "Fabric", "Put", "Region", "head_bytes"]
-
 NO_PUT = 2**62
 ARRIVED, FREED = 0, 1  # rows of flags
 _PAGE = 4096

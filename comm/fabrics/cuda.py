@@ -32,8 +32,6 @@ from flashcp.comm.fabrics.cuda_device import CudaDevice, Event, Stream
 from flashcp.comm.fabrics.memory import agreed
 from flashcp.kernels.interface import WaitFlags
 
-__all__ = ["CudaFabric", "Memories", "symmetric_memories"]
-
 _HEAD_BYTES = head_bytes(1)  # two rows of flags, for up to 512 ranks
 _PAST_ALL = 2**30  # an epoch that no exchange comes to: ends every wait
 

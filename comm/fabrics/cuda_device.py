@@ -22,8 +22,6 @@ from torch import Tensor
 
 from flashcp.comm.watchdog import Watchdog
 
-__all__ = ["CudaDevice", "Event", "Stream"]
-
 Event = torch.cuda.Event
 """A point in a stream."""
 Stream = torch.cuda.Stream

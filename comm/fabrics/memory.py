@@ -14,8 +14,6 @@ import numpy as np
 
 from flashcp.comm.errors import HeapError
 
-__all__ = ["FOLDER", "agreed", "shared_memories", "virtual_memories"]
-
 FOLDER = Path("/dev/shm")
 Memory = TypeVar("Memory")
 

@@ -22,8 +22,6 @@ from flashcp.comm.errors import ExchangeError
 from flashcp.comm.fabrics.base import ARRIVED, FREED, NO_PUT, Fabric, Put, Region, head_bytes
 from flashcp.kernels.interface import WaitFlags
 
-__all__ = ["PUTS", "ShmFabric"]
-
 PUTS = "flashcp-puts"
 """The name of the thread that puts rows."""
 _CHUNK_BYTES = 1 << 18  # a throttled put pauses in between

@@ -16,8 +16,6 @@ from flashcp.experiments.campaign.part import Case, Part, Turn
 from flashcp.experiments.campaign.tools import NCU, case_of, under
 from flashcp.experiments.sweep.results import Failure, Number
 
-__all__ = ["PART"]
-
 CEILINGS = "ceilings"
 COPIED_BYTES = 4 << 30
 PRODUCT = 8192

@@ -16,8 +16,6 @@ from flashcp.experiments.campaign.part import PARTS, load
 from flashcp.experiments.campaign.watch import run_part
 from flashcp.experiments.folders import check_out
 
-__all__ = ["main"]
-
 MINUTES = 9.0
 DEVICE_S = 120  # for the first look at the device
 ASK = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"

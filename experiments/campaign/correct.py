@@ -23,8 +23,6 @@ from flashcp.experiments.sweep.results import Failure, Number, check_device, rea
 from flashcp.kernels.tuning import HEAD_DIMS
 from flashcp.sharding.strategies import plan
 
-__all__ = ["PART", "test_files"]
-
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = "float64_head_dim_"
 LENGTHS = (300, 1, 41, 7, 129)

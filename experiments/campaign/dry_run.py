@@ -14,8 +14,6 @@ from flashcp.experiments.campaign.part import PARTS, load
 from flashcp.kernels.ahead import TRANSFERS, Build, build, build_hopper, build_transfer
 from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, TABLE, Pass, table_dim
 
-__all__ = ["dry_run", "kernels"]
-
 ARCH = "sm_90"
 
 

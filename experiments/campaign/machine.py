@@ -25,8 +25,6 @@ from flashcp.simulator.pack import make_plans, simulate_plans
 from flashcp.simulator.planned import Setting
 from flashcp.simulator.variants import VARIANTS
 
-__all__ = ["CALIBRATE", "HYBRID", "OVERLAP"]
-
 # --- what overlap hides between ranks that are streams of one process (`bench/virtual.py`)
 
 SIZES = {

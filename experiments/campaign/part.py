@@ -12,8 +12,6 @@ import torch
 
 from flashcp.experiments.sweep.results import Failure, Number
 
-__all__ = ["PARTS", "Case", "Part", "Turn", "load"]
-
 HERE = "flashcp.experiments.campaign"
 PARTS = {
     "correct": f"{HERE}.correct:PART",

@@ -14,8 +14,6 @@ from flashcp.attention import varlen_attention
 from flashcp.experiments.campaign.part import Case, Turn
 from flashcp.experiments.sweep.results import Failure, Number
 
-__all__ = ["NCU", "SANITIZER", "case_of", "counters", "one_call", "under"]
-
 NCU, SANITIZER = "ncu", "compute-sanitizer"
 LIMIT_S = 75
 SMALL = 300

@@ -19,8 +19,6 @@ from flashcp.experiments.sweep.results import Failure, Number, check_device, rea
 from flashcp.kernels.ahead import Build
 from flashcp.kernels.tuning import TABLE, Blocks, Pass, architecture, table_dim
 
-__all__ = ["PART"]
-
 HEAD_DIMS = (128, 64, 96, 80, 256, 32, 16)  # by how many models have them
 DTYPE = "bfloat16"
 CASE_S = 25.0  # of one pass on one pack, most of it compiling

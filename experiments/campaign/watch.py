@@ -25,8 +25,6 @@ import torch
 from flashcp.experiments.campaign.part import Case, Turn, load
 from flashcp.experiments.sweep.results import Failure, Number, Row, check_device, reason, to_row, write_rows
 
-__all__ = ["PartResult", "run_part"]
-
 START_S = 120.0  # a process imports torch and finds its device within this
 END_S = 5.0
 TRIES = 4  # of one case: each time without those who hung or took the device with them

@@ -16,8 +16,6 @@ from flashcp.simulator.cost import AttentionShape
 from flashcp.simulator.variants import choose_variants
 from flashcp.train.ranks import LONGEST_WAIT_S
 
-__all__ = ["BASELINE", "LabBench", "Work"]
-
 BASELINE = "llama3"
 METHODS = (
     "llama3",

@@ -12,8 +12,6 @@ from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.cost import AttentionShape
 
-__all__ = ["crossing_bytes", "moved_bytes"]
-
 
 def crossing_bytes(plan: ShardingPlan, exchange: str, shape: AttentionShape, ranks_per_node: int) -> np.ndarray:
     """Bytes that leave each node while one attention runs forward and backward, float64 [nodes].

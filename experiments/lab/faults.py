@@ -19,8 +19,6 @@ from flashcp.experiments.lab.nodes import Node
 if TYPE_CHECKING:  # it starts this file's part of a rank
     from flashcp.experiments.lab.rank import LabRank
 
-__all__ = ["STATES", "Answering", "CutSeen", "cuts_seen", "meet_faults"]
-
 STATES = {"whole": 1.0, "half": 0.5, "tenth": 0.1}
 """The share of its rate that the link of the last node carries."""
 CUT = "cut"

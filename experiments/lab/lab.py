@@ -24,9 +24,7 @@ from flashcp.experiments.lab.scale import FREE, Rates, Scale
 from flashcp.experiments.lab.start import run_on_nodes
 from flashcp.experiments.sweep.results import Row, write_rows
 
-__all__ = ["OUT", "bench_lab", "lab_table"]
-
-OUT = "outputs/bench/lab"
+__all__ = ["bench_lab", "lab_table"]
 
 
 def bench_lab(bench: LabBench, out: str) -> tuple[list[Row], Path]:

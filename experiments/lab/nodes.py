@@ -25,8 +25,6 @@ from pathlib import Path
 
 from flashcp.experiments.lab.quotas import Quotas
 
-__all__ = ["LabError", "Link", "Node", "built_nodes", "remove_leftovers", "sent_bytes"]
-
 NAME = "flashcp-lab"
 SWITCH = "fcplab"  # a network device has 15 letters at most
 LOCK = Path("/run/flashcp-lab.lock")

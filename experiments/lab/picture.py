@@ -11,8 +11,6 @@ from flashcp.experiments.lab.cases import BASELINE
 from flashcp.experiments.plots import PALETTE, styled
 from flashcp.experiments.sweep.results import Row
 
-__all__ = ["draw_lab"]
-
 
 @styled
 def draw_lab(rows: Sequence[Row], path: Path) -> None:

@@ -15,8 +15,6 @@ from flashcp.simulation import simulate
 from flashcp.simulator.cost import BACKWARD_FLOPS, FORWARD_FLOPS, Link, Links
 from flashcp.simulator.machine import Machine
 
-__all__ = ["lab_machine", "operations", "predict"]
-
 CALIBRATED = "this_machine"
 """The cluster file whose kernels are those of the lab's ranks, on a core of their own."""
 Costs = TypeVar("Costs")

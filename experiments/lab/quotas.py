@@ -14,8 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Quotas"]
-
 PERIOD_US = 20_000  # short beside a step: a rank that has used up its share stops for less
 LEAST_SHARE = 0.05  # of a core: the kernel grants no less than 1 ms a period
 PATIENCE_S = 10.0

@@ -36,8 +36,6 @@ from flashcp.train.link import measured_tflops
 from flashcp.train.ranks import Ranks, exit_code, world
 from flashcp.train.run import order_of_turn
 
-__all__ = ["LabRank", "main"]
-
 SMALL = (1, 60, 300, 129, 20, 2)
 """Documents of the gate."""
 ROUNDS = 11

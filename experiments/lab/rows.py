@@ -16,8 +16,6 @@ from flashcp.experiments.sweep.compare import ALIKE
 from flashcp.experiments.sweep.results import Number, Row, to_row
 from flashcp.text import table
 
-__all__ = ["fault_rows", "lab_rows", "lab_table"]
-
 
 @dataclass(frozen=True)
 class _Measured:

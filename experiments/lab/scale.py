@@ -8,8 +8,6 @@ from flashcp.experiments.lab.cases import LabBench
 from flashcp.experiments.lab.nodes import Link
 from flashcp.train.link import cluster_rates
 
-__all__ = ["FREE", "RATED", "Rates", "Scale"]
-
 RATED = (2048, 1024, 512, 256, 128, 64, 64)
 """Documents that the rate of attention is measured on."""
 FREE = Link(50.0)

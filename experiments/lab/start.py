@@ -12,8 +12,6 @@ from pathlib import Path
 from flashcp.experiments.cli.launch import Outcome, diagnose
 from flashcp.experiments.lab.nodes import Node
 
-__all__ = ["run_on_nodes"]
-
 PORT = 29511
 PATIENCE_S = 10.0
 """How long other nodes may go on when one has failed: time to name it."""

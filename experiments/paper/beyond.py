@@ -21,8 +21,6 @@ from flashcp.experiments.plots import INK, PALETTE, ends, legend_below, spread, 
 from flashcp.experiments.sweep.results import MEASURED, RESULTS, Row, read_rows
 from flashcp.sharding.methods import METHODS
 
-__all__ = ["BASELINES", "DATA", "FIGURES", "measured_rows", "stages"]
-
 DATA = ("wlb_llm", "pile")
 
 # --- from a published method to `flashcp`

@@ -14,8 +14,6 @@ from flashcp.experiments.paper.numbers import Numbers, farthest, verdict
 from flashcp.experiments.plots import draw_calibration
 from flashcp.experiments.sweep.results import RESULTS, WINDOWS, Row, read_rows
 
-__all__ = ["FIGURES", "PAGE", "paper_folders", "publish_figure", "write_paper_page"]
-
 PAGE = "PAPER_RESULTS.md"
 FIGURES = published.FIGURES | beyond.FIGURES
 

@@ -26,8 +26,6 @@ from flashcp.simulator.cost import AttentionShape
 from flashcp.simulator.machine import Machine, PublishedCopies
 from flashcp.simulator.planned import Planned, Setting
 
-__all__ = ["Fit", "PaperFit", "fit_rows", "fit_table", "write_fit"]
-
 CLUSTER = "h100-nvlink"
 """What the fit writes is its file; all that is not fitted is read there, with where it comes from. The column cannot
 tell the launches of a shard, which are assumed, from the passes."""

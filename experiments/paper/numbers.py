@@ -12,19 +12,6 @@ from omegaconf import OmegaConf
 
 from flashcp.experiments.sweep.results import Row
 
-__all__ = [
-    "BREAKDOWN",
-    "DATA",
-    "PAPER",
-    "Breakdown",
-    "Cell",
-    "Numbers",
-    "PaperFigure",
-    "farthest",
-    "read_case",
-    "verdict",
-]
-
 NAME = re.compile(
     r"(?P<data>[^-]+)(-w(?P<weight>[\d.]+))?-c(?P<context>\d+k?)-n(?P<ranks>\d+)-h(?P<heads>[\d:]+)"
     r"-(?P<cluster>.+?)(-(?P<overlap>none|staged|fused))?"

@@ -18,8 +18,6 @@ from flashcp.experiments.progress import bar
 from flashcp.sharding.solver import SolvedPlan, solve_plan
 from flashcp.sharding.strategies import plan
 
-__all__ = ["FIGURES", "SOLVED", "breakdown", "solve_packs"]
-
 FLASHCP = "flashcp_paper"
 PASSES = {"inference": "forward_ms", "training": "module_ms"}
 SPEEDUP = "speedup over llama3"

@@ -19,8 +19,6 @@ from flashcp.kernels.uploads import Uploaded
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel, aligned
 from flashcp.kernels.varlen.calls import Call, Rows, varlen_calls
 
-__all__ = ["VarlenAttention"]
-
 
 class VarlenAttention(AttentionKernel):
     """Attention by the calls of `varlen_calls`. Their tables are built once and live as long as the schedule does.

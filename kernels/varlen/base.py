@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Sequences", "VarlenKernel", "aligned", "capability", "deterministic"]
-
 
 class Sequences(NamedTuple):
     """Sequences that lie one behind the other: sequence i is the rows cu_seqlens_q[i] : cu_seqlens_q[i + 1] of q and

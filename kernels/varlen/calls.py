@@ -16,8 +16,6 @@ import numpy as np
 from flashcp.kernels.schedule import Schedule
 from flashcp.sharding.documents import expand_ranges
 
-__all__ = ["Call", "Rows", "varlen_calls"]
-
 
 @dataclass(frozen=True, eq=False)
 class Rows:

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel, capability
 
-__all__ = ["Cudnn"]
-
 # The backward of 2.11 takes head_dim for the longest length and writes past its buffers (pytorch/pytorch#186142, mended
 # in June 2026). Which release has that first was not checked on a GPU: 2.14 was branched later for certain.
 _FIRST_WITH_BACKWARD = (2, 14)

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel, capability
 
-__all__ = ["FlashAttention3"]
-
 _MODULES = {"flash_attn_interface": "flash_attn_3", "fa3_fwd_interface": "fa3_fwd"}
 
 

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel, capability
 
-__all__ = ["FlashAttention4"]
-
 
 class FlashAttention4(VarlenKernel):
     """See the module."""

@@ -11,8 +11,6 @@ from torch import Tensor
 from flashcp.kernels.cpu import attend_on_cpu, by_kv_head, gradients_on_cpu, shared, to_rows
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel
 
-__all__ = ["Sdpa"]
-
 
 class Sdpa(VarlenKernel):
     """See the module."""

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel, capability, deterministic
 
-__all__ = ["TorchFlash"]
-
 
 class TorchFlash(VarlenKernel):
     """See the module."""

@@ -12,8 +12,6 @@ import numpy as np
 from flashcp.sharding.documents import document_offsets
 from flashcp.sharding.shards import ShardTable
 
-__all__ = ["contiguous", "per_document", "per_sequence"]
-
 _BLOCK_PIECES = 1 << 22  # pieces computed at a time: bounds memory for many documents on many ranks
 
 

@@ -27,8 +27,6 @@ from flashcp.sharding.documents import sum_by
 from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies.equal_pieces import per_document
 
-__all__ = ["SINGLE_STEPS", "TARGET_IMBALANCE", "flashcp_paper", "try_cut"]
-
 TARGET_IMBALANCE = 1.05
 SINGLE_STEPS = 64  # restarts that each add one document to PerDoc
 

@@ -12,8 +12,6 @@ import numpy as np
 from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies.equal_pieces import per_document, per_sequence
 
-__all__ = ["wlb_adaptive"]
-
 TILE_ROWS = 128
 KV_ROWS = (0, 1024, 4096, 16384)
 TFLOPS = (0.0, 511.0, 690.0, 695.0)

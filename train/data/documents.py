@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from flashcp.train.data.sources import Source
 
-__all__ = ["Document", "Position", "read_documents"]
-
 
 @dataclass(frozen=True)
 class Position:

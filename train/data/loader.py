@@ -20,8 +20,6 @@ from flashcp.sharding.route import Route
 from flashcp.train.data.documents import Position
 from flashcp.train.data.windows import TokenWindow
 
-__all__ = ["Batch", "Loader", "make_batch"]
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -22,8 +22,6 @@ from flashcp.limits import Count, Natural, one_of
 from flashcp.sharding.lengths import LENGTH_DATA
 from flashcp.sharding.packing import OVERFLOWS
 
-__all__ = ["SOURCES", "DataConfig", "Source", "needed", "open_source"]
-
 BATCH_ROWS = 256  # of a Parquet file
 JSON_NAMES = tuple(stem + end for stem in (".jsonl", ".ndjson", ".json") for end in ("", ".gz", ".bz2", ".xz", ".zst"))
 NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})

@@ -9,8 +9,6 @@ import numpy as np
 
 from flashcp.train.data.sources import needed
 
-__all__ = ["BytesTokenizer", "FileTokenizer", "Tokenizer", "load_tokenizer"]
-
 
 class Tokenizer(Protocol):
     """Token numbers are below vocab_size."""

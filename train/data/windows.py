@@ -11,8 +11,6 @@ from flashcp.sharding.packing import pack_lengths
 from flashcp.train.data.documents import Document, Position
 from flashcp.train.data.tokenizer import Tokenizer
 
-__all__ = ["LONGEST_CONTEXT", "NO_LABEL", "TokenWindow", "encode_documents", "pack_documents"]
-
 NO_LABEL = -100
 """Label of a token that predicts nothing (torch's ignore_index)."""
 LONGEST_CONTEXT = 2**31 - 1

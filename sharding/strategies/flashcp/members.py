@@ -12,8 +12,6 @@ from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies.equal_pieces import contiguous, per_document, per_sequence
 from flashcp.sharding.strategies.flashcp_paper import SINGLE_STEPS, TARGET_IMBALANCE, flashcp_paper, try_cut
 
-__all__ = ["best_member", "largest_work", "members"]
-
 
 def members(lengths: np.ndarray, world_size: int) -> list[ShardTable]:
     return [member(lengths, world_size) for member in (contiguous, per_document, per_sequence, flashcp_paper)]

@@ -7,8 +7,6 @@ import numpy as np
 from flashcp.sharding.documents import document_offsets, expand_ranges
 from flashcp.sharding.shards import ShardTable
 
-__all__ = ["exchange_rows"]
-
 
 def exchange_rows(lengths: np.ndarray, world_size: int, table: ShardTable, limit: int) -> ShardTable:
     """Swap rows of the rank with most work against lighter rows of others until all are within the limit.

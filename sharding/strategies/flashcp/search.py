@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["HELPERS", "Holders", "fill", "improve", "no_holders"]
-
 
 class Holders(NamedTuple):
     """Who holds how much of each document, int64. Documents are sorted, longest first; bundles come last.
