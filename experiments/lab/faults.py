@@ -10,14 +10,12 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from flashcp.comm.errors import ExchangeError
 from flashcp.experiments.lab.cases import LabBench
 from flashcp.experiments.lab.nodes import Node
-
-if TYPE_CHECKING:  # it starts this file's part of a rank
-    from flashcp.experiments.lab.rank import LabRank
+from flashcp.experiments.lab.rank import LabRank
 
 STATES = {"whole": 1.0, "half": 0.5, "tenth": 0.1}
 """The share of its rate that the link of the last node carries."""

@@ -79,7 +79,7 @@ class _Ranks:
 
     def run(self, step: str, watch: Callable[[], None] | None = None) -> None:
         """Raises ValueError for bad input that the ranks find, RanksFailedError where one fails."""
-        arguments = ["-m", "flashcp.experiments.lab.rank", step, *map(str, self.files)]
+        arguments = ["-m", "flashcp.experiments.lab.step", step, *map(str, self.files)]
         log = self.files[0].with_name(f"{step}.log")
         outcome = run_on_nodes(self.nodes, self.bench.ranks_per_node, arguments, log, watch or self._watch(step))
         if outcome.code:

@@ -1,21 +1,17 @@
-"""A rank of the lab: `python -m flashcp.experiments.lab.rank STEP SETTINGS.json OUT.jsonl`, as torchrun starts it.
+"""What a rank of the lab does: it measures rates, is checked, counts bytes and takes times.
 
-The step `rate` measures how fast the ranks attend, all at once. Any other step but `run` is the name of a method that
-meets faults (`faults.py`). The step `run` is what the lab is for. First the gate:
-every method's output and gradients against the float64 reference, on a small pack. Then window after window: a pass in
-which the bytes on the links are counted, and turns that are timed, in which all methods run one after the other. Rank 0
-writes what was found, a record a line.
+First every method's output and gradients are compared with the float64 reference, on a small pack. Then comes window
+after window: a pass in which the bytes on the links are counted, and turns that are timed, in which all methods run one
+after the other. Rank 0 writes what was found, a record a line.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -26,14 +22,12 @@ from flashcp.context_parallel import ContextParallel
 from flashcp.experiments.bench.harness import relative_error
 from flashcp.experiments.lab.cases import LabBench, Work
 from flashcp.experiments.lab.crossing import crossing_bytes
-from flashcp.experiments.lab.faults import meet_faults
 from flashcp.experiments.lab.nodes import sent_bytes
 from flashcp.experiments.lab.scale import RATED
 from flashcp.experiments.progress import bar
-from flashcp.schema import read_dataclass
 from flashcp.sharding.strategies import plan
 from flashcp.train.link import measured_tflops
-from flashcp.train.ranks import Ranks, exit_code, world
+from flashcp.train.ranks import Ranks
 from flashcp.train.run import order_of_turn
 
 SMALL = (1, 60, 300, 129, 20, 2)
@@ -42,25 +36,6 @@ ROUNDS = 11
 MESSAGE_BYTES = 1 << 20
 WORST = 1e-5
 """The largest relative error against float64 of what is timed."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Be a rank. Returns 0; 2 for bad input; else 1."""
-    step, settings, out = sys.argv[1:] if arguments is None else arguments
-    bench = read_dataclass(LabBench, json.loads(Path(settings).read_text()))
-    return exit_code(lambda: _run(step, bench, Path(out)))
-
-
-def _run(step: str, bench: LabBench, out: Path) -> None:
-    with world("cpu", bench.timeout_s) as ranks, out.open("a" if ranks.rank == 0 else "r") as file:
-        lab = LabRank(bench, ranks, file)
-        if step == "rate":
-            lab.rate()
-        elif step == "run":
-            lab.gate()
-            lab.measure()
-        else:
-            meet_faults(lab, step, out)
 
 
 class LabRank:
@@ -201,7 +176,3 @@ class LabRank:
     def write(self, **record: Any) -> None:
         if self.ranks.rank == 0:
             print(json.dumps(record), file=self.file, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
