@@ -48,6 +48,7 @@ class LabBench:
     bytes an operation between nodes the lab's links get. delay_us: of a link. replicas: groups of ranks with a window
     each. data_set, context, shrink, windows, seed: windows of context x shrink tokens are sampled, and their lengths
     divided by shrink. query_heads, kv_heads, head_dim: of attention, in fp32. turns: how often each window is timed.
+    train_steps: whole steps of a small model under each method afterwards; 0: none.
     """
 
     methods: list[str] = field(default_factory=lambda: list(METHODS))
@@ -68,6 +69,7 @@ class LabBench:
     kv_heads: int = 8
     head_dim: int = 32
     turns: int = 1
+    train_steps: int = 0
     timeout_s: float = 120.0
 
     def check(self) -> None:
@@ -83,10 +85,16 @@ class LabBench:
             "kv_heads": 1,
             "head_dim": 1,
             "turns": 1,
+            "train_steps": 0,
         }
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a whole number >= {smallest}")
+        if self.train_steps and (self.train_steps < 2 or self.replicas > 1):
+            raise ValueError(
+                f"train_steps={self.train_steps} with replicas={self.replicas}: expected 0, or 2 and more (the first "
+                "warms up) with replicas=1"
+            )
         if self.data_set not in LENGTH_DATA:
             raise ValueError(f"data_set={self.data_set!r}: expected one of {', '.join(LENGTH_DATA)}")
         if self.link != "free" and self.link not in clusters():

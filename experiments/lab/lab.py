@@ -19,9 +19,10 @@ from flashcp.experiments.lab.cases import LabBench
 from flashcp.experiments.lab.faults import Answering, CutSeen, cuts_seen
 from flashcp.experiments.lab.nodes import LabError, Node, built_nodes
 from flashcp.experiments.lab.predict import predict
-from flashcp.experiments.lab.rows import fault_rows, lab_rows, lab_table
+from flashcp.experiments.lab.rows import fault_rows, lab_rows, lab_table, training_rows
 from flashcp.experiments.lab.scale import FREE, Rates, Scale
 from flashcp.experiments.lab.start import run_on_nodes
+from flashcp.experiments.lab.training import ALONE, train_alone, training_numbers, write_configs
 from flashcp.experiments.sweep.results import Row, write_rows
 
 __all__ = ["bench_lab", "lab_table"]
@@ -53,10 +54,15 @@ def bench_lab(bench: LabBench, out: str) -> tuple[list[Row], Path]:
             (folder / "predicted.json").write_text(json.dumps(predicted, indent=1))
             print(f"predicted: {folder / 'predicted.json'}; now measuring", file=sys.stderr)
             ranks.run("run")
+            training = write_configs(bench, folder / "train") if bench.train_steps else {}
+            ranks.train([config for name, config in training.items() if name != ALONE])
             cuts = {method: ranks.cut(method, scale.link_gbps) for method in bench.faults}
     except LabError as error:
         raise RanksFailedError(str(error)) from error
     rows = lab_rows(bench, scale, predicted, _read(records))
+    if training:
+        train_alone(training[ALONE])
+        rows += training_rows(bench, scale, training_numbers(training))
     rows += fault_rows(bench, scale, cuts, _read(records))
     write_rows(folder, rows)
     from flashcp.experiments.lab.picture import draw_lab  # late: matplotlib
@@ -71,6 +77,12 @@ class _Ranks:
     def __init__(self, bench: LabBench, nodes: Sequence[Node], settings: Path, records: Path) -> None:
         self.bench, self.nodes, self.files = bench, nodes, [settings.absolute(), records.absolute()]
 
+    def train(self, configs: Sequence[Path]) -> None:
+        """Train every configuration, a step of each in turn. Raises as `run` does."""
+        if configs:
+            print("training", file=sys.stderr)
+            self._start(["-m", "flashcp.train", *map(str, configs)], "train", lambda: None)
+
     def cut(self, method: str, link_gbps: float) -> list[CutSeen]:
         """Let a method meet the faults. Raises as `run` does."""
         answering = Answering(self.nodes, link_gbps, self.bench.world_size, self.files[1])
@@ -80,8 +92,11 @@ class _Ranks:
     def run(self, step: str, watch: Callable[[], None] | None = None) -> None:
         """Raises ValueError for bad input that the ranks find, RanksFailedError where one fails."""
         arguments = ["-m", "flashcp.experiments.lab.step", step, *map(str, self.files)]
+        self._start(arguments, step, watch or self._watch(step))
+
+    def _start(self, arguments: Sequence[str], step: str, watch: Callable[[], None]) -> None:
         log = self.files[0].with_name(f"{step}.log")
-        outcome = run_on_nodes(self.nodes, self.bench.ranks_per_node, arguments, log, watch or self._watch(step))
+        outcome = run_on_nodes(self.nodes, self.bench.ranks_per_node, arguments, log, watch)
         if outcome.code:
             raise ValueError(outcome.error) if outcome.code == BAD_INPUT else RanksFailedError(outcome.error)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from flashcp.experiments.bench.harness import spread
 from flashcp.experiments.lab.cases import BASELINE, LabBench
 from flashcp.experiments.lab.faults import STATES, CutSeen
 from flashcp.experiments.lab.scale import Scale
@@ -70,10 +71,10 @@ def lab_rows(
         over = f"{kind}; over {transports[method]}"
         ms = np.array(predicted[method])
         rows += [
-            row(method, "module_ms", "ms", _spread(numbers.ms), over),
-            row(method, "speedup", "x", _spread(base / numbers.ms), over),
-            row(method, "predicted_ms", "ms", _spread(ms), "simulated"),
-            row(method, "predicted_speedup", "x", _spread(base_predicted / ms), "simulated"),
+            row(method, "module_ms", "ms", spread(numbers.ms), over),
+            row(method, "speedup", "x", spread(base / numbers.ms), over),
+            row(method, "predicted_ms", "ms", spread(ms), "simulated"),
+            row(method, "predicted_speedup", "x", spread(base_predicted / ms), "simulated"),
             row(method, "link_mb", "MB", (None, float(numbers.sent.sum()) / 1e6, None), over),
             row(method, "route_mb", "MB", (None, float(numbers.routed.sum()) / 1e6, None), over),
         ]
@@ -97,14 +98,14 @@ def fault_rows(
     return rows
 
 
+def training_rows(bench: LabBench, scale: Scale, numbers: Sequence[Number]) -> list[Row]:
+    """Numbers of `training.py` with what they must carry."""
+    kind = f"emulated: {scale}; {bench.train_steps} steps of a small model"
+    return [to_row(bench.case, number, _device(bench), kind) for number in numbers]
+
+
 def _device(bench: LabBench) -> str:
     return f"CPU, {os.cpu_count()} cores; {bench.cores / bench.world_size:.3g} of a core a rank"
-
-
-def _spread(values: np.ndarray) -> tuple[float, float, float]:
-    """p20, median, p80."""
-    p20, median, p80 = np.percentile(values, [20, 50, 80]).tolist()
-    return p20, median, p80
 
 
 def lab_table(rows: list[Row]) -> str:
@@ -120,7 +121,26 @@ def lab_table(rows: list[Row]) -> str:
         body.append([method, *numbers, f"{sent.median:.1f}", f"{routed.median:.1f}", over])
     head = ["method", "module ms", f"speedup over {BASELINE}", "predicted", "MB on links", "MB of routes", "more"]
     about = by_name[BASELINE, "module_ms"].kind.partition("; over")[0]
-    return f"{rows[0].case}\n{about}\n{table(head, body)}{_fault_table(rows)}"
+    return f"{rows[0].case}\n{about}\n{table(head, body)}{_training_table(rows)}{_fault_table(rows)}"
+
+
+def _training_table(rows: Sequence[Row]) -> str:
+    """Whole steps; empty where nothing was trained."""
+    found = {(row.provider, row.metric): row for row in rows}
+    methods = [row.provider for row in rows if row.metric == "train_step_ms"]
+    if not methods:
+        return ""
+    head = ["method", "step ms", f"speedup over {BASELINE}", "largest difference of a loss to one process alone"]
+    body = [
+        [
+            method,
+            f"{found[method, 'train_step_ms'].median:.0f}",
+            speedup_text(found[method, "train_speedup"]),
+            f"{found[method, 'loss_difference'].median:.1e}",
+        ]
+        for method in methods
+    ]
+    return f"\n\n{table(head, body)}"
 
 
 def _fault_table(rows: Sequence[Row]) -> str:

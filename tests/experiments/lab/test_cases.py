@@ -51,6 +51,7 @@ def test_replicas_have_a_window_each_and_one_plan_has_them_all() -> None:
         ({"kv_heads": 2}, "for ulysses"),
         ({"context": 4}, "context=4"),
         ({"query_heads": 6}, "query_heads=6"),
+        ({"train_steps": 1}, "train_steps=1"),
         ({"timeout_s": 0.0}, "timeout_s=0"),
     ],
 )

@@ -24,6 +24,7 @@ SMALL = LabBench(
     query_heads=2,
     kv_heads=2,
     head_dim=8,
+    train_steps=2,
     timeout_s=5.0,
 )
 """Ranks on different nodes."""
@@ -47,9 +48,13 @@ def test_a_small_lab(tmp_path: Path) -> None:
     assert states[0] < states[2]
     assert found["flashcp", "silent"].median == 0
     assert 0 < found["flashcp", "cut_s"].median < 3 * SMALL.timeout_s
+    for method in SMALL.methods:
+        assert found[method, "train_step_ms"].median > 0
+        assert found[method, "loss_difference"].median < 1e-4
     text = lab_table(rows)
     assert f"emulated: a node's link carries {1e3 * found['lab', 'link_gbps'].median:.3g} MB/s" in text
     assert "silent ranks" in text
+    assert "one process alone" in text
 
 
 @pytest.mark.usefixtures("turn")

@@ -1,0 +1,74 @@
+"""Whole training steps in a lab: a small model under every method in turns, against the same run on one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from flashcp.experiments.bench.harness import spread
+from flashcp.experiments.lab.cases import BASELINE, LabBench
+from flashcp.experiments.sweep.compare import relative_difference
+from flashcp.experiments.sweep.results import Number
+from flashcp.simulator.variants import choose_variants
+from flashcp.train.config import TrainConfig
+from flashcp.train.loop import LoopConfig
+from flashcp.train.model import ModelConfig
+from flashcp.train.parallel import ExchangeConfig, ParallelConfig
+from flashcp.train.summary import write_json
+
+LAYERS = 2
+ALONE = "single_process"
+
+
+def write_configs(bench: LabBench, folder: Path) -> dict[str, Path]:
+    """A configuration a method, and one for a process alone; each beside where its run writes."""
+    model = ModelConfig(
+        dim=bench.query_heads * bench.head_dim, layers=LAYERS, heads=bench.query_heads, kv_heads=bench.kv_heads
+    )
+    files = {}
+    for method in [*choose_variants(bench.methods), None]:
+        name = method.name if method else ALONE
+        config = TrainConfig(
+            out=str((folder / name).absolute()),
+            context=bench.context,
+            seed=bench.seed,
+            model=model,
+            parallel=ParallelConfig(timeout_s=bench.timeout_s),
+            loop=LoopConfig(steps=bench.train_steps, device="cpu", timeout_s=bench.timeout_s, progress=False),
+        )
+        if method:
+            config.sharding, config.exchange = {"name": method.sharding}, ExchangeConfig(method.exchange)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        files[name] = folder / name / "config.json"
+        write_json(files[name], dataclasses.asdict(config))
+    return files
+
+
+def train_alone(config: Path) -> None:
+    """Run it as one process of this machine. Raises RuntimeError with its last line where it fails."""
+    command = [sys.executable, "-m", "flashcp.train", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{ALONE}: {done.stderr.strip().splitlines()[-1]}")
+
+
+def training_numbers(files: dict[str, Path]) -> list[Number]:
+    """train_step_ms and train_speedup: over the steps after the first, which warms up. loss_difference: the largest
+    relative one of any step to the process alone."""
+    found = {name: json.loads(file.with_name("summary.json").read_text()) for name, file in files.items()}
+    times = {name: np.array(one["step_times_ms"][1:]) for name, one in found.items()}
+    numbers = []
+    for name in (name for name in found if name != ALONE):
+        pairs = zip(found[name]["losses"], found[ALONE]["losses"], strict=True)
+        difference = max(relative_difference(*pair) for pair in pairs)
+        numbers += [
+            Number(name, "train_step_ms", "ms", *spread(times[name])),
+            Number(name, "train_speedup", "x", *spread(times[BASELINE] / times[name])),
+            Number(name, "loss_difference", "share", None, difference, None),
+        ]
+    return numbers
