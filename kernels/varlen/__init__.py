@@ -4,7 +4,8 @@ A kernel is one class in one file (see `base.py`), listed once in `KERNELS`. `at
 runs on the device and has a backward, `attention="varlen:NAME"` insists. The order is that of other people's figures
 on packed documents: FlashAttention-3 on Hopper, where it is the fastest of them; FlashAttention-4, which is there for
 Blackwell too; torch's own FlashAttention-2, which is always there; cuDNN last, for the reasons that its file gives.
-None of those for GPUs was ever run by us; `sdpa` is for CPUs, where all that is around a kernel is tested.
+On one H100 we ran FlashAttention-3's forward, torch's FlashAttention-2 and cuDNN's forward, FlashAttention-4 nowhere;
+`sdpa` is for CPUs, where all that is around a kernel is tested.
 """
 
 from __future__ import annotations
