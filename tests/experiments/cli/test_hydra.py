@@ -95,6 +95,7 @@ def test_a_signal_waits_until_a_verb_is_imported() -> None:
     code = """if True:
         import os, signal, sys
         from flashcp.experiments.cli import main as command
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         real = command.import_module
         def load(name):
             os.kill(os.getpid(), signal.SIGINT)

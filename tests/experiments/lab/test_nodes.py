@@ -40,8 +40,9 @@ with socket.create_connection((sys.argv[1], 9000), timeout=float(sys.argv[3])) a
     print(time.perf_counter() - begun)
 """
 BUILD = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
 from flashcp.experiments.lab.nodes import Link, built_nodes
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 with built_nodes(2, 1, Link(0.02), 1.0) as nodes:
     rank = nodes[1].quotas.enter + ["sleep", "1000"]
     subprocess.Popen(nodes[1].command(["env", "RANK=1", *rank]))
