@@ -143,12 +143,15 @@ def test_an_error_leaves_nothing() -> None:
 def test_what_an_interrupted_lab_leaves_is_gone_at_the_next(ending: signal.Signals) -> None:
     with subprocess.Popen([sys.executable, "-c", BUILD], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as builder:
         assert builder.stdout is not None
-        assert builder.stdout.readline() == b"ready\n"
-        with pytest.raises(LabError, match=f"another lab runs on this machine: process {builder.pid}"):
-            built_nodes(1, 1, RATE, 1.0).__enter__()
-        sleeper = int(next(Path("/sys/fs/cgroup").glob(f"*/{lab.NAME}/rank1/cgroup.procs")).read_text())
-        os.kill(builder.pid, ending)
-        builder.wait(20)
+        try:
+            assert builder.stdout.readline() == b"ready\n"
+            with pytest.raises(LabError, match=f"another lab runs on this machine: process {builder.pid}"):
+                built_nodes(1, 1, RATE, 1.0).__enter__()
+            sleeper = int(next(Path("/sys/fs/cgroup").glob(f"*/{lab.NAME}/rank1/cgroup.procs")).read_text())
+            os.kill(builder.pid, ending)
+            builder.wait(20)
+        finally:
+            builder.kill()
     assert bool(left()) == (ending == signal.SIGKILL)
     with built_nodes(1, 1, RATE, 1.0):
         assert is_gone(sleeper)
