@@ -105,7 +105,13 @@ for place in PARTS.values():
 import flashcp
 flashcp.plan([3000, 2000], 2, "flashcp", budget=100)
 turn = Turn(torch.device("cpu"), Path({str(tmp_path)!r}), 60.0, small=True)
-found = list(load(PARTS["calibrate"]).measure("tiny", turn))
+for tries_left in (2, 1, 0):
+    try:
+        found = list(load(PARTS["calibrate"]).measure("tiny", turn))
+        break
+    except ValueError as error:  # beside other work a tiny calibration may find no slope
+        if "quieter machine" not in str(error) or not tries_left:
+            raise
 assert found
 try:
     list(load(PARTS["hybrid"]).measure("wlb_llm_window_0", turn))

@@ -70,6 +70,7 @@ def test_every_sweep_that_simulates_has_a_figure_and_a_note() -> None:
     assert set(committed("simulation")) == set(FIGURES) == noted == set(SMALL)
 
 
+@pytest.mark.timeout(900)  # the first of them compiles the simulator
 @pytest.mark.parametrize("name", committed("simulation"))
 def test_committed_sweeps_compose_and_could_run(name: str) -> None:
     first, second = (ROOT / f"conf/simulation/{name}.yaml").read_text().splitlines()[:2]
