@@ -101,17 +101,18 @@ class _Ranks:
             raise ValueError(outcome.error) if outcome.code == BAD_INPUT else RanksFailedError(outcome.error)
 
     def _watch(self, step: str) -> Callable[[], None]:
-        """A bar over the batches that were measured."""
+        """A bar over what is timed."""
         if step == "rate":
             return lambda: None
         from tqdm import tqdm
 
-        bar = tqdm(total=len(self.bench.batches), unit="batch", file=sys.stderr)
+        methods = len(self.bench.methods) + len(self.bench.one_plan)
+        bar = tqdm(total=methods * len(self.bench.batches) * self.bench.turns, unit="run", file=sys.stderr)
 
         def look() -> None:
-            done = {record["batch"] for record in _read(self.files[1]) if "ms" in record}
-            if len(done) - 1 > bar.n:
-                bar.update(len(done) - 1 - bar.n)
+            done = sum("turn" in record for record in _read(self.files[1]))
+            if done > bar.n:
+                bar.update(done - bar.n)
 
         return look
 
