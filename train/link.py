@@ -120,5 +120,10 @@ def measured_tflops(
 
     seconds()  # warms up
     (slowest,) = ranks.max(statistics.median(seconds() for _ in range(REPEATS)))
+    return 1e-12 * attention_operations(document_lengths, query_heads, head_dim) / slowest
+
+
+def attention_operations(document_lengths: Sequence[int], query_heads: int, head_dim: int) -> float:
+    """Useful operations of a layer over a pack, forward and backward."""
     pairs = sum(length * (length + 1) / 2 for length in document_lengths)
-    return 1e-12 * (FORWARD_FLOPS + BACKWARD_FLOPS) * pairs * query_heads * head_dim / slowest
+    return (FORWARD_FLOPS + BACKWARD_FLOPS) * pairs * query_heads * head_dim

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
+from flashcp.sharding.exchanges import traffic
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.cost import AttentionShape
 
@@ -38,11 +39,10 @@ def moved_bytes(plan: ShardingPlan, exchange: str, shape: AttentionShape) -> np.
         home = plan.tokens[None, :] * (shape.query_bytes / 2 / ranks) * others
         return 2.0 * (there + home)  # the backward's are the mirror: of O one way, of Q, K and V the other
     if exchange == "ring":
-        rows = plan.route(exchange)
-        return following * (rows.sent_rows * shape.kv_bytes + rows.received_rows * back.kv_bytes)[:, None]
+        route = plan.route(exchange)
+        return following * (route.sent_rows * shape.kv_bytes + route.received_rows * back.kv_bytes)[:, None]
     if exchange == "exact":
-        owners = [plan.route(exchange).received(rank) for rank in range(ranks)]
-        read = np.stack([np.bincount(each.rank, each.stop - each.start, ranks) for each in owners])
-        return read.T * shape.kv_bytes + read * float(back.kv_bytes)
+        rows = traffic(plan)
+        return rows * float(shape.kv_bytes) + rows.T * float(back.kv_bytes)
     block = plan.route(exchange).block_rows
     return block * ((ranks - 1) * shape.kv_bytes * following + back.kv_bytes * others)

@@ -20,10 +20,10 @@ from flashcp.experiments.lab.faults import Answering, CutSeen, cuts_seen
 from flashcp.experiments.lab.nodes import LabError, Node, built_nodes
 from flashcp.experiments.lab.predict import predict
 from flashcp.experiments.lab.rows import fault_rows, lab_rows, lab_table, training_rows
-from flashcp.experiments.lab.scale import FREE, Rates, Scale
+from flashcp.experiments.lab.scale import OPEN, Rates, Scale
 from flashcp.experiments.lab.start import run_on_nodes
-from flashcp.experiments.lab.training import ALONE, train_alone, training_numbers, write_configs
-from flashcp.experiments.sweep.results import Row, write_rows
+from flashcp.experiments.lab.training import train_alone, training_numbers, write_configs
+from flashcp.experiments.sweep.results import REFERENCE, Row, write_rows
 
 __all__ = ["bench_lab", "lab_table"]
 
@@ -41,7 +41,7 @@ def bench_lab(bench: LabBench, out: str) -> tuple[list[Row], Path]:
     settings.write_text(json.dumps(dataclasses.asdict(bench)))
     records.write_text("")
     try:
-        link = dataclasses.replace(FREE, delay_us=bench.delay_us)
+        link = dataclasses.replace(OPEN, delay_us=bench.delay_us)
         with built_nodes(bench.nodes, bench.ranks_per_node, link, bench.cores) as nodes:
             ranks = _Ranks(bench, nodes, settings, records)
             print(f"{bench.case}: measuring the ranks' rates", file=sys.stderr)
@@ -55,13 +55,13 @@ def bench_lab(bench: LabBench, out: str) -> tuple[list[Row], Path]:
             print(f"predicted: {folder / 'predicted.json'}; now measuring", file=sys.stderr)
             ranks.run("run")
             training = write_configs(bench, folder / "train") if bench.train_steps else {}
-            ranks.train([config for name, config in training.items() if name != ALONE])
+            ranks.train([config for name, config in training.items() if name != REFERENCE])
             cuts = {method: ranks.cut(method, scale.link_gbps) for method in bench.faults}
     except LabError as error:
         raise RanksFailedError(str(error)) from error
     rows = lab_rows(bench, scale, predicted, _read(records))
     if training:
-        train_alone(training[ALONE])
+        train_alone(training[REFERENCE])
         rows += training_rows(bench, scale, training_numbers(training))
     rows += fault_rows(bench, scale, cuts, _read(records))
     write_rows(folder, rows)
@@ -107,7 +107,7 @@ class _Ranks:
         from tqdm import tqdm
 
         methods = len(self.bench.methods) + len(self.bench.one_plan)
-        bar = tqdm(total=methods * len(self.bench.batches) * self.bench.turns, unit="run", file=sys.stderr)
+        bar = tqdm(total=methods * self.bench.windows * self.bench.turns, unit="run", file=sys.stderr)
 
         def look() -> None:
             done = sum("turn" in record for record in _read(self.files[1]))

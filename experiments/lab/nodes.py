@@ -121,17 +121,22 @@ def built_nodes(count: int, ranks_per_node: int, link: Link, cores: float) -> It
     with _lock(), _ended_by_signals():
         remove_leftovers()
         try:
-            quotas = Quotas.make(NAME, count * ranks_per_node, cores)
-            _run("ip", "link", "add", SWITCH, "type", "bridge")
-            _run("ip", "link", "set", SWITCH, "up")
-            nodes = [Node(index, link, quotas) for index in range(count)]
-            for node in nodes:
-                _build(node)
-            yield nodes
-        except OSError as error:
-            raise LabError(f"the lab needs what this machine refuses: {error}") from error
+            yield _build_all(count, ranks_per_node, link, cores)
         finally:
             remove_leftovers()
+
+
+def _build_all(count: int, ranks_per_node: int, link: Link, cores: float) -> list[Node]:
+    try:
+        quotas = Quotas.make(NAME, count * ranks_per_node, cores)
+    except OSError as error:
+        raise LabError(f"the lab needs what this machine refuses: {error}") from error
+    _run("ip", "link", "add", SWITCH, "type", "bridge")
+    _run("ip", "link", "set", SWITCH, "up")
+    nodes = [Node(index, link, quotas) for index in range(count)]
+    for node in nodes:
+        _build(node)
+    return nodes
 
 
 def _build(node: Node) -> None:

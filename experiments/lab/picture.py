@@ -7,9 +7,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from flashcp.experiments.lab.cases import BASELINE
 from flashcp.experiments.plots import PALETTE, styled
 from flashcp.experiments.sweep.results import Row
+from flashcp.simulator.summary import BASELINE
 
 
 @styled

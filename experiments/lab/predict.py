@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import TypeVar
-
-import numpy as np
 
 from flashcp.clusters import read_cluster
 from flashcp.experiments.lab.cases import LabBench, Work
 from flashcp.experiments.lab.scale import RATED, Scale
 from flashcp.simulation import simulate
-from flashcp.simulator.cost import BACKWARD_FLOPS, FORWARD_FLOPS, Link, Links
+from flashcp.simulator.cost import Link, Links
 from flashcp.simulator.machine import Machine
+from flashcp.train.link import attention_operations
 
 CALIBRATED = "this_machine"
 """The cluster file whose kernels are those of the lab's ranks, on a core of their own."""
@@ -77,14 +75,7 @@ def _tflops(machine: Machine, bench: LabBench) -> float:
         head_dim=bench.head_dim,
         dtype_bytes=bench.shape.dtype_bytes,
     )
-    return operations(RATED, bench) / (1e9 * alone.methods[0].attention_ms)
-
-
-def operations(lengths: Sequence[int], bench: LabBench) -> float:
-    """Attention operations of a pack, forward and backward."""
-    rows = np.asarray(lengths, dtype=np.float64)
-    pairs = float((rows * (rows + 1) / 2).sum())
-    return (FORWARD_FLOPS + BACKWARD_FLOPS) * pairs * bench.query_heads * bench.head_dim
+    return attention_operations(RATED, bench.query_heads, bench.head_dim) / (1e9 * alone.methods[0].attention_ms)
 
 
 def _slowed(costs: Costs, share: float) -> Costs:

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import flashcp
 from flashcp.context_parallel import ContextParallel
@@ -24,7 +25,6 @@ from flashcp.experiments.lab.cases import LabBench, Work
 from flashcp.experiments.lab.crossing import crossing_bytes
 from flashcp.experiments.lab.nodes import sent_bytes
 from flashcp.experiments.lab.scale import RATED
-from flashcp.experiments.progress import bar
 from flashcp.sharding.strategies import plan
 from flashcp.train.link import measured_tflops
 from flashcp.train.ranks import Ranks
@@ -43,7 +43,6 @@ class LabRank:
 
     def __init__(self, bench: LabBench, ranks: Ranks, file: TextIO) -> None:
         self.bench, self.ranks, self.file = bench, ranks, file
-        self.node = ranks.rank // bench.ranks_per_node
         self.operators: dict[tuple[int, int, str], ContextParallel] = {}
         # A group has a time-out of its own, half an hour where none is given: until then a rank that lost its peers
         # cannot end, for gloo's threads still wait for them.
@@ -61,12 +60,11 @@ class LabRank:
         tflops = measured_tflops(RATED, (bench.query_heads, bench.kv_heads, bench.head_dim), ranks)
         one_row = self.function([Work(0, plan([ranks.world_size], ranks.world_size, "contiguous"), "exact")])
         latency_ms = statistics.median(self.timed(one_row) for _ in range(ROUNDS))
-        neighbours = min(2, bench.ranks_per_node)
-        self.write(tflops=tflops, latency_us=1e3 * latency_ms / 2, node_gbps=self._gbps(neighbours))
+        self.write(tflops=tflops, latency_us=1e3 * latency_ms / 2, node_gbps=self._node_gbps())
 
-    def _gbps(self, readers: int) -> float:
+    def _node_gbps(self) -> float:
         """GB/s from rank 0 to rank 1, which share a node where nodes have several ranks; no limit where they do not."""
-        if readers < 2:
+        if self.bench.ranks_per_node < 2:
             return 100.0
         message = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
 
@@ -80,17 +78,12 @@ class LabRank:
 
     def gate(self) -> None:
         """Raises RuntimeError on all ranks where a method is wrong."""
-        random = torch.Generator().manual_seed(self.bench.seed)
-        shape, tokens = self.bench.shape, sum(SMALL)
-        q, k, v, grad = (
-            torch.randn(tokens, heads, shape.head_dim, generator=random)
-            for heads in (shape.query_heads, shape.kv_heads, shape.kv_heads, shape.query_heads)
-        )
-        inputs = tuple(x.requires_grad_() for x in (q, k, v))
+        q, k, v, grad = self._draw(sum(SMALL), self.bench.seed)
+        inputs = q, k, v
         reference = flashcp.reference_attention(q, k, v, SMALL)
         wanted = [reference, *torch.autograd.grad(reference, inputs, grad.double())]
         for method, works in self.bench.work(self.bench.batches[0]).items():
-            ((work, cp),) = self._mine(works)
+            work, cp = self._mine(works)
             small = plan(SMALL, work.plan.world_size, work.plan.strategy)
             a, b, c = local = tuple(cp.shard(x.detach(), small).requires_grad_() for x in inputs)
             out = cp.attention(a, b, c, small)
@@ -103,8 +96,7 @@ class LabRank:
 
     def measure(self) -> None:
         """Write, for each batch and method, the bytes that left each node, and in every turn the slowest rank's ms."""
-        batches = self.bench.batches
-        for index, batch in enumerate(bar(batches, unit="batch", disable=self.ranks.rank != 0)):
+        for index, batch in enumerate(self.bench.batches):
             works = self.bench.work(batch)
             run = {method: self.function(each) for method, each in works.items()}
             for method, function in run.items():
@@ -124,13 +116,8 @@ class LabRank:
 
     def function(self, works: Sequence[Work]) -> Callable[[], None]:
         """This rank's part: attention forward and backward."""
-        ((work, cp),) = self._mine(works)
-        rows, shape = int(work.plan.tokens[cp.rank]), self.bench.shape
-        random = torch.Generator().manual_seed(self.bench.seed + 1 + self.ranks.rank)
-        q, k, v, grad = (
-            torch.randn(rows, heads, shape.head_dim, generator=random).requires_grad_()
-            for heads in (shape.query_heads, shape.kv_heads, shape.kv_heads, shape.query_heads)
-        )
+        work, cp = self._mine(works)
+        q, k, v, grad = self._draw(int(work.plan.tokens[cp.rank]), self.bench.seed + 1 + self.ranks.rank)
 
         def function() -> None:
             out = cp.attention(q, k, v, work.plan)
@@ -138,13 +125,19 @@ class LabRank:
 
         return function
 
-    def _mine(self, works: Sequence[Work]) -> list[tuple[Work, ContextParallel]]:
+    def _draw(self, rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k and v, which want gradients, and the gradient of the output: [rows, heads, D]."""
+        shape, random = self.bench.shape, torch.Generator().manual_seed(seed)
+        q, k, v, grad = (
+            torch.randn(rows, heads, shape.head_dim, generator=random)
+            for heads in (shape.query_heads, shape.kv_heads, shape.kv_heads, shape.query_heads)
+        )
+        return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
+
+    def _mine(self, works: Sequence[Work]) -> tuple[Work, ContextParallel]:
         """The work of this rank's group, and its operator."""
-        return [
-            (work, self._operator(work))
-            for work in works
-            if work.first <= self.ranks.rank < work.first + work.plan.world_size
-        ]
+        mine = next(work for work in works if 0 <= self.ranks.rank - work.first < work.plan.world_size)
+        return mine, self._operator(mine)
 
     def _operator(self, work: Work) -> ContextParallel:
         key = work.first, work.plan.world_size, work.exchange

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from flashcp.experiments.bench.harness import spread
-from flashcp.experiments.lab.cases import BASELINE, LabBench
+from flashcp.experiments.lab.cases import LabBench
 from flashcp.experiments.lab.faults import STATES, CutSeen
 from flashcp.experiments.lab.scale import Scale
-from flashcp.experiments.sweep.compare import ALIKE
+from flashcp.experiments.sweep.compare import spread_tells
 from flashcp.experiments.sweep.results import Number, Row, to_row
+from flashcp.simulator.summary import BASELINE
 from flashcp.text import table
 
 
@@ -162,5 +163,4 @@ def speedup_text(row: Row) -> str:
     assert row.p20 is not None
     assert row.p80 is not None
     spread = f"({row.p20:.2f} - {row.p80:.2f})"
-    apart = row.p20 > ALIKE or row.p80 < 1 / ALIKE
-    return f"{row.median:.2f} {spread}" if apart else f"not told apart {spread}"
+    return f"{row.median:.2f} {spread}" if spread_tells(row.p20, row.p80) else f"not told apart {spread}"

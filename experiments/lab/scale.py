@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from flashcp.experiments.lab.cases import LabBench
 from flashcp.experiments.lab.nodes import Link
 from flashcp.train.link import cluster_rates
+from flashcp.train.parallel import FREE
 
 RATED = (2048, 1024, 512, 256, 128, 64, 64)
 """Documents that the rate of attention is measured on."""
-FREE = Link(50.0)
+OPEN = Link(50.0)
 """A link that holds nothing back here."""
 DTYPE_BYTES = 2
 """Of a number on the cluster that is emulated; the lab's numbers are fp32."""
@@ -39,14 +40,14 @@ class Scale:
 
     @classmethod
     def of(cls, bench: LabBench, rates: Rates) -> Scale:
-        if bench.link == "free":
-            return cls(bench, rates, FREE.gbps)
+        if bench.link == FREE:
+            return cls(bench, rates, OPEN.gbps)
         gbps, tflops = cluster_rates(bench.link)
         wider = bench.shape.dtype_bytes / DTYPE_BYTES
         return cls(bench, rates, gbps * rates.tflops / tflops * bench.shrink * wider * bench.ranks_per_node)
 
     def __str__(self) -> str:
-        if self.bench.link == "free":
+        if self.bench.link == FREE:
             return f"free links, {self.rates.tflops:.3g} TFLOP/s of attention a rank"
         gbps, tflops = cluster_rates(self.bench.link)
         return (

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from flashcp.experiments.bench.harness import spread
-from flashcp.experiments.lab.cases import BASELINE, LabBench
+from flashcp.experiments.cli.launch import RanksFailedError, start_ranks
+from flashcp.experiments.lab.cases import LabBench
 from flashcp.experiments.sweep.compare import relative_difference
-from flashcp.experiments.sweep.results import Number
+from flashcp.experiments.sweep.results import REFERENCE, Number
+from flashcp.simulator.summary import BASELINE
 from flashcp.simulator.variants import choose_variants
 from flashcp.train.config import TrainConfig
 from flashcp.train.loop import LoopConfig
@@ -22,7 +22,6 @@ from flashcp.train.parallel import ExchangeConfig, ParallelConfig
 from flashcp.train.summary import write_json
 
 LAYERS = 2
-ALONE = "single_process"
 
 
 def write_configs(bench: LabBench, folder: Path) -> dict[str, Path]:
@@ -32,7 +31,7 @@ def write_configs(bench: LabBench, folder: Path) -> dict[str, Path]:
     )
     files = {}
     for method in [*choose_variants(bench.methods), None]:
-        name = method.name if method else ALONE
+        name = method.name if method else REFERENCE
         config = TrainConfig(
             out=str((folder / name).absolute()),
             context=bench.context,
@@ -50,11 +49,10 @@ def write_configs(bench: LabBench, folder: Path) -> dict[str, Path]:
 
 
 def train_alone(config: Path) -> None:
-    """Run it as one process of this machine. Raises RuntimeError with its last line where it fails."""
-    command = [sys.executable, "-m", "flashcp.train", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{ALONE}: {done.stderr.strip().splitlines()[-1]}")
+    """Run it as one process of this machine. Raises RanksFailedError where it fails."""
+    outcome = start_ranks(["-m", "flashcp.train", str(config)], 1, 1, config.with_name("ranks.log"), watch=lambda: None)
+    if outcome.code:
+        raise RanksFailedError(f"{REFERENCE}: {outcome.error}")
 
 
 def training_numbers(files: dict[str, Path]) -> list[Number]:
@@ -63,8 +61,8 @@ def training_numbers(files: dict[str, Path]) -> list[Number]:
     found = {name: json.loads(file.with_name("summary.json").read_text()) for name, file in files.items()}
     times = {name: np.array(one["step_times_ms"][1:]) for name, one in found.items()}
     numbers = []
-    for name in (name for name in found if name != ALONE):
-        pairs = zip(found[name]["losses"], found[ALONE]["losses"], strict=True)
+    for name in (name for name in found if name != REFERENCE):
+        pairs = zip(found[name]["losses"], found[REFERENCE]["losses"], strict=True)
         difference = max(relative_difference(*pair) for pair in pairs)
         numbers += [
             Number(name, "train_step_ms", "ms", *spread(times[name])),

@@ -243,7 +243,12 @@ def is_told_apart(line: Line) -> bool:
     that took no turns are not asked."""
     if line.speedup_p20 is None or line.speedup_p20 == line.speedup_p80 == 1:  # the baseline itself
         return True
-    return bool(line.speedup_p20 > ALIKE or line.speedup_p80 < 1 / ALIKE)
+    return spread_tells(line.speedup_p20, line.speedup_p80)
+
+
+def spread_tells(p20: float, p80: float) -> bool:
+    """Whether most ratios are on one side of 1, and further from it than ALIKE."""
+    return bool(p20 > ALIKE or p80 < 1 / ALIKE)
 
 
 def speedup_text(line: Line) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from flashcp.experiments.lab.cases import ONE_PLAN, LabBench, shrunk
+from flashcp.schema import read_dataclass
 
 
 def test_shrunk_lengths_keep_their_sum_and_proportions() -> None:
@@ -57,7 +56,7 @@ def test_replicas_have_a_window_each_and_one_plan_has_them_all() -> None:
 )
 def test_what_makes_no_case_is_refused_in_one_line(wrong: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said) as error:
-        replace(LabBench(), **wrong).check()  # type: ignore[arg-type]
+        read_dataclass(LabBench, wrong).check()
     assert "\n" not in str(error.value)
 
 

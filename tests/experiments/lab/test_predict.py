@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from flashcp.experiments.lab.cases import LabBench
-from flashcp.experiments.lab.predict import lab_machine, operations, predict
+from flashcp.experiments.lab.predict import lab_machine, predict
 from flashcp.experiments.lab.scale import RATED, Rates, Scale
 from flashcp.simulation import simulate
+from flashcp.train.link import attention_operations
 
 BENCH = LabBench(context=2048, windows=2, methods=["llama3", "flashcp"])
 RATES = Rates(tflops=0.01, latency_us=2000.0, node_gbps=0.5)
@@ -18,7 +19,8 @@ def test_the_machine_attends_at_the_rate_that_was_measured() -> None:
     found = simulate(
         RATED, 1, cluster=machine, methods=["flashcp"], query_heads=8, kv_heads=8, head_dim=32, dtype_bytes=4
     )
-    assert operations(RATED, BENCH) / (1e9 * found["flashcp"].attention_ms) == pytest.approx(RATES.tflops, rel=1e-6)
+    operations = attention_operations(RATED, BENCH.query_heads, BENCH.head_dim)
+    assert operations / (1e9 * found["flashcp"].attention_ms) == pytest.approx(RATES.tflops, rel=1e-6)
     assert machine.links.network.gbps == 0.02  # of a rank: two share the node's
     assert machine.links.node.gbps == 0.5
 
