@@ -1,8 +1,9 @@
 """Transfers that share ports, event by event: when does each arrive?
 
-Every rank has four ports: to its node and to the network, in and out (where a node has one network port, its ranks share
-that), and a queue of transfers for each level. Queues start their transfers in order, so many at a time; a port shares
-its rate evenly between the transfers that pass it, and a transfer runs at the lesser of its two shares. Events are the ends of transfers and the moments they may start.
+Every rank has four ports: to its node and to the network, in and out (where a node has one network port, its ranks
+share that), and a queue of transfers for each level. Queues start their transfers in order, so many at a time; a port
+shares its rate evenly between the transfers that pass it, and a transfer runs at the lesser of its two shares. Events
+are the ends of transfers and the moments they may start.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def carry(
 ) -> np.ndarray:
     """When the last byte of each transfer has left, us; transfers of queue q stand at first[q] : first[q + 1].
 
-    out, into: ports that each leaves and comes in by. level: 0 across nodes, 1 within one. rate: bytes a microsecond of a port, by level. multicast: within a node what
-    leaves is not shared, for the switch makes the copies.
+    out, into: ports that each leaves and comes in by. level: 0 across nodes, 1 within one. rate: bytes a microsecond of
+    a port, by level. multicast: within a node what leaves is not shared, for the switch makes the copies.
     """
     queues, count = len(first) - 1, len(out)
     left, speed, done = moved.copy(), np.zeros(count), np.zeros(count)
