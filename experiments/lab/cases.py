@@ -24,11 +24,13 @@ METHODS = (
     "per_document",
     "ring",
     "ring_zigzag",
-    "ulysses",
+    "per_sequence+ulysses",
     "flashcp_paper",
     "flashcp_paper+exact",
     "flashcp",
 )
+"""All that are run; ulysses in the shape that it is fastest in: `contiguous` cuts every document N times, and there a
+rank computes on all pieces."""
 ONE_PLAN = "one plan: "
 """Before the name of a method that plans the windows of all replicas together, over all ranks."""
 

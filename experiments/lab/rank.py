@@ -24,7 +24,9 @@ from flashcp.experiments.bench.harness import relative_error
 from flashcp.experiments.lab.cases import LabBench, Work
 from flashcp.experiments.lab.crossing import crossing_bytes
 from flashcp.experiments.lab.nodes import sent_bytes
+from flashcp.experiments.lab.others import Others
 from flashcp.experiments.lab.scale import RATED
+from flashcp.experiments.lab.tables import TAKEN
 from flashcp.sharding.strategies import plan
 from flashcp.train.link import measured_tflops
 from flashcp.train.ranks import Ranks
@@ -96,7 +98,7 @@ class LabRank:
 
     def measure(self) -> None:
         """Write, for each batch, method and turn, the slowest rank's ms and the bytes that left each node."""
-        turn = 0
+        turn, others = 0, Others(self.ranks)
         for index, batch in enumerate(self.bench.batches):
             works = self.bench.work(batch)
             run = {method: self.function(each) for method, each in works.items()}
@@ -114,6 +116,7 @@ class LabRank:
                         batch=index, turn=turn, method=method, ms=ms, sent_bytes=sent, route_bytes=routes[method]
                     )
                 turn += 1
+        self.write(**{TAKEN: others.taken(self.bench.cores)})
 
     def _routed(self, works: Sequence[Work]) -> list[float]:
         """Bytes that leave each node, by the plans' routes."""

@@ -13,6 +13,7 @@ from flashcp.experiments.bench.harness import spread
 from flashcp.experiments.lab.cases import LabBench
 from flashcp.experiments.lab.faults import CutSeen
 from flashcp.experiments.lab.scale import Scale
+from flashcp.experiments.lab.tables import TAKEN
 from flashcp.experiments.sweep.results import Number, Row, to_row
 from flashcp.simulator.summary import BASELINE
 
@@ -58,6 +59,7 @@ def lab_rows(
     rows = [
         row("lab", "link_gbps", "GB/s", (None, scale.link_gbps, None), kind),
         row("lab", "attention_tflops", "TFLOP/s", (None, scale.rates.tflops, None), kind),
+        row("lab", TAKEN, "cores", (None, next(record[TAKEN] for record in records if TAKEN in record), None), kind),
         row("lab", "latency_us", "us", (None, scale.rates.latency_us, None), kind),
     ]
     base, base_predicted = found[BASELINE].ms, np.array(predicted[BASELINE])

@@ -8,7 +8,7 @@ import pytest
 
 from flashcp.experiments.cli.main import main
 from flashcp.experiments.lab.page import out_of_order
-from flashcp.experiments.lab.tables import lines
+from flashcp.experiments.lab.tables import lab_table, lines
 from flashcp.experiments.sweep.results import Number, Row, to_row, write_rows
 
 KIND = "emulated: a node's link carries 44 MB/s"
@@ -61,3 +61,12 @@ def test_the_page_shows_what_is_off(tmp_path: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     assert main(["report", str(good)]) == 0
     assert "2.00 (1.90 - 2.10)" in capsys.readouterr().out
+
+
+def test_beside_other_work_nothing_is_told_apart() -> None:
+    some = rows(BASE | {"flashcp": (1.9, 2.0, 2.1, 2.3)})
+    busy = to_row("4x2 ib", Number("lab", "taken_cores", "cores", None, 0.4, None), "CPU", KIND)
+    assert lines(some)[1].text == "2.00 (1.90 - 2.10)"
+    assert lines([*some, busy])[1].text == "not told apart (1.90 - 2.10)"
+    assert "others kept 0.40 cores busy" in lab_table([*some, busy])
+    assert "others kept" not in lab_table(some)
