@@ -126,8 +126,10 @@ def choose(
     groups = [count for count in range(1, windows + 1) if not (windows % count or ranks % count)]
     first = [Variant("", *PAIRS[0], head_ranks=0, data_parallel=count) for count in groups]
     tried = _predict(read, ranks, setting, step, [trial for one in first for trial in one.trials(setting, ranks, step)])
-    best = Variant("", *PAIRS[0], head_ranks=tried[0].head_ranks, data_parallel=tried[0].data_parallel)
-    tried += _predict(read, ranks, setting, step, [Variant("", *pair, *best[3:]) for pair in PAIRS[1:]])
+    best = first[0]._replace(head_ranks=tried[0].head_ranks, data_parallel=tried[0].data_parallel)
+    tried += _predict(
+        read, ranks, setting, step, [best._replace(sharding=one, exchange=other) for one, other in PAIRS[1:]]
+    )
     tried += _predict(read, ranks, replace(setting, overlap="none"), step, [best])
     ordered = sorted(tried, key=lambda one: one.module_ms)
     return Choice(tuple(ordered), setting.machine.name, ranks, windows)

@@ -21,7 +21,7 @@ from flashcp.simulator.rivals import RIVALS
 
 MOST_RANKS = 1024
 WAITS = ("micro_batch", "step")
-CHANGE = re.compile("(h|d|w(?=[24]$))([1-9][0-9]{0,3})")
+CHANGE = re.compile("(h|d|w(?=[24]$))(0|[1-9][0-9]{0,3})")
 CHANGES = {"h": "head_ranks", "d": "data_parallel", "w": "gradient_bytes"}
 GIVEN_PLAN = "plan"
 """The strategy of a plan that the caller made."""

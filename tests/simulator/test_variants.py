@@ -71,7 +71,7 @@ def test_a_method_that_there_is_not(name: Any) -> None:
         choose_variants([name])
 
 
-@pytest.mark.parametrize("name", ["flashcp:", "flashcp:h0", "flashcp:h", "flashcp:w3", "flashcp:x2", "llama3:d-1"])
+@pytest.mark.parametrize("name", ["flashcp:", "flashcp:h01", "flashcp:h", "flashcp:w3", "flashcp:x2", "llama3:d-1"])
 def test_a_change_that_there_is_not(name: str) -> None:
     with pytest.raises(
         ValueError, match=rf"^methods: {name!r}: expected one of llama3, .*; :h8, :d2 or :w2 may follow$"
