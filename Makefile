@@ -19,7 +19,7 @@ CARRIED := hydra-core omegaconf pyyaml packaging einops tqdm \
 BUILT := antlr4-python3-runtime==4.9.3
 GLIBC := 17 24 27 28 31 34 35
 
-.PHONY: help demo cluster-lab test lint paper kernels kernels-versions emulate gpu-wheels pins clean
+.PHONY: help demo cluster-lab lab-cases test lint paper kernels kernels-versions emulate gpu-wheels pins clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,23 @@ demo: $(STAMP) ## train one model under several methods on 2 CPU ranks, over a f
 
 cluster-lab: $(STAMP) ## attention on an emulated cluster, 4 nodes of 2 ranks: predicted, then measured (root; docs/lab.md)
 	$(BIN)/flashcp bench lab $(ARGS)
+
+# A line a case: the folder of its rows, and what differs from conf/bench/lab.yaml.
+define LAB_CASES
+4x2_pile
+2x2_wlb_llm_gqa nodes=2 data_set=wlb_llm kv_heads=4
+2x4_redpajama nodes=2 ranks_per_node=4 data_set=redpajama
+8x1_pile_slow nodes=8 ranks_per_node=1 link_share=0.25
+4x2_wlb_llm_fast link=free data_set=wlb_llm
+4x2_wlb_llm_replicas replicas=2 one_plan=[flashcp] data_set=wlb_llm methods=[llama3,per_document,flashcp]
+4x2_pile_steps context=8192 shrink=16 methods=[llama3,ring,flashcp_paper,flashcp] train_steps=6 faults=[llama3,ring,flashcp] timeout_s=20
+endef
+export LAB_CASES
+
+lab-cases: $(STAMP) ## the kept labs one after another: rows, pictures, experiments/LAB_RESULTS.md (root; an hour, idle)
+	@while read -r name keys; do \
+		$(BIN)/flashcp sweep experiment=lab out=experiments/results/lab/$$name $$keys $(ARGS); done <<< "$$LAB_CASES"
+	$(BIN)/flashcp report experiments/results/lab page=experiments/LAB_RESULTS.md
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -287,7 +287,7 @@ def draw_exchanges(rows: Sequence[Row], path: Path) -> None:
     throttled = {row.provider.split("/")[0]: row.median for row in rows if row.metric == "throttle_gbps"}
     slowed = "".join(f"; {transport} slowed to {gbps:.2g} GB/s" for transport, gbps in throttled.items())
     for axes, (title, factor, metrics) in zip(grid, EXCHANGE, strict=True):
-        _spread_bars(axes, {name: [row for row in rows if row.metric == key] for key, name in metrics.items()}, factor)
+        spread_bars(axes, {name: [row for row in rows if row.metric == key] for key, name in metrics.items()}, factor)
         axes.set_title(title.format(slowed=slowed))
     for axes in grid[1:-1]:
         axes.tick_params(labelleft=False)
@@ -305,12 +305,12 @@ def draw_rates(rows: Sequence[Row], folder: Path) -> None:
         }
         figure = Figure(figsize=(10, 1 + 0.45 * len({row.case for row in kept})))
         axes = figure.subplots()
-        _spread_bars(axes, series, 1.0, by="case")
+        spread_bars(axes, series, 1.0, by="case")
         axes.set_xlabel(f"{which}, useful TFLOP/s (bf16, head_dim 128; higher is better)")
         figure.savefig(folder / f"{which}.png")
 
 
-def _spread_bars(axes: Any, series: Mapping[str, Sequence[Row]], factor: float, by: str = "provider") -> None:
+def spread_bars(axes: Any, series: Mapping[str, Sequence[Row]], factor: float, by: str = "provider") -> None:
     """Horizontal bars, those of several series side by side. by: what has a bar in each series, from the top."""
     names = list(dict.fromkeys(getattr(row, by) for rows in series.values() for row in rows))
     for i, (label, rows) in enumerate(series.items()):

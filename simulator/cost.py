@@ -162,13 +162,14 @@ class Links:
     """Every rank has a port to its node (NVLink) and one to the network (InfiniBand), each way.
 
     ranks_per_node: ranks 0 .. ranks_per_node - 1 are one node, and so on. multicast: a node's switch copies a row to
-    several readers, so that it leaves its port once.
+    several readers, so that it leaves its port once. shared_port: the ranks of a node have one network port together.
     """
 
     ranks_per_node: int
     node: Link
     network: Link
     multicast: bool = False
+    shared_port: bool = False
 
     def nodes(self, world_size: int) -> np.ndarray:
         return np.arange(world_size) // self.ranks_per_node
@@ -176,14 +177,14 @@ class Links:
     def collective_us(self, block_bytes: float, world_size: int) -> float:
         """All-gather or reduce-scatter of one block a rank, as rings: N - 1 blocks pass every port.
 
-        Across nodes every rank of a node carries a ring of its own, so its network ports share the blocks.
+        Across nodes a node's network ports share the blocks: every rank that has one carries a ring of its own.
         """
         if world_size == 1:
             return 0.0
         link = self.node
         if world_size > self.ranks_per_node:
-            shared = self.network.gbps * self.ranks_per_node
-            link = Link(min(self.node.gbps, shared), self.network.latency_us)
+            ports = 1 if self.shared_port else self.ranks_per_node
+            link = Link(min(self.node.gbps, self.network.gbps * ports), self.network.latency_us)
         return (world_size - 1) * float(link.us(block_bytes))
 
     def all_to_all_us(self, pair_bytes: float, world_size: int) -> float:
@@ -192,6 +193,8 @@ class Links:
             return 0.0
         fewest = world_size % self.ranks_per_node or min(world_size, self.ranks_per_node)  # ranks of the last node
         near, far = fewest - 1, world_size - fewest
+        if self.shared_port:  # the fullest node sends most
+            far = max(n * (world_size - n) for n in (fewest, min(world_size, self.ranks_per_node)))
         return max(float(link.us(n * pair_bytes)) for link, n in ((self.node, near), (self.network, far)) if n)
 
     def neighbour(self, world_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,9 @@
 """Transfers that share ports, event by event: when does each arrive?
 
-Every rank has four ports: to its node and to the network, in and out, and a queue of transfers for each level. Queues
-start their transfers in order, so many at a time; a port shares its rate evenly between the transfers that pass it, and
-a transfer runs at the lesser of its two shares. Events are the ends of transfers and the moments they may start.
+Every rank has four ports: to its node and to the network, in and out (where a node has one network port, its ranks
+share that), and a queue of transfers for each level. Queues start their transfers in order, so many at a time; a port
+shares its rate evenly between the transfers that pass it, and a transfer runs at the lesser of its two shares. Events
+are the ends of transfers and the moments they may start.
 """
 
 from __future__ import annotations
@@ -44,15 +45,17 @@ def carry_all(moved_bytes: np.ndarray, links: Links, *, pull: bool, release_us: 
     latency = np.array([links.network.latency_us, links.node.latency_us])
     moved = moved_bytes[source, destination].astype(np.float64)
     first = np.searchsorted(queue, np.arange(2 * ranks + 1))
-    done = _compiled()(first, source, destination, level, moved, release, rate, links.multicast, AT_ONCE)
+    ports = np.stack([node if links.shared_port else np.arange(ranks), np.arange(ranks)])  # by level and rank
+    out, into = ports[level, source], ports[level, destination]
+    done = _compiled()(first, out, into, level, moved, release, rate, links.multicast, AT_ONCE)
     arrived[source, destination] = done + latency[level]
     return arrived
 
 
 def carry(
     first: np.ndarray,
-    source: np.ndarray,
-    destination: np.ndarray,
+    out: np.ndarray,
+    into: np.ndarray,
     level: np.ndarray,
     moved: np.ndarray,
     release: np.ndarray,
@@ -62,15 +65,15 @@ def carry(
 ) -> np.ndarray:
     """When the last byte of each transfer has left, us; transfers of queue q stand at first[q] : first[q + 1].
 
-    level: 0 across nodes, 1 within one. rate: bytes a microsecond of a port, by level. multicast: within a node what
-    leaves is not shared, for the switch makes the copies.
+    out, into: ports that each leaves and comes in by. level: 0 across nodes, 1 within one. rate: bytes a microsecond of
+    a port, by level. multicast: within a node what leaves is not shared, for the switch makes the copies.
     """
-    queues, count = len(first) - 1, len(source)
+    queues, count = len(first) - 1, len(out)
     left, speed, done = moved.copy(), np.zeros(count), np.zeros(count)
     under_way = np.zeros(count, np.bool_)
     head = first[:-1].copy()  # of each queue: the first transfer not yet started
     flying = np.zeros(queues, np.int64)
-    out_use = np.zeros((2, queues // 2), np.int64)  # transfers through each port, by level and rank
+    out_use = np.zeros((2, queues // 2), np.int64)  # transfers through each port, by level
     in_use = np.zeros((2, queues // 2), np.int64)
     now = 0.0
     finished = 0
@@ -80,8 +83,8 @@ def carry(
             while head[q] < first[q + 1] and flying[q] < at_once and release[head[q]] <= now:
                 i = head[q]
                 under_way[i] = True
-                out_use[level[i], source[i]] += 1
-                in_use[level[i], destination[i]] += 1
+                out_use[level[i], out[i]] += 1
+                in_use[level[i], into[i]] += 1
                 flying[q] += 1
                 head[q] += 1
             if head[q] < first[q + 1] and flying[q] < at_once:
@@ -90,9 +93,9 @@ def carry(
         for q in range(queues):
             for i in range(first[q], head[q]):
                 if under_way[i]:
-                    sharing = in_use[level[i], destination[i]]
+                    sharing = in_use[level[i], into[i]]
                     if not (multicast and level[i] == 1):
-                        sharing = max(sharing, out_use[level[i], source[i]])
+                        sharing = max(sharing, out_use[level[i], out[i]])
                     speed[i] = rate[level[i]] / sharing
                     step = min(step, left[i] / speed[i])
         now += step
@@ -103,8 +106,8 @@ def carry(
                     if left[i] <= 1e-6 * moved[i]:
                         under_way[i] = False
                         done[i] = now
-                        out_use[level[i], source[i]] -= 1
-                        in_use[level[i], destination[i]] -= 1
+                        out_use[level[i], out[i]] -= 1
+                        in_use[level[i], into[i]] -= 1
                         flying[q] -= 1
                         finished += 1
     return done

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ FAILED_RANK = re.compile(rb"rank +: (?P<rank>\d+) \(local_rank: \d+\)\s+exitcode
 GLOO_NOISE = re.compile(
     r"\[[^\]\s]*\.(?:cc|h):\d+\] |[.,]? *(?:This may indicate .*|Please check logs .*|\.\.\.GLHF!.*)$"
 )
+PATIENCE_S = 10.0
+"""How long others may go on when one has failed: time to name it."""
 METRICS = "metrics.jsonl"  # the ranks' first file
 
 
@@ -140,18 +144,37 @@ def start_ranks(
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     command = [sys.executable, *(ranks if world_size > 1 else []), *arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads), **(environment or {})}
-    with log.open("wb") as written, log.open("rb") as said:
-        look = watch or Echo(said)
-        process = subprocess.Popen(command, env=variables, stdout=written, stderr=subprocess.STDOUT)
+    log.touch()
+    with log.open("rb") as said:
+        return side_by_side([command], variables, log, watch or Echo(said))
+
+
+def side_by_side(
+    commands: Sequence[Sequence[str]], environment: Mapping[str, str], log: Path, watch: Callable[[], None]
+) -> Outcome:
+    """Run commands together to their end; what they say goes to `log`. Where one fails the others are stopped soon."""
+    with log.open("wb") as written:
+        processes = [
+            subprocess.Popen(command, env=environment, stdout=written, stderr=subprocess.STDOUT) for command in commands
+        ]
+        failed_at = math.inf
         try:
-            while process.returncode is None:
+            while working := [process for process in processes if process.poll() is None]:
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=0.2)
-                look()
+                    working[0].wait(timeout=0.2)
+                watch()
+                if any(process.returncode for process in processes):
+                    failed_at = min(failed_at, time.monotonic())
+                if time.monotonic() > failed_at + PATIENCE_S:
+                    break
         finally:
-            process.terminate()  # interrupted or stopped: the launcher stops its ranks; ended: does nothing
-            process.wait()
-    return Outcome(0, "") if process.returncode == 0 else diagnose(log, process.returncode)
+            for process in processes:
+                process.terminate()  # interrupted or stopped: a launcher stops its ranks; ended: does nothing
+            for process in processes:
+                process.wait()
+    watch()
+    code = next((process.returncode for process in processes if process.returncode), 0)
+    return diagnose(log, code) if code else Outcome(0, "")
 
 
 class Echo:

@@ -24,11 +24,13 @@ METHODS = (
     "per_document",
     "ring",
     "ring_zigzag",
-    "ulysses",
+    "per_sequence+ulysses",
     "flashcp_paper",
     "flashcp_paper+exact",
     "flashcp",
 )
+"""All that are run; ulysses in the shape that it is fastest in: `contiguous` cuts every document N times, and there a
+rank computes on all pieces."""
 ONE_PLAN = "one plan: "
 """Before the name of a method that plans the windows of all replicas together, over all ranks."""
 
@@ -47,10 +49,10 @@ class LabBench:
     one_plan: methods that plan the windows of all replicas together too.
 
     nodes, ranks_per_node, cores: of the lab; the ranks share the cores equally. link: free, or a cluster file whose
-    bytes an operation between nodes the lab's links get. delay_us: of a link. replicas: groups of ranks with a window
-    each. data_set, context, shrink, windows, seed: windows of context x shrink tokens are sampled, and their lengths
-    divided by shrink. query_heads, kv_heads, head_dim: of attention, in fp32. turns: how often each window is timed.
-    train_steps: whole steps of a small model under each method afterwards; 0: none.
+    bytes an operation between nodes the lab's links get. link_share: of that rate. delay_us: of a link. replicas:
+    groups of ranks with a window each. data_set, context, shrink, windows, seed: windows of context x shrink tokens are
+    sampled, and their lengths divided by shrink. query_heads, kv_heads, head_dim: of attention, in fp32. turns: how
+    often each window is timed. train_steps: whole steps of a small model under each method afterwards; 0: none.
     """
 
     methods: list[str] = field(default_factory=lambda: list(METHODS))
@@ -60,6 +62,7 @@ class LabBench:
     ranks_per_node: Count = 2
     cores: float = 1.9
     link: str = "h100-ib-400g"
+    link_share: float = 1.0
     delay_us: float = 0.0
     replicas: Count = 1
     data_set: Annotated[str, one_of(LENGTH_DATA)] = "pile"
@@ -85,6 +88,10 @@ class LabBench:
             )
         if self.link != FREE and self.link not in clusters():
             raise ValueError(f"link={self.link!r}: expected one of {FREE}, {', '.join(clusters())}")
+        if not 0.001 <= self.link_share <= 1000 or (self.link == FREE and self.link_share != 1):
+            raise ValueError(
+                f"link_share={self.link_share:g} with link={self.link}: expected 0.001 to 1000; 1 where free"
+            )
         if self.world_size < 2:
             raise ValueError(f"nodes={self.nodes} with ranks_per_node={self.ranks_per_node}: expected 2 ranks or more")
         if self.nodes % self.replicas:
@@ -122,7 +129,8 @@ class LabBench:
         heads = f"{self.query_heads}:{self.kv_heads}x{self.head_dim}"
         replicas = f" replicas={self.replicas}" if self.replicas > 1 else ""
         nodes = f"{self.nodes}x{self.ranks_per_node}"
-        return f"{nodes} {self.link} {self.data_set} {self.context}/{self.shrink} {heads}{replicas}"
+        link = self.link if self.link_share == 1 else f"{self.link_share:g}x{self.link}"
+        return f"{nodes} {link} {self.data_set} {self.context}/{self.shrink} {heads}{replicas}"
 
     @cached_property
     def batches(self) -> list[list[np.ndarray]]:

@@ -20,7 +20,7 @@ from flashcp.experiments.lab.rank import LabRank
 STATES = {"whole": 1.0, "half": 0.5, "tenth": 0.1}
 """The share of its rate that the link of the last node carries."""
 CUT = "cut"
-CALLS = 5
+CALLS = 3
 LOOK_S = 0.02
 
 

@@ -19,9 +19,10 @@ from flashcp.experiments.lab.cases import LabBench
 from flashcp.experiments.lab.faults import Answering, CutSeen, cuts_seen
 from flashcp.experiments.lab.nodes import LabError, Node, built_nodes
 from flashcp.experiments.lab.predict import predict
-from flashcp.experiments.lab.rows import fault_rows, lab_rows, lab_table, training_rows
+from flashcp.experiments.lab.rows import fault_rows, lab_rows, training_rows
 from flashcp.experiments.lab.scale import OPEN, Rates, Scale
 from flashcp.experiments.lab.start import run_on_nodes
+from flashcp.experiments.lab.tables import lab_table
 from flashcp.experiments.lab.training import train_alone, training_numbers, write_configs
 from flashcp.experiments.sweep.results import REFERENCE, Row, write_rows
 

@@ -37,7 +37,8 @@ def lab_machine(scale: Scale) -> Machine:
         links=Links(
             bench.ranks_per_node,
             Link(rates.node_gbps, rates.latency_us),
-            Link(scale.link_gbps / bench.ranks_per_node, rates.latency_us),
+            Link(scale.link_gbps, rates.latency_us),
+            shared_port=True,
         ),
         provenance={},
     )

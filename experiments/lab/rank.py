@@ -1,8 +1,8 @@
 """What a rank of the lab does: it measures rates, is checked, counts bytes and takes times.
 
-First every method's output and gradients are compared with the float64 reference, on a small pack. Then comes window
-after window: a pass in which the bytes on the links are counted, and turns that are timed, in which all methods run one
-after the other. Rank 0 writes what was found, a record a line.
+First every method's output and gradients are compared with the float64 reference, on a small pack, and every method
+runs once to warm up. Then comes window after window, in turns in which all methods run one after the other: each is
+timed, and the bytes on the links are counted. Rank 0 writes what was found, a record a line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from flashcp.experiments.bench.harness import relative_error
 from flashcp.experiments.lab.cases import LabBench, Work
 from flashcp.experiments.lab.crossing import crossing_bytes
 from flashcp.experiments.lab.nodes import sent_bytes
+from flashcp.experiments.lab.others import Others
 from flashcp.experiments.lab.scale import RATED
+from flashcp.experiments.lab.tables import TAKEN
 from flashcp.sharding.strategies import plan
 from flashcp.train.link import measured_tflops
 from flashcp.train.ranks import Ranks
@@ -95,24 +97,36 @@ class LabRank:
             self.write(gate=method, error=worst, transport=cp.transport)
 
     def measure(self) -> None:
-        """Write, for each batch and method, the bytes that left each node, and in every turn the slowest rank's ms."""
+        """Write, for each batch, method and turn, the slowest rank's ms and the bytes that left each node."""
+        turn, others = 0, Others(self.ranks)
         for index, batch in enumerate(self.bench.batches):
             works = self.bench.work(batch)
             run = {method: self.function(each) for method, each in works.items()}
-            for method, function in run.items():
-                sent = self._counted(function)
-                shape, per_node = self.bench.shape, self.bench.ranks_per_node
-                routes = [0.0] * self.bench.nodes
-                for work in works[method]:
-                    first = work.first // per_node
-                    for node, count in enumerate(crossing_bytes(work.plan, work.exchange, shape, per_node)):
-                        routes[first + node] += float(count)
-                self.write(batch=index, method=method, sent_bytes=sent, route_bytes=routes)
+            routes = {method: self._routed(each) for method, each in works.items()}
+            if not turn:
+                for function in run.values():
+                    function()
             names = list(run)
-            for turn in range(self.bench.turns):
-                for place in order_of_turn(index * self.bench.turns + turn, len(names)):
-                    ms = self.timed(run[names[place]])
-                    self.write(batch=index, turn=turn, method=names[place], ms=ms)
+            for _ in range(self.bench.turns):
+                for method in (names[place] for place in order_of_turn(turn, len(names))):
+                    before = self._sent()
+                    ms = self.timed(run[method])
+                    sent = [late - early for early, late in zip(before, self._sent(), strict=True)]
+                    self.write(
+                        batch=index, turn=turn, method=method, ms=ms, sent_bytes=sent, route_bytes=routes[method]
+                    )
+                turn += 1
+        self.write(**{TAKEN: others.taken(self.bench.cores)})
+
+    def _routed(self, works: Sequence[Work]) -> list[float]:
+        """Bytes that leave each node, by the plans' routes."""
+        shape, per_node = self.bench.shape, self.bench.ranks_per_node
+        routes = [0.0] * self.bench.nodes
+        for work in works:
+            first = work.first // per_node
+            for node, count in enumerate(crossing_bytes(work.plan, work.exchange, shape, per_node)):
+                routes[first + node] += float(count)
+        return routes
 
     def function(self, works: Sequence[Work]) -> Callable[[], None]:
         """This rank's part: attention forward and backward."""
@@ -153,17 +167,8 @@ class LabRank:
         function()
         return self.ranks.max(1e3 * (time.perf_counter() - started))[0]
 
-    def _counted(self, function: Callable[[], None]) -> list[int]:
-        """Bytes that left each node meanwhile, headers counted."""
-        self.ranks.barrier()
-        before = self._sent()
-        self.ranks.barrier()
-        function()
-        self.ranks.barrier()
-        after = self._sent()
-        return [late - early for early, late in zip(before, after, strict=True)]
-
     def _sent(self) -> list[int]:
+        """What has left each node so far, headers counted; rank 0 alone asks."""
         return [sent_bytes(node) for node in range(self.bench.nodes)] if self.ranks.rank == 0 else []
 
     def write(self, **record: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the ranks of a lab wrote, as rows and tables: predicted and measured side by side."""
+"""What the ranks of a lab wrote, as rows: predicted and measured side by side."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ import numpy as np
 
 from flashcp.experiments.bench.harness import spread
 from flashcp.experiments.lab.cases import LabBench
-from flashcp.experiments.lab.faults import STATES, CutSeen
+from flashcp.experiments.lab.faults import CutSeen
 from flashcp.experiments.lab.scale import Scale
-from flashcp.experiments.sweep.compare import spread_tells
+from flashcp.experiments.lab.tables import TAKEN
 from flashcp.experiments.sweep.results import Number, Row, to_row
 from flashcp.simulator.summary import BASELINE
-from flashcp.text import table
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """What ranks wrote of one method. ms: [batches, turns]. sent, routed: bytes [batches, nodes]."""
+    """What ranks wrote of one method, turn after turn. ms: [turns]. sent, routed: bytes [turns, nodes]."""
 
     ms: np.ndarray
     sent: np.ndarray
@@ -30,17 +29,12 @@ class _Measured:
 
 def measured(records: Sequence[dict[str, Any]]) -> dict[str, _Measured]:
     """By method, in the order of the records."""
+    timed = sorted((record for record in records if "turn" in record), key=lambda record: record["turn"])
     found = {}
-    batches = [record for record in records if "batch" in record]
-    for method in dict.fromkeys(record["method"] for record in batches):
-        mine = [record for record in batches if record["method"] == method]
-        timed = {(record["batch"], record["turn"]): record["ms"] for record in mine if "ms" in record}
-        counted = [record for record in mine if "sent_bytes" in record]
-        turns = 1 + max(turn for _, turn in timed)
+    for method in dict.fromkeys(record["method"] for record in records if "turn" in record):
+        mine = [record for record in timed if record["method"] == method]
         found[method] = _Measured(
-            np.array([timed[key] for key in sorted(timed)]).reshape(-1, turns),
-            np.array([record["sent_bytes"] for record in counted]),
-            np.array([record["route_bytes"] for record in counted]),
+            *(np.array([one[key] for one in mine]) for key in ("ms", "sent_bytes", "route_bytes"))
         )
     return found
 
@@ -65,6 +59,7 @@ def lab_rows(
     rows = [
         row("lab", "link_gbps", "GB/s", (None, scale.link_gbps, None), kind),
         row("lab", "attention_tflops", "TFLOP/s", (None, scale.rates.tflops, None), kind),
+        row("lab", TAKEN, "cores", (None, next(record[TAKEN] for record in records if TAKEN in record), None), kind),
         row("lab", "latency_us", "us", (None, scale.rates.latency_us, None), kind),
     ]
     base, base_predicted = found[BASELINE].ms, np.array(predicted[BASELINE])
@@ -107,60 +102,3 @@ def training_rows(bench: LabBench, scale: Scale, numbers: Sequence[Number]) -> l
 
 def _device(bench: LabBench) -> str:
     return f"CPU, {os.cpu_count()} cores; {bench.cores / bench.world_size:.3g} of a core a rank"
-
-
-def lab_table(rows: list[Row]) -> str:
-    """A line a method: measured beside predicted."""
-    by_name = {(row.provider, row.metric): row for row in rows}
-    body = []
-    for method in dict.fromkeys(row.provider for row in rows if row.metric == "speedup"):
-        ms, speedup, predicted, sent, routed = (
-            by_name[method, metric] for metric in ("module_ms", "speedup", "predicted_speedup", "link_mb", "route_mb")
-        )
-        over = f"{sent.median / routed.median - 1:+.1%}" if routed.median else ""
-        numbers = [f"{ms.median:.0f}", speedup_text(speedup), f"{predicted.median:.2f}"]
-        body.append([method, *numbers, f"{sent.median:.1f}", f"{routed.median:.1f}", over])
-    head = ["method", "module ms", f"speedup over {BASELINE}", "predicted", "MB on links", "MB of routes", "more"]
-    about = by_name[BASELINE, "module_ms"].kind.partition("; over")[0]
-    return f"{rows[0].case}\n{about}\n{table(head, body)}{_training_table(rows)}{_fault_table(rows)}"
-
-
-def _training_table(rows: Sequence[Row]) -> str:
-    """Whole steps; empty where nothing was trained."""
-    found = {(row.provider, row.metric): row for row in rows}
-    methods = [row.provider for row in rows if row.metric == "train_step_ms"]
-    if not methods:
-        return ""
-    head = ["method", "step ms", f"speedup over {BASELINE}", "largest difference of a loss to one process alone"]
-    body = [
-        [
-            method,
-            f"{found[method, 'train_step_ms'].median:.0f}",
-            speedup_text(found[method, "train_speedup"]),
-            f"{found[method, 'loss_difference'].median:.1e}",
-        ]
-        for method in methods
-    ]
-    return f"\n\n{table(head, body)}"
-
-
-def _fault_table(rows: Sequence[Row]) -> str:
-    """What methods made of faults; empty where none met any."""
-    metrics = [*(f"{state}_ms" for state in STATES), "cut_s", "silent"]
-    found = {(row.provider, row.metric): row.median for row in rows if row.metric in metrics}
-    methods = dict.fromkeys(provider for provider, _ in found)
-    if not methods:
-        return ""
-    head = ["method", *(f"ms, one link {state}" for state in STATES), "s until a cut is an error", "silent ranks"]
-    body = [[method, *(f"{found[method, metric]:.3g}" for metric in metrics)] for method in methods]
-    return f"\n\n{table(head, body)}"
-
-
-def speedup_text(row: Row) -> str:
-    """`1.24 (1.19 - 1.31)`, or that the turns do not tell the two apart."""
-    if row.provider == BASELINE:
-        return "1"
-    assert row.p20 is not None
-    assert row.p80 is not None
-    spread = f"({row.p20:.2f} - {row.p80:.2f})"
-    return f"{row.median:.2f} {spread}" if spread_tells(row.p20, row.p80) else f"not told apart {spread}"

@@ -44,15 +44,17 @@ class Scale:
             return cls(bench, rates, OPEN.gbps)
         gbps, tflops = cluster_rates(bench.link)
         wider = bench.shape.dtype_bytes / DTYPE_BYTES
-        return cls(bench, rates, gbps * rates.tflops / tflops * bench.shrink * wider * bench.ranks_per_node)
+        shares = bench.link_share * bench.ranks_per_node
+        return cls(bench, rates, gbps * rates.tflops / tflops * bench.shrink * wider * shares)
 
     def __str__(self) -> str:
         if self.bench.link == FREE:
             return f"free links, {self.rates.tflops:.3g} TFLOP/s of attention a rank"
         gbps, tflops = cluster_rates(self.bench.link)
+        share = "" if self.bench.link_share == 1 else f" x {self.bench.link_share:g}"
         return (
             f"a node's link carries {1e3 * self.link_gbps:.3g} MB/s = {gbps:g} GB/s of a rank of {self.bench.link} x "
             f"{self.rates.tflops:.3g} TFLOP/s of attention measured here / {tflops:.4g} there x "
             f"{self.bench.ranks_per_node} ranks x {self.bench.shrink} for shorter windows x "
-            f"{self.bench.shape.dtype_bytes / DTYPE_BYTES:g} for fp32"
+            f"{self.bench.shape.dtype_bytes / DTYPE_BYTES:g} for fp32{share}"
         )

@@ -15,6 +15,10 @@ from flashcp.experiments.bench.calibration import DIRECTIONS, read_times
 from flashcp.experiments.cli import show
 from flashcp.experiments.folders import check_file, write_whole
 from flashcp.experiments.folders import render as fill
+from flashcp.experiments.lab.page import PAGE as LAB_PAGE
+from flashcp.experiments.lab.page import lab_folders, write_lab_page
+from flashcp.experiments.lab.picture import draw_lab
+from flashcp.experiments.lab.tables import is_lab, lab_table
 from flashcp.experiments.paper.figures import FIGURES, paper_folders, publish_figure, write_paper_page
 from flashcp.experiments.paper.figures import PAGE as PAPER_PAGE
 from flashcp.experiments.plots import PARTS, comparison_figure
@@ -42,11 +46,11 @@ Failures = Mapping[tuple[str, str], str]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Rebuild everything in the directory that is made from rows: of one sweep, or of the paper's figures below it."""
+    """Rebuild everything in the directory that is made from rows: of a sweep or a lab, or of several below it."""
     folders = [argument for argument in arguments if "=" not in argument]
     options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     for key in options.keys() - {"baseline", "page"}:
-        raise ValueError(f"{key}: no such override; expected baseline, or page for the paper's figures")
+        raise ValueError(f"{key}: no such override; expected baseline, or page for labs and the paper's figures")
     if len(folders) != 1:
         raise ValueError(f"{len(folders)} directories given: expected one that holds {RESULTS}")
     folder = Path(folders[0])
@@ -58,12 +62,20 @@ def main(arguments: Sequence[str]) -> int:
         _check_calibrations(folder)
         print(f"wrote {write_paper_page(folder, page)}", file=sys.stderr)
         return 0
+    if lab_folders(folder):
+        page = Path(options.get("page", folder / LAB_PAGE))
+        check_file(page, "page")
+        print(f"wrote {write_lab_page(folder, page)}", file=sys.stderr)
+        return 0
     if not (folder / RESULTS).is_file():
         raise ValueError(f"{folder}: no {RESULTS} in it; expected the directory of a sweep")
     rows = read_rows(folder)
     if not rows and not read_failures(folder):
         raise ValueError(f"{folder / RESULTS}: no rows in it, and no failed run beside it")
-    if all(label(row.kind) in (MEASURED, EMULATED, LEFT_OUT) for row in rows):
+    if is_lab(rows):
+        draw_lab(rows, folder / "lab.png")
+        show({"rows": [vars(row) for row in rows]}, lab_table(rows))
+    elif all(label(row.kind) in (MEASURED, EMULATED, LEFT_OUT) for row in rows):
         overlaps = any(row.provider == NO_OVERLAP for row in rows)
         publish(folder, read_baseline(options.get("baseline", NO_OVERLAP if overlaps else BASELINE), "baseline"))
     else:

@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from flashcp.experiments.cli import bench
 from flashcp.experiments.cli.compose import Job, Multirun, run_app
 from flashcp.experiments.cli.launch import Run, launch, rank_environment
 from flashcp.experiments.cli.train import CONFIG, read_run, train
@@ -44,11 +45,17 @@ SHOWN = {"method", "data", "context", "world_size", "sharding", "exchange"}
 """Overrides that a job's case and provider show already."""
 
 
+LAB = "experiment=lab"
+"""Instead of training, `flashcp bench lab` for every combination of its keys (docs/lab.md)."""
+
+
 def main(words: Sequence[str]) -> int:
     """Run every job that has no rows yet, then report on all. Exit code 1 when a job failed or losses disagree.
 
-    A sweep of `conf/simulation/` trains nothing: `flashcp.experiments.sweep.simulations` runs it.
+    A sweep of `conf/simulation/` trains nothing: `flashcp.experiments.sweep.simulations` runs it. Nor does one of labs.
     """
+    if LAB in words:
+        return bench.main(["lab", "hydra.mode=MULTIRUN", *(word for word in words if word != LAB)])
     if simulations.is_simulation(words):
         return simulations.main(words)
     return run_app(train, CONFIG, ["hydra.mode=MULTIRUN", *words])

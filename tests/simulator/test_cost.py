@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -70,6 +72,11 @@ def test_collectives_by_hand() -> None:
     assert links.all_to_all_us(1e6, 4) == pytest.approx(30 + 1)
     assert links.all_to_all_us(1e6, 8) == pytest.approx(400 + 5)  # four ranks of the other node through one port
     assert links.all_to_all_us(1e6, 6) == pytest.approx(400 + 5)  # the last node has two ranks, with four far ones each
+    one_port = dataclasses.replace(links, shared_port=True)
+    assert one_port.collective_us(1e6, 8) == pytest.approx(7 * (100 + 5))  # one ring over the node's port
+    assert one_port.all_to_all_us(1e6, 8) == pytest.approx(1600 + 5)  # four ranks' messages to four of the other node
+    assert one_port.all_to_all_us(1e6, 6) == pytest.approx(800 + 5)
+    assert one_port.all_to_all_us(1e6, 4) == links.all_to_all_us(1e6, 4)
     rate, latency = links.neighbour(8)
     assert rate.tolist() == [1e4, 1e5, 1e5, 1e5, 1e4, 1e5, 1e5, 1e5]
     assert latency.tolist() == [5, 1, 1, 1, 5, 1, 1, 1]

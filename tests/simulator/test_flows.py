@@ -54,6 +54,15 @@ def test_levels_have_ports_of_their_own() -> None:
     assert (arrived[0, 1], arrived[2, 1]) == (1 + 2, 10 + 5)
 
 
+def test_ranks_of_a_node_share_its_port() -> None:
+    moved = matrix(6, {(0, 2): 1e3, (1, 4): 1e3, (3, 2): 1e3})
+    alone = carry_all(moved, Links(2, NODE.node, NODE.network), pull=True, release_us=start(6))
+    shared = carry_all(moved, Links(2, NODE.node, NODE.network, shared_port=True), pull=True, release_us=start(6))
+    assert alone[0, 2] == alone[1, 4] == 10 + 5
+    assert shared[0, 2] == shared[1, 4] == 20 + 5
+    assert shared[3, 2] == 1 + 2
+
+
 def test_nothing_to_carry() -> None:
     assert not carry_all(np.zeros((3, 3)), NODE, pull=True, release_us=start(3)).any()
     assert not carry_all(np.zeros((1, 1)), NODE, pull=False, release_us=start(1)).any()

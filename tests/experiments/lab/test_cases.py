@@ -47,7 +47,7 @@ def test_replicas_have_a_window_each_and_one_plan_has_them_all() -> None:
         ({"data_set": "war_and_peace"}, "data_set='war_and_peace'"),
         ({"methods": ["flashcp"]}, "llama3"),
         ({"methods": ["llama3", "magic"]}, "magic"),
-        ({"kv_heads": 2}, "for ulysses"),
+        ({"kv_heads": 2}, "for per_sequence.ulysses"),
         ({"context": 4}, "context=4"),
         ({"query_heads": 6}, "query_heads=6"),
         ({"train_steps": 1}, "train_steps=1"),

@@ -21,7 +21,8 @@ def test_the_machine_attends_at_the_rate_that_was_measured() -> None:
     )
     operations = attention_operations(RATED, BENCH.query_heads, BENCH.head_dim)
     assert operations / (1e9 * found["flashcp"].attention_ms) == pytest.approx(RATES.tflops, rel=1e-6)
-    assert machine.links.network.gbps == 0.02  # of a rank: two share the node's
+    assert machine.links.network.gbps == 0.04  # of a node: its ranks share the port
+    assert machine.links.shared_port
     assert machine.links.node.gbps == 0.5
 
 

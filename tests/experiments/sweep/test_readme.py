@@ -1,18 +1,37 @@
-"""README's first table is what the committed rows of the demo say."""
+"""README's first table is what the committed rows of the lab say, that of docs/training.md what the demo's say."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+import pytest
+
+from flashcp.experiments.lab.tables import lines
 from flashcp.experiments.sweep.compare import compare, is_told_apart, speedup_text
 from flashcp.experiments.sweep.results import read_rows
 from tests.checkout import ROOT
 
-README, DEMO = ROOT / "README.md", ROOT / "experiments/results/demo"
-BLOCK = re.compile(r"(?<=<!-- demo -->\n).*?(?=<!-- /demo -->)", re.DOTALL)
+README, TRAINING = ROOT / "README.md", ROOT / "docs/training.md"
+LAB, DEMO = ROOT / "experiments/results/lab/4x2_pile", ROOT / "experiments/results/demo"
+BLOCK = re.compile(r"(?<=-->\n).*?(?=<!-- /(?:lab|demo) -->)", re.DOTALL)
 
 
-def block() -> str:
+def lab_block() -> str:
+    """The lab's table, its scale in one sentence, and where its numbers come from."""
+    rows = read_rows(LAB)
+    made = [
+        "| method | attention, ms | speedup over `llama3` | predicted before | MB between nodes |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for line in lines(rows):
+        made.append(f"| `{line.method}` | {line.ms:.0f} | {line.text} | {line.predicted:.2f} | {line.link_mb:.0f} |")
+    one = rows[0]
+    told = f"{one.kind.capitalize()}. {one.device}, {one.versions}, commit {one.commit}, {one.date[:10]}."
+    return "\n".join([*made, "", told, ""])
+
+
+def demo_block() -> str:
     """The table of the slowed case, and where its numbers come from."""
     rows = read_rows(DEMO)
     comparison = compare(rows, "llama3")
@@ -27,16 +46,21 @@ def block() -> str:
     return "\n".join([*lines, "", told, ""])
 
 
+BLOCKS = {README: ("lab", lab_block), TRAINING: ("demo", demo_block)}
+
+
 def rewrite() -> None:
-    """Bring README up to date with the rows."""
-    README.write_text(BLOCK.sub(lambda _: block(), README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Bring both pages up to date with the rows."""
+    for page, (_, block) in BLOCKS.items():
+        page.write_text(BLOCK.sub(lambda _, block=block: block(), page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def test_the_first_table_is_the_demos() -> None:
-    """When the demo's rows change: python -c "from tests.experiments.sweep.test_readme import rewrite; rewrite()"."""
-    text = README.read_text(encoding="utf-8")
-    assert BLOCK.findall(text) == [block()]
-    assert text.index("<!-- demo -->") < text.index("\n|")
+@pytest.mark.parametrize("page", BLOCKS, ids=lambda page: page.name)
+def test_a_table_is_what_its_rows_say(page: Path) -> None:
+    """When rows change: python -c "from tests.experiments.sweep.test_readme import rewrite; rewrite()"."""
+    (name, block), text = BLOCKS[page], page.read_text(encoding="utf-8")
+    assert [found[0] for found in BLOCK.finditer(text)] == [block()]
+    assert text.index(f"<!-- {name} -->") < text.index("\n|")
 
 
 def test_the_committed_demo_shows_both_links_and_its_point() -> None:
