@@ -231,7 +231,7 @@ def draw_timelines(modules: Mapping[str, Module], title: str, path: Path) -> Non
     modules: a simulated module by method. One panel a method, all with the same scale; the broad bars are what a rank
     is busy with, the narrow ones rows that travel, gaps are waiting. Raises ValueError when it cannot be written.
     """
-    ranks = len(next(iter(modules.values())).forward.now)
+    ranks = max(len(module.forward.now) for module in modules.values())
     columns = min(2, len(modules))
     lines = -(-len(modules) // columns)
     figure = Figure(figsize=(13, 0.8 + (0.75 + 0.13 * ranks) * lines))
@@ -255,9 +255,10 @@ def _draw_module(axes: Any, module: Module, ranks: int) -> None:
         for span in timeline.spans:
             low, height = TRAVELS if span.kind == "exchange" else BUSY
             for rank in range(ranks):
-                width = span.stop[rank] - span.start[rank]
+                holder = rank * len(span.stop) // ranks  # its members do the same
+                width = span.stop[holder] - span.start[holder]
                 if width > 0:
-                    bar = [((span.start[rank] + offset) / 1e3, width / 1e3)]
+                    bar = [((span.start[holder] + offset) / 1e3, width / 1e3)]
                     axes.broken_barh(bar, (rank + low, height), facecolors=KINDS[span.kind], linewidth=0)
     axes.axvline(turn / 1e3, color=INK, lw=0.8)
     axes.set_ylim(ranks - 0.4, -0.6)

@@ -14,7 +14,14 @@ from flashcp.simulator.cost import ModelShape
 from flashcp.simulator.machine import Machine, check_machine
 from flashcp.simulator.pack import Pack
 from flashcp.simulator.summary import BASELINE, Summary, recommendation, simulate_methods
-from flashcp.simulator.variants import choose_variants, make_setting, read_ranks, without_ulysses
+from flashcp.simulator.variants import (
+    choose_variants,
+    make_setting,
+    read_head_ranks,
+    read_ranks,
+    read_step,
+    that_share_heads,
+)
 from flashcp.text import table
 
 
@@ -23,7 +30,7 @@ class Simulation:
     """A table: one `Summary` a method, in the order of `methods`. `print` shows it.
 
     machine: what was simulated. windows: packs that the numbers are means over. left_out: methods that these heads do
-    not allow, and why; empty where there are none.
+    not allow, and why; empty where there are none. batch_windows: of a batch.
     """
 
     methods: tuple[Summary, ...]
@@ -31,6 +38,7 @@ class Simulation:
     world_size: int
     windows: int
     left_out: str = ""
+    batch_windows: int = 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,7 +76,9 @@ class Simulation:
     def __str__(self) -> str:
         windows = "1 window" if self.windows == 1 else f"{self.windows} windows"
         head = f"{windows}, {self.world_size} ranks; simulated on {self.machine.name}"
-        left_out = f"; left out: ulysses, for {self.left_out}" if self.left_out else ""
+        if self.batch_windows > 1:
+            head = head.replace(",", f" in batches of {self.batch_windows},", 1)
+        left_out = f"; left out: {self.left_out}" if self.left_out else ""
         return f"{head}{left_out}\n{summary_table(self.methods)}"
 
 
@@ -80,6 +90,10 @@ def simulate(
     methods: str | Iterable[str] = (),
     overlap: str = "auto",
     gradient_bytes: int = 4,
+    head_ranks: int | str = "auto",
+    batch_windows: int = 1,
+    micro_batches: int = 1,
+    waits: str = "micro_batch",
     query_heads: int = 32,
     kv_heads: int = 32,
     head_dim: int = 128,
@@ -91,13 +105,18 @@ def simulate(
     """Simulate an attention layer, forward and backward, under each method; nothing is run and nothing measured.
 
     packs: document lengths of one pack, or of each of several; or a plan, or several plans of as many ranks.
-    world_size: ranks; plans know their own.
+    world_size: ranks; plans know their own, head_ranks times which are simulated.
     cluster: a name of `conf/cluster/`, or a `flashcp.simulator.machine.Machine` (see `flashcp.clusters`).
     methods: names of methods (`llama3`, `llama3_best_effort`, `flashcp`, ...) and pairs `SHARDING+EXCHANGE`, which
         are priced as our implementation runs them; none: all methods. Plans are compared with them under the name
-        `plan`, or `plan+EXCHANGE`.
+        `plan`, or `plan+EXCHANGE`. After a name, `:h8` sets its head ranks, `:d2` the replicas that share a batch, and
+        `:w2` the bytes of a number of a KV gradient on its wire: `flashcp:h8:w2`.
     overlap: of our implementation and of best efforts: `auto`, `none`, `staged` or `fused`.
     gradient_bytes: of one number of a KV gradient that travels in our implementation, 2 or 4.
+    head_ranks: of methods that choose them (`flashcp`, `usp`, ...): a number, or `auto`, the fastest.
+    batch_windows: of the packs that are one batch. Today's practice gives each a replica of world_size / batch_windows
+        ranks, and the slowest counts; `flashcp` and pairs make one plan for all ranks.
+    micro_batches: batches of a step. waits: for the slowest replica, every `micro_batch` (FSDP) or every `step` (DDP).
     query_heads, kv_heads, head_dim, dtype_bytes: of one attention layer.
     layers, ffn_dim: of the model, for `step_ms` and for buffers; ffn_dim 0: 8/3 of the width.
     workers: processes that share the packs.
@@ -105,25 +124,33 @@ def simulate(
     Returns a table with a row for each method. Times are milliseconds, speedups over `llama3` as published.
     Raises ValueError naming value, field and what is legal.
     """
-    read, ranks = _read_packs(packs, world_size)
-    if isinstance(cluster, Machine):
-        check_machine(cluster)
-        machine = cluster
-    elif isinstance(cluster, str):
-        machine = read_cluster(cluster)
-    else:
-        raise ValueError(f"cluster={cluster!r}: expected one of {', '.join(clusters())}, or a Machine")
+    heads = read_head_ranks(head_ranks)
+    read, ranks = _read_packs(packs, world_size, heads or 1)
+    machine = read_cluster_or_machine(cluster)
     model = ModelShape(query_heads, kv_heads, head_dim, dtype_bytes, layers, ffn_dim)
     setting = make_setting(machine, model, overlap, gradient_bytes)
     named = [methods] if isinstance(methods, str) else list(methods)
-    chosen = choose_variants(named, given_plan=isinstance(read[0], ShardingPlan))
-    variants, left_out = without_ulysses(chosen, setting.shape, ranks)
-    summaries = simulate_methods(read, variants, ranks, setting, model, workers=workers)
-    return Simulation(tuple(summaries), machine, ranks, len(read), left_out)
+    step, given = read_step(batch_windows, micro_batches, waits, ranks), isinstance(read[0], ShardingPlan)
+    if given and step.windows > 1:
+        raise ValueError(f"batch_windows={batch_windows} with plans: expected 1, a plan holds its whole batch")
+    chosen = choose_variants(named, given, heads or 1)
+    variants, left_out = that_share_heads(chosen, setting, ranks, step, heads)
+    summaries = simulate_methods(read, variants, ranks, setting, model, step=step, head_ranks=heads, workers=workers)
+    return Simulation(tuple(summaries), machine, ranks, len(read), left_out, step.batch_windows)
 
 
-def _read_packs(packs: object, world_size: int | None) -> tuple[list[Pack], int]:
-    """Plans or document lengths, and the ranks they are for."""
+def read_cluster_or_machine(cluster: object) -> Machine:
+    """A Machine by its cluster's name, or itself. Raises ValueError, naming what is legal, for anything else."""
+    if isinstance(cluster, Machine):
+        check_machine(cluster)
+        return cluster
+    if isinstance(cluster, str):
+        return read_cluster(cluster)
+    raise ValueError(f"cluster={cluster!r}: expected one of {', '.join(clusters())}, or a Machine")
+
+
+def _read_packs(packs: object, world_size: int | None, heads: int) -> tuple[list[Pack], int]:
+    """Plans or document lengths, and the ranks they are for. heads: ranks that a plan's holder has."""
     given = [packs] if isinstance(packs, ShardingPlan) else packs
     if not isinstance(given, Sequence | np.ndarray) or isinstance(given, str) or not len(given):
         raise ValueError(f"packs={packs!r}: expected document lengths of a pack or of several, or plans")
@@ -137,12 +164,12 @@ def _read_packs(packs: object, world_size: int | None) -> tuple[list[Pack], int]
     for plan in given:
         if not isinstance(plan, ShardingPlan):
             raise ValueError(f"packs holds a plan and {plan!r}: expected plans alone, or document lengths alone")
-    sizes = {plan.world_size for plan in given} | ({world_size} if world_size is not None else set())
+    sizes = {plan.world_size * heads for plan in given} | ({world_size} if world_size is not None else set())
     if len(sizes) > 1:
         told = "" if world_size is None else f"world_size={world_size!r} with "
-        found = ", ".join(map(str, sorted({plan.world_size for plan in given})))
+        found = ", ".join(map(str, sorted({plan.world_size * heads for plan in given})))
         raise ValueError(f"{told}plans for {found} ranks: expected one number of ranks")
-    return list(given), read_ranks(given[0].world_size)
+    return list(given), read_ranks(given[0].world_size * heads)
 
 
 def summary_table(summaries: Sequence[Summary]) -> str:
@@ -160,6 +187,8 @@ def summary_table(summaries: Sequence[Summary]) -> str:
         f"speedup over {BASELINE}": "{speedup:.2f}",
         "step ms": "{step_ms:.0f}",
         "KV GiB": "{kv_gib:.1f}",
+        "replicas": "{data_parallel}",
+        "head ranks": "{head_ranks}",
     }
     numbers = [{**one._asdict(), "kv_gib": one.kv_buffer_mib / 1024} for one in summaries]
     return table(list(columns), [[text.format(**one) for text in columns.values()] for one in numbers])

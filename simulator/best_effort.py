@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashcp.simulator.ours import attend
+from flashcp.simulator.ours import attend, ours
 from flashcp.simulator.planned import Module, Planned
 from flashcp.simulator.timeline import Hops, Timeline
-from flashcp.simulator.ulysses import ulysses
 
 
 def best_effort(planned: Planned, exchange: str) -> Module:
-    if exchange == "ulysses":
-        return ulysses(planned, copies=0, in_order=True)
+    if exchange == "exact":
+        return ours(planned, exchange, bare=True)
     ranks, block = planned.ranks, planned.block_bytes(exchange)
     wire = min(planned.setting.gradient_bytes, planned.shape.dtype_bytes)
     home = block * wire / planned.shape.dtype_bytes
@@ -50,7 +49,7 @@ def _forward(planned: Planned, hops: Hops) -> Timeline:
 
 
 def _backward(planned: Planned, hops: Hops, home: float, wire: int) -> Timeline:
-    ranks, every, overlap = planned.ranks, np.arange(planned.ranks), planned.setting.overlap
+    ranks, every, overlap = planned.ranks, np.arange(planned.ranks), planned.overlap
     timeline, leaves = Timeline(ranks), np.zeros((ranks, ranks))  # when a rank's share of an owner's gradient is there
     timeline.run("attention", planned.cost.launch_us(backward=True))
     for step in range(1, ranks):

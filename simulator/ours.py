@@ -16,19 +16,17 @@ import numpy as np
 from flashcp.simulator.flows import carry_all
 from flashcp.simulator.planned import Module, Planned
 from flashcp.simulator.timeline import Hops, Timeline
-from flashcp.simulator.ulysses import ulysses
 
 
-def ours(planned: Planned, exchange: str) -> Module:
-    if exchange == "ulysses":
-        return ulysses(planned, copies=1, in_order=False)
+def ours(planned: Planned, exchange: str, bare: bool = False) -> Module:
+    """One layer. bare: `exact` without the copies before rows leave and after the last kernel."""
     if exchange == "ring":
         return _ring(planned)
     there = _bytes(planned, exchange)
     back = there.T * (planned.setting.gradient_bytes / planned.shape.dtype_bytes)
     still = np.zeros(planned.ranks)
     alone = _arrivals(planned, exchange, there, still).max() + _homecoming(planned, back, still).max()
-    forward, backward = _forward(planned, exchange, there), _backward(planned, exchange, back)
+    forward, backward = _forward(planned, exchange, there, bare), _backward(planned, exchange, back)
     kept, coming = float(there.sum(axis=0).max()), float(back.sum(axis=0).max())
     if exchange != "exact":
         kept += float(there.max())  # its own block lies among the others
@@ -37,15 +35,15 @@ def ours(planned: Planned, exchange: str) -> Module:
     return Module(forward, backward, float(alone), kept, working)
 
 
-def _forward(planned: Planned, exchange: str, there: np.ndarray) -> Timeline:
+def _forward(planned: Planned, exchange: str, there: np.ndarray, bare: bool) -> Timeline:
     timeline = Timeline(planned.ranks)
     # Rows that leave are picked and put side by side once, a block cleared before and written twice.
     moved, launches = (2 * there.sum(axis=1), 1) if exchange == "exact" else (5 * there.max(axis=1), 5)
-    timeline.run("copies", planned.copies.us(moved, launches) * (planned.ranks > 1))
+    timeline.run("copies", planned.copies.us(moved, launches) * (planned.ranks > 1 and not bare))
     arrived = _arrivals(planned, exchange, there, timeline.now)
     timeline.beside("exchange", timeline.now, arrived.max(axis=0))
     attend(planned, timeline, arrived)
-    if planned.setting.overlap == "staged":  # the fp32 sum is cleared before and narrowed after
+    if planned.overlap == "staged" and not bare:  # the fp32 sum is cleared before and narrowed after
         numbers = planned.plan.tokens * (planned.shape.query_heads * planned.shape.head_dim)
         timeline.run("copies", planned.copies.us(numbers * 10.0, launches=2))
     timeline.wait(arrived.max(axis=0))  # also for rows that nobody reads here
@@ -54,7 +52,7 @@ def _forward(planned: Planned, exchange: str, there: np.ndarray) -> Timeline:
 
 def attend(planned: Planned, timeline: Timeline, arrived: np.ndarray) -> None:
     """The forward's launches. arrived: when rows have come from source to destination [N, N]."""
-    overlap, last = planned.setting.overlap, arrived.max(axis=0)
+    overlap, last = planned.overlap, arrived.max(axis=0)
     if overlap == "none":
         timeline.wait(last)
         timeline.run("attention", planned.first_us(False) + planned.local_us(False))
@@ -74,7 +72,7 @@ def _backward(planned: Planned, exchange: str, back: np.ndarray) -> Timeline:
     leave = timeline.now
     home = _homecoming(planned, back, leave).max(axis=0)
     timeline.beside("exchange", leave, home)
-    if planned.setting.overlap == "none":
+    if planned.overlap == "none":
         timeline.wait(home)
     timeline.run("attention", planned.local_us(True))
     timeline.wait(home)
@@ -94,7 +92,7 @@ def _bytes(planned: Planned, exchange: str) -> np.ndarray:
 
 def _arrivals(planned: Planned, exchange: str, moved: np.ndarray, ready: np.ndarray) -> np.ndarray:
     """When bytes have arrived from source to destination [N, N], which ranks have ready at a time [N]."""
-    if exchange != "exact" and planned.setting.overlap != "fused":
+    if exchange != "exact" and planned.overlap != "fused":
         links, block = planned.links, float(moved.max())
         return np.full(moved.shape, ready.max() + links.collective_us(block, planned.ranks)) * (moved > 0)
     return carry_all(moved, planned.links, pull=True, release_us=ready[:, None])
@@ -143,7 +141,7 @@ def _ring_forward(planned: Planned, hops: Hops) -> Timeline:
     ranks, timeline = planned.ranks, Timeline(planned.ranks)
     if ranks > 1:
         timeline.run("copies", planned.copies.us(4 * planned.block_bytes("ring"), 4))
-    if planned.setting.overlap == "none":
+    if planned.overlap == "none":
         for _ in range(1, ranks):
             coming = hops.send(timeline.now)
             timeline.beside("exchange", timeline.now, coming)
@@ -162,7 +160,7 @@ def _ring_forward(planned: Planned, hops: Hops) -> Timeline:
 
 def _ring_backward(planned: Planned, hops: Hops, home: float) -> Timeline:
     timeline, add = Timeline(planned.ranks), planned.sum_us(home, planned.setting.gradient_bytes)
-    beside = planned.setting.overlap != "none"
+    beside = planned.overlap != "none"
     timeline.run("attention", planned.first_us(True))
     for hop in range(1, planned.ranks):
         left = timeline.now

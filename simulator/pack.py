@@ -1,8 +1,10 @@
-"""One pack under many methods: plans and their prices are shared between methods of the same strategy."""
+"""One step under many methods: its windows are placed, planned and priced; methods share plans and prices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,10 +12,12 @@ import numpy as np
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan
 from flashcp.simulator.best_effort import best_effort
+from flashcp.simulator.heads import COPIES, share_heads
 from flashcp.simulator.ours import ours
 from flashcp.simulator.planned import Module, Planned, Setting
 from flashcp.simulator.published import published
-from flashcp.simulator.variants import GIVEN_PLAN, Variant
+from flashcp.simulator.rivals import RIVALS
+from flashcp.simulator.variants import GIVEN_PLAN, WINDOW, Step, Variant
 
 Pack = np.ndarray | ShardingPlan
 Options = Mapping[str, Mapping[str, Any]]
@@ -22,12 +26,14 @@ RUN = {"published": published, "best effort": best_effort, "ours": ours}
 
 
 class Outcome(NamedTuple):
-    """One pack's numbers under one method.
+    """One batch's numbers under one method.
 
-    module_ms: until the last rank is through, forward and backward. attention_ms, copies_ms: of the rank with most of
-    both; exposed_exchange_ms: the rest of the module, when rows travel that nothing hides. exchange_ms: of the exchange
-    with nothing beside it. forward_ms: the module's forward alone. attention_forward_ms: of attention_ms.
-    kept_mib, working_mib: buffers for others' KV (see `Module`).
+    module_ms: until the last rank of the job is through, forward and backward. attention_ms, copies_ms: of the rank
+    with most of both, in the slowest replica; exposed_exchange_ms: the rest of the module, when rows travel that
+    nothing hides. exchange_ms: of the exchange with nothing beside it. forward_ms: the module's forward alone.
+    attention_forward_ms: of attention_ms. kept_mib, working_mib: buffers for others' KV (see `Module`).
+    tokens_imbalance: most tokens of a rank over the mean. critical_rows, saving: all-to-alls counted, as KV rows of the
+    same bytes where query and KV heads are equally many.
     """
 
     imbalance: float
@@ -42,42 +48,127 @@ class Outcome(NamedTuple):
     forward_ms: float
     kept_mib: float
     working_mib: float
+    tokens_imbalance: float
 
 
-def make_plans(pack: Pack, variants: Sequence[Variant], world_size: int, options: Options) -> dict[str, ShardingPlan]:
-    """A pack's plan by each strategy that the methods have; a plan that was given is that of `GIVEN_PLAN`."""
-    given = {GIVEN_PLAN: pack} if isinstance(pack, ShardingPlan) else {}
-    lengths = pack.document_lengths if isinstance(pack, ShardingPlan) else pack
-    names = dict.fromkeys(variant.sharding for variant in variants if variant.sharding not in given)
-    return {**given, **{name: plan(lengths, world_size, name, **options.get(name, {})) for name in names}}
+class Batch:
+    """The windows of one step; plans and prices are made once for all methods that share them.
+
+    options: of strategies, by their name. price: how a plan gets its times.
+    """
+
+    def __init__(
+        self,
+        packs: Sequence[Pack],
+        ranks: int,
+        setting: Setting,
+        options: Options | None = None,
+        price: Price = Planned,
+    ) -> None:
+        self.packs, self.ranks = packs, ranks
+        self._setting, self._options, self._price = setting, options or {}, price
+        self._plan, self._priced = cache(self._make_plan), cache(self._make_price)
+
+    def planned(self, variant: Variant, windows: tuple[int, ...] = (0,), replicas: int = 1) -> Planned:
+        """These windows behind one another, on the ranks of one of so many replicas."""
+        holders = self.ranks // replicas // variant.head_ranks
+        return self._priced(windows, variant.sharding, holders, variant.head_ranks, variant.wire(self._setting))
+
+    def _make_price(self, windows: tuple[int, ...], sharding: str, holders: int, head_ranks: int, wire: int) -> Planned:
+        own = replace(self._setting, head_ranks=head_ranks, gradient_bytes=wire)
+        return self._price(self._plan(windows, sharding, holders), own)
+
+    def _make_plan(self, windows: tuple[int, ...], sharding: str, holders: int) -> ShardingPlan:
+        (first, *others) = (self.packs[window] for window in windows)
+        if isinstance(first, ShardingPlan):
+            if sharding == GIVEN_PLAN and first.world_size == holders:
+                return first
+            first, sharding = first.document_lengths, "contiguous" if sharding == GIVEN_PLAN else sharding
+        lengths = np.concatenate([first, *others]) if others else first
+        if sharding in RIVALS:
+            return RIVALS[sharding](lengths, holders)
+        return plan(lengths, holders, sharding, **self._options.get(sharding, {}))
 
 
-def simulate_plans(
-    plans: Mapping[str, ShardingPlan], variants: Sequence[Variant], setting: Setting, price: Price = Planned
-) -> dict[str, Outcome]:
-    """The outcome of each method by name. plans: by strategy, for at least the methods' ones. price: how a plan gets
-    its times."""
-    names = dict.fromkeys(variant.sharding for variant in variants)
-    planned = {name: price(plans[name], setting) for name in names}
-    return {variant.name: _outcome(planned[variant.sharding], variant) for variant in variants}
+def simulate_batch(batch: Batch, variants: Iterable[Variant], step: Step = WINDOW) -> dict[Variant, Outcome]:
+    """The outcome of each method on the windows of one step."""
+    work, found = np.array([_work(pack) for pack in batch.packs]), {}
+    for variant in variants:
+        placed = place(work, variant, step)
+        outcomes = [
+            [_outcome(batch.planned(variant, tuple(map(int, own)), len(replicas)), variant) for own in replicas]
+            for replicas in placed
+        ]
+        found[variant] = _slowest(outcomes, work[placed].sum(axis=2), step.waits)
+    return found
+
+
+def place(work: np.ndarray, variant: Variant, step: Step) -> np.ndarray:
+    """Which windows each replica has in each micro-batch, [micro-batches, replicas, windows].
+
+    Windows are dealt as they come, or by their work [windows]: where every micro-batch waits, those alike go together;
+    where only the step does, heaviest first to the replica with least.
+    """
+    shape = step.micro_batches, variant.data_parallel or step.batch_windows, -1
+    heaviest = np.argsort(-work, kind="stable")
+    if not variant.dealt:
+        return np.arange(len(work)).reshape(shape)
+    if step.waits == "micro_batch":
+        return heaviest.reshape(shape)
+    has: list[list[int]] = [[] for _ in range(step.batch_windows)]
+    for window in heaviest.tolist():
+        min((one for one in has if len(one) < step.micro_batches), key=lambda one: work[one].sum()).append(window)
+    return np.array(has).T[:, :, None]
 
 
 def simulate_module(planned: Planned, variant: Variant) -> Module:
     """The timelines of a method."""
-    return RUN[variant.implementation](planned, variant.exchange)
+    if variant.exchange == "ulysses":  # a holder alone runs one kernel: whose it is makes no difference
+        inner = best_effort(planned, "exact")
+    else:
+        inner = RUN[variant.implementation](planned, variant.exchange)
+    return share_heads(planned, inner, COPIES[variant.implementation])
+
+
+def _work(pack: Pack) -> float:
+    lengths = pack.document_lengths if isinstance(pack, ShardingPlan) else pack
+    return float((lengths * (lengths + 1.0)).sum()) / 2
+
+
+def _slowest(outcomes: Sequence[Sequence[Outcome]], work: np.ndarray, waits: str) -> Outcome:
+    """Of [micro-batches][replicas] outcomes, those of the replica that everybody waits for; means over micro-batches.
+
+    work: of each [micro-batches, replicas]. Balance, rows and buffers are those of all ranks.
+    """
+    if work.size == 1:
+        return outcomes[0][0]
+    every = Outcome(*np.moveaxis(np.array(outcomes), 2, 0))
+    slow = np.argmax(every.module_ms, axis=1)
+    if waits == "step":
+        slow[:] = np.argmax(np.sum(every.module_ms, axis=0))
+    shown = Outcome(*(float(np.mean(column[np.arange(len(slow)), slow])) for column in np.array(every)))
+    return shown._replace(
+        imbalance=float(np.mean((every.imbalance * work).max(axis=1) / work.mean(axis=1))),
+        critical_rows=float(np.mean(np.max(every.critical_rows, axis=1))),
+        saving=float(np.mean(np.min(every.saving, axis=1))),
+        kept_mib=float(np.max(every.kept_mib)),
+        working_mib=float(np.max(every.working_mib)),
+    )
 
 
 def _outcome(planned: Planned, variant: Variant) -> Outcome:
-    route, module = planned.plan.route(variant.exchange), simulate_module(planned, variant)
+    module = simulate_module(planned, variant)
     passes = module.forward, module.backward
     ends = [float(timeline.now.max()) for timeline in passes]
     attention, copies = (
         [float(timeline.busy[kind][timeline.busiest]) for timeline in passes] for kind in ("attention", "copies")
     )
+    critical, saving = _rows(planned, variant.exchange)
+    tokens = planned.plan.tokens
     return Outcome(
-        imbalance=float(route.imbalance),
-        critical_rows=float(route.critical_rows),
-        saving=float(route.saving),
+        imbalance=float(planned.plan.imbalance),
+        critical_rows=float(critical),
+        saving=float(saving),
         attention_ms=sum(attention) / 1e3,
         attention_forward_ms=attention[0] / 1e3,
         exchange_ms=module.exchange_us / 1e3,
@@ -87,4 +178,17 @@ def _outcome(planned: Planned, variant: Variant) -> Outcome:
         forward_ms=ends[0] / 1e3,
         kept_mib=module.kept_bytes / 2**20,
         working_mib=module.working_bytes / 2**20,
+        tokens_imbalance=float(tokens.max() * len(tokens) / tokens.sum()),
     )
+
+
+def _rows(planned: Planned, exchange: str) -> tuple[float, float]:
+    """Critical rows and saving: a member's heads of the exchange's rows, and the all-to-alls' (as `ulysses` counts)."""
+    heads, plan = planned.setting.head_ranks, planned.plan
+    route = plan.route("exact" if exchange == "ulysses" else exchange)
+    if heads == 1:
+        return route.critical_rows, route.saving
+    ranks, share = heads * planned.ranks, planned.shape.kv_heads / planned.setting.shape.kv_heads
+    swapped = 2 * (heads - 1) * -(-int(plan.tokens.max()) // heads) / heads
+    critical = route.critical_rows * share + swapped
+    return critical, 1.0 - critical * ranks / (int(plan.offsets[-1]) * (ranks - 1))

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashcp.sharding.exchanges import share_heads, traffic
+from flashcp.sharding.exchanges import traffic
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.cost import AttentionCost, AttentionShape, ReadFeatures, read_features
 from flashcp.simulator.machine import Machine
+from flashcp.simulator.members import member_links, member_shape
 from flashcp.simulator.timeline import Timeline
 
 MERGE_BYTES = 12
@@ -21,12 +22,14 @@ MERGE_BYTES = 12
 @dataclass(frozen=True)
 class Setting:
     """Where and how a plan runs. overlap: of our implementation, `none`, `staged` or `fused`. gradient_bytes: of one
-    number of a K or V gradient on our wire (our gradients come home in fp32)."""
+    number of a K or V gradient on our wire (our gradients come home in fp32). head_ranks: of a holder; the plan's ranks
+    are holders, see `flashcp.simulator.heads`."""
 
     machine: Machine
     shape: AttentionShape = field(default_factory=AttentionShape)
     overlap: str = "staged"
     gradient_bytes: int = 4
+    head_ranks: int = 1
 
 
 class Module(NamedTuple):
@@ -73,21 +76,26 @@ def plan_reads(plan: ShardingPlan) -> Reads:
 
 
 class Planned:
-    """A plan under a setting; times in us, of the forward or the backward. Its arrays are not to be written to."""
+    """A plan under a setting; times in us, of the forward or the backward. Its arrays are not to be written to.
+
+    With head ranks: of one member of each holder, which has its heads and its ports. shape, links: the member's.
+    overlap: the setting's, but a holder alone has nothing to wait for.
+    """
 
     def __init__(self, plan: ShardingPlan, setting: Setting) -> None:
         self.plan, self.setting = plan, setting
         self.ranks = plan.world_size
         self.reads = plan_reads(plan)
-        self.machine, self.shape = setting.machine, setting.shape
-        self.cost, self.copies, self.links = self.machine.attention, self.machine.copies, self.machine.links
+        self.machine, self.shape = setting.machine, member_shape(setting.shape, setting.head_ranks)
+        self.cost, self.copies = self.machine.attention, self.machine.copies
+        self.links = member_links(self.machine.links, setting.head_ranks)
+        self.overlap = "none" if self.ranks == 1 < setting.head_ranks else setting.overlap
         reads, tiles = self.reads, self.cost.tiles
         self._own = read_features(reads.rows, reads.rows, tiles, masked=True)
         self._prefix = read_features(reads.rows, reads.start, tiles)
         self._holds = (np.arange(self.ranks)[:, None] == reads.rank).astype(np.float64)
         self.own_us, self.read_us, self.source_us = map(cache, (self._own_us, self._read_us, self._source_us))
         self.whole_us, self.step_us, self.remote_us = map(cache, (self._whole_us, self._step_us, self._remote_us))
-        self.heads_us = cache(self._heads_us)
 
     def by_rank(self, values: np.ndarray) -> np.ndarray:
         """Sum over the shards of each rank, [S] -> [N], [S, M] -> [N, M]."""
@@ -135,25 +143,6 @@ class Planned:
     def _kernels_us(self, reads_us: np.ndarray, rows: np.ndarray, backward: bool) -> np.ndarray:
         """Kernels of their own that make these reads for so many query rows; 0 where there are none."""
         return reads_us + self.cost.query_us(rows, self.shape, backward) + (rows > 0) * self.cost.launch_us(backward)
-
-    def _heads_us(self, backward: bool, in_order: bool) -> float:
-        """A kernel on the whole pack for one rank's share of the heads.
-
-        in_order: by documents; else its shards lie rank by rank, as they came. Raises ValueError where ranks cannot
-        share out the heads evenly.
-        """
-        lengths, own = self.plan.document_lengths, self.heads_shape
-        documents = read_features(lengths, lengths, self.cost.tiles, masked=True)
-        parts = [documents] if in_order else [self._own, self._read]
-        reads = sum(float(self.cost.read_us(part, own, backward).sum()) for part in parts)
-        query = float(self.cost.query_us(lengths, own, backward).sum())
-        return reads + query + self.cost.launch_us(backward)
-
-    @property
-    def heads_shape(self) -> AttentionShape:
-        """Of one rank's share of the heads. Raises ValueError where ranks cannot share them out evenly."""
-        query_heads, kv_heads = share_heads(self.shape.query_heads, self.shape.kv_heads, self.ranks)
-        return self.shape._replace(query_heads=query_heads, kv_heads=kv_heads)
 
     def priced(self, cost: AttentionCost, backward: bool) -> np.ndarray:
         """What one kernel over everything would cost under other prices for the same tiles [N]."""

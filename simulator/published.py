@@ -13,7 +13,6 @@ import numpy as np
 from flashcp.sharding.strategies import plan as make_plan
 from flashcp.simulator.planned import Module, Planned
 from flashcp.simulator.timeline import Timeline
-from flashcp.simulator.ulysses import ulysses
 
 GRADIENT_BYTES = 4
 
@@ -64,8 +63,6 @@ def _zigzag(documents: int) -> tuple[Pass, Pass]:
 
 
 def published(planned: Planned, exchange: str) -> Module:
-    if exchange == "ulysses":
-        return ulysses(planned, copies=2, in_order=True)
     return published_ring(planned) if exchange == "ring" else _gathered(planned, exchange)
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from flashcp.sharding.batch import map_ordered
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.cost import ModelShape, layer_flops
-from flashcp.simulator.pack import Options, Outcome, Pack, Price, make_plans, simulate_plans
+from flashcp.simulator.pack import Batch, Options, Outcome, Pack, Price, simulate_batch
 from flashcp.simulator.planned import Planned, Setting
-from flashcp.simulator.variants import VARIANTS, Variant
+from flashcp.simulator.variants import VARIANTS, WINDOW, Step, Variant
 
 BASELINE = "llama3"
 """Speedups are over this method as published."""
@@ -23,13 +23,15 @@ Watch = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 class Summary(NamedTuple):
-    """One method over all packs; means where nothing else is said.
+    """One method over all steps; means where nothing else is said.
 
+    module_ms and its parts: of a micro-batch, until the slowest rank of the whole job is through. data_parallel:
+    replicas that share its windows. head_ranks: of a holder, for methods that may choose those that are fastest.
     overlap: `ring` and `none` are the published methods' own. speedup: the baseline's summed module_ms over this
     method's; of a whole step, step_speedup. speedup_p50, _p95: of single packs. forward_*: of the forward alone.
     layer_ms: the module with the layer's matrix products; step_ms: of all layers, without embeddings, loss and
     optimizer. kv_buffer_mib: others' KV that all layers keep for the backward, and one layer's buffers; the most of
-    any pack.
+    any step. tokens_imbalance: most tokens of a rank over the mean; its matrix products take as much longer.
     """
 
     name: str
@@ -37,6 +39,9 @@ class Summary(NamedTuple):
     exchange: str
     implementation: str
     overlap: str
+    data_parallel: int
+    head_ranks: int
+    gradient_bytes: int
     imbalance: float
     imbalance_max: float
     critical_rows: float
@@ -58,6 +63,7 @@ class Summary(NamedTuple):
     step_ms: float
     step_speedup: float
     kv_buffer_mib: float
+    tokens_imbalance: float
 
 
 def simulate_methods(
@@ -67,49 +73,62 @@ def simulate_methods(
     setting: Setting,
     model: ModelShape,
     *,
+    step: Step = WINDOW,
+    head_ranks: int = 0,
     options: Options | None = None,
     price: Price = Planned,
     workers: int = 1,
     watch: Watch = iter,
 ) -> list[Summary]:
-    """The numbers of each method over all packs; the same for any number of workers.
+    """The numbers of each method over all steps; the same for any number of workers.
 
-    packs: document lengths, int64 [documents] each, or plans of `world_size` ranks.
+    packs: document lengths of windows, int64 [documents] each, or plans; a last step without all its windows is left
+    out. head_ranks: of methods that take the fastest; 0: the one with which all steps together are fastest.
     options: of strategies, by their name. price: how a plan gets its times.
-    watch: hands on the packs' numbers one by one, as a progress bar does.
+    watch: hands on the steps' numbers one by one, as a progress bar does.
+    Raises ValueError for fewer windows than a step has.
     """
-    simulated = list(dict.fromkeys([VARIANTS[BASELINE], *variants]))
-    one = partial(
-        _simulate, variants=simulated, world_size=world_size, setting=setting, options=options or {}, price=price
-    )
-    found = list(watch(map_ordered(one, packs, workers)))
-    outcomes = {name: Outcome(*np.array([pack[name] for pack in found]).T) for name in found[0]}  # [packs] each
-    tokens = [pack.offsets[-1] if isinstance(pack, ShardingPlan) else pack.sum() for pack in packs]
-    flops = layer_flops(setting.shape, model.ffn_dim, float(np.mean(tokens)) / world_size)
+    size = step.windows
+    steps = [packs[first : first + size] for first in range(0, len(packs) - size + 1, size)]
+    if not steps:
+        raise ValueError(f"{len(packs)} windows: expected at least the {size} of a step")
+    named = {one.name: one.trials(setting, world_size, step, head_ranks) for one in (VARIANTS[BASELINE], *variants)}
+    trials = list(dict.fromkeys(trial for trials in named.values() for trial in trials))
+    told: dict[str, Any] = {"ranks": world_size, "setting": setting, "options": options, "price": price}
+    found = list(watch(map_ordered(partial(_simulate, variants=trials, step=step, **told), steps, workers)))
+    outcomes = {trial: Outcome(*np.array([one[trial] for one in found]).T) for trial in trials}  # [steps] each
+    tokens = [pack.offsets[-1] if isinstance(pack, ShardingPlan) else pack.sum() for one in steps for pack in one]
+    flops = layer_flops(setting.shape, model.ffn_dim, float(np.mean(tokens)) * step.batch_windows / world_size)
     gemm_ms = flops / (1e9 * setting.machine.gemm_tflops)
+    best = {name: min(some, key=lambda trial: np.mean(outcomes[trial].module_ms)) for name, some in named.items()}
+    base = outcomes[best[BASELINE]]
     return [
-        _summarise(variant, outcomes[variant.name], outcomes[BASELINE], setting, gemm_ms, model.layers)
-        for variant in variants
+        _summarise(best[one.name], outcomes[best[one.name]], base, setting, gemm_ms, model.layers, step)
+        for one in variants
     ]
 
 
-def _simulate(
-    pack: Pack, variants: Sequence[Variant], world_size: int, setting: Setting, options: Options, price: Price
-) -> dict[str, Outcome]:
-    return simulate_plans(make_plans(pack, variants, world_size, options), variants, setting, price)
+def _simulate(packs: Sequence[Pack], variants: Sequence[Variant], step: Step, **told: Any) -> dict[Variant, Outcome]:
+    return simulate_batch(Batch(packs, **told), variants, step)
 
 
-def _summarise(variant: Variant, one: Outcome, base: Outcome, setting: Setting, gemm_ms: float, layers: int) -> Summary:
-    """The numbers of one method, of outcomes whose numbers are arrays over packs."""
+def _summarise(
+    variant: Variant, one: Outcome, base: Outcome, setting: Setting, gemm_ms: float, layers: int, step: Step
+) -> Summary:
+    """The numbers of one method, of outcomes whose numbers are arrays over steps."""
     means: dict[str, Any] = {
         name: float(np.mean(column)) for name, column in one._asdict().items() if not name.endswith("_mib")
     }
+    layer_ms = means["module_ms"] + gemm_ms * means["tokens_imbalance"]
     means["exposed_exchange_ms"] = max(0.0, means["exposed_exchange_ms"])
     module_ms, base_ms = means["module_ms"], float(np.mean(base.module_ms))
     singly = np.asarray(base.module_ms) / one.module_ms
     return Summary(
-        *variant,
+        *variant[:4],
         overlap=overlap_of(variant, setting),
+        data_parallel=variant.data_parallel or step.batch_windows,
+        head_ranks=variant.head_ranks,
+        gradient_bytes=variant.wire(setting),
         **means,
         imbalance_max=float(np.max(one.imbalance)),
         module_ms_p50=float(np.percentile(one.module_ms, 50)),
@@ -118,9 +137,9 @@ def _summarise(variant: Variant, one: Outcome, base: Outcome, setting: Setting, 
         speedup_p50=float(np.percentile(singly, 50)),
         speedup_p95=float(np.percentile(singly, 95)),
         forward_speedup=float(np.mean(base.forward_ms) / np.mean(one.forward_ms)),
-        layer_ms=module_ms + gemm_ms,
-        step_ms=layers * (module_ms + gemm_ms),
-        step_speedup=(base_ms + gemm_ms) / (module_ms + gemm_ms),
+        layer_ms=layer_ms,
+        step_ms=layers * layer_ms,
+        step_speedup=(base_ms + gemm_ms * float(np.mean(base.tokens_imbalance))) / layer_ms,
         kv_buffer_mib=float(np.max(layers * np.asarray(one.kept_mib) + one.working_mib)),
     )
 
@@ -141,7 +160,8 @@ def recommendation(summaries: Sequence[Summary]) -> str:
     best, *others = sorted(runs, key=lambda one: one.module_ms)
     text = f"fastest: {_named(best)}"
     if best.implementation == "ours":
-        text += f" (sharding={best.sharding} exchange={best.exchange} overlap={best.overlap})"
+        heads = f" head_ranks={best.head_ranks}" if best.head_ranks > 1 else ""
+        text += f" (sharding={best.sharding} exchange={best.exchange} overlap={best.overlap}{heads})"
     text += f", {best.speedup:.2f}x over {BASELINE} as published, {best.step_speedup:.2f}x for a whole step"
     ties = [one for one in others if one.module_ms <= TIE * best.module_ms]
     if ties:

@@ -32,6 +32,12 @@ class Timeline:
         """Every rank stands still until a time, if it has not passed."""
         self.now = np.maximum(self.now, until)
 
+    def follow(self, other: Timeline) -> None:
+        """All that another timeline has, begun at the one time that every rank here has come to."""
+        self.spans += [Span(kind, self.now + start, self.now + stop) for kind, start, stop in other.spans]
+        self.busy = {kind: spent + other.busy[kind] for kind, spent in self.busy.items()}
+        self.now = self.now + other.now
+
     def meet(self) -> None:
         self.now = np.full_like(self.now, self.now.max())
 

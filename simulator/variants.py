@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,11 +15,35 @@ from flashcp.sharding.methods import METHODS
 from flashcp.sharding.strategies import STRATEGIES
 from flashcp.simulator.cost import AttentionShape, ModelShape
 from flashcp.simulator.machine import Machine
+from flashcp.simulator.members import legal_head_ranks
 from flashcp.simulator.planned import Setting
+from flashcp.simulator.rivals import RIVALS
 
 MOST_RANKS = 1024
+WAITS = ("micro_batch", "step")
+CHANGE = re.compile("(h|d|w(?=[24]$))(0|[1-9][0-9]{0,3})")
+CHANGES = {"h": "head_ranks", "d": "data_parallel", "w": "gradient_bytes"}
 GIVEN_PLAN = "plan"
 """The strategy of a plan that the caller made."""
+
+
+class Step(NamedTuple):
+    """What all ranks of a job do in a step: `micro_batches` times a batch of `batch_windows` windows.
+
+    waits: for the slowest replica, after every `micro_batch` (FSDP) or once a `step` (DDP).
+    """
+
+    batch_windows: int = 1
+    micro_batches: int = 1
+    waits: str = "micro_batch"
+
+    @property
+    def windows(self) -> int:
+        return self.batch_windows * self.micro_batches
+
+
+WINDOW = Step()
+"""A window by itself."""
 
 
 class Variant(NamedTuple):
@@ -26,44 +51,123 @@ class Variant(NamedTuple):
 
     implementation: `published`: with the copies, the exposed collectives or the kernel a step that the authors' code
     has. `best effort`: what could be made of the method at most. `ours`: the code of this project.
+    head_ranks: of a holder (`flashcp.simulator.heads`); 0: as many as make it fastest. data_parallel: replicas that
+    share a batch's windows evenly; 0: a replica for each window, which is today's practice; 1: one plan for all.
+    gradient_bytes: of a number of a KV gradient on the wire; 0: the setting's. dealt: windows go to replicas by work.
     """
 
     name: str
     sharding: str
     exchange: str
     implementation: str = "ours"
+    head_ranks: int = 1
+    data_parallel: int = 1
+    gradient_bytes: int = 0
+    dealt: bool = False
 
     @property
     def published(self) -> bool:
         """Whether the authors' code runs it."""
         return self.implementation == "published"
 
+    def wire(self, setting: Setting) -> int:
+        """Bytes of a number of a KV gradient; nobody but us sends more than the model's dtype."""
+        wire = self.gradient_bytes or setting.gradient_bytes
+        return wire if self.implementation == "ours" else min(wire, setting.shape.dtype_bytes)
 
-_METHODS = [Variant(*method, "ours" if method.name == "flashcp" else "published") for method in METHODS.values()]
+    def trials(self, setting: Setting, ranks: int, step: Step, head_ranks: int = 0) -> list[Variant]:
+        """The method with each number of head ranks that it may have; none where ranks cannot share out heads so.
+
+        head_ranks: of methods that take the fastest; 0: any.
+        """
+        replica = ranks // (self.data_parallel or step.batch_windows)
+        legal = legal_head_ranks(setting.shape, setting.machine.links, replica)
+        wanted = replica if self.exchange == "ulysses" else self.head_ranks or head_ranks
+        return [self._replace(head_ranks=h) for h in legal if wanted in (0, h)]
+
+
+HEADS = {
+    "usp": ("contiguous", "ring"),
+    "usp_zigzag": ("per_document", "ring"),
+    "a2a_all_gather": ("per_document", "all_gather"),
+}
+"""Published methods with head ranks, each with the h that makes it fastest. usp: DeepSpeed-Ulysses within and ring
+attention across (USP, arXiv 2405.07719; LoongTrain's 2D attention, arXiv 2406.18485, whose double ring and whose
+placements of the two groups are left out), usp_zigzag with the zigzag of each document. a2a_all_gather: Megatron's
+hierarchical context parallelism with its all-gather across (Transformer Engine has `a2a+p2p` and `all_gather`)."""
+_METHODS = [
+    *(
+        Variant(*method, "published", data_parallel=0, dealt=method.name == "wlb_adaptive")
+        for method in METHODS.values()
+        if method.name != "flashcp"
+    ),
+    *(Variant(name, *pair, "published", head_ranks=0, data_parallel=0) for name, pair in HEADS.items()),
+    Variant(*METHODS["flashcp"], head_ranks=0),
+]
 _BEST_EFFORTS = [
     variant._replace(name=f"{variant.name}_best_effort", implementation="best effort")
     for variant in _METHODS
     if variant.published
 ]
-VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (*_METHODS, *_BEST_EFFORTS)}
-"""By name: the methods, then the best efforts. `flashcp` is ours; so is every pair SHARDING+EXCHANGE."""
+# FCP (arXiv 2605.08524) packs blocks: no way to cut is better than our planner's, which may cut anywhere.
+_OF_BATCHES = [
+    Variant(f"{name}_best_effort", sharding, "exact", "best effort")
+    for name, sharding in {**{name: name for name in RIVALS}, "block_placement": "flashcp"}.items()
+]
+VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (*_METHODS, *_BEST_EFFORTS, *_OF_BATCHES)}
+"""By name: the methods, then the best efforts, last those that plan a batch (`flashcp.simulator.rivals`). `flashcp` is
+ours; so is every pair SHARDING+EXCHANGE."""
 
 
-def without_ulysses(
-    variants: Sequence[Variant], shape: AttentionShape, ranks: int, prefix: str = ""
+def that_share_heads(
+    variants: Sequence[Variant],
+    setting: Setting,
+    ranks: int,
+    step: Step = WINDOW,
+    head_ranks: int = 0,
+    prefix: str = "",
 ) -> tuple[list[Variant], str]:
-    """The variants whose heads these ranks can share out, and why others are left out, empty where none is.
+    """The variants whose heads these ranks can share out, and who is left out and why, empty where nobody is.
 
-    prefix: of the fields in that text. Raises ValueError where none is left.
+    prefix: of the fields in that text. Raises ValueError where none is left, and for head ranks or replicas that were
+    asked for and cannot be.
     """
-    kept = [variant for variant in variants if variant.exchange != "ulysses"]
-    if len(kept) == len(variants) or not (shape.query_heads % ranks or shape.kv_heads % ranks):
-        return list(variants), ""
-    heads = f"{prefix}query_heads={shape.query_heads}, {prefix}kv_heads={shape.kv_heads}"
-    why = f"{heads} are no multiples of {ranks} ranks"
+    legal = legal_head_ranks(setting.shape, setting.machine.links, ranks)
+    if head_ranks and head_ranks not in legal:
+        raise ValueError(f"head_ranks={head_ranks}: expected one of {', '.join(map(str, legal))}, or auto")
+    for one in variants:
+        if one.data_parallel and step.batch_windows % one.data_parallel:
+            raise ValueError(f"methods: {one.name!r}: expected a divisor of batch_windows={step.batch_windows} after d")
+    kept = [one for one in variants if one.trials(setting, ranks, step, head_ranks)]
+    left = dict.fromkeys(one.name.removesuffix("_best_effort") for one in variants if one not in kept)
+    if not left:
+        return kept, ""
+    shape, told = setting.shape, f", head_ranks={head_ranks}" if head_ranks else ""
+    heads = f"{prefix}query_heads={shape.query_heads}, {prefix}kv_heads={shape.kv_heads}{told}"
     if not kept:
-        raise ValueError(f"{variants[0].name}: {why}")
-    return kept, why
+        raise ValueError(f"{', '.join(left)}: {heads} cannot be shared out among {ranks} ranks")
+    return kept, f"{', '.join(left)}, for {heads} cannot be shared out among {ranks} ranks"
+
+
+def read_head_ranks(head_ranks: object) -> int:
+    """0 for `auto`. Raises ValueError for what is no number of them."""
+    if head_ranks == "auto":
+        return 0
+    if not isinstance(head_ranks, int | np.integer) or isinstance(head_ranks, bool) or head_ranks < 1:
+        raise ValueError(f"head_ranks={head_ranks!r}: expected auto or a whole number >= 1")
+    return int(head_ranks)
+
+
+def read_step(batch_windows: object, micro_batches: object, waits: str, ranks: int) -> Step:
+    """Raises ValueError, naming value, field and what is legal, for what makes no step."""
+    check_choice("waits", waits, WAITS)
+    for name, value in (("batch_windows", batch_windows), ("micro_batches", micro_batches)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}: expected a whole number >= 1")
+    step = Step(int(batch_windows), int(micro_batches), waits)  # type: ignore[call-overload]
+    if ranks % step.batch_windows:
+        raise ValueError(f"batch_windows={batch_windows}: expected a divisor of world_size={ranks}")
+    return step
 
 
 def read_ranks(world_size: object) -> int:
@@ -95,22 +199,28 @@ def make_setting(
     return Setting(machine, shape, "staged" if overlap == "auto" else overlap, gradient_bytes)
 
 
-def choose_variants(names: Iterable[str], given_plan: bool = False) -> list[Variant]:
+def choose_variants(names: Iterable[str], given_plan: bool = False, given_heads: int = 1) -> list[Variant]:
     """Methods by name, and pairs SHARDING+EXCHANGE under our implementation; all methods where none is named.
 
-    given_plan: the caller has made the plans: `plan+EXCHANGE` is a pair too, `plan` is short for `plan+exact`, and
-    that one stands first where none is named. Raises ValueError for other names.
+    After a name `:h8`, `:d2` and `:w2` set head_ranks, data_parallel and gradient_bytes. given_plan: the caller has
+    made the plans: `plan+EXCHANGE` is a pair too, `plan` is short for `plan+exact`, and that one stands first where
+    none is named. given_heads: head ranks of the given plans' holders. Raises ValueError for other names.
     """
-    chosen = [_variant(name, given_plan) for name in dict.fromkeys(names)]
-    return chosen or [*([_variant(GIVEN_PLAN, True)] if given_plan else []), *VARIANTS.values()]
+    chosen = [_variant(name, given_plan, given_heads) for name in dict.fromkeys(names)]
+    return chosen or [*([_variant(GIVEN_PLAN, True, given_heads)] if given_plan else []), *VARIANTS.values()]
 
 
-def _variant(name: str, given_plan: bool) -> Variant:
-    strategy, plus, exchange = str(name).partition("+")
-    if given_plan and name == GIVEN_PLAN:
-        return Variant(GIVEN_PLAN, GIVEN_PLAN, "exact")
-    known = [*STRATEGIES, GIVEN_PLAN] if given_plan else [*STRATEGIES]
-    if name not in VARIANTS and not (plus and strategy in known and exchange in EXCHANGES):
+def _variant(name: str, given_plan: bool, given_heads: int) -> Variant:
+    method, *changes = str(name).split(":")
+    strategy, plus, exchange = method.partition("+")
+    if given_plan and method == GIVEN_PLAN:
+        plus, exchange = "+", "exact"
+    known, found = [*STRATEGIES, GIVEN_PLAN] if given_plan else [*STRATEGIES], [*map(CHANGE.fullmatch, changes)]
+    if (method not in VARIANTS and not (plus and strategy in known and exchange in EXCHANGES)) or not all(found):
         also = f"{GIVEN_PLAN}, " if given_plan else ""
-        raise ValueError(f"methods: {name!r}: expected one of {also}{', '.join(VARIANTS)}, or a pair SHARDING+EXCHANGE")
-    return VARIANTS.get(name) or Variant(name, strategy, exchange)
+        expected = f"{also}{', '.join(VARIANTS)}, or a pair SHARDING+EXCHANGE; :h8, :d2 or :w2 may follow"
+        raise ValueError(f"methods: {name!r}: expected one of {expected}")
+    heads = given_heads if strategy == GIVEN_PLAN else 1
+    variant = VARIANTS.get(method) or Variant(name, strategy, exchange, head_ranks=heads)
+    changed: dict[str, Any] = {CHANGES[change[1]]: int(change[2]) for change in found if change}
+    return variant._replace(name=name, **changed)

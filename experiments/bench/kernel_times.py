@@ -55,11 +55,6 @@ def whole_schedule(document_lengths: np.ndarray) -> RankSchedule:
     return RankSchedule(whole_pack_schedule(document_lengths), 0)
 
 
-def gathered_schedule(plan: ShardingPlan) -> RankSchedule:
-    """All of a pack on one rank, in the order in which ulysses brings it there: rank by rank."""
-    return RankSchedule(Layout("ulysses", plan, 0).gathered_schedule, 0)
-
-
 class KernelTimer:
     """Times the attention kernel of a device: bf16 or fp32 by the shape's dtype_bytes, medians of `repeats`."""
 

@@ -19,11 +19,12 @@ from flashcp.experiments.campaign.part import Case, Part, Turn
 from flashcp.experiments.sweep.measured import MeasuredPlanned
 from flashcp.experiments.sweep.results import Number, read_rows
 from flashcp.sharding.lengths import windows
+from flashcp.sharding.methods import METHODS
 from flashcp.simulator.cost import AttentionShape
 from flashcp.simulator.machine import parameters
-from flashcp.simulator.pack import make_plans, simulate_plans
+from flashcp.simulator.pack import Batch, simulate_batch
 from flashcp.simulator.planned import Setting
-from flashcp.simulator.variants import VARIANTS
+from flashcp.simulator.variants import VARIANTS, WINDOW
 
 # --- what overlap hides between ranks that are streams of one process (`bench/virtual.py`)
 
@@ -107,10 +108,12 @@ def _layers(label: str, turn: Turn) -> Iterator[Number]:
     pack = list(windows(data, context, int(number) + 1, 0))[-1]
     device = torch.cuda.get_device_name(turn.device) if turn.device.type == "cuda" else ""
     cluster = next((name for part, name in CLUSTERS.items() if part in device), "h100-nvlink")
-    setting, variants = Setting(read_cluster(cluster), shape), list(VARIANTS.values())
-    plans = make_plans(pack, variants, ranks, {})
-    outcomes = simulate_plans(plans, variants, setting, lambda plan, setting: MeasuredPlanned(plan, setting, timer))
-    for name, outcome in outcomes.items():
+    setting = Setting(read_cluster(cluster), shape)
+    batch = Batch([pack], ranks, setting, price=lambda plan, setting: MeasuredPlanned(plan, setting, timer))
+    methods = [one for one in VARIANTS.values() if one.head_ranks or one.name in METHODS]  # a kernel takes all heads
+    variants = [trial for one in methods for trial in one.trials(setting, ranks, WINDOW, head_ranks=1)]
+    outcomes = simulate_batch(batch, variants)
+    for name, outcome in ((variant.name, outcome) for variant, outcome in outcomes.items()):
         for metric, value in outcome._asdict().items():
             yield Number(name, metric, UNITS.get(metric.rpartition("_")[2], "1"), None, float(value), None)
 

@@ -90,6 +90,10 @@ class PlanSettings:
 class SimulateSettings(PlanSettings):
     """`conf/simulate.yaml`."""
 
+    batch_windows: int = 1
+    micro_batches: int = 1
+    waits: str = "micro_batch"
+    head_ranks: Any = "auto"
     overlap: str = "auto"
     gradient_bytes: int = 4
     cluster_file: str = ""
@@ -113,6 +117,7 @@ class SimulationsSettings(SimulateSettings):
     """`conf/simulations.yaml`: a sweep that simulates."""
 
     name: str = "simulations"
+    head_ranks: Any = 1
     out: str = ""
     metrics: list[str] = field(default_factory=list)
     measured: list[str] = field(default_factory=list)

@@ -23,16 +23,19 @@ from flashcp.sharding.strategies import plan
 from flashcp.simulation import summary_table
 from flashcp.simulator.cost import AttentionShape, ModelShape
 from flashcp.simulator.machine import Machine
-from flashcp.simulator.pack import Options, Price, make_plans, simulate_module
+from flashcp.simulator.pack import Batch, Options, Price, simulate_module
 from flashcp.simulator.planned import Planned, Setting
 from flashcp.simulator.summary import BASELINE, Summary, recommendation, simulate_methods
 from flashcp.simulator.variants import (
     VARIANTS,
+    Step,
     Variant,
     choose_variants,
     make_setting,
+    read_head_ranks,
     read_ranks,
-    without_ulysses,
+    read_step,
+    that_share_heads,
 )
 
 CONFIG = "simulate"
@@ -53,6 +56,7 @@ class Simulated(NamedTuple):
     options: Options
     price: Price
     device: str
+    step: Step
 
     @property
     def kind(self) -> str:
@@ -65,6 +69,8 @@ def show_methods(job: Job) -> None:
     settings = job.settings
     check_cluster_file(settings, job.overrides)
     if settings["figure"]:
+        if settings["batch_windows"] != 1:
+            raise ValueError(f"figure={settings['figure']!r} with batch_windows: expected one or the other")
         from flashcp.experiments.plots import check_figure, draw_timelines
 
         figure = check_figure(settings["figure"])
@@ -72,9 +78,10 @@ def show_methods(job: Job) -> None:
     setting, best = found.setting, recommendation(found.summaries)
     if settings["figure"]:
         pack, ranks = found.packs[0], settings["world_size"]
-        plans = make_plans(pack, found.variants, ranks, found.options)
-        priced = {name: found.price(plan, setting) for name, plan in plans.items()}
-        modules = {one.name: simulate_module(priced[one.sharding], one) for one in found.variants}
+        batch = Batch([pack], ranks, setting, found.options, found.price)
+        heads = {one.name: one.head_ranks for one in found.summaries}
+        drawn = [one._replace(head_ranks=heads[one.name]) for one in found.variants]
+        modules = {one.name: simulate_module(batch.planned(one), one) for one in drawn}
         title = f"{len(pack)} documents, {pack.sum()} tokens, {ranks} ranks, simulated on {setting.machine.name}"
         draw_timelines(modules, title, figure)
         print(f"wrote {figure}", file=sys.stderr)
@@ -84,6 +91,7 @@ def show_methods(job: Job) -> None:
         "commit": commit(),
         "cluster": asdict(setting.machine),
         **described(settings, found.packs),
+        **found.step._asdict(),
         "model": settings["model"],
         "overlap": setting.overlap,
         "gradient_bytes": setting.gradient_bytes,
@@ -100,7 +108,8 @@ def simulate(settings: Mapping[str, Any], label: str = "") -> Simulated:
     """Run a configuration. label: of the bar. Raises ValueError naming value, field and what is legal."""
     options, ranks = strategy_options(settings), settings["world_size"]
     setting, model = read_setting(settings)
-    variants = chosen_variants(settings, setting.shape)
+    step, heads = step_of(settings), read_head_ranks(settings["head_ranks"])
+    variants = chosen_variants(settings, setting, step, heads)
     packs = planned_packs(settings)
     strategy = (settings["sharding"] or {}).get("name", "")
     with naming_options(options):
@@ -109,10 +118,23 @@ def simulate(settings: Mapping[str, Any], label: str = "") -> Simulated:
     price, device = read_kernels(settings, setting)
     if device == "cpu":
         check_cpu_work(packs, setting.shape)
-    watch = partial(bar, total=len(packs), unit="window", desc=label or None, delay=QUIET_S)
-    told: dict[str, Any] = {"options": of_strategy, "price": price, "workers": settings["workers"], "watch": watch}
+    watch = partial(
+        bar,
+        total=len(packs) // step.windows,
+        unit="step" if step.windows > 1 else "window",
+        desc=label or None,
+        delay=QUIET_S,
+    )
+    told: dict[str, Any] = {
+        "step": step,
+        "head_ranks": heads,
+        "options": of_strategy,
+        "price": price,
+        "workers": settings["workers"],
+        "watch": watch,
+    }
     summaries = simulate_methods(packs, variants, ranks, setting, model, **told)
-    return Simulated(setting, packs, variants, summaries, of_strategy, price, device)
+    return Simulated(setting, packs, variants, summaries, of_strategy, price, device, step)
 
 
 def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
@@ -121,6 +143,12 @@ def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
     model = read_dataclass(ModelShape, settings["model"], "model")
     machine = chosen_machine(settings)
     return make_setting(machine, model, settings["overlap"], settings["gradient_bytes"], prefix="model."), model
+
+
+def step_of(settings: Mapping[str, Any]) -> Step:
+    """Batches, and who waits for whom. Raises ValueError naming value, field and what is legal."""
+    told = (settings[key] for key in ("batch_windows", "micro_batches", "waits", "world_size"))
+    return read_step(*told)
 
 
 def read_kernels(settings: Mapping[str, Any], setting: Setting) -> tuple[Price, str]:
@@ -170,7 +198,7 @@ def check_cluster_file(settings: Mapping[str, Any], overrides: Sequence[str]) ->
         raise ValueError(f"cluster_file={settings['cluster_file']!r} and {given}: expected one or the other")
 
 
-def chosen_variants(settings: Mapping[str, Any], shape: AttentionShape) -> list[Variant]:
+def chosen_variants(settings: Mapping[str, Any], setting: Setting, step: Step, head_ranks: int) -> list[Variant]:
     """The methods that were named, the pair that was chosen, or all. Left out with a word: what heads do not allow."""
     named, pair = settings["methods"], settings["method"] or settings["sharding"] or settings["exchange"]
     if named and pair:
@@ -179,9 +207,9 @@ def chosen_variants(settings: Mapping[str, Any], shape: AttentionShape) -> list[
     if pair:
         (method,) = chosen_methods(settings)
         chosen = [VARIANTS.get(method.name, Variant(*method))]
-    kept, why = without_ulysses(chosen, shape, settings["world_size"], "model.")
+    kept, why = that_share_heads(chosen, setting, settings["world_size"], step, head_ranks, "model.")
     if why:
-        print(f"left out: ulysses, for {why}", file=sys.stderr)
+        print(f"left out: {why}", file=sys.stderr)
     return kept
 
 

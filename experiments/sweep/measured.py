@@ -7,11 +7,11 @@ over all received rows. Shares of a launch, which no clock sees, are the cost mo
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 
-from flashcp.experiments.bench.kernel_times import KernelTimer, gathered_schedule, rank_schedule, whole_schedule
+from flashcp.experiments.bench.kernel_times import KernelTimer, rank_schedule
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.planned import Planned, Setting
 
@@ -22,7 +22,6 @@ class MeasuredPlanned(Planned):
     def __init__(self, plan: ShardingPlan, setting: Setting, timer: KernelTimer) -> None:
         super().__init__(plan, setting)
         self._timer = timer
-        self._heads = cache(self._time_heads)
 
     @cached_property
     def _wholes(self) -> np.ndarray:
@@ -49,9 +48,6 @@ class MeasuredPlanned(Planned):
     def _remote_us(self, backward: bool) -> np.ndarray:
         return self._remotes[int(backward)]
 
-    def _heads_us(self, backward: bool, in_order: bool) -> float:
-        return self._heads(in_order)[int(backward)]
-
     def _own_us(self, backward: bool) -> np.ndarray:
         return super()._own_us(backward) * self._scale(backward)
 
@@ -63,10 +59,6 @@ class MeasuredPlanned(Planned):
         shares = self.by_rank(super()._own_us(backward) + super()._read_us(backward).sum(axis=1))
         launch = np.maximum(0.0, self.whole_us(backward) - self.cost.launch_us(backward))
         return (launch / shares)[self.reads.rank]
-
-    def _time_heads(self, in_order: bool) -> tuple[float, float]:
-        one = whole_schedule(self.plan.document_lengths) if in_order else gathered_schedule(self.plan)
-        return self._timer.times(one, self.heads_shape)
 
     def _times(self, sources: Sequence[Collection[int] | None]) -> np.ndarray:
         """us [2, N]: every rank over the rows of its sources; None: over all that it reads."""

@@ -35,8 +35,8 @@ def test_the_numbers_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_several_packs_are_means() -> None:
     packs = [LENGTHS, [500, 12_000], np.array([13_000])]
-    singly = [flashcp.simulate(pack, 4, methods="flashcp")["flashcp"] for pack in packs]
-    together = flashcp.simulate(packs, 4, methods=["flashcp"], workers=2)
+    singly = [flashcp.simulate(pack, 4, methods="flashcp", head_ranks=2)["flashcp"] for pack in packs]
+    together = flashcp.simulate(packs, 4, methods=["flashcp"], head_ranks=2, workers=2)
     assert together.windows == 3
     assert together["flashcp"].module_ms == pytest.approx(np.mean([one.module_ms for one in singly]))
     assert together["flashcp"].imbalance_max == max(one.imbalance for one in singly)
@@ -74,11 +74,11 @@ def test_a_machine_of_ones_own() -> None:
 
 
 def test_the_table() -> None:
-    table = flashcp.simulate(LENGTHS, 4, kv_heads=1)
+    table = flashcp.simulate(LENGTHS, 4, query_heads=2, kv_heads=1)
     head, names, _, *lines = str(table).splitlines()
     assert head == (
-        "1 window, 4 ranks; simulated on h100-nvlink; left out: ulysses, for query_heads=32, kv_heads=1 are no "
-        "multiples of 4 ranks"
+        "1 window, 4 ranks; simulated on h100-nvlink; left out: ulysses, for query_heads=2, kv_heads=1 cannot be "
+        "shared out among 4 ranks"
     )
     assert names.split()[:2] == ["method", "imbalance"]
     assert (
@@ -129,7 +129,7 @@ PLAN = flashcp.plan([64, 64], 2)
         (
             LENGTHS,
             {"world_size": 3, "methods": "ulysses"},
-            "ulysses: query_heads=32, kv_heads=32 are no mul",
+            "ulysses: query_heads=32, kv_heads=32 cannot be shared out among 3 ranks",
         ),
         (LENGTHS, {"world_size": 4, "overlap": "full"}, "overlap='full': expected one of auto, none, staged, fused"),
         (LENGTHS, {"world_size": 4, "query_heads": 30}, "query_heads=30: expected a multiple of kv_heads=32"),

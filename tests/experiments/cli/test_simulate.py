@@ -49,7 +49,7 @@ def test_every_method_with_every_field(simulate: Any) -> None:
 
 
 def test_it_plans_what_plan_plans(simulate: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    simulated = simulate("data=pile")["methods"]
+    simulated = simulate("data=pile", "head_ranks=1")["methods"]
     assert main(["plan", *SMALL, "data=pile", "--json"]) == 0
     for method in json.loads(capsys.readouterr().out)["methods"]:
         same = next(one for one in simulated if one["name"] == method["name"])
@@ -83,13 +83,17 @@ def test_methods_pairs_and_options(simulate: Any) -> None:
     assert names("methods=[ring_best_effort,flashcp]") == ["ring_best_effort", "flashcp"]
     assert names("sharding=contiguous", "exchange=exact") == ["contiguous+exact"]
     assert names("methods=[llama3,contiguous+exact]") == ["llama3", "contiguous+exact"]
-    loose, tight = (simulate("method=flashcp", f"sharding.tolerance={t}")["methods"][0] for t in (1.5, 1.001))
+    loose, tight = (
+        simulate("method=flashcp", "head_ranks=1", f"sharding.tolerance={t}")["methods"][0] for t in (1.5, 1.001)
+    )
     assert loose["imbalance"] > tight["imbalance"]
 
 
 def test_overlap_is_of_ours_alone(simulate: Any) -> None:
     levels = ("none", "staged", "fused", "auto")
-    none, staged, fused, auto = ({m["name"]: m for m in simulate(f"overlap={o}")["methods"]} for o in levels)
+    none, staged, fused, auto = (
+        {m["name"]: m for m in simulate(f"overlap={o}", "head_ranks=1")["methods"]} for o in levels
+    )
     assert none["llama3"] == staged["llama3"] == fused["llama3"]
     assert none["flashcp"]["module_ms"] > fused["flashcp"]["module_ms"]
     assert auto == staged
@@ -116,10 +120,12 @@ def test_memory_is_of_all_layers_kv_and_one_layer_s_buffers(simulate: Any) -> No
 
 
 def test_ulysses_is_left_out_where_heads_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["simulate", *SMALL, "model.kv_heads=2", "--json"]) == 0
+    assert main(["simulate", *SMALL, "model.query_heads=2", "model.kv_heads=2", "--json"]) == 0
     out, err = capsys.readouterr()
     assert not [method for method in json.loads(out)["methods"] if method["exchange"] == "ulysses"]
-    assert err.startswith("left out: ulysses, for model.query_heads=32, model.kv_heads=2 are no multiples of 4 ranks")
+    assert err.startswith(
+        "left out: ulysses, for model.query_heads=2, model.kv_heads=2 cannot be shared out among 4 ranks"
+    )
 
 
 def test_a_cluster_file(simulate: Any, tmp_path: Path) -> None:
@@ -170,7 +176,10 @@ def test_faster_than_half_a_minute(simulate: Any) -> None:
         (["gradient_bytes=3"], "gradient_bytes=3: expected one of 2, 4"),
         (["methods=[llama]"], "methods: 'llama': expected one of llama3, per_document"),
         (["methods=[llama3]", "method=ring"], "expected one or the other"),
-        (["method=ulysses", "world_size=3"], "ulysses: model.query_heads=32, model.kv_heads=32 are no multiples of 3"),
+        (
+            ["method=ulysses", "world_size=3"],
+            "ulysses: model.query_heads=32, model.kv_heads=32 cannot be shared out among 3 ranks",
+        ),
         (["model.layers=0"], "model.layers=0: expected a whole number >= 1"),
         (["model.kv_heads=3"], "model.query_heads=32: expected a multiple of model.kv_heads=3"),
         (["cluster=none"], "cluster=none: expected one of a100-nvlink, h100-ib-400g"),
@@ -182,6 +191,11 @@ def test_faster_than_half_a_minute(simulate: Any) -> None:
         (["windows=0"], "windows=0: expected a whole number >= 1"),
         (["method=flashcp", "sharding.tolerance=0.5"], "sharding.tolerance=0.5"),
         (["figure=."], "figure='.': cannot be written"),
+        (["figure=x.png", "batch_windows=2"], "figure='x.png' with batch_windows: expected one or the other"),
+        (["batch_windows=3"], "batch_windows=3: expected a divisor of world_size=8"),
+        (["head_ranks=3"], "head_ranks=3: expected one of 1, 2, 4, 8, or auto"),
+        (["head_ranks=many"], "head_ranks='many': expected auto or a whole number >= 1"),
+        (["waits=layer"], "waits='layer': expected one of micro_batch, step"),
         (["figure=/proc/no/x.png"], "figure='/proc/no': cannot be written"),
         (["figure=x.nope"], "figure='x.nope': expected a file *."),
         (["zz=1"], "zz: no such override"),
@@ -202,11 +216,25 @@ def test_files_that_hold_no_lengths(text: str, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_medians_are_of_single_windows(simulate: Any) -> None:
-    lengths = "data.lengths=[8192,4096,4096,1000,7192]"
+    lengths, ours = "data.lengths=[8192,4096,4096,1000,7192]", ["method=flashcp", "head_ranks=1", "data=lengths"]
     singly = []
     for pack in ("[8192]", "[4096,4096]", "[1000,7192]"):
-        singly.append(simulate("method=flashcp", "data=lengths", f"data.lengths={pack}")["methods"][0])
-    together = simulate("method=flashcp", "data=lengths", lengths)["methods"][0]
+        singly.append(simulate(*ours, f"data.lengths={pack}")["methods"][0])
+    together = simulate(*ours, lengths)["methods"][0]
     assert together["module_ms_p50"] == pytest.approx(np.median([one["module_ms"] for one in singly]))
     assert together["speedup_p50"] == pytest.approx(np.median([one["speedup"] for one in singly]))
     assert together["module_ms"] == pytest.approx(np.mean([one["module_ms"] for one in singly]))
+
+
+def test_a_batch_says_who_has_its_windows(simulate: Any) -> None:
+    chosen = [
+        "world_size=16",
+        "batch_windows=4",
+        "windows=8",
+        "methods=[llama3,ulysses_best_effort,flashcp,flashcp:d4:h2]",
+    ]
+    document = simulate(*chosen)
+    assert (document["batch_windows"], document["micro_batches"], document["waits"]) == (4, 1, "micro_batch")
+    placed = {one["name"]: (one["data_parallel"], one["head_ranks"]) for one in document["methods"]}
+    assert placed.pop("flashcp")[0] == 1
+    assert placed == {"llama3": (4, 1), "ulysses_best_effort": (4, 4), "flashcp:d4:h2": (4, 2)}

@@ -19,9 +19,9 @@ from flashcp.experiments.sweep.measured import MeasuredPlanned
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.simulator.cost import AttentionCost, AttentionShape, KernelCost
 from flashcp.simulator.machine import Machine
-from flashcp.simulator.pack import simulate_plans
+from flashcp.simulator.pack import Batch, simulate_batch
 from flashcp.simulator.planned import Planned, Setting
-from flashcp.simulator.variants import VARIANTS, Variant
+from flashcp.simulator.variants import VARIANTS, WINDOW, Variant
 
 LENGTHS = [700, 1, 130, 17, 400, 33]
 SHAPE = AttentionShape(4, 4, 16, 4)
@@ -52,15 +52,13 @@ def test_it_runs_the_launches_that_the_model_prices(machine: Machine, strategy: 
         for name in ("whole_us", "step_us", "remote_us", "own_us", "read_us"):
             found, expected = (getattr(one, name)(backward) for one in (measured, model))
             np.testing.assert_allclose(found, expected, rtol=1e-9, err_msg=name)
-        for in_order in (False, True):
-            assert measured.heads_us(backward, in_order) == pytest.approx(model.heads_us(backward, in_order))
-    plans = {name: flashcp.plan(LENGTHS, 4, name) for name in flashcp.strategies()}
     price = lambda plan, setting: MeasuredPlanned(plan, setting, PricedTimer(torch.device("cpu")))  # noqa: E731
     ours = [Variant(exchange, strategy, exchange) for exchange in EXCHANGES]
-    variants = [*VARIANTS.values(), *ours]
-    found, expected = (simulate_plans(plans, variants, setting, one) for one in (price, Planned))
+    variants = [trial for one in (*VARIANTS.values(), *ours) for trial in one.trials(setting, 4, WINDOW)]
+    batches = (Batch([np.array(LENGTHS)], 4, setting, price=one) for one in (price, Planned))
+    found, expected = (simulate_batch(batch, variants) for batch in batches)
     for one in variants:
-        assert found[one.name] == pytest.approx(expected[one.name]), one.name
+        assert found[one] == pytest.approx(expected[one]), one
 
 
 def test_a_schedule_of_some_sources_reads_their_rows_alone() -> None:

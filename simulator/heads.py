@@ -1,0 +1,71 @@
+"""Head ranks: ranks that hold rows together share out the heads, so that rows travel with a part of them.
+
+N ranks are R = N / h holders of h members, consecutive ranks. A plan is for holders; a holder's rows are dealt evenly
+to its members. Before attention an all-to-all inside every holder turns rows into heads. Then member j of every holder
+runs the exchange with members j of the others, for its heads, over ports of its own; an all-to-all turns back. h = 1
+is the exchange alone and h = N is `ulysses` (DeepSpeed-Ulysses, arXiv 2309.14509).
+
+Members of a holder compute the same queries and keys for as many heads: one timeline stands for all of them.
+All-to-alls are charged in full, one after another: a code that hides some of them is faster.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flashcp.simulator.planned import Module, Planned
+from flashcp.simulator.timeline import Timeline
+
+
+class Copies(NamedTuple):
+    """Of what an all-to-all moves: times it is copied, and times K and V are put into one tensor before."""
+
+    moved: int
+    stacked: int
+
+
+COPIES = {"published": Copies(2, 0), "best effort": Copies(0, 0), "ours": Copies(1, 1)}
+"""As published every all-to-all packs what it sends and unpacks what it gets; ours computes on rows where they come."""
+
+
+def share_heads(planned: Planned, inner: Module, copies: Copies) -> Module:
+    """The exchange between holders, `inner`, with the all-to-alls before and after it.
+
+    Where members have one KV head between them, each needs all its rows: K and V are sent to each, and their gradients,
+    which are sums over a member's query heads alone, are added up by the rows' rank.
+    """
+    head_ranks, shape = planned.setting.head_ranks, planned.shape
+    if head_ranks == 1:
+        return inner
+    rows = -(-int(planned.plan.tokens.max()) // head_ranks)
+    queries, keys = rows * shape.query_bytes / 2, float(rows * shape.kv_bytes)  # for one other member
+    repeated = head_ranks > planned.setting.shape.kv_heads
+    wire = planned.setting.gradient_bytes if repeated else shape.dtype_bytes  # whole gradients need no wider one
+    home = keys * wire / shape.dtype_bytes
+    links, alone = planned.setting.machine.links, inner.exchange_us
+
+    def swap(timeline: Timeline, moved: float, stacked: float = 0.0) -> None:
+        nonlocal alone
+        exchange = links.all_to_all_us(moved, head_ranks)
+        copied = 2 * head_ranks * (copies.moved * moved + copies.stacked * stacked)
+        timeline.run("copies", planned.copies.us(copied, launches=copies.moved))
+        timeline.run("exchange", exchange)
+        alone += exchange
+
+    forward, backward = Timeline(planned.ranks), Timeline(planned.ranks)
+    swap(forward, queries + keys, keys)
+    forward.follow(inner.forward)
+    swap(forward, queries)
+    swap(backward, queries)
+    backward.follow(inner.backward)
+    swap(backward, queries + home, home)
+    if repeated:
+        backward.run("copies", planned.sum_us(head_ranks * home, wire))
+    held = float(planned.plan.tokens.max()) * shape.kv_bytes
+    return inner._replace(
+        forward=forward,
+        backward=backward,
+        exchange_us=alone,
+        kept_bytes=inner.kept_bytes + held,
+        working_bytes=inner.working_bytes + held,
+    )

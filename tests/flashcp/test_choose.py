@@ -1,0 +1,71 @@
+"""`flashcp.choose`: the fastest of what it tried, as `flashcp.simulate` prices it; one line for what it cannot read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import flashcp
+from flashcp.clusters import read_cluster
+from flashcp.sharding.lengths import windows
+
+PACKS = list(windows("pile", 32_768, 8, 5))
+BATCHES = [PACKS[:4], PACKS[4:]]
+
+
+def test_it_chooses_what_the_simulator_finds_fastest() -> None:
+    choice = flashcp.choose(BATCHES, 16, kv_heads=8)
+    names = [f"flashcp:h{h}:d{d}" for h in (1, 2, 4, 8) for d in (1, 2, 4) if 16 // d % h == 0]
+    table = flashcp.simulate(PACKS, 16, kv_heads=8, batch_windows=4, methods=[*names, "flashcp"])
+    tried = {(one.head_ranks, one.data_parallel): one for one in choice.candidates if one[1:3] == ("flashcp", "exact")}
+    for name in names:
+        one = table[name]
+        same = [
+            candidate.module_ms
+            for candidate in choice.candidates
+            if candidate[:5] == (one.head_ranks, "flashcp", "exact", one.data_parallel, "staged")
+        ]
+        assert same == [pytest.approx(one.module_ms)], name
+    assert choice.best == min(choice.candidates, key=lambda one: one.module_ms)
+    assert choice.head_ranks == table["flashcp"].head_ranks
+    assert (choice.strategy, choice.exchange, choice.scope) == ("flashcp", "exact", "batch")
+    assert {one.overlap for one in choice.candidates} == {"staged", "none"}  # never fused
+    assert len(tried) >= len(names)
+
+
+def test_what_it_says() -> None:
+    choice = flashcp.choose([[70_000, 40_000, 21_072]], 64, cluster=read_cluster("h100-ib-400g"))
+    first, head, _, *lines = str(choice).splitlines()
+    assert first.startswith(f"head_ranks={choice.head_ranks} strategy=flashcp exchange=exact overlap=")
+    assert first.endswith("a window a batch, 64 ranks of h100-ib-400g")
+    assert "a plan for each window: predicted" in first
+    assert head.split() == ["head", "ranks", "strategy", "exchange", "data", "parallel", "overlap", "module", "ms"]
+    assert len(lines) == len(choice.candidates)
+    assert lines[0].split()[-1] == f"{choice.best.module_ms:.2f}"
+
+
+def test_batches_of_arrays_and_of_iterators() -> None:
+    lists = flashcp.choose([[pack.tolist() for pack in batch] for batch in BATCHES], 8)
+    assert flashcp.choose((iter(batch) for batch in BATCHES), 8) == lists
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (([], 8), r"batches=\[\]: expected document lengths, or windows of them"),
+        ((["100"], 8), "a batch='100': expected document lengths, or windows of them"),
+        (([[]], 8), r"a batch=\[\]: expected document lengths, or windows of them"),
+        ((3, 8), "batches=3: expected document lengths, or windows of them"),
+        (([[100, 0]], 8), r"document_lengths\[1\]=0: expected a whole number >= 1"),
+        (([[[100], [100]], [[100]]], 2), "batches of 1, 2 windows: expected as many in every batch"),
+        (([[100]], 0), "world_size=0: expected a whole number >= 1 and <= 1024"),
+        (([[100]], 128), "world_size=128 with a pack of 100 tokens: expected at most one rank per token"),
+        (([[100]], 8, "h1000"), "cluster='h1000': expected one of a100-nvlink, "),
+        (([[100]], 8, "h100-nvlink", 30, 8), "query_heads=30: expected a multiple of kv_heads=8"),
+    ],
+)
+def test_what_is_refused_in_one_line(given: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}") as refused:
+        flashcp.choose(*given)
+    assert "\n" not in str(refused.value)
