@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashcp.comm.exchanges.exchange import Layout
+from flashcp.comm.exchanges.heads import whole_layout
 from flashcp.experiments.bench.harness import median_us, relative_error
 from flashcp.kernels.interface import KV
 from flashcp.kernels.reference import reference_attention
@@ -57,7 +58,7 @@ def whole_schedule(document_lengths: np.ndarray) -> RankSchedule:
 
 def gathered_schedule(plan: ShardingPlan) -> RankSchedule:
     """All of a pack on one rank, in the order in which ulysses brings it there: rank by rank."""
-    return RankSchedule(Layout("ulysses", plan, 0).gathered_schedule, 0)
+    return RankSchedule(whole_layout(plan).schedule, 0)
 
 
 class KernelTimer:
