@@ -11,12 +11,15 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from flashcp.comm.fabrics.base import Fabric, Region
 from flashcp.comm.fabrics.memory import FOLDER, shared_memories
 from flashcp.comm.fabrics.shm import ShmFabric
 from flashcp.comm.handshake import Handshake
 from flashcp.comm.heap import MIB, SymmetricHeap
+from flashcp.comm.levels import Level, make_levels
+from flashcp.comm.mail import Mail
 from flashcp.comm.nvshmem import Nvshmem
 from flashcp.comm.one_sided import OneSided
 from flashcp.comm.transport import Alone, Transport
@@ -47,71 +50,116 @@ class TransportOptions:
 class Connection(NamedTuple):
     """What joins a rank to the others.
 
-    transport: carries rows. handshake: compares notes, None where nobody has to. reason: why this transport, in words.
+    transport: carries rows between holders. handshake: compares notes, None where nobody has to. reason: why these
+    transports, in words. inside: carries rows between the ranks of this holder; None where a rank is a holder.
     """
 
     transport: Transport
     handshake: Handshake | None
     reason: str
+    inside: Transport | None = None
+
+    @property
+    def name(self) -> str:
+        """The transport's; `INSIDE+BETWEEN`, such as `shm+gloo`, where rows travel inside holders and between them."""
+        levels = (self.inside, self.transport)
+        return "+".join(level.name for level in levels if level and level.world_size > 1) or self.transport.name
+
+    @property
+    def oldest(self) -> dict[str, int]:
+        """The oldest inboxes that this rank still reads, as fields of its next header."""
+        return {"oldest": self.transport.oldest, "oldest_inside": self.inside.oldest if self.inside else 0}
+
+    def meet(self) -> None:
+        """Return when the ranks are known to agree whose rows are about to be read or sent on: all, where rows leave a
+        holder by a collective operation, else those of this holder. Raises as `Handshake.compare`."""
+        if self.handshake is not None and self.handshake.inside is not None and self.transport.one_sided:
+            self.handshake.meet_inside()
+        elif self.handshake is not None:
+            self.handshake.settle()
 
 
-def connect(group: dist.ProcessGroup | None, name: str, timeout_s: float, options: TransportOptions) -> Connection:
+def connect(
+    group: dist.ProcessGroup | DeviceMesh | None,
+    name: str,
+    timeout_s: float,
+    options: TransportOptions,
+    head_ranks: int = 1,
+) -> Connection:
     """This rank's connection over a group; None: the default one, or this rank alone where none is initialised.
 
-    name: of a transport; `auto`: the best that all ranks of the group can use. timeout_s: bound on every wait.
+    name: of a transport; `auto`: the best that all ranks can use, on each level; two names joined by a plus are those
+    of the level inside a holder and of that between holders. timeout_s: bound on every wait. head_ranks: of a holder.
 
-    All ranks of the group call this together. Raises ValueError for names that do not fit and groups that this rank is
-    no member of.
+    All ranks of the group call this together. Raises ValueError for names and numbers that do not fit and groups that
+    this rank is no member of.
     """
-    launched = dist.is_available() and dist.is_initialized()
-    if group is not None and (not launched or dist.get_rank(group) < 0):
-        raise ValueError("group: expected a torch.distributed group that this rank is a member of, or None")
-    if not launched or dist.get_world_size(group) == 1:
+    levels = make_levels(group, head_ranks, timeout_s)
+    names = name.split("+")
+    if len(names) > max(1, len(levels)):
+        raise ValueError(f"transport={name!r}: expected one name, for rows travel on one level")
+    if not levels:
         if name not in ("auto", "none"):
             raise ValueError(f"transport={name!r}: expected one of auto, none")
-        return Connection(Alone(), None, "one rank alone")
-    handshake = Handshake(group, timeout_s)
-    backend = str(dist.get_backend(group))
-    hosts = len(set(handshake.share(_host().encode())))
+        return Connection(Alone(), None, "one rank alone", Alone() if head_ranks > 1 else None)
+    mails = [Mail(level.group, timeout_s, level.ranks) for level in levels]
+    handshake = Handshake(mails[-1], mails[0] if len(mails) == 2 else None)
+    between: Transport = Alone()
+    inside: Transport | None = None
+    reasons = []
+    for level, mail, one in zip(levels, mails, names * len(levels), strict=False):
+        transport, why = _transport(level, mail, one, handshake, options)
+        reasons.append(why)
+        if level.inside:
+            inside = transport
+        else:
+            between = transport
+    return Connection(between, handshake, "; between holders: ".join(reasons), inside)
+
+
+def _transport(
+    level: Level, mail: Mail, name: str, handshake: Handshake, options: TransportOptions
+) -> tuple[Transport, str]:
+    """What carries rows among the ranks of a level, and in words why."""
+    backend = str(dist.get_backend(level.group))
+    hosts = len(set(mail.share(_host().encode())))
     legal, why = _usable(backend, hosts)
     chosen, why = (legal[0], why) if name == "auto" else (name, "as asked")
     if chosen not in legal:
         where = "one host" if hosts == 1 else f"{hosts} hosts"
         raise ValueError(f"transport={name!r} over {backend} on {where}: expected one of auto, {', '.join(legal)}")
-    transport: Transport
     if chosen == backend:
-        transport = TwoSided(group, timeout_s)
-    elif chosen == "nvshmem":
-        transport = Nvshmem(group, timeout_s, torch.device("cuda", torch.cuda.current_device()))
-    else:
-        fabric = (_shm if chosen == "shm" else _cuda)(group, handshake, options.throttle_gbps)
-        start_bytes, limit_bytes = int(options.region_mib * MIB), int(options.heap_mib * MIB)
-        heap = SymmetricHeap(fabric, lambda: handshake.oldest, handshake.settle, start_bytes, limit_bytes)
-        transport = OneSided(fabric, heap)
-    return Connection(transport, handshake, why)
+        return TwoSided(level.group, mail.timeout_s, mail.names), why
+    if chosen == "nvshmem":
+        return Nvshmem(level.group, mail.timeout_s, torch.device("cuda", torch.cuda.current_device())), why
+    fabric = (_shm if chosen == "shm" else _cuda)(level.group, mail, options.throttle_gbps)
+    fabric.names = mail.names
+    start_bytes, limit_bytes = int(options.region_mib * MIB), int(options.heap_mib * MIB)
+    heap = SymmetricHeap(fabric, lambda: handshake.oldest[level.inside], handshake.settle, start_bytes, limit_bytes)
+    return OneSided(fabric, heap), why
 
 
-def _shm(group: dist.ProcessGroup | None, handshake: Handshake, throttle_gbps: float) -> Fabric:
-    rank, ranks = handshake.rank, handshake.world_size
-    return ShmFabric(rank, ranks, shared_memories(rank, handshake.share), handshake.timeout_s, throttle_gbps)
+def _shm(group: dist.ProcessGroup | None, mail: Mail, throttle_gbps: float) -> Fabric:
+    memories = shared_memories(mail.rank, mail.share, mail.names)
+    return ShmFabric(mail.rank, mail.world_size, memories, mail.timeout_s, throttle_gbps)
 
 
-def _cuda(group: dist.ProcessGroup | None, handshake: Handshake, throttle_gbps: float) -> Fabric:
+def _cuda(group: dist.ProcessGroup | None, mail: Mail, throttle_gbps: float) -> Fabric:
     from torch.distributed import _symmetric_memory as symmetric
 
     from flashcp.comm.fabrics.cuda import CudaFabric, symmetric_memories
     from flashcp.comm.fabrics.cuda_device import CudaDevice
 
-    rank, ranks, timeout_s = handshake.rank, handshake.world_size, handshake.timeout_s
+    rank, ranks, timeout_s = mail.rank, mail.world_size, mail.timeout_s
     gpu = torch.device("cuda", torch.cuda.current_device())
     device = CudaDevice(gpu, timeout_s)
 
     def retire(region: Region) -> None:
         device.synchronize()
-        handshake.share(b"+")
+        mail.share(b"+")
 
     ranks_of = group if group is not None else dist.distributed_c10d._get_default_group()
-    memories = symmetric_memories(symmetric, ranks_of, rank, device, gpu, handshake.share)
+    memories = symmetric_memories(symmetric, ranks_of, rank, device, gpu, mail.share, mail.names)
     return CudaFabric("cuda_symmetric", rank, ranks, device, memories, retire, timeout_s, throttle_gbps)
 
 

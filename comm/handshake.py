@@ -3,6 +3,10 @@
 This runs in the forward and in the backward pass, unconditionally: a rank that reuses an old plan cannot know that it
 should check. Headers go point to point, so that whoever is missing can be named. Posting a header and reading the
 others' are two steps: under a one-sided transport rows leave and local tiles run in between.
+
+Where h ranks share a holder's heads, headers travel in two hops: to the other ranks of the holder, and from there,
+together, to the rank of the same place in every other holder. Every rank then knows what all ranks said, or that they
+said nothing, and has sent h - 1 + N / h - 1 messages instead of N - 1.
 """
 
 from __future__ import annotations
@@ -18,11 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, PeerFailedError, PlanMismatchError
+from flashcp.comm.mail import Mail
 from flashcp.comm.waits import bounded
 
-_TAG, _SHARE_TAG = 7701, 7702  # keep headers apart from rows on the same pair of ranks
-_WORDS = 256  # bytes that a rank can share
+_TAG = 7701  # keeps headers apart from rows on the same pair of ranks
 _AHEAD = 8  # headers posted and not yet compared
+_FAILED, _ABSENT = 1, 2  # in a header's `failed`
+_HOP_S = 1.0  # what news of a rank that stays away may take from its holder to the others
 
 
 class Step(IntEnum):
@@ -37,9 +43,10 @@ class Step(IntEnum):
 class Header(NamedTuple):
     """What a rank is about to do, one int64 each.
 
-    failed: 1 when it stopped with an error of its own. step: which exchange of the call, a `Step`. query_heads and
-    scale: 0 while only KV leaves. dtype and scale: codes that differ when the values do. oldest: the oldest inbox that
-    the rank still reads; it is passed on, not compared.
+    failed: 1 when it stopped with an error of its own; 2 when it did not come, as others say of it. step: which
+    exchange of the call, a `Step`. query_heads and scale: 0 while only KV leaves. dtype and scale: codes that differ
+    when the values do. oldest, oldest_inside: the oldest inbox between holders and inside the holder that the rank
+    still reads; they are passed on, not compared.
     """
 
     failed: int = 0
@@ -56,24 +63,28 @@ class Header(NamedTuple):
     gradients: int = 0
     refetch: int = 0
     oldest: int = 0
+    oldest_inside: int = 0
+
+
+_COMPARED = Header._fields[: Header._fields.index("oldest")]
 
 
 class Handshake:
-    """Compares headers within a group, every call within the time-out.
+    """Compares the headers of all ranks, every call within the time-out.
 
+    across: reaches the rank of the same place in every other holder. inside: reaches the other ranks of this holder;
+    None where a rank is a holder. Both name a rank by its number among all.
     stopped: why ranks may have come apart, by an error that was raised here; empty while all is well.
-    oldest: the least `oldest` of all ranks in the headers compared last: the same on all ranks at the same point of
-    the program.
+    oldest: the least `oldest` and `oldest_inside` of all ranks in the headers compared last: the same on all ranks at
+    the same point of the program.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
-        if dist.get_backend(group) != "gloo":  # headers are host data: beside a GPU group no stream waits for them
-            ranks = dist.get_process_group_ranks(group)
-            group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-        self.group = group
-        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        self.timeout_s = timeout_s
-        self.oldest = 0
+    def __init__(self, across: Mail, inside: Mail | None = None) -> None:
+        self.across, self.inside = across, inside
+        self.head_ranks = inside.world_size if inside else 1
+        self.rank, self.world_size = across.names[across.rank], across.world_size * self.head_ranks
+        self.timeout_s = across.timeout_s
+        self.oldest = [0, 0]
         self.stopped = ""
         self._posted: deque[PendingHeader] = deque()
         self._last_words: list[dist.Work | None] = []
@@ -82,7 +93,8 @@ class Handshake:
         """Return when all ranks sent this very header.
 
         Raises on every rank: PlanMismatchError naming who differs in what, PeerFailedError naming the ranks that
-        failed, ExchangeTimeoutError naming the ranks that did not come.
+        failed, ExchangeTimeoutError naming the ranks that did not come. Other holders hear of a rank that stays away
+        within twice the time-out.
         """
         self.post(header, timeout_s).check()
 
@@ -92,12 +104,22 @@ class Handshake:
             self._posted[0].check()
         posted = PendingHeader(self, header, self.timeout_s if timeout_s is None else timeout_s)
         self._posted.append(posted)
+        if self.inside is None:  # there is nobody to hear first
+            posted.pass_on()
         return posted
 
     def check_together(self) -> None:
         """Raises ExchangeError where an earlier error may have left ranks at different points of the program."""
         if self.stopped:
             raise ExchangeError(f"ranks came apart at an earlier error, make a new ContextParallel: {self.stopped}")
+
+    def meet_inside(self) -> None:
+        """Return when the ranks of this holder agree on all headers posted so far, and the other holders were told.
+        Raises as `compare` does where they do not agree."""
+        for posted in list(self._posted):
+            posted.pass_on()
+            if posted.differs:
+                posted.check()
 
     def settle(self) -> None:
         """Check all headers posted so far."""
@@ -106,49 +128,46 @@ class Handshake:
 
     def abandon(self, call: int) -> None:
         """Tell the others, who come to it at their next call, that this rank has failed; waits for nobody."""
-        with suppress(RuntimeError):
-            words = torch.tensor(Header(failed=1, call=call))
-            self._last_words += [self._send(words, rank, _TAG) for rank in self._others]
-
-    def share(self, words: bytes) -> list[bytes]:
-        """A few bytes of every rank, in rank order, as `compare` moves headers."""
-        padded = torch.frombuffer(bytearray(words[:_WORDS].ljust(_WORDS, b"\0")), dtype=torch.uint8).clone()
-        mail = torch.empty((self.world_size, _WORDS), dtype=torch.uint8)
-        mail[self.rank] = padded
-        works = [self._receive(mail[rank], rank, _SHARE_TAG) for rank in self._others]
-        works += [self._send(padded, rank, _SHARE_TAG) for rank in self._others]
-        deadline = time.monotonic() + self.timeout_s
-        for work in works:
-            self._wait(work, deadline, "the other ranks to set up memory")
-        return [bytes(row.tolist()).rstrip(b"\0") for row in mail]
-
-    @property
-    def _others(self) -> list[int]:
-        return [rank for rank in range(self.world_size) if rank != self.rank]
-
-    def _send(self, words: Tensor, rank: int, tag: int) -> dist.Work | None:
-        return dist.isend(words, group=self.group, tag=tag, group_dst=rank)
-
-    def _receive(self, words: Tensor, rank: int, tag: int) -> dist.Work | None:
-        return dist.irecv(words, group=self.group, tag=tag, group_src=rank)
-
-    def _wait(self, work: dist.Work | None, deadline: float, what: str) -> None:
-        if work is not None:
-            with bounded(deadline - time.monotonic(), self.rank, what) as limit:
-                work.wait(limit)
+        holder = torch.zeros(self.head_ranks, len(Header._fields), dtype=torch.int64)
+        words = holder[self.rank % self.head_ranks]
+        words[:2] = torch.tensor([_FAILED, call])
+        for mail, said in ((self.inside, words), (self.across, holder)):
+            for rank in mail.others if mail else []:
+                with suppress(RuntimeError):
+                    self._last_words.append(mail.send(said, rank, _TAG))  # type: ignore[union-attr]
 
 
 class PendingHeader:
-    """A header that was sent, and the others' on their way."""
+    """A header that was sent, and the others' on their way.
+
+    differs: whether, after `pass_on`, a rank of this holder is known to have failed, stayed away or said something
+    else.
+    """
 
     def __init__(self, handshake: Handshake, header: Header, timeout_s: float) -> None:
         self._handshake, self._header, self._timeout_s = handshake, header, timeout_s
-        self._headers = torch.empty(handshake.world_size, len(header), dtype=torch.int64)
-        self._headers[handshake.rank] = torch.tensor(header)
-        own = self._headers[handshake.rank]
+        across, inside, words = handshake.across, handshake.inside, len(header)
+        self._headers = torch.zeros(across.world_size, handshake.head_ranks, words, dtype=torch.int64)
+        self._holder = self._headers[across.rank]
+        own = self._holder[handshake.rank % handshake.head_ranks]
+        own[:] = torch.tensor(header)
+        self._passed_on = self.differs = False
+        self._missing: list[int] = []
+        self._gone: ExchangeError | None = None
         with bounded(timeout_s, handshake.rank, "headers to leave"):
-            self._receives = {rank: handshake._receive(self._headers[rank], rank, _TAG) for rank in handshake._others}
-            self._sends = [handshake._send(own, rank, _TAG) for rank in handshake._others]
+            self._inside = (
+                {rank: inside.receive(self._holder[rank], rank, _TAG) for rank in inside.others} if inside else {}
+            )
+            self._across = {rank: across.receive(self._headers[rank], rank, _TAG) for rank in across.others}
+            self._sends = [(inside, inside.send(own, rank, _TAG)) for rank in inside.others] if inside else []
+
+    def pass_on(self) -> None:
+        """Wait for the other ranks of this holder, earlier headers first, and tell the other holders what was said;
+        done once. Raises nothing that `check` does not."""
+        for posted in list(self._handshake._posted):
+            posted._pass_on()
+            if posted is self:
+                return
 
     def check(self) -> None:
         """Wait for the others' headers, earlier ones first, and compare; done once. Raises as `Handshake.compare`."""
@@ -160,45 +179,77 @@ class PendingHeader:
                 self._handshake.stopped = self._handshake.stopped or str(error)
                 raise
 
-    def _compare(self) -> None:
-        handshake, header = self._handshake, self._header
-        deadline = time.monotonic() + self._timeout_s
-        missing = list[int]()
-        for rank, receive in self._receives.items():
+    def _pass_on(self) -> None:
+        if self._passed_on:
+            return
+        self._passed_on = True
+        if self._handshake.inside:
+            self._hear(self._handshake.inside, self._inside, self._timeout_s)
+            for name in self._missing:
+                self._holder[name % len(self._holder), 0] = _ABSENT
+            said = self._holder[:, : len(_COMPARED)]
+            self.differs = bool(said[:, 0].any() or (said != said[0]).any())
+        across = self._handshake.across
+        with bounded(self._timeout_s, self._handshake.rank, "headers to leave"):
+            self._sends += [(across, across.send(self._holder, rank, _TAG)) for rank in across.others]
+
+    def _hear(self, mail: Mail, receives: dict[int, dist.Work | None], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        for rank, receive in receives.items():
             try:
-                handshake._wait(receive, deadline, f"rank {rank}")
+                mail.wait(receive, deadline, f"rank {mail.names[rank]}")
             except ExchangeError as error:
                 # After one time-out gloo closes what else it waits for. Its clock counts whole milliseconds: a wait
                 # may end a little before our deadline, so the kind of the error decides and not the time.
-                if not (missing or isinstance(error, ExchangeTimeoutError)):
-                    raise
-                missing.append(rank)
-        if missing:
+                is_gone = not (self._missing or isinstance(error, ExchangeTimeoutError))
+                self._missing.append(mail.names[rank])
+                if is_gone:
+                    self._gone = error
+                    return
+
+    def _compare(self) -> None:
+        handshake, header = self._handshake, self._header
+        self._pass_on()
+        if not self._missing:
+            # A rank of another holder may come as late as the time-out, and wait as long for one that stays away.
+            patience_s = 2 * self._timeout_s + _HOP_S if handshake.inside else self._timeout_s
+            self._hear(handshake.across, self._across, patience_s)
+        if self._gone:
+            raise self._gone
+        if self._missing:
             raise ExchangeTimeoutError(
-                f"rank {handshake.rank} waited {self._timeout_s:g} s: {_named(missing)} did not come to the exchange "
-                f"(call {header.call})"
+                f"rank {handshake.rank} waited {self._timeout_s:g} s: {_named(self._missing)} did not come to the "
+                f"exchange (call {header.call})"
             )
+        headers = self._headers.flatten(0, 1)
         try:
-            _judge(self._headers, header)
+            _judge(headers, header)
         except ExchangeError:
-            handshake._last_words += self._sends  # who has failed does not fetch them
+            handshake._last_words += [work for _, work in self._sends]  # who has failed does not fetch them
             raise
-        for send in self._sends:
-            handshake._wait(send, deadline, "headers to leave")
-        handshake.oldest = int(self._headers[:, -1].min())
-        if header.failed and not self._headers[:, 0].all():
+        deadline = time.monotonic() + self._timeout_s
+        for mail, work in self._sends:
+            mail.wait(work, deadline, "headers to leave")
+        handshake.oldest = headers[:, -2:].amin(0).tolist()
+        if header.failed and not headers[:, 0].all():
             handshake.stopped = handshake.stopped or f"rank {handshake.rank} failed alone (call {header.call})"
 
 
 def _judge(headers: Tensor, mine: Header) -> None:
-    failed = headers[:, 0].nonzero().flatten().tolist()
-    if failed:
-        if mine.failed:
-            return  # this rank has an error of its own to raise
-        raise PeerFailedError(
-            f"{_named(failed)} stopped with an error before the exchange (call {mine.call}); see its own message"
-        )
-    for field, values in list(zip(Header._fields, headers.T.tolist(), strict=True))[:-1]:
+    if mine.failed:
+        return  # this rank has an error of its own to raise
+    for code, error, what in (
+        (_FAILED, PeerFailedError, "stopped with an error before the exchange (call {call}); see its own message"),
+        (
+            _ABSENT,
+            ExchangeTimeoutError,
+            "did not come to the exchange (call {call}), as the other ranks of its holder say",
+        ),
+    ):
+        named = (headers[:, 0] == code).nonzero().flatten().tolist()
+        if named:
+            raise error(f"{_named(named)} {what.format(call=mine.call)}")
+    for field, values in zip(_COMPARED, headers.T.tolist(), strict=False):
         if len(set(values)) > 1:
             said = "; ".join(
                 f"{_named([rank for rank, value in enumerate(values) if value == each])} "

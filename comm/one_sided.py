@@ -98,7 +98,7 @@ class OneSided(Transport):
         ])  # fmt: skip
 
         def await_rows(source: int) -> None:
-            with span(f"wait for {what} of rank {source}"):
+            with span(f"wait for {what} of rank {fabric.names[source]}"):
                 fabric.wait(region, source, epoch)
 
         def await_left() -> None:

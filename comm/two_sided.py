@@ -21,15 +21,19 @@ from flashcp.comm.waits import HostWaits, StreamWaits
 
 
 class TwoSided(Transport):
+    """names: what errors call the ranks of the group; their numbers in it unless said otherwise."""
+
     sent_bytes = 0
 
-    def __init__(self, group: dist.ProcessGroup | None, timeout_s: float) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, timeout_s: float, names: Sequence[int] | None = None) -> None:
         self.group = group
         self.name = str(dist.get_backend(group))
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self.timeout_s = timeout_s
-        self.waits: HostWaits = (HostWaits if self.name == "gloo" else StreamWaits)(self.rank, timeout_s)
+        self.waits: HostWaits = (HostWaits if self.name == "gloo" else StreamWaits)(
+            names[self.rank] if names else self.rank, timeout_s
+        )
         self._under_way: weakref.WeakSet[Transfer] = weakref.WeakSet()
         self._has_met = self.name == "gloo"
 

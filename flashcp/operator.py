@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flashcp.comm.choice import Connection
 from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError, PeerFailedError, PlanMismatchError
 from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved
@@ -26,26 +27,27 @@ from flashcp.sharding.plan import ShardingPlan
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call on this rank: its plan, what carries and computes it, what all ranks agreed on.
-
-    handshake: None for one rank alone.
-    """
+    """One attention call on this rank: its plan, what carries and computes it, what all ranks agreed on."""
 
     plan: ShardingPlan
     exchange: Exchange
     settings: AttentionSettings
     header: Header
-    handshake: Handshake | None
+    connection: Connection
+
+    @property
+    def handshake(self) -> Handshake | None:
+        """None for one rank alone."""
+        return self.connection.handshake
 
     def say(self, step: Step) -> Call:
         """Tell the others that this rank has come to a later step of the call; compare now, unless rows can leave and
         local ones be computed before."""
         if self.handshake is None:
             return self
-        if self.exchange.transport.one_sided:
+        if self.exchange.puts:
             self.handshake.check_together()
-        oldest = self.exchange.transport.oldest
-        posted = self.handshake.post(self.header._replace(step=step, oldest=oldest))
+        posted = self.handshake.post(self.header._replace(step=step, **self.connection.oldest))
         if not self.exchange.transport.one_sided:
             with self.settings.clock.measure("wait_ms", "headers"):
                 posted.check()
@@ -82,7 +84,7 @@ class Handle:
             raise RuntimeError("this handle's rows were used: prefetch again for another attention call")
         if _versions(self._k, self._v) != self._versions:
             raise RuntimeError("k or v were changed in place after prefetch: their rows have left already")
-        check_inputs(q, self._k, self._v, int(plan.tokens[exchange.transport.rank]))
+        check_inputs(q, self._k, self._v, exchange.tokens(plan))
         exchange.check(q.shape[1], self._k.shape[1])
         scale = default_scale(q, softmax_scale)
         header = call.header._replace(query_heads=q.shape[1], scale=scale_code(scale))
@@ -118,13 +120,19 @@ class _Attention(torch.autograd.Function):
         with call.watched(), span(f"attention {call.header.call}, backward"):
             call = call.say(Step.BACKWARD)
             gradients = call.exchange.backward(call.plan, _rows(grad_out), saved, call.settings, ctx.scale)
-        grad_q, grad_k, grad_v = (gradient.to(grad_out.dtype) for gradient in gradients)
-        return grad_q, grad_k, grad_v, None, None, None
+        heads = call.header.kv_heads
+        grad_q, grad_k, grad_v = gradients[0], *(_sum_parts(gradient, heads) for gradient in gradients[1:])
+        return *(gradient.to(grad_out.dtype) for gradient in (grad_q, grad_k, grad_v)), None, None, None
 
 
 def scale_code(scale: float) -> int:
     """A float as the int64 of the same bits, for a header."""
     return struct.unpack("<q", struct.pack("<d", scale))[0]
+
+
+def _sum_parts(gradient: Tensor, heads: int) -> Tensor:
+    """[T, K, D] of [T, parts of K heads, D], where several ranks computed on one KV head; in fp32."""
+    return gradient if gradient.shape[1] == heads else gradient.unflatten(1, (heads, -1)).float().sum(2)
 
 
 def _versions(*tensors: Tensor) -> list[int]:

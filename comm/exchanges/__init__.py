@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from flashcp.comm.exchanges.exact import AllGather, Compacted, Exact
 from flashcp.comm.exchanges.exchange import Exchange
+from flashcp.comm.exchanges.heads import Ulysses
 from flashcp.comm.exchanges.ring import Ring
-from flashcp.comm.exchanges.ulysses import Ulysses
 
 __all__ = ["EXCHANGE_CLASSES"]
 

@@ -10,7 +10,7 @@ Shapes: T local rows, R rows of the receive buffer, N ranks, K KV heads, D head_
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -28,8 +28,8 @@ from flashcp.sharding.plan import ShardingPlan
 class Exact(ReceivingExchange):
     name = "exact"
 
-    def __init__(self, transport: Transport) -> None:
-        super().__init__(transport)
+    def __init__(self, transport: Transport, meet: Callable[[], None]) -> None:
+        super().__init__(transport, meet)
         self._traffic = lru_cache(maxsize=4)(traffic)
 
     def rows(self, plan: ShardingPlan) -> np.ndarray:

@@ -53,28 +53,29 @@ class IncomingKV(NamedTuple):
     to.
     parts: as rows arrive, the schedules that can now run; together they cover the whole receive buffer. Its argument:
     how many there are, where the exchange leaves the choice. None of an exchange that computes all at once.
+    onward: K and V of this rank's share of the heads, and they on their way to other holders (`heads.py`).
     """
 
     inbox: Inbox
     transfer: Transfer
     parts: Callable[[int], Iterator[Schedule]] = lambda stages: iter(())
+    onward: tuple[KV, IncomingKV] | None = None
 
 
 class Saved(NamedTuple):
-    """Tensors an exchange saves for its backward; `out` is [T, H, D] unless the exchange computes elsewhere.
+    """Tensors an exchange saves for its backward.
 
     received: the rows of the inbox, and tickets: what the transport knows its inboxes by, as a tensor, so that both are
-    saved and computed again together; None where the rows are to be fetched again. queries: gathered ones (`ulysses`).
+    saved and computed again together; None where the rows are to be fetched again.
     """
 
     q: Tensor  # [T, H, D]
     k: Tensor  # [T, K, D]
     v: Tensor  # [T, K, D]
-    out: Tensor
+    out: Tensor  # [T, H, D]
     lse: Tensor  # [T, H]
     received: Tensor | None  # [R, 2, K, D]
     tickets: Tensor | None
-    queries: Tensor | None = None
 
 
 class Layout:
@@ -102,11 +103,6 @@ class Layout:
     def local_schedule(self) -> Schedule:
         """What the local rows alone contribute."""
         return build_schedule(self.local, local=self.local)
-
-    @cached_property
-    def gathered_schedule(self) -> Schedule:
-        """The whole pack computed from the receive buffer, queries too."""
-        return build_schedule(self.received, local=self.received)
 
     def stages(self, parts: int) -> list[tuple[int, ...]]:
         """Sources in about equal parts, in the order in which their rows come: rank - 1 first, rank + 1 last."""
@@ -137,7 +133,8 @@ class Exchange(ABC):
 
     gradient_dtype is what the wire carries in the backward pass; None: the model's. splits_heads: whether ranks
     share out heads, so that their number must divide query and KV heads. moves_later: whether rows also travel while
-    attention is computed, so that ranks must come to that together.
+    attention is computed, so that ranks must come to that together. meet: returns when all ranks are known to do the
+    same, for exchanges that read others' rows before attention.
     """
 
     name: str
@@ -145,18 +142,22 @@ class Exchange(ABC):
     splits_heads = False
     gradient_dtype: torch.dtype | None = torch.float32
 
-    def __init__(self, transport: Transport) -> None:
-        self.transport = transport
+    def __init__(self, transport: Transport, meet: Callable[[], None]) -> None:
+        self.transport, self.meet = transport, meet
         self.layout = lru_cache(maxsize=4)(lambda plan: Layout(self.name, plan, transport.rank))
+
+    @property
+    def puts(self) -> bool:
+        """Whether rows are put into others' memory, which an error may leave in different states."""
+        return self.transport.one_sided
+
+    def tokens(self, plan: ShardingPlan) -> int:
+        """Rows of this rank."""
+        return int(plan.tokens[self.transport.rank])
 
     def check(self, query_heads: int, kv_heads: int) -> None:
         """Raises ValueError for head counts this exchange cannot split."""
-        ranks = self.transport.world_size
-        if self.splits_heads and (query_heads % ranks or kv_heads % ranks):
-            raise ValueError(
-                f"query_heads={query_heads}, kv_heads={kv_heads}: exchange {self.name!r} on {ranks} ranks expects "
-                f"multiples of {ranks}"
-            )
+        return
 
     @abstractmethod
     def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
@@ -172,7 +173,8 @@ class Exchange(ABC):
     def backward(
         self, plan: ShardingPlan, grad_out: Tensor, saved: Saved, settings: AttentionSettings, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of this rank's q, k and v, fp32."""
+        """Gradients of this rank's q, k and v. Where several ranks computed on one KV head, what each of them found
+        stands one behind the other."""
 
     def is_open(self, saved: Saved) -> bool:
         """Whether the rows that were received still lie where they were."""
@@ -189,7 +191,7 @@ class Exchange(ABC):
         if not settings.refetch:
             return saved
         self.release(saved)
-        return saved._replace(received=None, tickets=None, queries=None)
+        return saved._replace(received=None, tickets=None)
 
 
 def as_kv(buffer: Tensor) -> KV:

@@ -45,7 +45,8 @@ class ReceivingExchange(Exchange):
     ) -> tuple[Tensor, Saved]:
         """`none` waits for all rows and computes in one launch, `staged` computes local rows meanwhile and merges part
         by part in fp32, `fused` waits inside its one launch."""
-        attend = self._staged if settings.overlap == "staged" else self._at_once
+        alone = self.transport.world_size == 1  # nothing arrives that a part could wait for
+        attend = self._staged if settings.overlap == "staged" and not alone else self._at_once
         out, lse = attend(plan, q, local, incoming, settings, scale)
         with settings.clock.measure("exposed_exchange_ms"):
             incoming.transfer.finish()  # rows that nobody reads here, too: the region is free only when all landed

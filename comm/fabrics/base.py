@@ -80,16 +80,18 @@ class Put(NamedTuple):
 class Fabric(ABC):
     """Memory of one kind and who writes to it.
 
-    sent_bytes: what has left this rank for others so far. throttle_gbps: GB/s at which it leaves; 0: at once.
+    sent_bytes: what has left this rank for others so far. throttle_gbps: GB/s at which it leaves; 0: at once. names:
+    what errors call ranks; their numbers here unless said otherwise.
     """
 
     def __init__(self, name: str, rank: int, world_size: int, timeout_s: float, throttle_gbps: float) -> None:
         self.name, self.rank, self.world_size = name, rank, world_size
+        self.names: Sequence[int] = range(world_size)
         self.timeout_s, self.throttle_gbps, self.sent_bytes = timeout_s, throttle_gbps, 0
 
     def timed_out(self, what: str) -> ExchangeTimeoutError:
         """This rank waited in vain."""
-        return ExchangeTimeoutError(f"rank {self.rank} waited {self.timeout_s:g} s for {what}")
+        return ExchangeTimeoutError(f"rank {self.names[self.rank]} waited {self.timeout_s:g} s for {what}")
 
     @property
     @abstractmethod

@@ -80,7 +80,9 @@ class CudaFabric(Fabric):
         try:
             memories, owner = self._memories(index, _HEAD_BYTES + data_bytes)
         except torch.OutOfMemoryError as error:
-            raise HeapError(f"rank {self.rank}: no {data_bytes >> 20} MiB for receive buffers on its GPU") from error
+            raise HeapError(
+                f"rank {self.names[self.rank]}: no {data_bytes >> 20} MiB for receive buffers on its GPU"
+            ) from error
         region = Region(index, data_bytes, memories, owner)
         with self._lock:
             self._regions.add(region)
@@ -106,7 +108,7 @@ class CudaFabric(Fabric):
             packed = puts[0].outgoing.packed()
             ready = device.record(device.current_stream())
             for put in puts:
-                with span(f"send {put.outgoing.what} to rank {put.to}"):
+                with span(f"send {put.outgoing.what} to rank {self.names[put.to]}"):
                     stream = self._stream_to(put.to)
                     device.wait_event(stream, ready)
                     self._send(put, packed[put.start : put.stop], stream)
@@ -122,11 +124,14 @@ class CudaFabric(Fabric):
 
     def _send(self, put: Put, rows: Tensor, stream: Stream) -> None:
         region, device = put.region, self._device
-        what = f"rank {put.to} to free its receive buffer"
+        what = f"rank {self.names[put.to]} to free its receive buffer"
         self._wait(region.flag(self.rank, FREED, put.to), put.after, stream, what)
         into = region.data(put.to, put.offset, rows.nbytes)
         if into.nbytes != rows.nbytes:  # ranks with other plans hear so of headers, which may come after the rows
-            raise ExchangeError(f"rank {self.rank}: {rows.nbytes} bytes do not fit the receive buffer of rank {put.to}")
+            raise ExchangeError(
+                f"rank {self.names[self.rank]}: {rows.nbytes} bytes do not fit the receive buffer of rank "
+                f"{self.names[put.to]}"
+            )
         device.copy(into, rows.reshape(-1).view(torch.uint8), stream)
         if self.throttle_gbps and put.to != self.rank:
             device.delay(rows, self.throttle_gbps, stream)
@@ -136,7 +141,7 @@ class CudaFabric(Fabric):
     def wait(self, region: Region, source: int, epoch: int) -> None:
         self._begin()
         word = region.flag(self.rank, ARRIVED, source)
-        self._wait(word, epoch, self._device.current_stream(), f"the rows of rank {source}")
+        self._wait(word, epoch, self._device.current_stream(), f"the rows of rank {self.names[source]}")
 
     def free(self, region: Region, epoch: int) -> None:
         stream = self._device.current_stream()
@@ -187,7 +192,7 @@ class CudaFabric(Fabric):
 
     def _raise_late(self) -> None:
         source = int(self._seen)
-        what = self._late or (f"the rows of rank {source - 1}" if source else "")
+        what = self._late or (f"the rows of rank {self.names[source - 1]}" if source else "")
         if what:
             raise self.timed_out(what)
 
@@ -199,16 +204,17 @@ def symmetric_memories(
     device: CudaDevice,
     torch_device: torch.device,
     share: Callable[[bytes], list[bytes]],
+    names: Sequence[int] | None = None,
 ) -> Memories:
     """torch's symmetric memory over the ranks of a group, each with a GPU of its own or sharing one.
 
-    symmetric: the module `torch.distributed._symmetric_memory`. share: gives every rank's bytes to every rank. Ranks
-    that share a GPU need TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1, and a gloo group. What is returned raises
-    HeapError on all ranks when one of them has no memory.
+    symmetric: the module `torch.distributed._symmetric_memory`. share: gives every rank's bytes to every rank. names:
+    what errors call ranks. Ranks that share a GPU need TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1, and a gloo group.
+    What is returned raises HeapError on all ranks when one of them has no memory.
     """
 
     def memories(index: int, size: int) -> tuple[Sequence[Tensor], object]:
-        blame = f"rank {rank}: no {size >> 20} MiB for receive buffers on its GPU"
+        blame = f"rank {names[rank] if names else rank}: no {size >> 20} MiB for receive buffers on its GPU"
         make = partial(symmetric.empty, size, dtype=torch.uint8, device=torch_device)
         own, _ = agreed(share, make, RuntimeError, blame)
         handle = symmetric.rendezvous(own, group)

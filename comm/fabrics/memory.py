@@ -6,7 +6,7 @@ import mmap
 import os
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,19 +18,21 @@ FOLDER = Path("/dev/shm")
 Memory = TypeVar("Memory")
 
 
-def shared_memories(rank: int, share: Callable[[bytes], list[bytes]]) -> Callable[[int, int], list[np.ndarray]]:
+def shared_memories(
+    rank: int, share: Callable[[bytes], list[bytes]], names: Sequence[int] | None = None
+) -> Callable[[int, int], list[np.ndarray]]:
     """Between the processes of one host; all ranks call what is returned together.
 
-    share: gives every rank's bytes to every rank. Files have no name any more once every rank has opened them. Raises
-    HeapError on all ranks when one of them has no memory.
+    share: gives every rank's bytes to every rank. names: what errors call ranks. Files have no name any
+    more once every rank has opened them. Raises HeapError on all ranks when one of them has no memory.
     """
 
     def memories(index: int, size: int) -> list[np.ndarray]:
         path = FOLDER / f"flashcp-{uuid.uuid4().hex}"
-        blame = f"rank {rank}: no shared memory in {FOLDER}"
+        blame = f"rank {names[rank] if names else rank}: no shared memory in {FOLDER}"
         try:
-            own, names = agreed(share, lambda: _map(path, size, make=True), OSError, blame, path.name)
-            files = {other: FOLDER / name for other, name in enumerate(names)}
+            own, paths = agreed(share, lambda: _map(path, size, make=True), OSError, blame, path.name)
+            files = {other: FOLDER / name for other, name in enumerate(paths)}
             seen, _ = agreed(
                 share, lambda: [own if o == rank else _map(file, size) for o, file in files.items()], OSError, blame
             )

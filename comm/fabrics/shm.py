@@ -89,7 +89,7 @@ class ShmFabric(Fabric):
         deadline = time.monotonic() + self.timeout_s
         while arrived[source] < epoch:
             if time.monotonic() > deadline:
-                raise self.timed_out(f"the rows of rank {source} (epoch {epoch})")
+                raise self.timed_out(f"the rows of rank {self.names[source]} (epoch {epoch})")
             self._raise_error()
             time.sleep(_SPIN_S)
 
@@ -103,7 +103,7 @@ class ShmFabric(Fabric):
 
     def check(self, flags: WaitFlags) -> None:
         if source := int(flags.stuck):
-            raise self.timed_out(f"the rows of rank {source - 1} (epoch {flags.epoch})")
+            raise self.timed_out(f"the rows of rank {self.names[source - 1]} (epoch {flags.epoch})")
 
     def synchronize(self) -> None:
         with self._news:
@@ -133,7 +133,7 @@ class ShmFabric(Fabric):
                 try:
                     self._serve()
                 except Exception as error:  # told to the rank at its next wait: a thread has nobody to raise to
-                    failed = ExchangeError(f"rank {self.rank} could not put its rows: {error}")
+                    failed = ExchangeError(f"rank {self.names[self.rank]} could not put its rows: {error}")
                     self._error = error if isinstance(error, ExchangeError) else failed
                     return
 
@@ -164,7 +164,7 @@ class ShmFabric(Fabric):
                     return
             if time.monotonic() - since > self.timeout_s:
                 put = pending[0][1][0]
-                raise self.timed_out(f"rank {put.to} to free its receive buffer (epoch {put.after})")
+                raise self.timed_out(f"rank {self.names[put.to]} to free its receive buffer (epoch {put.after})")
             time.sleep(_SPIN_S)
 
     def _is_free(self, put: Put) -> bool:
@@ -174,7 +174,7 @@ class ShmFabric(Fabric):
         rows, size = put.stop - put.start, (put.stop - put.start) * math.prod(put.row) * put.dtype.itemsize
         if rows:
             into = put.region.data(put.to, put.offset, size).view(put.dtype).view(rows, *put.row)
-            with span(f"send {put.outgoing.what} to rank {put.to}"):
+            with span(f"send {put.outgoing.what} to rank {self.names[put.to]}"):
                 self._copy(put, into)
         put.region.flags[put.to].numpy()[ARRIVED, self.rank] = put.epoch
 

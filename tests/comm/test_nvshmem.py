@@ -18,7 +18,7 @@ import flashcp
 from flashcp.comm import choice
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.fabrics.memory import shared_memories
-from flashcp.comm.handshake import Handshake
+from flashcp.comm.mail import Mail
 from flashcp.comm.nvshmem import Nvshmem, grain_bytes
 from flashcp.comm.transport import OutgoingRows
 from flashcp.comm.waits import StreamWaits
@@ -39,7 +39,7 @@ class Played(Nvshmem):
     """
 
     def _open(self) -> None:
-        self._share = shared_memories(self.rank, Handshake(self.group, 10).share)
+        self._share = shared_memories(self.rank, Mail(self.group, 10).share)
         self._seen: dict[int, list[np.ndarray]] = {}
         self._draw = random.Random(self.rank)
         self.exchanges: list[int] = []

@@ -1,4 +1,4 @@
-"""Hosts of ranks as threads of which one runs at a time, and the ranks' handshake between them."""
+"""Hosts of ranks as threads of which one runs at a time, and the ranks' messages between them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from flashcp.comm.handshake import Handshake
+from flashcp.comm.mail import Mail
 from tests.emulation.world import Wait, World
 
-__all__ = ["EmulatedHandshake", "Host", "run_hosts"]
+__all__ = ["EmulatedMail", "Host", "run_hosts"]
 
 
 class Host:
@@ -91,7 +91,7 @@ def run_hosts(world: World, programs: Sequence[Callable[[Host], Any]]) -> list[A
     return [host.result for host in hosts]
 
 
-class Mail:
+class Letters:
     """Messages between the ranks of one process, in order for each pair and tag."""
 
     def __init__(self) -> None:
@@ -103,39 +103,36 @@ class Mail:
 class _Message:
     """One that is to come. Its place in the queue is that of its asking."""
 
-    def __init__(self, mail: Mail, key: tuple[int, int, int], into: Tensor) -> None:
-        self.mail, self.key, self.into = mail, key, into
-        self.place = mail.asked[key]
-        mail.asked[key] += 1
+    def __init__(self, letters: Letters, key: tuple[int, int, int], into: Tensor) -> None:
+        self.letters, self.key, self.into = letters, key, into
+        self.place = letters.asked[key]
+        letters.asked[key] += 1
 
     def there(self) -> bool:
-        return len(self.mail.sent[self.key]) > self.place
+        return len(self.letters.sent[self.key]) > self.place
 
     def take(self) -> None:
-        self.into.copy_(self.mail.sent[self.key][self.place])
+        self.into.copy_(self.letters.sent[self.key][self.place])
 
 
-class EmulatedHandshake(Handshake):
-    """The handshake, whose messages are taken from one host to another by hand."""
+class EmulatedMail(Mail):
+    """Messages that are taken from one host to another by hand."""
 
-    def __init__(self, host: Host, mail: Mail, rank: int, world_size: int) -> None:
-        self._host, self._mail = host, mail
+    def __init__(self, host: Host, letters: Letters, rank: int, world_size: int) -> None:
+        self._host, self._letters = host, letters
         self.rank, self.world_size, self.timeout_s = rank, world_size, 1e6
         self.group: Any = None
-        self.oldest = 0
-        self.stopped = ""
-        self._posted = deque()
-        self._last_words = []
+        self.names = range(world_size)
 
-    def _send(self, words: Tensor, rank: int, tag: int) -> Any:
-        self._mail.sent[self.rank, rank, tag].append(words.clone())
+    def send(self, words: Tensor, rank: int, tag: int) -> Any:
+        self._letters.sent[self.rank, rank, tag].append(words.clone())
         self._host.give_way()
         return None
 
-    def _receive(self, words: Tensor, rank: int, tag: int) -> Any:
-        return _Message(self._mail, (rank, self.rank, tag), words)
+    def receive(self, words: Tensor, rank: int, tag: int) -> Any:
+        return _Message(self._letters, (rank, self.rank, tag), words)
 
-    def _wait(self, work: Any, deadline: float, what: str) -> None:
+    def wait(self, work: Any, deadline: float, what: str) -> None:
         if work is not None:
             self._host.wait(work.there, f"words of {what}")
             work.take()

@@ -17,11 +17,12 @@ from flashcp import context_parallel
 from flashcp.comm.choice import Connection
 from flashcp.comm.fabrics.base import Region
 from flashcp.comm.fabrics.cuda import CudaFabric, symmetric_memories
+from flashcp.comm.handshake import Handshake
 from flashcp.comm.heap import SymmetricHeap
 from flashcp.comm.one_sided import OneSided
 from tests.emulation.attention import EmulatedAttention
 from tests.emulation.device import EmulatedDevice, Memory
-from tests.emulation.hosts import EmulatedHandshake, Host, Mail, run_hosts
+from tests.emulation.hosts import EmulatedMail, Host, Letters, run_hosts
 from tests.emulation.world import World
 
 __all__ = ["Rank", "run_emulated"]
@@ -53,22 +54,23 @@ def run_emulated(
     fabric, memories: what to run instead of the real ones. patient: waits that last for ever time out; else they raise
     DeadlockError, which says who waits for what.
     """
-    world, memory, mail, shared = World(seed, patient), Memory(), Mail(), _Rendezvous(world_size)
+    world, memory, letters, shared = World(seed, patient), Memory(), Letters(), _Rendezvous(world_size)
 
     def start(rank: int) -> Callable[[Host], Any]:
         def run(host: Host) -> Any:
             device = EmulatedDevice(world, memory, rank, host, **device_options)
-            handshake = EmulatedHandshake(host, mail, rank, world_size)
+            mail = EmulatedMail(host, letters, rank, world_size)
+            handshake = Handshake(mail)
 
             def retire(region: Region) -> None:
                 device.synchronize()
-                handshake.share(b"+")
+                mail.share(b"+")
 
             symmetric = EmulatedSymmetricMemory(device, shared)
-            made = memories(symmetric, None, rank, device, torch.device("cpu"), handshake.share)
+            made = memories(symmetric, None, rank, device, torch.device("cpu"), mail.share)
             with device.launching(), _attention_of(device):
                 own = fabric("cuda_symmetric", rank, world_size, device, made, retire, 60.0)
-                heap = SymmetricHeap(own, lambda: handshake.oldest, handshake.settle)
+                heap = SymmetricHeap(own, lambda: handshake.oldest[0], handshake.settle)
                 result = program(Rank(device, host, Connection(OneSided(own, heap), handshake, "emulated")))
                 device.synchronize()
                 return result

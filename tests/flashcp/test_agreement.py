@@ -12,6 +12,7 @@ import flashcp
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, PeerFailedError, PlanMismatchError
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.handshake import Handshake, Header
+from flashcp.comm.mail import Mail
 from tests.packs import random_qkv
 from tests.ranks import run_cases, run_ranks
 
@@ -193,7 +194,7 @@ def absent_for_part_of_a_millisecond(timeout_s: float) -> str:
     said = ""
     if dist.get_rank() == 1:
         header = Header(failed=0, call=1)
-        said = message(ExchangeTimeoutError, Handshake(group, timeout_s).compare, header)
+        said = message(ExchangeTimeoutError, Handshake(Mail(group, timeout_s)).compare, header)
     dist.barrier()
     return said
 

@@ -1,0 +1,191 @@
+"""Head ranks: inside a holder an all-to-all turns a split by rows into a split by heads, and back.
+
+    [T, all heads] of each rank -> [C, 1/h of the heads] of each rank: the C rows of the h ranks of a holder, in the
+    holder's order, so that a document which a holder has whole is one range
+    attention between holders, by any exchange, with the ranks of the same place in other holders
+    [C, 1/h of the heads] -> [T, all heads]
+
+The backward is the mirror. What travels inside a holder are whole gradients in the dtype of the output's, not partial
+sums; only a KV head that several ranks were sent comes home from each of them, and its owner adds them in fp32.
+
+`ulysses` is this and nothing else: one holder of all ranks, in which a rank has the rows that a plan gives it.
+
+Shapes: T rank's rows, C holder's rows, h ranks of a holder, H query heads, K KV heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import torch
+from einops import repeat
+from torch import Tensor
+
+from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Layout, Saved, as_kv
+from flashcp.comm.exchanges.receiving import GradientReturn, ReceivingExchange
+from flashcp.comm.transport import Alone, Inbox, OutgoingRows, Transfer, Transport
+from flashcp.kernels.interface import KV
+from flashcp.sharding.holders import members_heads, members_rows
+from flashcp.sharding.plan import ShardingPlan
+
+
+class Heads(Exchange):
+    """transport: inside the holder. between: the exchange between holders, whose transport joins the ranks of the same
+    place. meet: returns when this rank's holder agrees, and all ranks where that must be before rows leave it.
+
+    What arrived inside the holder is kept for the backward in place of q, k and v, whatever `backward` says.
+    """
+
+    moves_later = True
+
+    def __init__(self, transport: Transport, between: Exchange, meet: Callable[[], None]) -> None:
+        super().__init__(transport, meet)
+        self.name, self.gradient_dtype, self.between = between.name, between.gradient_dtype, between
+
+    @property
+    def puts(self) -> bool:
+        return self.transport.one_sided or self.between.puts
+
+    def tokens(self, plan: ShardingPlan) -> int:
+        return self.members(plan)[self.transport.rank]
+
+    def members(self, plan: ShardingPlan) -> list[int]:
+        """How many rows each rank of the holder has."""
+        return members_rows(self.between.tokens(plan), self.transport.world_size).tolist()
+
+    def check(self, query_heads: int, kv_heads: int) -> None:
+        self.between.check(*members_heads(query_heads, kv_heads, self.transport.world_size))
+
+    def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
+        """K and V travel on to other holders as soon as they are here: they wait for no queries."""
+        incoming = self._to_heads(plan, torch.stack((k, v), dim=1))
+        if self.between.transport.world_size == 1:
+            return incoming
+        local, onward = self._travel_on(plan, incoming)
+        return IncomingKV(onward.inbox, onward.transfer, onward=(local, onward))
+
+    def forward(
+        self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings, scale: float
+    ) -> tuple[Tensor, Saved]:
+        with settings.clock.measure("exposed_exchange_ms", "send queries"):
+            asked = self._to_heads(plan, q[:, None], "queries")
+            local, onward = incoming.onward or self._travel_on(plan, incoming)
+            self.meet()
+            queries = _landed(self.transport, asked)[:, 0]  # [C, H / h, D]
+        out, saved = self.between.forward(plan, queries, local, onward, settings, scale)
+        with settings.clock.measure("exposed_exchange_ms", "send outputs"):
+            return _side_by_side(self._to_rows(plan, out, "outputs")), saved
+
+    def backward(
+        self, plan: ShardingPlan, grad_out: Tensor, saved: Saved, settings: AttentionSettings, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with settings.clock.measure("exposed_exchange_ms", "send gradients of outputs"):
+            pulled = self._to_heads(plan, grad_out[:, None], "gradients")
+            self.meet()
+            grad_heads = _landed(self.transport, pulled)[:, 0]  # [C, H / h, D]
+        gradients = self.between.backward(plan, grad_heads, saved, settings, scale)
+        with settings.clock.measure("exposed_exchange_ms", "gradients home"):
+            widths = [gradient.shape[1] for gradient in gradients]  # H / h, and K / h or 1 twice
+            leaving = torch.cat([gradient.to(grad_out.dtype) for gradient in gradients], dim=1)
+            home = self._to_rows(plan, leaving, "gradients")
+            grad_q, grad_k, grad_v = map(_side_by_side, home.split(widths, dim=2))
+        return grad_q, grad_k, grad_v
+
+    def release(self, saved: Saved) -> None:
+        self.between.release(saved)
+
+    def _travel_on(self, plan: ShardingPlan, incoming: IncomingKV) -> tuple[KV, IncomingKV]:
+        self.meet()
+        local = as_kv(_landed(self.transport, incoming))  # [C, K / h, D] each
+        return local, self.between.start(plan, *local)
+
+    def _to_heads(self, plan: ShardingPlan, rows: Tensor, what: str = "rows") -> IncomingKV:
+        """[T, tensors, heads, D] -> [C, tensors, heads of this rank, D], on its way. Fewer heads than ranks go to
+        several each."""
+        ranks, own, tokens = self.transport.world_size, self.transport.rank, self.members(plan)
+        copies = max(1, ranks // rows.shape[2])
+        leaving = repeat(rows, "t i (n k) d -> (n c t) i k d", n=ranks // copies, c=copies).contiguous()
+        inbox = self.transport.inbox(sum(tokens), sum(tokens), leaving.shape[1:], leaving)
+        sent, offsets = [tokens[own]] * ranks, [sum(tokens[:own])] * ranks
+        return IncomingKV(
+            inbox, self.transport.all_to_all(OutgoingRows(leaving, what=what), sent, inbox, tokens, offsets)
+        )
+
+    def _to_rows(self, plan: ShardingPlan, rows: Tensor, what: str) -> Tensor:
+        """[C, heads of a rank, D] -> [h, T, heads of a rank, D]: of each rank's heads this rank's rows."""
+        ranks, own, tokens = self.transport.world_size, self.transport.rank, self.members(plan)
+        inbox = self.transport.inbox(tokens[own] * ranks, max(tokens) * ranks, rows.shape[1:], rows)
+        offsets = [count * own for count in tokens]
+        leaving = OutgoingRows(rows.contiguous(), what=what)
+        transfer = self.transport.all_to_all(leaving, tokens, inbox, [tokens[own]] * ranks, offsets)
+        return _landed(self.transport, IncomingKV(inbox, transfer)).unflatten(0, (ranks, tokens[own]))
+
+
+class Ulysses(Heads):
+    """DeepSpeed-Ulysses (arXiv 2309.14509): every rank computes every row of the pack for its share of the heads.
+
+    A plan of all ranks says who holds which rows, and nothing else. Attention reads the rows in the order in which they
+    arrive, rank by rank.
+    """
+
+    name = "ulysses"
+    gradient_dtype = None
+    splits_heads = True
+
+    def __init__(self, transport: Transport, meet: Callable[[], None]) -> None:
+        super().__init__(transport, WholePack(Alone(), meet), meet)
+
+    def members(self, plan: ShardingPlan) -> list[int]:
+        return plan.tokens.tolist()
+
+    def check(self, query_heads: int, kv_heads: int) -> None:
+        ranks = self.transport.world_size
+        if query_heads % ranks or kv_heads % ranks:
+            raise ValueError(
+                f"query_heads={query_heads}, kv_heads={kv_heads}: exchange {self.name!r} on {ranks} ranks expects "
+                f"multiples of {ranks}"
+            )
+
+
+class WholePack(ReceivingExchange):
+    """All rows are here, those of the plan's rank 0 first: there is nobody to exchange anything with."""
+
+    name = "ulysses"
+    gradient_dtype = None
+
+    def __init__(self, transport: Alone, meet: Callable[[], None]) -> None:
+        super().__init__(transport, meet)
+        self.layout = lru_cache(maxsize=4)(whole_layout)
+
+    def tokens(self, plan: ShardingPlan) -> int:
+        return int(plan.offsets[-1])
+
+    def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
+        return IncomingKV(Inbox(k.new_empty((0, 2, *k.shape[1:]))), Transfer())
+
+    def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> GradientReturn:
+        return GradientReturn(Transfer(), lambda local: None)
+
+
+def whole_layout(plan: ShardingPlan) -> Layout:
+    """Of a rank that has all rows of the pack, in the order in which ulysses brings them there."""
+    layout = Layout("ulysses", plan, 0)
+    layout.local, layout.received = layout.received, layout.received.take(np.zeros(0, dtype=np.int64))
+    return layout
+
+
+def _landed(transport: Transport, incoming: IncomingKV) -> Tensor:
+    """The rows of an inbox, once they are there and this rank's have left, in memory that nobody else writes to."""
+    rows, ticket = incoming.inbox
+    incoming.transfer.finish()
+    if ticket:
+        rows = rows.clone()
+        transport.free(ticket)
+    return rows
+
+
+def _side_by_side(parts: Tensor) -> Tensor:
+    """[h, T, heads of a rank, D] -> [T, all heads, D]."""
+    return torch.cat(parts.unbind(0), dim=1)

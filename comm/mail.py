@@ -1,0 +1,59 @@
+"""Messages of a few bytes between the ranks of one group, point to point over gloo, so that who is missing is known."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashcp.comm.waits import bounded
+
+_TAG = 7702  # of shared bytes
+_WORDS = 256  # bytes that a rank can share
+
+
+class Mail:
+    """names: what messages and errors call the ranks of the group; their numbers in it unless said otherwise."""
+
+    def __init__(self, group: dist.ProcessGroup | None, timeout_s: float, names: Sequence[int] | None = None) -> None:
+        if dist.get_backend(group) != "gloo":  # host data: beside a GPU group no stream waits for it
+            ranks = dist.get_process_group_ranks(group)
+            group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        self.group, self.timeout_s = group, timeout_s
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.names = range(self.world_size) if names is None else names
+
+    @property
+    def others(self) -> list[int]:
+        """All ranks but this one."""
+        return [rank for rank in range(self.world_size) if rank != self.rank]
+
+    def send(self, words: Tensor, rank: int, tag: int) -> dist.Work | None:
+        """Start to send. Nobody may write to the words before `wait`."""
+        return dist.isend(words, group=self.group, tag=tag, group_dst=rank)
+
+    def receive(self, words: Tensor, rank: int, tag: int) -> dist.Work | None:
+        """Start to receive: what a rank sent first comes first."""
+        return dist.irecv(words, group=self.group, tag=tag, group_src=rank)
+
+    def wait(self, work: dist.Work | None, deadline: float, what: str) -> None:
+        """Return when a message has come or left. Raises ExchangeTimeoutError past the deadline, ExchangeError when the
+        other rank is gone."""
+        if work is not None:
+            with bounded(deadline - time.monotonic(), self.names[self.rank], what) as limit:
+                work.wait(limit)
+
+    def share(self, words: bytes) -> list[bytes]:
+        """A few bytes of every rank, in rank order."""
+        padded = torch.frombuffer(bytearray(words[:_WORDS].ljust(_WORDS, b"\0")), dtype=torch.uint8).clone()
+        arrived = torch.empty((self.world_size, _WORDS), dtype=torch.uint8)
+        arrived[self.rank] = padded
+        works = [self.receive(arrived[rank], rank, _TAG) for rank in self.others]
+        works += [self.send(padded, rank, _TAG) for rank in self.others]
+        deadline = time.monotonic() + self.timeout_s
+        for work in works:
+            self.wait(work, deadline, "the other ranks to set up memory")
+        return [bytes(row.tolist()).rstrip(b"\0") for row in arrived]
