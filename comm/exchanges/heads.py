@@ -29,6 +29,7 @@ from flashcp.comm.transport import Alone, Inbox, OutgoingRows, Transfer, Transpo
 from flashcp.kernels.interface import KV
 from flashcp.sharding.holders import members_heads, members_rows
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.strategies import plan as make_plan
 
 
 class Heads(Exchange):
@@ -73,7 +74,7 @@ class Heads(Exchange):
             asked = self._to_heads(plan, q[:, None], "queries")
             local, onward = incoming.onward or self._travel_on(plan, incoming)
             self.meet()
-            queries = _landed(self.transport, asked)[:, 0]  # [C, H / h, D]
+            queries = self._landed(plan, asked)[:, 0]  # [C, H / h, D]
         out, saved = self.between.forward(plan, queries, local, onward, settings, scale)
         with settings.clock.measure("exposed_exchange_ms", "send outputs"):
             return _side_by_side(self._to_rows(plan, out, "outputs")), saved
@@ -84,7 +85,7 @@ class Heads(Exchange):
         with settings.clock.measure("exposed_exchange_ms", "send gradients of outputs"):
             pulled = self._to_heads(plan, grad_out[:, None], "gradients")
             self.meet()
-            grad_heads = _landed(self.transport, pulled)[:, 0]  # [C, H / h, D]
+            grad_heads = self._landed(plan, pulled)[:, 0]  # [C, H / h, D]
         gradients = self.between.backward(plan, grad_heads, saved, settings, scale)
         with settings.clock.measure("exposed_exchange_ms", "gradients home"):
             widths = [gradient.shape[1] for gradient in gradients]  # H / h, and K / h or 1 twice
@@ -96,9 +97,13 @@ class Heads(Exchange):
     def release(self, saved: Saved) -> None:
         self.between.release(saved)
 
+    def order(self, plan: ShardingPlan, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Where in the order of attention the rows lie as they arrive, and the inverse; None: they arrive in it."""
+        return None
+
     def _travel_on(self, plan: ShardingPlan, incoming: IncomingKV) -> tuple[KV, IncomingKV]:
         self.meet()
-        local = as_kv(_landed(self.transport, incoming))  # [C, K / h, D] each
+        local = as_kv(self._landed(plan, incoming))  # [C, K / h, D] each
         return local, self.between.start(plan, *local)
 
     def _to_heads(self, plan: ShardingPlan, rows: Tensor, what: str = "rows") -> IncomingKV:
@@ -118,16 +123,21 @@ class Heads(Exchange):
         ranks, own, tokens = self.transport.world_size, self.transport.rank, self.members(plan)
         inbox = self.transport.inbox(tokens[own] * ranks, max(tokens) * ranks, rows.shape[1:], rows)
         offsets = [count * own for count in tokens]
-        leaving = OutgoingRows(rows.contiguous(), what=what)
+        order = self.order(plan, rows.device)
+        leaving = OutgoingRows(rows[order[0]] if order else rows.contiguous(), what=what)
         transfer = self.transport.all_to_all(leaving, tokens, inbox, [tokens[own]] * ranks, offsets)
-        return _landed(self.transport, IncomingKV(inbox, transfer)).unflatten(0, (ranks, tokens[own]))
+        return _taken(self.transport, IncomingKV(inbox, transfer)).unflatten(0, (ranks, tokens[own]))
+
+    def _landed(self, plan: ShardingPlan, incoming: IncomingKV) -> Tensor:
+        """The rows of an inbox, once they are there, in the order of attention."""
+        order = self.order(plan, incoming.inbox.rows.device)
+        return _taken(self.transport, incoming, order[1] if order else None)
 
 
 class Ulysses(Heads):
     """DeepSpeed-Ulysses (arXiv 2309.14509): every rank computes every row of the pack for its share of the heads.
 
-    A plan of all ranks says who holds which rows, and nothing else. Attention reads the rows in the order in which they
-    arrive, rank by rank.
+    A plan of all ranks says who holds which rows, and nothing else: attention has them in the order of the pack.
     """
 
     name = "ulysses"
@@ -136,6 +146,10 @@ class Ulysses(Heads):
 
     def __init__(self, transport: Transport, meet: Callable[[], None]) -> None:
         super().__init__(transport, WholePack(Alone(), meet), meet)
+        self._orders = lru_cache(maxsize=4)(_pack_order)
+
+    def order(self, plan: ShardingPlan, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        return self._orders(plan, device)
 
     def members(self, plan: ShardingPlan) -> list[int]:
         return plan.tokens.tolist()
@@ -150,14 +164,16 @@ class Ulysses(Heads):
 
 
 class WholePack(ReceivingExchange):
-    """All rows are here, those of the plan's rank 0 first: there is nobody to exchange anything with."""
+    """All rows of the pack are here: there is nobody to exchange anything with."""
 
     name = "ulysses"
     gradient_dtype = None
 
     def __init__(self, transport: Alone, meet: Callable[[], None]) -> None:
         super().__init__(transport, meet)
-        self.layout = lru_cache(maxsize=4)(whole_layout)
+        self.layout = lru_cache(maxsize=4)(
+            lambda plan: Layout("exact", make_plan(plan.document_lengths, 1, "contiguous"), 0)
+        )
 
     def tokens(self, plan: ShardingPlan) -> int:
         return int(plan.offsets[-1])
@@ -169,19 +185,19 @@ class WholePack(ReceivingExchange):
         return GradientReturn(Transfer(), lambda local: None)
 
 
-def whole_layout(plan: ShardingPlan) -> Layout:
-    """Of a rank that has all rows of the pack, in the order in which ulysses brings them there."""
-    layout = Layout("ulysses", plan, 0)
-    layout.local, layout.received = layout.received, layout.received.take(np.zeros(0, dtype=np.int64))
-    return layout
+def _pack_order(plan: ShardingPlan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row of the pack of every row as they arrive, rank by rank, and the inverse, int64 [C]."""
+    arriving = np.concatenate([plan.rows(rank) for rank in range(plan.world_size)])
+    return torch.from_numpy(arriving).to(device), torch.from_numpy(np.argsort(arriving)).to(device)
 
 
-def _landed(transport: Transport, incoming: IncomingKV) -> Tensor:
+def _taken(transport: Transport, incoming: IncomingKV, order: Tensor | None = None) -> Tensor:
     """The rows of an inbox, once they are there and this rank's have left, in memory that nobody else writes to."""
     rows, ticket = incoming.inbox
     incoming.transfer.finish()
+    if order is not None or ticket:
+        rows = rows.clone() if order is None else rows[order]
     if ticket:
-        rows = rows.clone()
         transport.free(ticket)
     return rows
 

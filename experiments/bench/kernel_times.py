@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from flashcp.comm.exchanges.exchange import Layout
-from flashcp.comm.exchanges.heads import whole_layout
 from flashcp.experiments.bench.harness import median_us, relative_error
 from flashcp.kernels.interface import KV
 from flashcp.kernels.reference import reference_attention

@@ -11,12 +11,13 @@ import numpy as np
 from flashcp.clusters import clusters
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.limits import Count, Natural, Seconds, one_of
+from flashcp.sharding.holders import members_heads
 from flashcp.sharding.lengths import LENGTH_DATA, windows
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan
 from flashcp.simulator.cost import AttentionShape
 from flashcp.simulator.summary import BASELINE
-from flashcp.simulator.variants import choose_variants
+from flashcp.simulator.variants import Variant, choose_variants
 from flashcp.train.parallel import FREE
 
 METHODS = (
@@ -24,29 +25,33 @@ METHODS = (
     "per_document",
     "ring",
     "ring_zigzag",
-    "per_sequence+ulysses",
+    "ulysses",
     "flashcp_paper",
     "flashcp_paper+exact",
     "flashcp",
 )
-"""All that are run; ulysses in the shape that it is fastest in: `contiguous` cuts every document N times, and there a
-rank computes on all pieces."""
 ONE_PLAN = "one plan: "
 """Before the name of a method that plans the windows of all replicas together, over all ranks."""
 
 
 class Work(NamedTuple):
-    """What one group of ranks does under one method in one turn: consecutive ranks, and their plan."""
+    """What one group of ranks does under one method in one turn: consecutive ranks from `first` on, `head_ranks` for
+    each of the plan."""
 
     first: int
     plan: ShardingPlan
     exchange: str
+    head_ranks: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.plan.world_size * self.head_ranks
 
 
 @dataclass
 class LabBench:
-    """methods: names, or pairs SHARDING+EXCHANGE. faults: those of them that meet faults on links afterwards.
-    one_plan: methods that plan the windows of all replicas together too.
+    """methods: names, or pairs SHARDING+EXCHANGE; `:h2` after one sets its head ranks, else they are 1. faults: those
+    of them that meet faults on links afterwards. one_plan: methods that plan the windows of all replicas together too.
 
     nodes, ranks_per_node, cores: of the lab; the ranks share the cores equally. link: free, or a cluster file whose
     bytes an operation between nodes the lab's links get. link_share: of that rate. delay_us: of a link. replicas:
@@ -114,6 +119,11 @@ class LabBench:
                     raise ValueError(
                         f"kv_heads={self.kv_heads}: expected a multiple of {ranks} ranks for {variant.name}"
                     )
+                if self.ranks_per_node % (h := max(1, variant.head_ranks)):
+                    raise ValueError(
+                        f"{variant.name!r}: expected head ranks that divide ranks_per_node={self.ranks_per_node}"
+                    )
+                members_heads(self.query_heads, self.kv_heads, h)
 
     @property
     def world_size(self) -> int:
@@ -145,13 +155,16 @@ class LabBench:
         found = {}
         for method in choose_variants(self.methods):
             found[method.name] = [
-                Work(ranks * replica, plan(lengths, ranks, method.sharding), method.exchange)
-                for replica, lengths in enumerate(batch)
+                self._work(method, lengths, ranks * replica, ranks) for replica, lengths in enumerate(batch)
             ]
         for method in choose_variants(self.one_plan) if self.one_plan else ():
-            whole = plan(np.concatenate(batch), self.world_size, method.sharding)
-            found[ONE_PLAN + method.name] = [Work(0, whole, method.exchange)]
+            found[ONE_PLAN + method.name] = [self._work(method, np.concatenate(batch), 0, self.world_size)]
         return found
+
+    def _work(self, method: Variant, lengths: np.ndarray, first: int, ranks: int) -> Work:
+        """A method that leaves its head ranks open has one here."""
+        heads = max(1, method.head_ranks)
+        return Work(first, plan(lengths, ranks // heads, method.sharding), method.exchange, heads)
 
 
 def shrunk(lengths: np.ndarray, divisor: int) -> np.ndarray:

@@ -9,20 +9,27 @@ from __future__ import annotations
 import numpy as np
 
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
+from flashcp.experiments.lab.cases import Work
 from flashcp.sharding.exchanges import traffic
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.cost import AttentionShape
+from flashcp.simulator.members import member_shape
 
 
-def crossing_bytes(plan: ShardingPlan, exchange: str, shape: AttentionShape, ranks_per_node: int) -> np.ndarray:
+def crossing_bytes(work: Work, shape: AttentionShape, ranks_per_node: int) -> np.ndarray:
     """Bytes that leave each node while one attention runs forward and backward, float64 [nodes].
 
-    Consecutive ranks share a node. Raises ValueError where ranks do not fill nodes.
+    Consecutive ranks share a node, and so do those of a holder: each of them moves its share of the heads. Raises
+    ValueError where ranks do not fill nodes, nor holders them.
     """
-    if plan.world_size % ranks_per_node:
-        raise ValueError(f"world_size={plan.world_size}: expected a multiple of ranks_per_node={ranks_per_node}")
-    moved = moved_bytes(plan, exchange, shape)
-    node = np.arange(plan.world_size) // ranks_per_node
+    plan, heads = work.plan, work.head_ranks
+    if work.ranks % ranks_per_node or ranks_per_node % heads:
+        raise ValueError(
+            f"world_size={work.ranks} with head_ranks={heads}: expected a multiple of ranks_per_node={ranks_per_node}, "
+            "and a divisor of it"
+        )
+    moved = heads * moved_bytes(plan, work.exchange, member_shape(shape, heads))
+    node = np.arange(plan.world_size) * heads // ranks_per_node
     between = np.where(node[:, None] != node[None, :], moved, 0.0)
     return np.bincount(node, between.sum(axis=1))
 

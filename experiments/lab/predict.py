@@ -56,6 +56,7 @@ def _ms(bench: LabBench, machine: Machine, work: Work) -> float:
         work.plan,
         cluster=machine,
         methods=[f"plan+{work.exchange}"],
+        head_ranks=work.head_ranks,
         query_heads=bench.query_heads,
         kv_heads=bench.kv_heads,
         head_dim=bench.head_dim,

@@ -41,11 +41,11 @@ WORST = 1e-5
 
 
 class LabRank:
-    """operators: of each group of ranks that this one is in and each exchange; one connection a group."""
+    """operators: of each group of ranks that this one is in, each exchange and number of head ranks."""
 
     def __init__(self, bench: LabBench, ranks: Ranks, file: TextIO) -> None:
         self.bench, self.ranks, self.file = bench, ranks, file
-        self.operators: dict[tuple[int, int, str], ContextParallel] = {}
+        self.operators: dict[tuple[int, int, str, int], ContextParallel] = {}
         # A group has a time-out of its own, half an hour where none is given: until then a rank that lost its peers
         # cannot end, for gloo's threads still wait for them.
         timeout = timedelta(seconds=bench.timeout_s)
@@ -124,14 +124,14 @@ class LabRank:
         routes = [0.0] * self.bench.nodes
         for work in works:
             first = work.first // per_node
-            for node, count in enumerate(crossing_bytes(work.plan, work.exchange, shape, per_node)):
+            for node, count in enumerate(crossing_bytes(work, shape, per_node)):
                 routes[first + node] += float(count)
         return routes
 
     def function(self, works: Sequence[Work]) -> Callable[[], None]:
         """This rank's part: attention forward and backward."""
         work, cp = self._mine(works)
-        q, k, v, grad = self._draw(int(work.plan.tokens[cp.rank]), self.bench.seed + 1 + self.ranks.rank)
+        q, k, v, grad = self._draw(len(cp.position_ids(work.plan)), self.bench.seed + 1 + self.ranks.rank)
 
         def function() -> None:
             out = cp.attention(q, k, v, work.plan)
@@ -150,14 +150,18 @@ class LabRank:
 
     def _mine(self, works: Sequence[Work]) -> tuple[Work, ContextParallel]:
         """The work of this rank's group, and its operator."""
-        mine = next(work for work in works if 0 <= self.ranks.rank - work.first < work.plan.world_size)
+        mine = next(work for work in works if 0 <= self.ranks.rank - work.first < work.ranks)
         return mine, self._operator(mine)
 
     def _operator(self, work: Work) -> ContextParallel:
-        key = work.first, work.plan.world_size, work.exchange
+        key = work.first, work.ranks, work.exchange, work.head_ranks
         if key not in self.operators:
-            group = self.groups[key[:2]]
-            self.operators[key] = ContextParallel(group, exchange=work.exchange, timeout_s=self.bench.timeout_s)
+            self.operators[key] = ContextParallel(
+                self.groups[key[:2]],
+                exchange=work.exchange,
+                timeout_s=self.bench.timeout_s,
+                head_ranks=work.head_ranks,
+            )
         return self.operators[key]
 
     def timed(self, function: Callable[[], None]) -> float:

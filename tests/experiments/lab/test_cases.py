@@ -28,9 +28,17 @@ def test_replicas_have_a_window_each_and_one_plan_has_them_all() -> None:
     works = bench.work(batch)
     assert list(works) == ["llama3", "flashcp", f"{ONE_PLAN}flashcp"]
     assert [(work.first, work.plan.world_size) for work in works["flashcp"]] == [(0, 4), (4, 4)]
-    ((first, plan, exchange),) = works[f"{ONE_PLAN}flashcp"]
+    ((first, plan, exchange, _),) = works[f"{ONE_PLAN}flashcp"]
     assert (first, plan.world_size, exchange) == (0, 8, "exact")
     assert plan.document_lengths.tolist() == np.concatenate(batch).tolist()
+
+
+def test_head_ranks_share_the_plan_of_fewer_holders() -> None:
+    bench = LabBench(methods=["llama3", "flashcp:h2"], one_plan=["flashcp:h2"], context=1024, windows=1, replicas=2)
+    bench.check()
+    works = bench.work(bench.batches[0])
+    assert [(work.first, work.plan.world_size, work.ranks) for work in works["flashcp:h2"]] == [(0, 2, 4), (4, 2, 4)]
+    assert [(work.plan.world_size, work.ranks) for work in works[f"{ONE_PLAN}flashcp:h2"]] == [(4, 8)]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +55,9 @@ def test_replicas_have_a_window_each_and_one_plan_has_them_all() -> None:
         ({"data_set": "war_and_peace"}, "data_set='war_and_peace'"),
         ({"methods": ["flashcp"]}, "llama3"),
         ({"methods": ["llama3", "magic"]}, "magic"),
-        ({"kv_heads": 2}, "for per_sequence.ulysses"),
+        ({"kv_heads": 2}, "for ulysses"),
+        ({"methods": ["llama3", "flashcp:h4"]}, "ranks_per_node=2"),
+        ({"methods": ["llama3", "flashcp:h2"], "query_heads": 3, "kv_heads": 3}, "head_ranks=2"),
         ({"context": 4}, "context=4"),
         ({"query_heads": 6}, "query_heads=6"),
         ({"train_steps": 1}, "train_steps=1"),

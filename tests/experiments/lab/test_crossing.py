@@ -8,6 +8,7 @@ import torch
 
 import flashcp
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
+from flashcp.experiments.lab.cases import Work
 from flashcp.experiments.lab.crossing import crossing_bytes, moved_bytes
 from flashcp.simulator.cost import AttentionShape
 from tests.packs import random_qkv
@@ -38,17 +39,27 @@ def test_what_moves_is_what_operators_count() -> None:
 def test_all_that_moves_crosses_where_each_rank_is_a_node_and_nothing_where_all_share_one(exchange: str) -> None:
     plan = flashcp.plan(LENGTHS, 4, "per_document")
     moved = moved_bytes(plan, exchange, SHAPE)
-    assert crossing_bytes(plan, exchange, SHAPE, 1).tolist() == moved.sum(axis=1).tolist()
-    assert crossing_bytes(plan, exchange, SHAPE, 4).tolist() == [0.0]
+    assert crossing_bytes(Work(0, plan, exchange), SHAPE, 1).tolist() == moved.sum(axis=1).tolist()
+    assert crossing_bytes(Work(0, plan, exchange), SHAPE, 4).tolist() == [0.0]
     assert (np.diagonal(moved) == 0).all()
 
 
 def test_of_a_ring_only_the_last_rank_of_a_node_reaches_another() -> None:
     plan = flashcp.plan(LENGTHS, 4, "per_document")
     sent = moved_bytes(plan, "ring", SHAPE).sum(axis=1)
-    assert crossing_bytes(plan, "ring", SHAPE, 2).tolist() == sent[[1, 3]].tolist()
+    assert crossing_bytes(Work(0, plan, "ring"), SHAPE, 2).tolist() == sent[[1, 3]].tolist()
+
+
+@pytest.mark.parametrize("exchange", ["exact", "all_gather", "ring"])
+def test_a_holder_on_a_node_sends_as_much_as_a_rank_would(exchange: str) -> None:
+    plan = flashcp.plan(LENGTHS, 4, "per_document")
+    alone = crossing_bytes(Work(0, plan, exchange), SHAPE, 1)
+    assert crossing_bytes(Work(0, plan, exchange, head_ranks=2), SHAPE, 2).tolist() == alone.tolist()
+    one_kv_head = SHAPE._replace(kv_heads=1)  # two ranks are sent it each
+    twice = 2 * crossing_bytes(Work(0, plan, exchange), one_kv_head, 1)
+    assert crossing_bytes(Work(0, plan, exchange, head_ranks=2), one_kv_head, 2).tolist() == twice.tolist()
 
 
 def test_ranks_fill_their_nodes() -> None:
     with pytest.raises(ValueError, match="ranks_per_node=3"):
-        crossing_bytes(flashcp.plan(LENGTHS, 4), "exact", SHAPE, 3)
+        crossing_bytes(Work(0, flashcp.plan(LENGTHS, 4), "exact"), SHAPE, 3)
