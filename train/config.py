@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from flashcp.limits import Limit
+from flashcp.limits import Count, Limit
 from flashcp.options import planner, read_sharding
 from flashcp.schema import read_dataclass
 from flashcp.train.checkpoint import CheckpointConfig
@@ -25,10 +25,16 @@ from flashcp.train.tracker import TrackerConfig
 
 @dataclass
 class TrainConfig:
-    """One run, as `conf/train.yaml` explains it. out: its directory. sharding: a strategy's `name`, and its options."""
+    """One run, as `conf/train.yaml` explains it. out: its directory. sharding: a strategy's `name`, and its options.
+
+    batch_windows: windows of a pack of all ranks; data_parallel: groups of ranks that share them out, each with a plan
+    of its own. 1 plans the batch over all ranks.
+    """
 
     out: str = "runs/train"
     context: int = 4096
+    batch_windows: Count = 1
+    data_parallel: Count = 1
     seed: Annotated[int, Limit(lambda value: 0 <= value < 2**63, "a whole number >= 0 and < 2**63")] = 0
     profile: bool = False
     data: DataConfig = field(default_factory=DataConfig)
@@ -64,14 +70,26 @@ class TrainConfig:
         """
         if not self.out:
             raise ValueError("out is empty: expected a directory to write to")
-        if self.context < world_size:
+        if world_size % self.data_parallel:
+            raise ValueError(f"data_parallel={self.data_parallel}: expected a divisor of world_size={world_size}")
+        if self.batch_windows % self.data_parallel:
+            raise ValueError(
+                f"batch_windows={self.batch_windows}: expected a multiple of data_parallel={self.data_parallel}"
+            )
+        ranks, windows = world_size // self.data_parallel, self.batch_windows // self.data_parallel
+        if self.context * windows < ranks:
             raise ValueError(f"context={self.context}: expected at least one token a rank, world_size={world_size}")
         if not 2 <= self.context <= LONGEST_CONTEXT:  # a token alone has no next token to predict
             raise ValueError(f"context={self.context}: expected a whole number from 2 to {LONGEST_CONTEXT}")
+        if self.context * windows > LONGEST_CONTEXT:
+            raise ValueError(
+                f"batch_windows={self.batch_windows}: one plan for {self.context * windows} tokens, expected at most "
+                f"{LONGEST_CONTEXT}"
+            )
         if self.profile and self.loop.steps < 2:
             raise ValueError(f"profile=true with loop.steps={self.loop.steps}: expected at least 2, for one warms up")
         self.data.check()
         self.model.check()
-        self.exchange.check(world_size, self.model.heads, self.model.kv_heads)
+        self.exchange.check(ranks, self.model.heads, self.model.kv_heads)
         self.parallel.check()
-        planner(read_sharding(self.sharding), world_size)(np.array([world_size]))  # checks the options by using them
+        planner(read_sharding(self.sharding), ranks)(np.array([ranks]))  # checks the options by using them

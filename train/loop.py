@@ -97,19 +97,32 @@ class Trainer:
     def _row(
         self, packs: list[Batch], share: Tensor, norm: Tensor, rate: float, started: float, loader_ms: float
     ) -> dict[str, Any]:
-        """Times are the slowest rank's; imbalance, critical rows and saving are means over the packs.
+        """Times are the slowest rank's; imbalance, critical rows and saving are means over the packs, of all ranks:
+        the largest of the replicas', imbalance over the mean work of all, the least saving.
 
         attention_ms, exposed_exchange_ms, wait_ms: the operator's clock, all layers, forward and backward.
         loader_ms: waiting for batches that should have been ready.
         """
         (loss,) = self.ranks.sum(share.item())  # .item() waits for the device
-        names = ("attention_ms", "exposed_exchange_ms", "wait_ms")
         step_ms = 1e3 * (time.perf_counter() - started)
-        slowest = self.ranks.max(step_ms, *(getattr(self.cp.stats, name) for name in names), loader_ms)
-        times = dict(zip(("step_ms", *names, "loader_ms"), slowest, strict=True))
+        planned = [
+            value
+            for pack in packs
+            for value in (
+                pack.route.imbalance * pack.heaviness,
+                pack.route.critical_rows,
+                -pack.route.saving,
+                pack.plan.certificate.critical_rows,
+            )
+        ]
+        clock = {name: getattr(self.cp.stats, name) for name in ("attention_ms", "exposed_exchange_ms", "wait_ms")}
+        own = {"step_ms": step_ms, **clock, "loader_ms": loader_ms}
+        largest = self.ranks.max(*own.values(), *planned)
+        times = dict(zip(own, largest, strict=False))
+        imbalance, critical, lost, bound = (sum(largest[len(own) + i :: 4]) / len(packs) for i in range(4))
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {self.progress.step}: the loss is {loss}")
-        tokens = sum(int(pack.plan.offsets[-1]) for pack in packs)
+        tokens = sum(pack.size for pack in packs)
         return {
             "step": self.progress.step,
             "loss": loss,
@@ -117,15 +130,14 @@ class Trainer:
             "grad_norm": norm.item(),
             "tokens": tokens,
             "labelled_tokens": sum(pack.labelled for pack in packs),
-            "documents": sum(len(pack.plan.document_lengths) for pack in packs),
+            "documents": sum(pack.documents for pack in packs),
             "dropped_tokens": self.progress.dropped,
             "carried_tokens": self.progress.carried,
             "epoch": self.progress.position.epoch,
             **times,
             "tokens_per_s": 1e3 * tokens / times["step_ms"],
-            **{
-                name: sum(getattr(pack.route, name) for pack in packs) / len(packs)
-                for name in ("imbalance", "critical_rows", "saving")
-            },
-            "critical_rows_bound": sum(pack.plan.certificate.critical_rows for pack in packs) / len(packs),
+            "imbalance": imbalance,
+            "critical_rows": critical,
+            "saving": -lost,
+            "critical_rows_bound": bound,
         }

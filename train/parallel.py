@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
+import torch.distributed as dist
+
 import flashcp
 from flashcp.clusters import clusters
 from flashcp.kernels.tuning import Blocks, Pass, Tuning
@@ -79,8 +81,10 @@ class ParallelConfig:
                 "link has a rate of its own"
             )
 
-    def operator(self, exchange: str, link_gbps: float = 0.0) -> flashcp.ContextParallel:
-        """The attention operator over the default process group, or for one rank alone.
+    def operator(
+        self, exchange: str, link_gbps: float = 0.0, group: dist.ProcessGroup | None = None
+    ) -> flashcp.ContextParallel:
+        """The attention operator over a group (None: the default one), or for one rank alone.
 
         link_gbps: GB/s at which rows leave over `link`; 0: as `throttle_gbps` says.
         Raises ValueError for names and block shapes, and where rows should leave slowly and the transport does not slow
@@ -90,6 +94,7 @@ class ParallelConfig:
         gbps = link_gbps or self.throttle_gbps
         try:
             operator = flashcp.ContextParallel(
+                group,
                 exchange=exchange,
                 overlap=self.overlap,
                 attention=self.attention,

@@ -15,9 +15,22 @@ import torch.distributed as dist
 
 from flashcp.limits import LONGEST_WAIT_S
 
-__all__ = ["DEVICES", "LONGEST_WAIT_S", "Ranks", "exit_code", "launched_rank", "world"]
+__all__ = ["DEVICES", "LONGEST_WAIT_S", "Ranks", "Replica", "exit_code", "launched_rank", "world"]
 
 DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Replica:
+    """The ranks that share one plan, and this one among them.
+
+    index: of `count` replicas. rank: of this process in its replica. group: None where there is one replica.
+    """
+
+    index: int
+    count: int
+    rank: int
+    group: dist.ProcessGroup | None
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,15 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.sum(0.0)
+
+    def replica(self, replicas: int) -> Replica:
+        """This rank's replica of `replicas` equal ones, of consecutive ranks. Every rank must call it."""
+        size = self.world_size // replicas
+        index = self.rank // size
+        if replicas == 1:
+            return Replica(0, 1, self.rank, None)
+        groups = [dist.new_group(range(first, first + size)) for first in range(0, self.world_size, size)]
+        return Replica(index, replicas, self.rank % size, groups[index])
 
     def _reduce(self, values: tuple[float, ...], how: dist.ReduceOp.RedOpType) -> list[float]:
         if not dist.is_initialized():

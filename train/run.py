@@ -36,7 +36,10 @@ from flashcp.train.summary import summarise, versions, write_json
 from flashcp.train.trace import TRACE, traced
 from flashcp.train.tracker import Tracker
 
-SHARED = ("context", "seed", "parallel.link", "loop.steps", "loop.accumulation", "loop.device", "loop.timeout_s")
+SHARED = (
+    *("context", "batch_windows", "seed", "parallel.link"),
+    *("loop.steps", "loop.accumulation", "loop.device", "loop.timeout_s"),
+)
 
 
 @dataclass(frozen=True)
@@ -142,15 +145,17 @@ def _check_turns(configs: Sequence[TrainConfig]) -> None:
 def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLink | None) -> Iterator[Training]:
     """A run that is ready for its first step, and closed at the end whatever happens."""
     torch.manual_seed(config.seed)
-    cp = config.parallel.operator(config.exchange.name, link.gbps if link else 0.0)
+    replica = ranks.replica(config.data_parallel)
+    cp = config.parallel.operator(config.exchange.name, link.gbps if link else 0.0, replica.group)
     model = Decoder(ready.model, cp, config.seed).to(ranks.device)
     optimizer = build_optimizer(model, config.optimizer)
     progress = load_checkpoint(ready.checkpoint, model, optimizer) if ready.checkpoint else Progress()
     data = config.data
     documents = read_documents(ready.source, data.epochs, progress.position)
     windows = pack_documents(documents, ready.tokenizer, config.context, data.overflow, progress.position, data.longest)
-    make_plan = planner(config.sharding, ranks.world_size)
-    with Loader(windows, make_plan, config.exchange.name, ranks.rank, data.prefetch) as loader:
+    make_plan = planner(config.sharding, cp.world_size)
+    share = {"batch_windows": config.batch_windows, "replica": replica.index, "replicas": replica.count}
+    with Loader(windows, make_plan, config.exchange.name, replica.rank, data.prefetch, **share) as loader:
         batches = _peek(loader, config, progress)
         trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, batches, progress, ranks)
         with closing(Training(config, trainer, ready.identity, link)) as one:
@@ -163,8 +168,9 @@ def _peek(loader: Loader, config: TrainConfig, progress: Progress) -> Iterator[B
     if len(first) < config.loop.accumulation:
         more = f" after step {progress.step}" if progress.step else ""
         raise ValueError(
-            f"data.epochs={config.data.epochs}: the documents fill {len(first)} windows of "
-            f"context={config.context}{more}, expected at least loop.accumulation={config.loop.accumulation}"
+            f"data.epochs={config.data.epochs}: the documents fill {len(first)} batches of "
+            f"batch_windows={config.batch_windows} windows of context={config.context}{more}, expected at least "
+            f"loop.accumulation={config.loop.accumulation}"
         )
     return itertools.chain(first, loader)
 

@@ -79,7 +79,11 @@ class Run:
         """The same packs trained on by one process."""
         parallel = dataclasses.replace(self.config.parallel, overlap="auto", transport="auto")
         one = dataclasses.replace(
-            self.config, sharding={"name": "contiguous"}, exchange=ExchangeConfig("exact"), parallel=parallel
+            self.config,
+            data_parallel=1,
+            sharding={"name": "contiguous"},
+            exchange=ExchangeConfig("exact"),
+            parallel=parallel,
         )
         case = self.case.replace(f"-n{self.world_size}", "-n1", 1)
         return Run(case, REFERENCE, 1, self.threads, one)

@@ -62,10 +62,13 @@ def read_run(values: Mapping[str, Any], label: str = "") -> Run:
     config.check(settings.world_size)
     dataclasses.replace(config.parallel, transport="auto").operator(config.exchange.name)  # it knows its legal values
     short = f"{config.context // 1024}k" if config.context % 1024 == 0 else str(config.context)
-    case = f"{config.data.source}-c{short}-n{settings.world_size}"
+    batch = f"-b{config.batch_windows}" if config.batch_windows > 1 else ""
+    case = f"{config.data.source}-c{short}-n{settings.world_size}{batch}"
     pair = (config.sharding["name"], config.exchange.name)
     names = [name for name, published in METHODS.items() if published[1:] == pair]
     provider = settings.method if settings.method in names else next(iter(names), "+".join(pair))
+    if config.data_parallel > 1:
+        provider = f"{provider}-dp{config.data_parallel}"
     if settings.sweep.baseline == NO_OVERLAP:
         throttle = config.parallel.throttle_gbps
         case = f"{case}-{provider}" + (f"-{throttle:g}gbps" if throttle else "")

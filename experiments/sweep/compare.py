@@ -215,8 +215,8 @@ def _factors(cases: Sequence[str]) -> dict[str, dict[str, str]]:
         head, *overrides = re.split(r"-(?=[\w.]+=)", case)  # values may have dashes
         for place, part in enumerate([*([head] if "=" in head else head.split("-")), *overrides]):
             key, _, value = part.partition("=")
-            if size := re.fullmatch(r"([cn])(\d+k?)", part):
-                key, value = {"c": "context", "n": "world_size"}[size[1]], size[2]
+            if size := re.fullmatch(r"([cnb])(\d+k?)", part):
+                key, value = {"c": "context", "n": "world_size", "b": "batch_windows"}[size[1]], size[2]
             elif not value:
                 key, value = ("link" if part.endswith("gbps") else ("data", "method")[min(place, 1)]), part
             columns.setdefault(key, {})[case] = value

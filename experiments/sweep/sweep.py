@@ -41,7 +41,7 @@ from flashcp.train.parallel import FREE, SLOWING
 from flashcp.train.run import prepare
 from flashcp.train.tracker import TrackerConfig, track_comparison
 
-SHOWN = {"method", "data", "context", "world_size", "sharding", "exchange"}
+SHOWN = {"method", "data", "context", "world_size", "batch_windows", "data_parallel", "sharding", "exchange"}
 """Overrides that a job's case and provider show already."""
 
 

@@ -6,6 +6,8 @@ import importlib
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -65,6 +67,51 @@ def test_very_many_documents() -> None:
     assert np.ptp(plan.tokens) <= 1
     assert plan.imbalance <= 1.01
     assert plan.route("exact").saving > 0.99
+
+
+def batch(data: str) -> np.ndarray:
+    return np.concatenate(list(windows(data, WINDOW, 128, seed=1)))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "world_size", "seconds", "above_bound"),
+    [
+        pytest.param(lambda: batch("pile"), 128, 0.5, 1.12, id="pile-128"),
+        pytest.param(lambda: batch("pile"), 256, 1.0, 1.12, id="pile-256"),
+        pytest.param(lambda: batch("wlb_llm"), 256, 1.0, 1.12, id="wlb_llm-256"),
+        pytest.param(lambda: batch("redpajama"), 256, 1.0, 1.25, id="redpajama-256"),
+        pytest.param(lambda: np.full(8192, 16), 512, 0.5, 1.0, id="8192x16-512"),
+        pytest.param(
+            lambda: np.random.default_rng(0).lognormal(6, 1.5, 6000).astype(np.int64) + 1, 512, 0.5, 1.12, id="6000-512"
+        ),
+    ],
+)
+def test_the_batch_of_a_whole_job(
+    lengths: Callable[[], np.ndarray], world_size: int, seconds: float, above_bound: float
+) -> None:
+    """Balanced, close to the proven bound, and quick: three times the CPU seconds that are asked for at most."""
+    pack = lengths()
+    made(pack, world_size)  # compiles
+    started = time.thread_time()
+    plan = made(pack, world_size)
+    assert time.thread_time() - started < 3 * seconds
+    assert np.ptp(plan.tokens) <= 1
+    assert plan.imbalance <= 1.01
+    assert plan.route("exact").critical_rows <= above_bound * plan.certificate.critical_rows
+
+
+@pytest.mark.parametrize("world_size", [24, 200])
+@pytest.mark.parametrize("kind", ["few_long", "two_lengths", "all_lengths", "heavy_tail"])
+def test_many_documents_of_awkward_lengths(kind: str, world_size: int) -> None:
+    lengths = {
+        "few_long": np.repeat((200_000, 7), (6, 7000)),
+        "two_lengths": np.repeat((3000, 70), (600, 7000)),
+        "all_lengths": np.arange(1, 7000),
+        "heavy_tail": np.random.default_rng(1).lognormal(3, 3, 7000).astype(np.int64) + 1,
+    }[kind]
+    plan = made(lengths, world_size)
+    assert np.ptp(plan.tokens) <= 1
+    assert plan.imbalance <= 1.01
 
 
 def test_few_rows_a_rank_are_exchanged_one_by_one() -> None:

@@ -39,7 +39,15 @@ def test_omegaconf_composes_it() -> None:
 @pytest.mark.parametrize(
     ("values", "world_size", "message"),
     [
-        ({"modle": {}}, 1, r"modle: no such field; expected one of out, context, seed, profile, data, model"),
+        ({"modle": {}}, 1, r"modle: no such field; expected one of out, context, batch_windows, data_parallel, seed"),
+        ({"data_parallel": 2, "batch_windows": 2}, 3, r"data_parallel=2: expected a divisor of world_size=3"),
+        ({"data_parallel": 2}, 4, r"batch_windows=1: expected a multiple of data_parallel=2"),
+        (
+            {"batch_windows": 2**20},
+            1,
+            r"batch_windows=1048576: one plan for 4294967296 tokens, expected at most 2147483647",
+        ),
+        ({"batch_windows": 0}, 1, r"batch_windows=0: expected a whole number >= 1"),
         ({"context": 3}, 4, r"context=3: expected at least one token a rank, world_size=4"),
         ({"out": ""}, 1, r"out is empty"),
         ({"data": {"overflow": "split"}}, 1, r"data\.overflow='split': expected one of truncate, carry"),

@@ -56,6 +56,45 @@ def test_ranks_share_out_each_pack() -> None:
         assert shares[0].position == window.position
 
 
+def test_replicas_share_out_the_windows_of_a_batch() -> None:
+    """Six windows for two replicas of two ranks: three each, one pack for each replica's plan."""
+
+    def make_plan(lengths: np.ndarray) -> ShardingPlan:
+        return flashcp.plan(lengths, 2, "per_document")
+
+    share = {"batch_windows": 6, "replicas": 2}
+    windows = list(packs(epochs=20))
+    batches = list(
+        zip(
+            *(
+                Loader(packs(epochs=20), make_plan, "exact", rank, replica=replica, **share)
+                for replica in range(2)
+                for rank in range(2)
+            ),
+            strict=True,
+        )
+    )
+    assert len(batches) == len(windows) // 6 > 1
+    assert len(windows) % 6
+    for number, shares in enumerate(batches):
+        mine = windows[6 * number : 6 * number + 6]
+        for replica in range(2):
+            own = mine[3 * replica : 3 * replica + 3]
+            lengths = np.concatenate([window.document_lengths for window in own])
+            tokens = np.full(99, -1)
+            for share in shares[2 * replica : 2 * replica + 2]:
+                np.testing.assert_array_equal(share.plan.document_lengths, lengths)
+                tokens[share.plan.rows(share is shares[2 * replica + 1])] = share.tokens
+            np.testing.assert_array_equal(tokens, np.concatenate([window.tokens for window in own]))
+        assert {share.labelled for share in shares} == {sum(window.labelled for window in mine)}
+        assert {(share.size, share.documents) for share in shares} == {
+            (198, sum(len(window.document_lengths) for window in mine))
+        }
+        assert shares[0].heaviness + shares[2].heaviness == pytest.approx(2)
+        assert {share.carried for share in shares} == {sum(window.carried for window in mine)}
+        assert {share.position for share in shares} == {mine[-1].position}
+
+
 def test_plans_are_made_ahead_and_not_too_far() -> None:
     made = []
 

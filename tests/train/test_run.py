@@ -243,7 +243,7 @@ def test_a_run_ends_with_its_documents(tmp_path: Path) -> None:
     summary = train(small(tmp_path / "run", data=data, loop={"accumulation": 1}))
     assert summary is not None
     assert summary["steps"] == 3
-    with pytest.raises(ValueError, match=r"data\.epochs=1: the documents fill 3 windows of context=515, expected"):
+    with pytest.raises(ValueError, match="epochs=1: the documents fill 3 batches of batch_windows=1 windows"):
         train(small(tmp_path / "never", data=data, loop={"accumulation": 4}))
     assert not (tmp_path / "never").exists()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -17,17 +17,19 @@ import torch
 from flashcp.kernels.uploads import to_device
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.route import Route
+from flashcp.sharding.shards import shard_work
 from flashcp.train.data.documents import Position
-from flashcp.train.data.windows import TokenWindow
+from flashcp.train.data.windows import TokenWindow, join_windows
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One pack as one rank sees it.
+    """Some windows, one pack for each replica, as one rank sees them.
 
     tokens, labels, position_ids: this rank's rows in the plan's local order, int64 [rank's tokens]; positions
-    count from 0 in each document of the pack. plan, route: the whole pack's.
-    labelled: labelled tokens of the pack over all ranks, the loss's denominator.
+    count from 0 in each document of the pack. plan, route: of the replica's whole pack.
+    The others are of all replicas together. size: tokens. documents: their number.
+    labelled: labelled tokens, the loss's denominator. heaviness: the replica's work over the mean of the replicas.
     dropped, carried, position: see TokenWindow.
     """
 
@@ -36,7 +38,10 @@ class Batch:
     position_ids: torch.Tensor
     plan: ShardingPlan
     route: Route
+    size: int
+    documents: int
     labelled: int
+    heaviness: float
     dropped: int
     carried: int
     position: Position
@@ -49,8 +54,20 @@ class Batch:
         return replace(self, **there)
 
 
-def make_batch(window: TokenWindow, plan: ShardingPlan, exchange: str, rank: int) -> Batch:
-    """A rank's rows of a pack under a plan."""
+def make_batch(
+    windows: Sequence[TokenWindow],
+    make_plan: Callable[[np.ndarray], ShardingPlan],
+    exchange: str,
+    rank: int,
+    replica: int = 0,
+    replicas: int = 1,
+) -> Batch:
+    """A rank's rows of its replica's share of the windows, which are one pack for the plan."""
+    share = len(windows) // replicas
+    whole = join_windows(windows)
+    window = join_windows(windows[replica * share : (replica + 1) * share])
+    plan = make_plan(window.document_lengths)
+    work = int(shard_work(0, whole.document_lengths).sum())
     rows = plan.rows(rank)
     _ = plan.certificate  # made here, ahead of the step, for the metrics
     return Batch(
@@ -59,16 +76,20 @@ def make_batch(window: TokenWindow, plan: ShardingPlan, exchange: str, rank: int
         position_ids=torch.from_numpy(plan.positions(rank)),
         plan=plan,
         route=plan.route(exchange),
-        labelled=window.labelled,
-        dropped=window.dropped,
-        carried=window.carried,
-        position=window.position,
+        size=len(whole.tokens),
+        documents=len(whole.document_lengths),
+        labelled=whole.labelled,
+        heaviness=int(plan.work.sum()) * replicas / work,
+        dropped=whole.dropped,
+        carried=whole.carried,
+        position=whole.position,
     )
 
 
 class Loader(AbstractContextManager["Loader"]):
     """Batches in order, made in a background thread that stays at most `prefetch` ahead.
 
+    batch_windows: windows of a batch; a last batch with fewer is left out. replica, replicas: whose share is planned.
     An error in the thread is raised at the batch it concerns. Iteration ends after the last batch or `close`.
     Use it as a context manager, or close it: the thread ends with it.
     """
@@ -80,8 +101,13 @@ class Loader(AbstractContextManager["Loader"]):
         exchange: str,
         rank: int,
         prefetch: int = 4,
+        *,
+        batch_windows: int = 1,
+        replica: int = 0,
+        replicas: int = 1,
     ) -> None:
-        batches = (make_batch(window, make_plan(window.document_lengths), exchange, rank) for window in windows)
+        packs = zip(*[iter(windows)] * batch_windows, strict=False)
+        batches = (make_batch(pack, make_plan, exchange, rank, replica, replicas) for pack in packs)
         self._pool = ThreadPoolExecutor(1, initializer=_name_thread)
         self._make = partial(self._pool.submit, next, batches, None)
         self._ahead = deque(self._make() for _ in range(prefetch + 1))  # one of them in the thread's hand

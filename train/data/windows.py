@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,6 +38,16 @@ class TokenWindow:
     def labelled(self) -> int:
         """Tokens that have a label."""
         return int((self.labels != NO_LABEL).sum())
+
+
+def join_windows(windows: Sequence[TokenWindow]) -> TokenWindow:
+    """Consecutive windows behind each other as one: documents stay cut where the windows end."""
+    tokens, labels, lengths = (
+        np.concatenate([getattr(window, name) for window in windows])
+        for name in ("tokens", "labels", "document_lengths")
+    )
+    dropped, carried = (sum(getattr(window, name) for window in windows) for name in ("dropped", "carried"))
+    return TokenWindow(tokens, labels, lengths, windows[-1].position, dropped, carried)
 
 
 def encode_documents(

@@ -30,6 +30,7 @@ Cost = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]
 
 SMALL_WINDOW = 4096  # tokens up to which the loops run uncompiled: numba takes longer to import than they take
 STARTS = 8  # searches that begin; the better half goes on, until one is left
+MANY = 2**17  # documents times ranks above which one search has all changes: eight would have too few each
 LEAST_MOVES = 4000  # of a search that begins
 EXTENSIONS = 4  # more rounds for a plan that is not yet within the tolerance
 SEED = 12345
@@ -51,7 +52,8 @@ def flashcp(
     """Plan a window: first imbalance within the tolerance, then critical rows of the exact exchange.
 
     tolerance: imbalance (largest work over mean) that is as good as balance.
-    budget: changes to try; None is 400 up to 4,096 tokens, 44,000 + 250 per rank above.
+    budget: changes to try; None is 400 up to 4,096 tokens, 44,000 + 250 per rank above, 200,000 + 250 where documents
+        times ranks exceed 2^17.
     total_weight: critical rows that one row less on average over the ranks is worth, to the search.
     granularity: tails begin on multiples of this many rows; heads, which equalise tokens to the row, do not.
     max_split: ranks that one document may be on, where the tolerance allows it; None for all.
@@ -115,17 +117,19 @@ def _search(
 ) -> tuple[ShardTable, int]:
     """Fill, then search from several seeds, the better half going on each time. Returns the critical rows too."""
     small = int(lengths.sum()) <= SMALL_WINDOW
-    if budget is None:
-        budget = 400 if small else 44_000 + 250 * world_size
     run_fill, run_improve = loops(compiled=not small)
     order = np.argsort(-lengths, kind="stable")
-    first, bundle, divisible = _first_plan(lengths[order], world_size, run_fill)
+    first, bundle, divisible, many = _first_plan(lengths[order], world_size, run_fill)
+    if budget is None:
+        budget = 400 if small else (200_000 if many else 44_000) + 250 * world_size
+    whole = many and int(first.number.max()) == 1  # no document is cut: nothing travels
     trial = no_holders(np.zeros(3, dtype=np.int64), world_size + 2)
-    starts = min(STARTS, max(1, budget // LEAST_MOVES))
-    running = [(Holders(*map(np.copy, first)), np.array([SEED + 7919 * start])) for start in range(starts)]
+    starts = 1 if many else min(STARTS, max(1, budget // LEAST_MOVES))
+    plans = [first, *(Holders(*map(np.copy, first)) for _ in range(starts - 1))]
+    running = [(one, np.array([SEED + 7919 * start])) for start, one in enumerate(plans)]
     rounds = starts.bit_length()
     for _ in range(rounds):
-        moves = budget // rounds // len(running)
+        moves = 0 if whole else budget // rounds // len(running)
         reached = [run_improve(one, trial, divisible, world_size, moves, seed, *settings) for one, seed in running]
         ranked = sorted(range(len(running)), key=lambda i: (reached[i], i))
         running = [running[i] for i in ranked[: max(1, len(running) // 2)]]
@@ -137,8 +141,11 @@ def _search(
     return _table(holders, lengths[order], order, bundle, divisible), int(critical)
 
 
-def _first_plan(length: np.ndarray, world_size: int, run_fill: Callable[..., None]) -> tuple[Holders, np.ndarray, int]:
-    """The plan that `fill` makes of documents sorted longest first; which bundle each later one is in.
+def _first_plan(
+    length: np.ndarray, world_size: int, run_fill: Callable[..., None]
+) -> tuple[Holders, np.ndarray, int, bool]:
+    """The plan that `fill` makes of documents sorted longest first; which bundle each later one is in; how many are
+    alone; whether documents and ranks are many.
 
     Of very many documents the longest are planned one by one; the others are dealt into 8 bundles a rank, which
     differ by one document's length at most and leave every rank room: the 16 N longest have as many tokens a rank.
@@ -151,25 +158,26 @@ def _first_plan(length: np.ndarray, world_size: int, run_fill: Callable[..., Non
     bundles = min(len(rest), 8 * world_size)
     bundle_rows, bundle_work = (sum_by(bundle, amount, bundles) for amount in (rest, shard_work(0, rest)))
 
+    many = (alone + bundles) * world_size > MANY
     holders = no_holders(np.concatenate((length[:alone], bundle_rows)), world_size + 1)
     rank = np.arange(bundles) % world_size
     holders.number[alone:] = 1
     for column, values in ((holders.rank, rank), (holders.rows, bundle_rows), (holders.work, bundle_work)):
-        column[alone:, 0] = values
+        column[0, alone:] = values
 
     def missing(amounts: np.ndarray, bundled: np.ndarray) -> np.ndarray:
         """What each rank lacks of an equal share of all, to the whole number."""
         share, left = divmod(int(amounts.sum()), world_size)
         return share + (np.arange(world_size) < left) - sum_by(rank, bundled, world_size)
 
-    run_fill(holders, alone, missing(length, bundle_rows), missing(shard_work(0, length), bundle_work))
-    return holders, bundle, alone
+    run_fill(holders, alone, missing(length, bundle_rows), missing(shard_work(0, length), bundle_work), many)
+    return holders, bundle, alone, many
 
 
 def _table(holders: Holders, length: np.ndarray, order: np.ndarray, bundle: np.ndarray, divisible: int) -> ShardTable:
     """The pieces: heads in holders' order from a document's start, tails from its end, bundled documents whole."""
-    document, slot = np.nonzero(np.arange(holders.rank.shape[1]) < holders.number[:divisible, None])
-    rank, rows, tail = (array[document, slot] for array in (holders.rank, holders.rows, holders.tail))
+    document, slot = np.nonzero(np.arange(holders.number.max()) < holders.number[:divisible, None])
+    rank, rows, tail = (array[slot, document] for array in (holders.rank, holders.rows, holders.tail))
     first = (np.cumsum(holders.number) - holders.number)[document]
 
     def before(amount: np.ndarray) -> np.ndarray:
@@ -184,7 +192,7 @@ def _table(holders: Holders, length: np.ndarray, order: np.ndarray, bundle: np.n
         order[np.concatenate((document, document, bundled))],
         np.concatenate((low, high - tail, np.zeros_like(bundled))),
         np.concatenate((low + head, high, length[bundled])),
-        np.concatenate((rank, rank, holders.rank[divisible + bundle, 0])),
+        np.concatenate((rank, rank, holders.rank[0, divisible + bundle])),
     )
     return pieces.take(pieces.rows > 0)
 

@@ -24,6 +24,8 @@ def best_member(lengths: np.ndarray, world_size: int, limit: int, work: int, cri
     """
     best = None
     key = (max(work, limit), critical)
+    if key == (limit, 0):
+        return None
     for table in _candidates(lengths, world_size, limit, key):
         most = max(largest_work(table, world_size), limit)
         if most > key[0]:

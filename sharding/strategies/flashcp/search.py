@@ -16,26 +16,27 @@ class Holders(NamedTuple):
     """Who holds how much of each document, int64. Documents are sorted, longest first; bundles come last.
 
     A bundle is several whole short documents that move together; its length is their tokens.
-    The pieces follow from the holders' order (`layout`).
+    The pieces follow from the holders' order (`layout`). Few documents have many holders, and those are the first:
+    with slots outermost only the beginning of most pages is ever touched, or none of them.
     """
 
     length: np.ndarray  # [documents]
     number: np.ndarray  # [documents] holders of each
-    rank: np.ndarray  # [documents, slots] the holders, in the order in which they take their tails
-    rows: np.ndarray  # [documents, slots]
-    work: np.ndarray  # [documents, slots]
-    tail: np.ndarray  # [documents, slots] rows taken from the end; the others are taken from the start
+    rank: np.ndarray  # [slots, documents] the holders, in the order in which they take their tails
+    rows: np.ndarray  # [slots, documents]
+    work: np.ndarray  # [slots, documents]
+    tail: np.ndarray  # [slots, documents] rows taken from the end; the others are taken from the start
 
 
 def no_holders(length: np.ndarray, slots: int) -> Holders:
     """Documents that nobody holds yet, with room for `slots` holders each."""
-    return Holders(length, np.zeros_like(length), *np.zeros((4, len(length), slots), dtype=np.int64))
+    return Holders(length, np.zeros_like(length), *np.zeros((4, slots, len(length)), dtype=np.int64))
 
 
 def find(holders: Holders, document: int, rank: int) -> int:
     """Slot of a rank among the holders of a document, -1 if it holds nothing."""
     for slot in range(holders.number[document]):
-        if holders.rank[document, slot] == rank:
+        if holders.rank[slot, document] == rank:
             return slot
     return -1
 
@@ -51,23 +52,23 @@ def layout(holders: Holders, document: int, granularity: int) -> None:
     last = holders.number[document] - 1
     low, high, owed = 0, holders.length[document], 0
     for slot in range(last):
-        rows = holders.rows[document, slot]
+        rows = holders.rows[slot, document]
         heads_only = rows * low + rows * (rows + 1) // 2
         span = high - low - rows  # > 0: later holders have rows too
-        wanted = holders.work[document, slot] + owed
+        wanted = holders.work[slot, document] + owed
         tail = (wanted - heads_only + span // 2) // span
         if granularity > 1:  # the tail begins on a multiple where the rows allow it
             tail = high - (high - tail + granularity // 2) // granularity * granularity
         tail = min(max(tail, 0), rows)
         work = heads_only + tail * span
         owed = wanted - work
-        holders.work[document, slot] = work
-        holders.tail[document, slot] = tail
+        holders.work[slot, document] = work
+        holders.tail[slot, document] = tail
         high -= tail
         low += rows - tail
-    holders.tail[document, last] = high - low
+    holders.tail[last, document] = high - low
     if last > 0:
-        holders.work[document, last] = (low + high + 1) * (high - low) // 2
+        holders.work[last, document] = (low + high + 1) * (high - low) // 2
 
 
 def charge(holders: Holders, document: int, sign: int, multicast: bool, sent: np.ndarray, received: np.ndarray) -> None:
@@ -80,9 +81,9 @@ def charge(holders: Holders, document: int, sign: int, multicast: bool, sent: np
     last = holders.number[document] - 1
     low, high, tailless = 0, holders.length[document], 0
     for slot in range(last + 1):
-        rank = holders.rank[document, slot]
-        rows = holders.rows[document, slot]
-        tail = holders.tail[document, slot]
+        rank = holders.rank[slot, document]
+        rows = holders.rows[slot, document]
+        tail = holders.tail[slot, document]
         tail_readers, head_readers = slot - tailless, last - tailless
         if multicast:
             tail_readers, head_readers = min(tail_readers, 1), min(head_readers, 1)
@@ -98,9 +99,9 @@ def charge(holders: Holders, document: int, sign: int, multicast: bool, sent: np
 
 def put(holders: Holders, document: int, rank: int, rows: int, work: int) -> None:
     slot = holders.number[document]
-    holders.rank[document, slot] = rank
-    holders.rows[document, slot] = rows
-    holders.work[document, slot] = work
+    holders.rank[slot, document] = rank
+    holders.rows[slot, document] = rows
+    holders.work[slot, document] = work
     holders.number[document] = slot + 1
 
 
@@ -109,17 +110,43 @@ def hold(holders: Holders, document: int, rank: int, rows: int, work: int) -> No
     if slot < 0:
         put(holders, document, rank, rows, work)
     else:
-        holders.rows[document, slot] += rows
-        holders.work[document, slot] += work
+        holders.rows[slot, document] += rows
+        holders.work[slot, document] += work
 
 
-def fill(holders: Holders, documents: int, room: np.ndarray, target: np.ndarray) -> None:
+def first_whole(low: np.ndarray, high: np.ndarray, at: int, end: int, rows: int, work: int, light: int) -> int:
+    """The first document from `at` that fits whole and leaves work enough for the other rows; `end` if there is none.
+
+    light: twice the mean work of the lightest rows there are.
+    """
+    while at < end:
+        left, twice = high[at] - low[at], (low[at] + high[at] + 1) * (high[at] - low[at])
+        if 0 < left <= rows and twice <= 2 * work and 2 * work - twice >= light * (rows - left):
+            break
+        at += 1
+    return at
+
+
+def last_to_close(low: np.ndarray, high: np.ndarray, first: int, at: int, rows: int, work: int) -> int:
+    """The last document up to `at` of which a tail and a head make both rows and work; first - 1 if there is none."""
+    while at >= first:
+        lightest, densest = 2 * low[at] + rows + 1, 2 * high[at] - rows + 1
+        if high[at] - low[at] > rows and rows * lightest <= 2 * work <= rows * densest:
+            break
+        at -= 1
+    return at
+
+
+def fill(holders: Holders, documents: int, room: np.ndarray, target: np.ndarray, look: bool) -> None:
     """Hand out the first `documents` documents, sorted longest first, to ranks that miss `room` rows, `target` work.
 
     The rows that are left always have the mean work that the ranks still to be filled need, so the longest document
     is at least that dense: a rank takes it whole if that is not too much, else a tail and a head of it, after as
     many of the shortest documents as bring the mean per row down to what tail and head give. The last rank takes
     the rest, and its rows and work are what it needs.
+
+    look: beyond the longest document, and never take one that leaves less work than the lightest rows have. A rank
+    that can take the longest whole takes the next longest that it can, and closes with the shortest that can close.
     """
     low = np.zeros(documents, dtype=np.int64)
     high = holders.length[:documents].copy()
@@ -127,21 +154,33 @@ def fill(holders: Holders, documents: int, room: np.ndarray, target: np.ndarray)
     for rank in range(len(room)):
         rows, work = room[rank], target[rank]
         last = rank == len(room) - 1
+        peels, whole = not look or last, 0  # peels: takes from the longest document and from the shortest only
         while rows > 0:
             while high[longest] == low[longest]:
                 longest += 1
             while high[shortest] == low[shortest]:
                 shortest -= 1
-            left = high[longest] - low[longest]
-            pairs = (low[longest] + high[longest] + 1) * left // 2
-            if left <= rows and (pairs <= work or last):
-                hold(holders, longest, rank, left, pairs)
+            light = low[shortest] + high[shortest] + 1  # twice the mean work of its rows
+            cut = longest
+            if not peels:
+                cut = whole = first_whole(low, high, max(whole, longest), shortest + 1, rows, work, light)
+                if whole > longest and rows == room[rank]:
+                    cut = longest - 1
+                elif whole > shortest:
+                    cut = last_to_close(low, high, longest, shortest, rows, work)
+                if cut < longest:
+                    peels, cut = True, longest
+            left = high[cut] - low[cut]
+            dense = low[cut] + high[cut] + 1
+            pairs = dense * left // 2
+            enough = not look or 2 * (work - pairs) >= light * (rows - left)
+            if left <= rows and ((pairs <= work and enough) or last):
+                hold(holders, cut, rank, left, pairs)
                 rows -= left
                 work -= pairs
-                low[longest] = high[longest]
+                low[cut] = high[cut]
                 continue
-            dense = low[longest] + high[longest] + 1  # twice the mean work of its rows
-            if dense > low[shortest] + high[shortest] + 1 and rows * dense > 2 * work:
+            if peels and dense > light and rows * dense > 2 * work:
                 # As if all its rows were as light as the first: never too many, and the loop comes back for more.
                 taken = max(1, (rows * dense - 2 * work) // (dense - 2 * low[shortest] - 1))
                 taken = min(taken, rows, high[shortest] - low[shortest])
@@ -152,15 +191,15 @@ def fill(holders: Holders, documents: int, room: np.ndarray, target: np.ndarray)
                 work -= pairs
                 continue
             taken = min(rows, left)
-            pairs = taken * low[longest] + taken * (taken + 1) // 2
+            pairs = taken * low[cut] + taken * (taken + 1) // 2
             span = left - taken
             tail = taken
             if span > 0:
                 tail = min(max((work - pairs) // span, 0), taken)
             pairs += tail * span
-            hold(holders, longest, rank, taken, pairs)
-            high[longest] -= tail
-            low[longest] += taken - tail
+            hold(holders, cut, rank, taken, pairs)
+            high[cut] -= tail
+            low[cut] += taken - tail
             rows -= taken
             work -= pairs
 
@@ -170,13 +209,19 @@ class Held(NamedTuple):
 
     number: np.ndarray  # [ranks]
     document: np.ndarray  # [ranks, documents]
-    place: np.ndarray  # [documents, ranks] where a document stands among a rank's
 
 
 def note(held: Held, document: int, rank: int) -> None:
-    held.place[document, rank] = held.number[rank]
     held.document[rank, held.number[rank]] = document
     held.number[rank] += 1
+
+
+def forget(held: Held, document: int, rank: int) -> None:
+    held.number[rank] -= 1
+    place = 0
+    while held.document[rank, place] != document:
+        place += 1
+    held.document[rank, place] = held.document[rank, held.number[rank]]
 
 
 def propose_split(
@@ -197,8 +242,8 @@ def propose_split(
     all_rows, all_work = 0, 0
     for slot in (one, two):
         if slot >= 0:
-            all_rows += holders.rows[document, slot]
-            all_work += holders.work[document, slot]
+            all_rows += holders.rows[slot, document]
+            all_work += holders.work[slot, document]
     low, high = min(one, two), max(one, two)
     if low < 0:
         low = high
@@ -209,7 +254,7 @@ def propose_split(
         if slot == high and rows < all_rows:
             put(trial, at, second, all_rows - rows, all_work - work)
         if slot >= 0 and slot != one and slot != two:
-            put(trial, at, holders.rank[document, slot], holders.rows[document, slot], holders.work[document, slot])
+            put(trial, at, holders.rank[slot, document], holders.rows[slot, document], holders.work[slot, document])
 
 
 def propose_moved(holders: Holders, document: int, giver: int, taker: int, trial: Holders, at: int) -> None:
@@ -217,12 +262,12 @@ def propose_moved(holders: Holders, document: int, giver: int, taker: int, trial
     gone, old = find(holders, document, giver), find(holders, document, taker)
     trial.length[at], trial.number[at] = holders.length[document], 0
     for slot in range(holders.number[document]):
-        rank, rows, work = holders.rank[document, slot], holders.rows[document, slot], holders.work[document, slot]
+        rank, rows, work = holders.rank[slot, document], holders.rows[slot, document], holders.work[slot, document]
         if slot == gone:
             rank = taker
             if old >= 0:
-                rows += holders.rows[document, old]
-                work += holders.work[document, old]
+                rows += holders.rows[old, document]
+                work += holders.work[old, document]
         if slot != old:
             put(trial, at, rank, rows, work)
 
@@ -232,18 +277,15 @@ def adopt(holders: Holders, document: int, trial: Holders, at: int, ranks: tuple
     for rank in ranks:
         before, after = find(holders, document, rank) >= 0, find(trial, at, rank) >= 0
         if before and not after:
-            held.number[rank] -= 1
-            mover = held.document[rank, held.number[rank]]
-            held.document[rank, held.place[document, rank]] = mover
-            held.place[mover, rank] = held.place[document, rank]
+            forget(held, document, rank)
         elif after and not before:
             note(held, document, rank)
     count = trial.number[at]
     holders.number[document] = count
-    holders.rank[document, :count] = trial.rank[at, :count]
-    holders.rows[document, :count] = trial.rows[at, :count]
-    holders.work[document, :count] = trial.work[at, :count]
-    holders.tail[document, :count] = trial.tail[at, :count]
+    holders.rank[:count, document] = trial.rank[:count, at]
+    holders.rows[:count, document] = trial.rows[:count, at]
+    holders.work[:count, document] = trial.work[:count, at]
+    holders.tail[:count, document] = trial.tail[:count, at]
 
 
 def draw(seed: np.ndarray, below: int) -> int:
@@ -252,25 +294,63 @@ def draw(seed: np.ndarray, below: int) -> int:
     return (seed[0] * below) >> 31
 
 
-def overwork(work: np.ndarray, limit: int) -> int:
-    total = 0
-    for rank in range(len(work)):
-        total += max(0, work[rank] - limit)
-    return total
+class Loads(NamedTuple):
+    """What each rank has to do, int64 [ranks]."""
+
+    work: np.ndarray
+    sent: np.ndarray
+    received: np.ndarray
 
 
-def volume_energy(sent: np.ndarray, received: np.ndarray, weight: int, shift: int) -> int:
-    """What the search lowers: the sum over ranks of (volume >> shift) ** 4.
+def energy_of(loads: Loads, rank: int, weight: int, shift: int) -> int:
+    """A rank's share of what the search lowers: (volume >> shift) ** 4.
 
     volume = max(sent, received) + weight / 128 * (sent + received). The fourth power stands for the maximum and
     still rewards relief of the other ranks; the clamp keeps the sum within 63 bits for 2000 ranks.
     """
-    energy = 0
-    for rank in range(len(sent)):
-        volume = max(sent[rank], received[rank]) + (((sent[rank] + received[rank]) * weight) >> 7)
-        square = min(volume >> shift, 8191) ** 2
-        energy += square * square
-    return energy
+    sent, received = loads.sent[rank], loads.received[rank]
+    square = min((max(sent, received) + (((sent + received) * weight) >> 7)) >> shift, 8191) ** 2
+    return square * square
+
+
+def weigh(holders: Holders, document: int, sign: int, work: np.ndarray) -> None:
+    """Add (sign 1) or take away (-1) the work that a document gives its holders."""
+    for slot in range(holders.number[document]):
+        work[holders.rank[slot, document]] += sign * holders.work[slot, document]
+
+
+class Touched(NamedTuple):
+    """The ranks whose loads a change alters, int64 [ranks] each; `before` is what the loads were."""
+
+    mark: np.ndarray  # 1 where a rank is among them
+    rank: np.ndarray
+    before: Loads
+
+
+def touch(touched: Touched, count: int, loads: Loads, holders: Holders, document: int) -> int:
+    """Add the holders of a document to the first `count` ranks touched. Returns how many there are."""
+    for slot in range(holders.number[document]):
+        rank = holders.rank[slot, document]
+        if touched.mark[rank] == 0:
+            touched.mark[rank] = 1
+            touched.rank[count] = rank
+            touched.before.work[count] = loads.work[rank]
+            touched.before.sent[count] = loads.sent[rank]
+            touched.before.received[count] = loads.received[rank]
+            count += 1
+    return count
+
+
+def worst(loads: Loads) -> tuple[int, int]:
+    """The rank that sends or receives most, and the one with most work; the first of equals."""
+    busiest, hardest, most = 0, 0, -1
+    for rank in range(len(loads.work)):
+        volume = max(loads.sent[rank], loads.received[rank])
+        if volume > most:
+            busiest, most = rank, volume
+        if loads.work[rank] > loads.work[hardest]:
+            hardest = rank
+    return busiest, hardest
 
 
 def improve(
@@ -292,34 +372,31 @@ def improve(
     limit: largest work a rank should have. weight: of the mean of sent and received rows, in 1/64.
     """
     documents = len(holders.length)
-    work = np.zeros(world_size, dtype=np.int64)
-    sent, received = np.zeros_like(work), np.zeros_like(work)
-    held = Held(
-        np.zeros_like(work),
-        np.empty((world_size, documents), dtype=np.int64),
-        np.empty((documents, world_size), dtype=np.int64),
-    )
+    number = np.zeros(world_size, dtype=np.int64)
+    loads = Loads(number.copy(), number.copy(), number.copy())
+    work = loads.work
+    touched = Touched(number.copy(), number.copy(), Loads(number.copy(), number.copy(), number.copy()))
+    held = Held(number, np.empty((world_size, documents), dtype=np.int64))
     wide = 0  # holders beyond max_split, over all documents
     for document in range(documents):
         layout(holders, document, granularity)
-        charge(holders, document, 1, multicast, sent, received)
+        weigh(holders, document, 1, work)
+        charge(holders, document, 1, multicast, loads.sent, loads.received)
         wide += max(0, holders.number[document] - max_split)
         for slot in range(holders.number[document]):
-            rank = holders.rank[document, slot]
-            work[rank] += holders.work[document, slot]
-            note(held, document, rank)
-    total = work.sum()
-    aim = (total + 39 * limit * world_size) // (40 * world_size)  # rounding to rows must not cross the limit
-    critical = max(sent.max(), received.max())
+            note(held, document, holders.rank[slot, document])
+    aim = (work.sum() + 39 * limit * world_size) // (40 * world_size)  # rounding to rows must not cross the limit
+    busiest, hardest = worst(loads)
+    critical = max(loads.sent[busiest], loads.received[busiest])
     shift = 0
     while critical >> shift >= 1024:
         shift += 1
-    excess = overwork(work, limit) + wide * limit
-    energy = volume_energy(sent, received, weight, shift)
-    new_work, new_sent, new_received = work.copy(), sent.copy(), received.copy()
+    excess, energy = wide * limit, 0
+    for rank in range(world_size):
+        excess += max(0, work[rank] - limit)
+        energy += energy_of(loads, rank, weight, shift)
     changed = np.zeros(3, dtype=np.int64)
     parts = min(max(64 // documents, 1), 8)  # of 32 changes move a part of a document: worth it for few documents
-    busiest, hardest = int(np.argmax(np.maximum(sent, received))), int(np.argmax(work))
 
     for _ in range(moves):
         # Two ranks: half of the time the first is the busiest, or the one with most work while that is too much.
@@ -334,7 +411,7 @@ def improve(
             b += 1
         if draw(seed, 2) == 0:  # a rank that shares a document with the first
             document = held.document[a, draw(seed, held.number[a])]
-            other = holders.rank[document, draw(seed, holders.number[document])]
+            other = holders.rank[draw(seed, holders.number[document]), document]
             if other != a:
                 b = other
         if draw(seed, 2) == 0:
@@ -365,16 +442,16 @@ def improve(
         need, pool, pool_work, moved, moved_work = 0, 0, 0, 0, 0
         work_a, work_b = work[a], work[b]
         if slot_a >= 0:
-            need = holders.rows[cut, slot_a]
-            pool, pool_work = need, holders.work[cut, slot_a]
+            need = holders.rows[slot_a, cut]
+            pool, pool_work = need, holders.work[slot_a, cut]
             work_a -= pool_work
         if slot_b >= 0:
-            pool += holders.rows[cut, slot_b]
-            pool_work += holders.work[cut, slot_b]
-            work_b -= holders.work[cut, slot_b]
+            pool += holders.rows[slot_b, cut]
+            pool_work += holders.work[slot_b, cut]
+            work_b -= holders.work[slot_b, cut]
         if from_a >= 0:
             slot = find(holders, from_a, a)
-            moved, moved_work = holders.rows[from_a, slot], holders.work[from_a, slot]
+            moved, moved_work = holders.rows[slot, from_a], holders.work[slot, from_a]
             if kind >= 32 - parts and moved > 1 and from_a < divisible:
                 moved = 1 + draw(seed, moved - 1)
                 moved_work = min(moved_work, moved * (moved + 1) // 2)
@@ -383,9 +460,9 @@ def improve(
             work_b += moved_work
         if from_b >= 0:
             slot = find(holders, from_b, b)
-            need -= holders.rows[from_b, slot]
-            work_a += holders.work[from_b, slot]
-            work_b -= holders.work[from_b, slot]
+            need -= holders.rows[slot, from_b]
+            work_a += holders.work[slot, from_b]
+            work_b -= holders.work[slot, from_b]
         if need < 0 or need > pool or (from_a < 0 and (need == 0 or need == pool)):
             continue
         if excess == 0 and (max(work_a, work_b) > limit or work_a + work_b + pool_work > 2 * limit):
@@ -414,13 +491,13 @@ def improve(
         changes = 1
         if from_a >= 0:
             slot = find(holders, from_a, giver)
-            if moved == holders.rows[from_a, slot]:
+            if moved == holders.rows[slot, from_a]:
                 propose_moved(holders, from_a, giver, taker, trial, changes)
             else:
                 slot = find(holders, from_a, taker)
                 if slot >= 0:
-                    moved += holders.rows[from_a, slot]
-                    moved_work += holders.work[from_a, slot]
+                    moved += holders.rows[slot, from_a]
+                    moved_work += holders.work[slot, from_a]
                 propose_split(holders, from_a, taker, giver, moved, moved_work, slot < 0, trial, changes)
             changed[changes] = from_a
             changes += 1
@@ -429,40 +506,50 @@ def improve(
             changed[changes] = from_b
             changes += 1
 
-        new_work[:] = work
-        new_wide = wide
+        # Only the ranks that hold a changed document have other loads then.
+        count, new_wide = 0, wide
         for i in range(changes):
-            document = changed[i]
             layout(trial, i, granularity)
-            for slot in range(holders.number[document]):
-                new_work[holders.rank[document, slot]] -= holders.work[document, slot]
-            for slot in range(trial.number[i]):
-                new_work[trial.rank[i, slot]] += trial.work[i, slot]
-            new_wide += max(0, trial.number[i] - max_split) - max(0, holders.number[document] - max_split)
-        new_excess = overwork(new_work, limit) + new_wide * limit
-        if new_excess > excess:
-            continue
-        new_sent[:] = sent
-        new_received[:] = received
+            count = touch(touched, count, loads, holders, changed[i])
+            count = touch(touched, count, loads, trial, i)
+            new_wide += max(0, trial.number[i] - max_split) - max(0, holders.number[changed[i]] - max_split)
+        new_excess = excess + (new_wide - wide) * limit
         for i in range(changes):
-            charge(holders, changed[i], -1, multicast, new_sent, new_received)
-            charge(trial, i, 1, multicast, new_sent, new_received)
-        new_energy = volume_energy(new_sent, new_received, weight, shift)
+            weigh(holders, changed[i], -1, work)
+            weigh(trial, i, 1, work)
+        for i in range(count):
+            rank = touched.rank[i]
+            touched.mark[rank] = 0
+            new_excess += max(0, work[rank] - limit) - max(0, touched.before.work[i] - limit)
+        if new_excess > excess:
+            for i in range(count):
+                work[touched.rank[i]] = touched.before.work[i]
+            continue
+        new_energy = energy
+        for i in range(count):
+            new_energy -= energy_of(loads, touched.rank[i], weight, shift)
+        for i in range(changes):
+            charge(holders, changed[i], -1, multicast, loads.sent, loads.received)
+            charge(trial, i, 1, multicast, loads.sent, loads.received)
+        for i in range(count):
+            new_energy += energy_of(loads, touched.rank[i], weight, shift)
         if new_excess == excess and new_energy > energy:
+            for i in range(count):
+                rank = touched.rank[i]
+                work[rank] = touched.before.work[i]
+                loads.sent[rank] = touched.before.sent[i]
+                loads.received[rank] = touched.before.received[i]
             continue
 
         excess, energy, wide = new_excess, new_energy, new_wide
-        work, new_work = new_work, work
-        sent, new_sent = new_sent, sent
-        received, new_received = new_received, received
-        busiest, hardest = int(np.argmax(np.maximum(sent, received))), int(np.argmax(work))
+        busiest, hardest = worst(loads)
         for i in range(changes):
             adopt(holders, changed[i], trial, i, (a, b), held)
-    return excess, max(sent.max(), received.max())
+    return excess, max(loads.sent[busiest], loads.received[busiest])
 
 
 HELPERS = (
-    *(find, layout, charge, put, hold, note),
-    *(propose_split, propose_moved, adopt, draw, overwork, volume_energy),
+    *(find, layout, charge, put, hold, first_whole, last_to_close, note, forget),
+    *(propose_split, propose_moved, adopt, draw, energy_of, weigh, touch, worst),
 )
 """What `fill` and `improve` call."""
