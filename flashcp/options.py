@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,14 @@ def read_sharding(sharding: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def planner(sharding: Mapping[str, Any], world_size: int) -> Callable[[np.ndarray], ShardingPlan]:
-    """Document lengths of a pack -> its plan: what the loader calls ahead of each step."""
+    """Document lengths of a pack -> its plan: what the loader calls ahead of each step (it can be pickled)."""
+    return partial(_make_plan, dict(sharding), world_size)
+
+
+def _make_plan(sharding: Mapping[str, Any], world_size: int, document_lengths: np.ndarray) -> ShardingPlan:
     options = {key: value for key, value in sharding.items() if key != "name"}
-
-    def make_plan(document_lengths: np.ndarray) -> ShardingPlan:
-        with naming_options(options):
-            return plan(document_lengths, world_size, sharding["name"], **options)
-
-    return make_plan
+    with naming_options(options):
+        return plan(document_lengths, world_size, sharding["name"], **options)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ def compiled_twins(
 ) -> list[Callable[..., Any]]:
     """The functions, compiled with the helpers that they call, and kept on disk. options: of `numba.njit`.
 
+    Other threads run meanwhile: a loader's thread plans beside the step.
     numba looks for changes in the file of a function, not in those of its helpers: they belong in one file.
     Raises ModuleNotFoundError where there is no numba.
     """
@@ -20,6 +21,6 @@ def compiled_twins(
     for helper in helpers:
         register_jitable(helper)
     try:
-        return [njit(cache=True, **options)(function) for function in functions]
+        return [njit(cache=True, nogil=True, **options)(function) for function in functions]
     except RuntimeError:  # neither the package's folder nor the user's can be written: compile in every process
-        return [njit(**options)(function) for function in functions]
+        return [njit(nogil=True, **options)(function) for function in functions]

@@ -23,7 +23,7 @@ from flashcp.options import planner
 from flashcp.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.documents import read_documents
-from flashcp.train.data.loader import Batch, Loader
+from flashcp.train.data.loader import Batch, Loader, Share
 from flashcp.train.data.sources import DataConfig, Source, open_source
 from flashcp.train.data.tokenizer import Tokenizer, load_tokenizer
 from flashcp.train.data.windows import pack_documents
@@ -154,8 +154,8 @@ def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLi
     documents = read_documents(ready.source, data.epochs, progress.position)
     windows = pack_documents(documents, ready.tokenizer, config.context, data.overflow, progress.position, data.longest)
     make_plan = planner(config.sharding, cp.world_size)
-    share = {"batch_windows": config.batch_windows, "replica": replica.index, "replicas": replica.count}
-    with Loader(windows, make_plan, config.exchange.name, replica.rank, data.prefetch, **share) as loader:
+    share = Share(config.exchange.name, replica.rank, replica.index, replica.count)
+    with Loader(windows, make_plan, share, data.prefetch, config.batch_windows, data.plan_workers) as loader:
         batches = _peek(loader, config, progress)
         trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, batches, progress, ranks)
         with closing(Training(config, trainer, ready.identity, link)) as one:

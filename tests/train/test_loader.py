@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import threading
 import time
 from collections.abc import Iterator
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 
 import flashcp
+from flashcp.options import planner
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.train.data.documents import read_documents
-from flashcp.train.data.loader import Batch, Loader
+from flashcp.train.data.loader import Batch, Loader, Share
 from flashcp.train.data.tokenizer import BytesTokenizer
 from flashcp.train.data.windows import NO_LABEL, TokenWindow, pack_documents
 from tests.train.test_documents import Parts
@@ -28,7 +31,7 @@ def load(rank: int, world_size: int, windows: Iterator[TokenWindow], prefetch: i
     def make_plan(lengths: np.ndarray) -> ShardingPlan:
         return flashcp.plan(lengths, world_size, "per_document")
 
-    return Loader(windows, make_plan, "exact", rank, prefetch)
+    return Loader(windows, make_plan, Share("exact", rank), prefetch)
 
 
 def loader_threads() -> list[threading.Thread]:
@@ -62,12 +65,11 @@ def test_replicas_share_out_the_windows_of_a_batch() -> None:
     def make_plan(lengths: np.ndarray) -> ShardingPlan:
         return flashcp.plan(lengths, 2, "per_document")
 
-    share = {"batch_windows": 6, "replicas": 2}
     windows = list(packs(epochs=20))
     batches = list(
         zip(
             *(
-                Loader(packs(epochs=20), make_plan, "exact", rank, replica=replica, **share)
+                Loader(packs(epochs=20), make_plan, Share("exact", rank, replica, 2), batch_windows=6)
                 for replica in range(2)
                 for rank in range(2)
             ),
@@ -137,3 +139,27 @@ def test_closing_early_ends_the_thread() -> None:
     assert not loader_threads()
     with pytest.raises(StopIteration):
         next(loader)
+
+
+def test_workers_make_the_same_plans_and_end_with_the_loader() -> None:
+    make_plan = planner({"name": "flashcp"}, 2)
+
+    def broken() -> Iterator[TokenWindow]:
+        yield from itertools.islice(packs(), 5)
+        raise ValueError("c.jsonl:3: not a line of JSON")
+
+    with Loader(broken(), make_plan, Share("exact", 1), workers=2) as loader:
+        for expected in itertools.islice(Loader(packs(), make_plan, Share("exact", 1)), 5):
+            batch = next(loader)
+            assert batch.plan == expected.plan
+            assert batch.tokens.equal(expected.tokens)
+        with pytest.raises(ValueError, match=r"c\.jsonl:3"):
+            next(loader)
+    with Loader(packs(epochs=0), make_plan, Share("exact", 1), workers=1) as loader:
+        next(loader)
+        assert multiprocessing.active_children()
+    deadline = time.monotonic() + 20
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [child for child in multiprocessing.active_children() if "Spawn" in type(child).__name__]
+    assert not loader_threads()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from flashcp.sharding.route import Route
 from flashcp.sharding.shards import shard_work
 from flashcp.train.data.documents import Position
 from flashcp.train.data.windows import TokenWindow, join_windows
+
+MakePlan = Callable[[np.ndarray], ShardingPlan]
 
 
 @dataclass(frozen=True)
@@ -54,60 +57,96 @@ class Batch:
         return replace(self, **there)
 
 
-def make_batch(
-    windows: Sequence[TokenWindow],
-    make_plan: Callable[[np.ndarray], ShardingPlan],
-    exchange: str,
-    rank: int,
-    replica: int = 0,
-    replicas: int = 1,
-) -> Batch:
-    """A rank's rows of its replica's share of the windows, which are one pack for the plan."""
-    share = len(windows) // replicas
-    whole = join_windows(windows)
-    window = join_windows(windows[replica * share : (replica + 1) * share])
-    plan = make_plan(window.document_lengths)
+class Share(NamedTuple):
+    """What of a batch this rank computes: the exchange of its plan, its rank in its replica, which replica of how many.
+
+    A replica has an equal number of consecutive windows, one pack for its plan.
+    """
+
+    exchange: str
+    rank: int
+    replica: int = 0
+    replicas: int = 1
+
+    def of(self, windows: Sequence[TokenWindow]) -> TokenWindow:
+        """The replica's pack."""
+        count = len(windows) // self.replicas
+        return join_windows(windows[self.replica * count : (self.replica + 1) * count])
+
+
+def make_batch(windows: Sequence[TokenWindow], share: Share, plan: ShardingPlan) -> Batch:
+    """A rank's rows of its replica's share of the windows, under the replica's plan."""
+    whole, window = join_windows(windows), share.of(windows)
     work = int(shard_work(0, whole.document_lengths).sum())
-    rows = plan.rows(rank)
+    rows = plan.rows(share.rank)
     _ = plan.certificate  # made here, ahead of the step, for the metrics
     return Batch(
         tokens=torch.from_numpy(window.tokens[rows]),
         labels=torch.from_numpy(window.labels[rows]),
-        position_ids=torch.from_numpy(plan.positions(rank)),
+        position_ids=torch.from_numpy(plan.positions(share.rank)),
         plan=plan,
-        route=plan.route(exchange),
+        route=plan.route(share.exchange),
         size=len(whole.tokens),
         documents=len(whole.document_lengths),
         labelled=whole.labelled,
-        heaviness=int(plan.work.sum()) * replicas / work,
+        heaviness=int(plan.work.sum()) * share.replicas / work,
         dropped=whole.dropped,
         carried=whole.carried,
         position=whole.position,
     )
 
 
+def _batches(
+    packs: Iterable[Sequence[TokenWindow]], make_plan: MakePlan, share: Share, workers: int, ahead: int
+) -> Generator[Batch]:
+    """The batches; with workers, plans of `ahead` more are under way. An error comes with the batch it concerns."""
+    if not workers:
+        for windows in packs:
+            yield make_batch(windows, share, make_plan(share.of(windows).document_lengths))
+        return
+    waiting: deque[tuple[Sequence[TokenWindow], Future[ShardingPlan]]] = deque()
+    packs, failed = iter(packs), None
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    try:
+        while True:
+            while failed is None and len(waiting) <= ahead:
+                try:
+                    windows = next(packs)
+                except Exception as error:  # StopIteration is one
+                    failed = error
+                else:
+                    waiting.append((windows, pool.submit(make_plan, share.of(windows).document_lengths)))
+            if not waiting:
+                break
+            windows, planned = waiting.popleft()
+            yield make_batch(windows, share, planned.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if failed is not None and not isinstance(failed, StopIteration):
+        raise failed
+
+
 class Loader(AbstractContextManager["Loader"]):
     """Batches in order, made in a background thread that stays at most `prefetch` ahead.
 
-    batch_windows: windows of a batch; a last batch with fewer is left out. replica, replicas: whose share is planned.
-    An error in the thread is raised at the batch it concerns. Iteration ends after the last batch or `close`.
-    Use it as a context manager, or close it: the thread ends with it.
+    make_plan: document lengths of the replica's pack -> its plan; picklable where there are workers. batch_windows:
+    windows of a batch; a last batch with fewer is left out. workers: processes that plan; 0: the thread plans.
+
+    An error is raised at the batch it concerns. Iteration ends after the last batch or `close`.
+    Use it as a context manager, or close it: the thread ends with it, and the workers.
     """
 
     def __init__(
         self,
         windows: Iterable[TokenWindow],
-        make_plan: Callable[[np.ndarray], ShardingPlan],
-        exchange: str,
-        rank: int,
+        make_plan: MakePlan,
+        share: Share,
         prefetch: int = 4,
-        *,
         batch_windows: int = 1,
-        replica: int = 0,
-        replicas: int = 1,
+        workers: int = 0,
     ) -> None:
         packs = zip(*[iter(windows)] * batch_windows, strict=False)
-        batches = (make_batch(pack, make_plan, exchange, rank, replica, replicas) for pack in packs)
+        self._batches = batches = _batches(packs, make_plan, share, workers, prefetch)
         self._pool = ThreadPoolExecutor(1, initializer=_name_thread)
         self._make = partial(self._pool.submit, next, batches, None)
         self._ahead = deque(self._make() for _ in range(prefetch + 1))  # one of them in the thread's hand
@@ -124,9 +163,10 @@ class Loader(AbstractContextManager["Loader"]):
         return batch
 
     def close(self) -> None:
-        """Stop the thread and wait for it."""
+        """Stop the thread and the workers, and wait for them."""
         self._ahead.clear()
         self._pool.shutdown(cancel_futures=True)
+        self._batches.close()
 
     def __exit__(self, *error: object) -> None:
         self.close()

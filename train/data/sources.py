@@ -42,6 +42,7 @@ class DataConfig:
     longest: Natural = 0
     epochs: Natural = 0
     prefetch: Count = 4
+    plan_workers: Natural = 0
 
     def check(self) -> None:
         """Raise ValueError for a path that is not read (what `path` holds is found out by opening it)."""
