@@ -149,8 +149,8 @@ def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLi
     data = config.data
     documents = read_documents(ready.source, data.epochs, progress.position)
     windows = pack_documents(documents, ready.tokenizer, config.context, data.overflow, progress.position, data.longest)
-    make_plan = planner(config.sharding, ranks.world_size)
-    with Loader(windows, make_plan, config.exchange.name, ranks.rank, data.prefetch) as loader:
+    make_plan = planner(config.sharding, cp.holders)
+    with Loader(windows, make_plan, config.exchange.name, ranks.rank, data.prefetch, cp.head_ranks) as loader:
         batches = _peek(loader, config, progress)
         trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, batches, progress, ranks)
         with closing(Training(config, trainer, ready.identity, link)) as one:

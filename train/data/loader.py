@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from flashcp.kernels.uploads import to_device
+from flashcp.sharding.holders import positions_of_rank, rows_of_rank
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.route import Route
 from flashcp.train.data.documents import Position
@@ -25,8 +26,8 @@ from flashcp.train.data.windows import TokenWindow
 class Batch:
     """One pack as one rank sees it.
 
-    tokens, labels, position_ids: this rank's rows in the plan's local order, int64 [rank's tokens]; positions
-    count from 0 in each document of the pack. plan, route: the whole pack's.
+    tokens, labels, position_ids: this rank's rows in the plan's local order, of its holder's its share, int64 [rank's
+    tokens]; positions count from 0 in each document of the pack. plan, route: the whole pack's.
     labelled: labelled tokens of the pack over all ranks, the loss's denominator.
     dropped, carried, position: see TokenWindow.
     """
@@ -49,14 +50,14 @@ class Batch:
         return replace(self, **there)
 
 
-def make_batch(window: TokenWindow, plan: ShardingPlan, exchange: str, rank: int) -> Batch:
+def make_batch(window: TokenWindow, plan: ShardingPlan, exchange: str, rank: int, head_ranks: int = 1) -> Batch:
     """A rank's rows of a pack under a plan."""
-    rows = plan.rows(rank)
+    rows = rows_of_rank(plan, rank, head_ranks)
     _ = plan.certificate  # made here, ahead of the step, for the metrics
     return Batch(
         tokens=torch.from_numpy(window.tokens[rows]),
         labels=torch.from_numpy(window.labels[rows]),
-        position_ids=torch.from_numpy(plan.positions(rank)),
+        position_ids=torch.from_numpy(positions_of_rank(plan, rank, head_ranks)),
         plan=plan,
         route=plan.route(exchange),
         labelled=window.labelled,
@@ -80,8 +81,11 @@ class Loader(AbstractContextManager["Loader"]):
         exchange: str,
         rank: int,
         prefetch: int = 4,
+        head_ranks: int = 1,
     ) -> None:
-        batches = (make_batch(window, make_plan(window.document_lengths), exchange, rank) for window in windows)
+        batches = (
+            make_batch(window, make_plan(window.document_lengths), exchange, rank, head_ranks) for window in windows
+        )
         self._pool = ThreadPoolExecutor(1, initializer=_name_thread)
         self._make = partial(self._pool.submit, next, batches, None)
         self._ahead = deque(self._make() for _ in range(prefetch + 1))  # one of them in the thread's hand
