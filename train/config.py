@@ -72,5 +72,6 @@ class TrainConfig:
             raise ValueError(f"profile=true with loop.steps={self.loop.steps}: expected at least 2, for one warms up")
         self.data.check()
         self.model.check()
-        self.parallel.check(world_size, self.model.heads, self.model.kv_heads, self.exchange)
+        self.parallel.check_heads(world_size, self.model.heads, self.model.kv_heads, self.exchange)
+        self.parallel.check()
         planner(read_sharding(self.sharding), world_size)(np.array([world_size]))  # checks the options by using them

@@ -70,10 +70,9 @@ class ParallelConfig:
     link: str = FREE
     tuning: TuningConfig = field(default_factory=TuningConfig)
 
-    def check(self, world_size: int, heads: int, kv_heads: int, exchange: ExchangeConfig) -> None:
-        """Raise ValueError for text that is no block shape and no link, and for head ranks that do not divide ranks and
-        heads; `operator` checks the other names."""
-        self.tuning.read()
+    def check_heads(self, world_size: int, heads: int, kv_heads: int, exchange: ExchangeConfig) -> None:
+        """Raise ValueError for head ranks that do not divide ranks and heads, and where the exchange between holders
+        cannot divide what is left."""
         if world_size % self.head_ranks:
             raise ValueError(
                 f"parallel.head_ranks={self.head_ranks}: expected a number that divides world_size={world_size}"
@@ -83,6 +82,10 @@ class ParallelConfig:
         except ValueError as error:
             raise ValueError(f"parallel.head_ranks={self.head_ranks} with model.{error}") from error
         exchange.check(world_size // self.head_ranks, *shared)
+
+    def check(self) -> None:
+        """Raise ValueError for text that is no block shape and no link; `operator` checks the other names."""
+        self.tuning.read()
         if self.link != FREE and self.link not in clusters():
             raise ValueError(f"parallel.link={self.link!r}: expected one of {FREE}, {', '.join(clusters())}")
         if self.link != FREE and self.throttle_gbps:

@@ -20,8 +20,7 @@ from tests.ranks import run_cases, run_ranks
 
 ODD = (1, 2)
 """The ranks that misbehave: rank 1 shares a holder with rank 0, and its place in it with rank 3."""
-TRANSPORTS = ("shm", "gloo", "shm+gloo", "gloo+shm")
-CASES = [(odd, transport) for odd in ODD for transport in TRANSPORTS]
+CASES = [(1, "shm"), (2, "gloo"), (2, "shm+gloo"), (1, "gloo+shm")]
 
 
 def operator(transport: str, timeout_s: float = 20) -> flashcp.ContextParallel:
