@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,8 @@ class TransportOptions:
 
     heap_mib: most memory for receive buffers on a rank; 0: no limit.
     region_mib: the least that one receive buffer holds, so that plans can grow without a stop.
-    throttle_gbps: GB/s at which rows leave, to study overlap on one machine; 0: at once.
+    throttle_gbps: GB/s at which rows leave (with head ranks: for other holders), to study overlap on one machine; 0: at
+    once.
     """
 
     heap_mib: float = 0.0
@@ -108,7 +109,10 @@ def connect(
     inside: Transport | None = None
     reasons = []
     for level, mail, one in zip(levels, mails, names * len(levels), strict=False):
-        transport, why = _transport(level, mail, one, handshake, options)
+        slowed = (
+            options if level is levels[-1] else replace(options, throttle_gbps=0.0)
+        )  # nodes' links are the slow ones
+        transport, why = _transport(level, mail, one, handshake, slowed)
         reasons.append(why)
         if level.inside:
             inside = transport

@@ -156,7 +156,10 @@ class ContextParallel:
         return self._begin(k, v, plan, q, softmax_scale).attention(q, softmax_scale)
 
     def prefetch(self, k: Tensor, v: Tensor, plan: ShardingPlan) -> Handle:
-        """Let K and V rows leave now; `handle.attention(q)` computes later. Arguments as for `attention`."""
+        """Let K and V rows leave now; `handle.attention(q)` computes later. Arguments as for `attention`.
+
+        With head ranks the ranks of a holder meet here, so that rows travel on to other holders.
+        """
         return self._begin(k, v, plan)
 
     def shard(self, x: Tensor, plan: ShardingPlan, dim: int = 0) -> Tensor:

@@ -90,6 +90,6 @@ class TrainConfig:
             raise ValueError(f"profile=true with loop.steps={self.loop.steps}: expected at least 2, for one warms up")
         self.data.check()
         self.model.check()
-        self.exchange.check(ranks, self.model.heads, self.model.kv_heads)
+        self.parallel.check_heads(ranks, self.model.heads, self.model.kv_heads, self.exchange)
         self.parallel.check()
         planner(read_sharding(self.sharding), ranks)(np.array([ranks]))  # checks the options by using them

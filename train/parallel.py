@@ -10,8 +10,9 @@ import torch.distributed as dist
 import flashcp
 from flashcp.clusters import clusters
 from flashcp.kernels.tuning import Blocks, Pass, Tuning
-from flashcp.limits import Seconds, one_of
+from flashcp.limits import Count, Seconds, one_of
 from flashcp.sharding.exchanges import EXCHANGES
+from flashcp.sharding.holders import members_heads
 
 FREE = "free"
 """As a link: rows leave at once."""
@@ -64,11 +65,25 @@ class ParallelConfig:
     backward: str = "keep"
     timeout_s: Seconds = 60.0
     stages: int = 2
+    head_ranks: Count = 1
     heap_mib: float = 0.0
     region_mib: float = 0.0
     throttle_gbps: float = 0.0
     link: str = FREE
     tuning: TuningConfig = field(default_factory=TuningConfig)
+
+    def check_heads(self, world_size: int, heads: int, kv_heads: int, exchange: ExchangeConfig) -> None:
+        """Raise ValueError for head ranks that do not divide ranks and heads, and where the exchange between holders
+        cannot divide what is left."""
+        if world_size % self.head_ranks:
+            raise ValueError(
+                f"parallel.head_ranks={self.head_ranks}: expected a number that divides world_size={world_size}"
+            )
+        try:
+            shared = members_heads(heads, kv_heads, self.head_ranks)
+        except ValueError as error:
+            raise ValueError(f"parallel.head_ranks={self.head_ranks} with model.{error}") from error
+        exchange.check(world_size // self.head_ranks, *shared)
 
     def check(self) -> None:
         """Raise ValueError for text that is no block shape and no link; `operator` checks the other names."""
@@ -104,6 +119,7 @@ class ParallelConfig:
                 tuning=tuning,
                 stages=self.stages,
                 options=flashcp.TransportOptions(self.heap_mib, self.region_mib, gbps),
+                head_ranks=self.head_ranks,
             )
         except ValueError as error:
             raise ValueError(f"parallel.{error}") from error

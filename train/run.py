@@ -153,8 +153,8 @@ def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLi
     data = config.data
     documents = read_documents(ready.source, data.epochs, progress.position)
     windows = pack_documents(documents, ready.tokenizer, config.context, data.overflow, progress.position, data.longest)
-    make_plan = planner(config.sharding, cp.world_size)
-    share = Share(config.exchange.name, replica.rank, replica.index, replica.count)
+    make_plan = planner(config.sharding, cp.holders)
+    share = Share(config.exchange.name, replica.rank, replica.index, replica.count, cp.head_ranks)
     with Loader(windows, make_plan, share, data.prefetch, config.batch_windows, data.plan_workers) as loader:
         batches = _peek(loader, config, progress)
         trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, batches, progress, ranks)

@@ -51,6 +51,7 @@ def test_the_programs_are_all_there_is() -> None:
     assert {p.ranks for p in drawn} == {2, 3, 4}
     assert sum(p.discards > 0 for p in drawn) > 200
     assert sum(p.queues == 1 for p in drawn) > 200
+    assert {(p.ranks, p.head_ranks) for p in drawn} == {(2, 1), (2, 2), (3, 1), (4, 1), (4, 2), (4, 4)}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Counted on the wire: rows and bytes that leave each rank equal the route's, for every strategy and exchange."""
+"""Counted on the wire: rows and bytes that leave each rank equal the route's, for every strategy and exchange; with
+head ranks on both levels."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ import flashcp
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.fabrics.base import Put
 from flashcp.comm.fabrics.shm import ShmFabric
+from flashcp.sharding.holders import bytes_inside, members_heads
 from tests.packs import random_lengths, random_qkv
 from tests.ranks import run_cases
 
@@ -31,7 +33,7 @@ class Wire:
 @contextmanager
 def watched() -> Iterator[Wire]:
     """Watches torch.distributed's operations (those that carry rows) and stores into others' memory."""
-    wire, rank, ranks = Wire(), dist.get_rank(), dist.get_world_size()
+    wire = Wire()
     all_to_all, all_gather, batch, copy = (
         dist.all_to_all_single,
         dist.all_gather_into_tensor,
@@ -40,11 +42,12 @@ def watched() -> Iterator[Wire]:
     )
 
     def counted_all_to_all(into: Tensor, rows: Tensor, received: list[int], sent: list[int], **rest: Any) -> Any:
+        rank = dist.get_rank(rest["group"])
         wire.sent_bytes += sum(part.nbytes for to, part in enumerate(rows.split(sent)) if to != rank)
         return all_to_all(into, rows, received, sent, **rest)
 
     def counted_all_gather(into: Tensor, block: Tensor, **rest: Any) -> Any:
-        wire.sent_bytes += block.nbytes * (ranks - 1)
+        wire.sent_bytes += block.nbytes * (dist.get_world_size(rest["group"]) - 1)
         return all_gather(into, block, **rest)
 
     def counted_batch(operations: list[dist.P2POp]) -> Any:
@@ -52,7 +55,7 @@ def watched() -> Iterator[Wire]:
         return batch(operations)
 
     def counted_copy(fabric: ShmFabric, put: Put, into: Tensor) -> None:
-        wire.sent_bytes += into.nbytes * (put.to != rank)
+        wire.sent_bytes += into.nbytes * (put.to != fabric.rank)
         copy(fabric, put, into)
 
     with (
@@ -95,3 +98,49 @@ def test_bytes_on_the_wire_are_the_routes(transport: str) -> None:
         forward = route.bytes(HEADS, KV_HEADS, HEAD_DIM, dtype.itemsize)
         backward = route.bytes(HEADS, KV_HEADS, HEAD_DIM, wire.itemsize, backward=True)
         assert ranks == list(zip(forward.tolist(), backward.tolist(), strict=True)), case
+
+
+def bytes_on_levels(
+    head_ranks: int, lengths: tuple[int, ...], strategy: str, exchange: str, kv_heads: int, dtype: torch.dtype,
+    transport: str,
+) -> list[tuple[int, int]]:  # fmt: skip
+    """Bytes that left inside the holder and between holders, forward and backward."""
+    cp = flashcp.ContextParallel(exchange=exchange, transport=transport, head_ranks=head_ranks, timeout_s=20)
+    inside, between = cp._connection.inside, cp._transport
+    assert inside is not None
+    plan = flashcp.plan(lengths, cp.holders, strategy)
+    *qkv, grad = random_qkv(sum(lengths), HEADS, kv_heads, HEAD_DIM, dtype, seed=0)
+    q, k, v = (cp.shard(x, plan).requires_grad_() for x in qkv)
+    with watched() as wire:
+        out = cp.attention(q, k, v, plan)
+        forward = (inside.sent_bytes, between.sent_bytes)
+        out.backward(cp.shard(grad, plan))
+    assert cp.sent_bytes == wire.sent_bytes == inside.sent_bytes + between.sent_bytes
+    return [forward, (inside.sent_bytes - forward[0], between.sent_bytes - forward[1])]
+
+
+@pytest.mark.parametrize(("holders", "head_ranks"), [(2, 2), (1, 4), (3, 2)])
+def test_bytes_on_both_wires_are_those_of_holders_and_routes(holders: int, head_ranks: int) -> None:
+    cases = [
+        (head_ranks, random_lengths(i, 12), strategy, exchange, kv_heads, dtype, ("shm", "gloo")[(i + j) % 2])
+        for i, strategy in enumerate(flashcp.strategies())
+        for j, exchange in enumerate(EXCHANGE_CLASSES)
+        for kv_heads, dtype in (
+            ((12, torch.float32), (12 if exchange == "ulysses" else 1, torch.bfloat16))[(i + j) % 2],
+        )
+    ]
+    for case, ranks in zip(cases, run_cases(bytes_on_levels, holders * head_ranks, cases), strict=True):
+        _, lengths, strategy, exchange, kv_heads, dtype, _ = case
+        plan = flashcp.plan(lengths, holders, strategy)
+        wire = (EXCHANGE_CLASSES[exchange].gradient_dtype or dtype).itemsize
+        heads = (*members_heads(HEADS, kv_heads, head_ranks), HEAD_DIM)
+        sizes = ((dtype.itemsize, False), (dtype.itemsize, True))
+        inside = [bytes_inside(plan, head_ranks, HEADS, kv_heads, HEAD_DIM, size, back) for size, back in sizes]
+        between = [
+            plan.route(exchange).bytes(*heads, size, back) for size, back in ((dtype.itemsize, False), (wire, True))
+        ]
+        for rank, found in enumerate(ranks):
+            wanted = [
+                (int(one[rank]), int(other[rank // head_ranks])) for one, other in zip(inside, between, strict=True)
+            ]
+            assert found == wanted, (case, rank)

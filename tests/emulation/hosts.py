@@ -118,11 +118,11 @@ class _Message:
 class EmulatedMail(Mail):
     """Messages that are taken from one host to another by hand."""
 
-    def __init__(self, host: Host, letters: Letters, rank: int, world_size: int) -> None:
+    def __init__(self, host: Host, letters: Letters, rank: int, names: Sequence[int]) -> None:
         self._host, self._letters = host, letters
-        self.rank, self.world_size, self.timeout_s = rank, world_size, 1e6
+        self.rank, self.world_size, self.timeout_s = rank, len(names), 1e6
         self.group: Any = None
-        self.names = range(world_size)
+        self.names = names
 
     def send(self, words: Tensor, rank: int, tag: int) -> Any:
         self._letters.sent[self.rank, rank, tag].append(words.clone())

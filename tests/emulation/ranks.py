@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +20,7 @@ from flashcp.comm.fabrics.cuda import CudaFabric, symmetric_memories
 from flashcp.comm.handshake import Handshake
 from flashcp.comm.heap import SymmetricHeap
 from flashcp.comm.one_sided import OneSided
+from flashcp.comm.transport import Alone, Transport
 from tests.emulation.attention import EmulatedAttention
 from tests.emulation.device import EmulatedDevice, Memory
 from tests.emulation.hosts import EmulatedMail, Host, Letters, run_hosts
@@ -47,31 +48,48 @@ def run_emulated(
     fabric: type[CudaFabric] = CudaFabric,
     memories: Callable[..., Any] = symmetric_memories,
     patient: bool = False,
+    head_ranks: int = 1,
     **device_options: Any,
 ) -> list[Any]:
     """`program(rank)` on every rank, in an order that the seed draws -> results in rank order.
 
     fabric, memories: what to run instead of the real ones. patient: waits that last for ever time out; else they raise
-    DeadlockError, which says who waits for what.
+    DeadlockError, which says who waits for what. head_ranks: of a holder.
     """
-    world, memory, letters, shared = World(seed, patient), Memory(), Letters(), _Rendezvous(world_size)
+    world, memory = World(seed, patient), Memory()
+    letters: dict[range, Letters] = defaultdict(Letters)
+    shared: dict[Sequence[int], _Rendezvous] = {}
 
     def start(rank: int) -> Callable[[Host], Any]:
         def run(host: Host) -> Any:
             device = EmulatedDevice(world, memory, rank, host, **device_options)
-            mail = EmulatedMail(host, letters, rank, world_size)
-            handshake = Handshake(mail)
+            first, place = rank - rank % head_ranks, rank % head_ranks
+            levels = [range(first, first + head_ranks), range(place, world_size, head_ranks)]
+            inside, between = (EmulatedMail(host, letters[level], level.index(rank), level) for level in levels)
+            handshake = Handshake(between, inside if head_ranks > 1 else None)
 
-            def retire(region: Region) -> None:
-                device.synchronize()
-                mail.share(b"+")
+            def transport(mail: EmulatedMail, level: int) -> Transport:
+                """level: 1 inside a holder."""
 
-            symmetric = EmulatedSymmetricMemory(device, shared)
-            made = memories(symmetric, None, rank, device, torch.device("cpu"), mail.share)
+                def retire(region: Region) -> None:
+                    device.synchronize()
+                    mail.share(b"+")
+
+                rendezvous = shared.setdefault(mail.names, _Rendezvous(mail.world_size))
+                symmetric = EmulatedSymmetricMemory(device, rendezvous, mail.rank)
+                made = memories(symmetric, None, mail.rank, device, torch.device("cpu"), mail.share)
+                own = fabric("cuda_symmetric", mail.rank, mail.world_size, device, made, retire, 60.0)
+                own.names = mail.names
+                heap = SymmetricHeap(own, lambda: handshake.oldest[level], handshake.settle)
+                return OneSided(own, heap)
+
             with device.launching(), _attention_of(device):
-                own = fabric("cuda_symmetric", rank, world_size, device, made, retire, 60.0)
-                heap = SymmetricHeap(own, lambda: handshake.oldest[0], handshake.settle)
-                result = program(Rank(device, host, Connection(OneSided(own, heap), handshake, "emulated")))
+                carries = [
+                    transport(mail, i) if mail.world_size > 1 else None for i, mail in enumerate((between, inside))
+                ]
+                result = program(
+                    Rank(device, host, Connection(carries[0] or Alone(), handshake, "emulated", carries[1]))
+                )
                 device.synchronize()
                 return result
 
@@ -113,8 +131,8 @@ class EmulatedSymmetricMemory:
     pool it begins somewhere in a block, elsewhere on each rank, and the handle's buffers begin where the block does.
     """
 
-    def __init__(self, device: EmulatedDevice, shared: _Rendezvous) -> None:
-        self.device, self.shared, self.calls = device, shared, 0
+    def __init__(self, device: EmulatedDevice, shared: _Rendezvous, rank: int) -> None:
+        self.device, self.shared, self.rank, self.calls = device, shared, rank, 0
 
     def empty(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory of this rank's."""
@@ -126,9 +144,9 @@ class EmulatedSymmetricMemory:
         call, self.calls = self.calls, self.calls + 1
         brought = self.shared.brought[call]
         block = self.device.memory.find(tensor.data_ptr())
-        brought[self.device.rank] = block
+        brought[self.rank] = block
         self.device.host.wait(lambda: len(brought) == self.shared.world_size, "all ranks' symmetric memory")
-        return _Handle(brought, self.device.rank, self.shared.world_size)
+        return _Handle(brought, self.rank, self.shared.world_size)
 
 
 class _Handle:

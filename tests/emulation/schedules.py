@@ -43,6 +43,7 @@ class Program(NamedTuple):
     discards: float = 0.0
     most_tokens: int = 40
     queues: int = 0
+    head_ranks: int = 1
 
 
 def draw_program(seed: int) -> Program:
@@ -56,7 +57,7 @@ def draw_program(seed: int) -> Program:
     return Program(
         ranks, exchange, overlap, draw.choice(("keep", "refetch")), draw.choice((1, 2, 3)), draw.choice((1, 1, 1, 2)),
         draw.choice((1, 1, 2)), draw.choice((0, 1, 2)), draw.choice((0.0, 0.0, 0.3)), draw.choice((12, 20, 40)),
-        draw.choice((0, 0, 0, 1)),
+        draw.choice((0, 0, 0, 1)), draw.choice({2: (1, 1, 2), 3: (1,), 4: (1, 2, 2, 4)}[ranks]),
     )  # fmt: skip
 
 
@@ -69,10 +70,10 @@ def layers(program: Program, seed: int, rank: Rank) -> float:
     found: list[tuple[list[Tensor], list[Tensor]]] = []
     for step in range(program.steps):
         lengths = [draw.randint(1, 12) for _ in range(draw.randint(0, 4))] + [draw.randint(8, program.most_tokens)]
-        plan = flashcp.plan(lengths, cp.world_size, draw.choice(strategies))
+        plan = flashcp.plan(lengths, cp.holders, draw.choice(strategies))
         if draw.random() < 0.15:  # whole documents, of which some ranks may have none
-            dealt = [(i, 0, length, i % cp.world_size) for i, length in enumerate(lengths)]
-            plan = flashcp.ShardingPlan.from_shards(lengths, cp.world_size, dealt)
+            dealt = [(i, 0, length, i % cp.holders) for i, length in enumerate(lengths)]
+            plan = flashcp.ShardingPlan.from_shards(lengths, cp.holders, dealt)
         rows = [_Layer(rank, cp, plan, 1000 * seed + 10 * step + layer) for layer in range(program.layers)]
         handles: list[flashcp.context_parallel.Handle] = []
         kept = []
@@ -124,7 +125,8 @@ def _reference(lengths: tuple[int, ...], seed: int) -> list[Tensor]:
 
 def errors_of(program: Program, seed: int) -> list[float]:
     """The largest error of each rank on the schedule of that seed. Raises what the emulation finds."""
-    return run_emulated(lambda rank: layers(program, seed, rank), program.ranks, seed, queues=program.queues)
+    options = {"queues": program.queues, "head_ranks": program.head_ranks}
+    return run_emulated(lambda rank: layers(program, seed, rank), program.ranks, seed, **options)
 
 
 def worst_of_one(seed: int) -> tuple[Program, float]:

@@ -67,6 +67,17 @@ def test_omegaconf_composes_it() -> None:
             3,
             r"model\.heads=8, model\.kv_heads=4: expected multiples of world_size=3",
         ),
+        (
+            {"parallel": {"head_ranks": 3}},
+            4,
+            r"parallel\.head_ranks=3: expected a number that divides world_size=4",
+        ),
+        (
+            {"parallel": {"head_ranks": 3}},
+            3,
+            r"parallel\.head_ranks=3 with model\.query_heads=8, kv_heads=4: head_ranks=3 expects",
+        ),
+        ({"parallel": {"head_ranks": 0}}, 1, r"parallel\.head_ranks=0: expected a whole number >= 1"),
         ({"parallel": {"tuning": {"forward": "fast"}}}, 1, r"parallel\.tuning\.forward: 'fast': expected QUERY_ROWSx"),
         ({"parallel": {"tuning": {"sideways": ""}}}, 1, r"parallel\.tuning\.sideways: no such field; expected one of"),
         ({"loop": {"steps": 0}}, 1, r"loop\.steps=0: expected a whole number >= 1"),

@@ -124,6 +124,14 @@ def test_every_method_on_two_ranks_gives_the_losses_of_one(single: list[dict[str
         assert rows[0]["attention_ms"] > 0
 
 
+def test_head_ranks_give_the_losses_of_one_rank(single: list[dict[str, Any]], tmp_path: Path) -> None:
+    cases = [(small(tmp_path / str(h), parallel={"head_ranks": h}),) for h in (2, 4)]  # 4: two ranks share a KV head
+    run_cases(train, 4, cases)
+    for head_ranks in (2, 4):
+        losses = [row["loss"] for row in read_rows(tmp_path / str(head_ranks))]
+        assert losses == pytest.approx([row["loss"] for row in single], rel=1e-5)
+
+
 def test_three_ranks_and_a_context_they_do_not_divide(single: list[dict[str, Any]], tmp_path: Path) -> None:
     run_ranks(train, 3, small(tmp_path / "run"))
     losses = [row["loss"] for row in read_rows(tmp_path / "run")]

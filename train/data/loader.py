@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from flashcp.kernels.uploads import to_device
+from flashcp.sharding.holders import positions_of_rank, rows_of_rank
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.route import Route
 from flashcp.sharding.shards import shard_work
@@ -29,8 +30,8 @@ MakePlan = Callable[[np.ndarray], ShardingPlan]
 class Batch:
     """Some windows, one pack for each replica, as one rank sees them.
 
-    tokens, labels, position_ids: this rank's rows in the plan's local order, int64 [rank's tokens]; positions
-    count from 0 in each document of the pack. plan, route: of the replica's whole pack.
+    tokens, labels, position_ids: this rank's rows in the plan's local order, of its holder's its share, int64 [rank's
+    tokens]; positions count from 0 in each document of the pack. plan, route: of the replica's whole pack.
     The others are of all replicas together. size: tokens. documents: their number.
     labelled: labelled tokens, the loss's denominator. heaviness: the replica's work over the mean of the replicas.
     dropped, carried, position: see TokenWindow.
@@ -60,13 +61,14 @@ class Batch:
 class Share(NamedTuple):
     """What of a batch this rank computes: the exchange of its plan, its rank in its replica, which replica of how many.
 
-    A replica has an equal number of consecutive windows, one pack for its plan.
+    A replica has an equal number of consecutive windows, one pack for its plan. head_ranks: of each of its holders.
     """
 
     exchange: str
     rank: int
     replica: int = 0
     replicas: int = 1
+    head_ranks: int = 1
 
     def of(self, windows: Sequence[TokenWindow]) -> TokenWindow:
         """The replica's pack."""
@@ -78,12 +80,12 @@ def make_batch(windows: Sequence[TokenWindow], share: Share, plan: ShardingPlan)
     """A rank's rows of its replica's share of the windows, under the replica's plan."""
     whole, window = join_windows(windows), share.of(windows)
     work = int(shard_work(0, whole.document_lengths).sum())
-    rows = plan.rows(share.rank)
+    rows = rows_of_rank(plan, share.rank, share.head_ranks)
     _ = plan.certificate  # made here, ahead of the step, for the metrics
     return Batch(
         tokens=torch.from_numpy(window.tokens[rows]),
         labels=torch.from_numpy(window.labels[rows]),
-        position_ids=torch.from_numpy(plan.positions(share.rank)),
+        position_ids=torch.from_numpy(positions_of_rank(plan, share.rank, share.head_ranks)),
         plan=plan,
         route=plan.route(share.exchange),
         size=len(whole.tokens),
