@@ -30,5 +30,10 @@ def member_shape(shape: AttentionShape, head_ranks: int) -> AttentionShape:
 
 
 def member_links(links: Links, head_ranks: int) -> Links:
-    """Between the members of one place, one in each holder: as many share a node as it has holders."""
-    return replace(links, ranks_per_node=max(1, links.ranks_per_node // head_ranks))
+    """Between the members of one place, one in each holder: as many share a node as it has holders.
+
+    All places send at the same time, so that of a port that a node's ranks share each has its part.
+    """
+    members = min(head_ranks, links.ranks_per_node)  # of a holder on a node
+    port = replace(links.network, gbps=links.network.gbps / members) if links.shared_port else links.network
+    return replace(links, ranks_per_node=max(1, links.ranks_per_node // head_ranks), network=port)

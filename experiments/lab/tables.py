@@ -42,6 +42,7 @@ class Line(NamedTuple):
     def off(self) -> float:
         return self.predicted / self.speedup.median - 1
 
+
 def is_lab(rows: Sequence[Row]) -> bool:
     """Whether a lab made these rows."""
     return any(row.metric == PREDICTED for row in rows)
