@@ -18,7 +18,7 @@ PLANNERS = ("dynamic_cp_best_effort", "flexible_cp_best_effort", "block_placemen
 """Rivals that plan the batch; all other best efforts give a window to each replica."""
 STUDY = ("llama3", "per_document", "per_document_best_effort", "ulysses_best_effort", "flashcp:d0", "flashcp:h1")
 STUDY += ("flashcp:h2", "flashcp:h4", "flashcp:h8", "flashcp:h8:w2")
-ISLANDS = ("flashcp", "flashcp:d2", "flashcp:d4", "flashcp:d8")
+ISLANDS = ("flashcp:h8", "flashcp:h8:d2", "flashcp:h8:d4", "flashcp:h8:d8")
 KINDS = ("llama3 as published", "best effort, a window a replica", "best effort, the batch planned", "flashcp")
 
 
@@ -45,7 +45,7 @@ def races(numbers: Numbers) -> list[Race]:
         ms = numbers.of(case.name, "module_ms")
         best = [name for name in ms if name in VARIANTS and VARIANTS[name].implementation == "best effort"]
         replicas = min((ms[name], name) for name in best if name not in PLANNERS)
-        planners = min((ms[name], name) for name in best if name in PLANNERS)
+        planners = min(((ms[name], name) for name in best if name in PLANNERS), default=(float("nan"), ""))
         steps = numbers.of(case.name, "step_speedup")
         found.append(Race(case, ms["flashcp"], ms["llama3"], replicas, planners, steps["flashcp"] / steps[replicas[1]]))
     return found
@@ -92,7 +92,9 @@ def _bars(axes: Any, chosen: Sequence[Race], colours: dict[str, str]) -> None:
         at = places + (number - (len(KINDS) - 1) / 2) * width
         axes.bar(at, heights, width, color=colours[kind])
         for x, height in zip(at, heights, strict=True):
-            axes.text(x, height, f"{height:.0f}", ha="center", va="bottom", fontsize=7)
+            axes.text(
+                x, np.nan_to_num(height), f"{height:.0f}".replace("nan", ""), ha="center", va="bottom", fontsize=7
+            )
     axes.set_xticks(places, [f"{race.case.ranks} ranks" + _waits(race.case) for race in chosen])
     axes.set_ylabel("ms")
 
@@ -103,5 +105,6 @@ def _waits(case: Any) -> str:
 
 FIGURES = {
     "whole_batch": PaperFigure("one plan for the batch of all replicas", _draw, facts=_facts),
+    "whole_batch_1024": PaperFigure("the same on 1,024 ranks", _draw, facts=_facts),
     "whole_batch_steps": PaperFigure("the same with micro-batches: who waits for whom", _draw, facts=_facts),
 }
