@@ -24,24 +24,21 @@ class Copies(NamedTuple):
     stacked: int
 
 
-COPIES = {"published": Copies(2, 0), "best effort": Copies(0, 0), "ours": Copies(1, 1)}
-"""As published every all-to-all packs what it sends and unpacks what it gets; ours computes on rows where they come."""
+COPIES = {"published": Copies(2, 0), "best effort": Copies(0, 0), "ours": Copies(2, 1)}
+"""As published an all-to-all packs what it sends and unpacks what it gets; ours stacks K and V besides."""
 
 
 def share_heads(planned: Planned, inner: Module, copies: Copies) -> Module:
     """The exchange between holders, `inner`, with the all-to-alls before and after it.
 
-    Where members have one KV head between them, each needs all its rows: K and V are sent to each, and their gradients,
-    which are sums over a member's query heads alone, are added up by the rows' rank.
+    Gradients travel in the model's dtype here. Where several members have one KV head, each is sent its rows, and the
+    gradients of each, which are sums over its own query heads, are added up by the rows' rank.
     """
     head_ranks, shape = planned.setting.head_ranks, planned.shape
     if head_ranks == 1:
         return inner
     rows = -(-int(planned.plan.tokens.max()) // head_ranks)
     queries, keys = rows * shape.query_bytes / 2, float(rows * shape.kv_bytes)  # for one other member
-    repeated = head_ranks > planned.setting.shape.kv_heads
-    wire = planned.setting.gradient_bytes if repeated else shape.dtype_bytes  # whole gradients need no wider one
-    home = keys * wire / shape.dtype_bytes
     links, alone = planned.setting.machine.links, inner.exchange_us
 
     def swap(timeline: Timeline, moved: float, stacked: float = 0.0) -> None:
@@ -58,9 +55,9 @@ def share_heads(planned: Planned, inner: Module, copies: Copies) -> Module:
     swap(forward, queries)
     swap(backward, queries)
     backward.follow(inner.backward)
-    swap(backward, queries + home, home)
-    if repeated:
-        backward.run("copies", planned.sum_us(head_ranks * home, wire))
+    swap(backward, queries + keys, keys)
+    if head_ranks > planned.setting.shape.kv_heads:
+        backward.run("copies", planned.sum_us(head_ranks * keys, shape.dtype_bytes))
     held = float(planned.plan.tokens.max()) * shape.kv_bytes
     return inner._replace(
         forward=forward,

@@ -32,8 +32,8 @@ def member_shape(shape: AttentionShape, head_ranks: int) -> AttentionShape:
 def member_links(links: Links, head_ranks: int) -> Links:
     """Between the members of one place, one in each holder: as many share a node as it has holders.
 
-    A port that the ranks of a node share carries what its members of every place send at once.
+    All places send at the same time, so that of a port that a node's ranks share each has its part.
     """
-    places = min(head_ranks, links.ranks_per_node) if links.shared_port else 1
-    network = replace(links.network, gbps=links.network.gbps / places)
-    return replace(links, ranks_per_node=max(1, links.ranks_per_node // head_ranks), network=network)
+    members = min(head_ranks, links.ranks_per_node)  # of a holder on a node
+    port = replace(links.network, gbps=links.network.gbps / members) if links.shared_port else links.network
+    return replace(links, ranks_per_node=max(1, links.ranks_per_node // head_ranks), network=port)

@@ -31,6 +31,8 @@ CONFIGS = "flashcp.conf"
 at_refusal: list[Callable[[], Any]] = []
 """What to do when the application that runs turns out to have bad input."""
 OmegaConf.register_new_resolver("out_or", lambda out, name: out or f"outputs/{name}", replace=True)
+OmegaConf.register_new_resolver("over", lambda whole, part: whole // part, replace=True)
+OmegaConf.register_new_resolver("most", max, replace=True)
 
 
 class Job(NamedTuple):

@@ -92,21 +92,34 @@ def wins(numbers: Numbers) -> list[Win]:
     """The fastest method of every case."""
     found = []
     for case in numbers.cases:
-        (best, name), (following, _) = sorted((ms, name) for name, ms in numbers.of(case.name, "module_ms").items())[:2]
+        times = {name: ms for name, ms in numbers.of(case.name, "module_ms").items() if name != "flashcp:h1"}
+        (best, name), (following, _) = sorted((ms, name) for name, ms in times.items())[:2]
         found.append(Win(case, name, following / best, numbers(case.name, name, "speedup")))
     return found
 
 
 def _won(numbers: Numbers) -> dict[str, Any]:
-    """won: cases by method. close: those won by less than 5%. relayed: those that the paper's plan wins over several
-    nodes of more than one rank."""
-    found = wins(numbers)
-    several = [win for win in found if win.case.cluster == "h100-nvlink" and win.case.ranks > 8]
+    """won: cases by method. close: those won by less than 5%. behind: cases in which a best effort is more than 3%
+    ahead of `flashcp`, and how far. alone: those in which it would be without head ranks. chosen: cases by head
+    ranks."""
+    found, ahead, alone = wins(numbers), {}, 0
+    for win in found:
+        ms = numbers.of(win.case.name, "module_ms")
+        best = min(value for name, value in ms.items() if name.endswith("_best_effort"))
+        ahead[win.case.name] = ms["flashcp"] / best
+        alone += ms.get("flashcp:h1", ms["flashcp"]) > 1.03 * best  # one line where a sweep has one head rank alone
     return {
         "won": Counter(win.fastest for win in found).most_common(),
         "close": sum(win.ahead < 1.05 for win in found),
-        "relayed": sum(win.fastest.startswith("flashcp_paper") for win in several),
+        "cases": len(found),
+        "behind": {name: ratio for name, ratio in ahead.items() if ratio > 1.03},
+        "alone": alone,
+        "chosen": sorted(Counter(int(row.median) for row in numbers.rows if _chosen(row)).items()),
     }
+
+
+def _chosen(row: Row) -> bool:
+    return (row.provider, row.metric) == ("flashcp", "head_ranks")
 
 
 @styled

@@ -14,6 +14,7 @@ from flashcp.experiments.sweep.results import Row
 
 NAME = re.compile(
     r"(?P<data>[^-]+)(-w(?P<weight>[\d.]+))?-c(?P<context>\d+k?)-n(?P<ranks>\d+)-h(?P<heads>[\d:]+)"
+    r"(-b(?P<batch>\d+)(x(?P<micro>\d+)\.(?P<waits>micro_batch|step))?)?"
     r"-(?P<cluster>.+?)(-(?P<overlap>none|staged|fused))?"
 )
 DATA = {"wlb_llm": "WLB-LLM", "pile": "Pile", "redpajama": "RedPajama"}
@@ -45,13 +46,15 @@ BREAKDOWN: dict[str, dict[str, Breakdown]] = {
 def read_case(name: str) -> SimpleNamespace | None:
     """The columns of a case by the name that `sweep.simulations.case_name` made; None for other names.
 
-    name, data, weight, context, ranks, heads (of queries, and of keys where they are fewer: `32:8`), cluster, overlap.
+    name, data, weight, context, ranks, heads (of queries, and of keys where they are fewer: `32:8`), batch (its
+    windows), micro (micro-batches), waits, cluster, overlap.
     """
     if not (found := NAME.fullmatch(name)):
         return None
     columns: dict[str, Any] = found.groupdict("")
     size = columns["context"]
     columns |= {"weight": float(columns["weight"] or 1), "ranks": int(columns["ranks"])}
+    columns |= {name: int(columns[name] or 1) for name in ("batch", "micro")}
     columns["context"] = 1024 * int(size[:-1]) if size.endswith("k") else int(size)
     return SimpleNamespace(name=name, **columns)
 

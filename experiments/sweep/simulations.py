@@ -17,7 +17,7 @@ import flashcp
 from flashcp.experiments.cli.compose import Job, Multirun, run_app
 from flashcp.experiments.cli.packs import read_packs
 from flashcp.experiments.cli.schema import committed
-from flashcp.experiments.cli.simulate import check_cluster_file, chosen_machine, read_setting, simulate
+from flashcp.experiments.cli.simulate import check_cluster_file, chosen_machine, read_setting, simulate, step_of
 from flashcp.experiments.paper.beyond import measured_rows
 from flashcp.experiments.paper.figures import FIGURES, publish_figure
 from flashcp.experiments.paper.published import SOLVED, solve_packs
@@ -28,7 +28,7 @@ from flashcp.simulation import summary_table
 from flashcp.simulator.summary import Summary
 
 CONFIG = "simulations"
-METRICS = tuple(name for name, kind in get_type_hints(Summary).items() if kind is float)
+METRICS = tuple(name for name, kind in get_type_hints(Summary).items() if kind in (int, float))
 
 
 def is_simulation(overrides: Sequence[str]) -> bool:
@@ -113,7 +113,8 @@ def _simulated(settings: Mapping[str, Any], number: str) -> list[Row]:
 
 
 def case_name(settings: Mapping[str, Any]) -> str:
-    """The work of a job, in short: lengths, window, ranks, heads, cluster, overlap where one is chosen."""
+    """The work of a job, in short: lengths, window, ranks, heads, batch where it has several windows, cluster, overlap
+    where one is chosen."""
     data, model, context = settings["data"], settings["model"], settings["context"]
     name = data["source"]
     if len(set(lengths := data.get("lengths") or [])) == 1:
@@ -124,5 +125,8 @@ def case_name(settings: Mapping[str, Any]) -> str:
         name += f"-w{data['long_document_weight']:g}"
     size = f"{context // 1024}k" if context % 1024 == 0 else str(context)
     heads = ":".join(dict.fromkeys((str(model["query_heads"]), str(model["kv_heads"]))))
+    step = step_of(settings)
+    batch = f"-b{step.batch_windows}" if step.windows > 1 else ""
+    batch += f"x{step.micro_batches}.{step.waits}" if step.micro_batches > 1 else ""
     overlap = "" if settings["overlap"] == "auto" else f"-{settings['overlap']}"
-    return f"{name}-c{size}-n{settings['world_size']}-h{heads}-{chosen_machine(settings).name}{overlap}"
+    return f"{name}-c{size}-n{settings['world_size']}-h{heads}{batch}-{chosen_machine(settings).name}{overlap}"

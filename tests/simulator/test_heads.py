@@ -11,7 +11,7 @@ import flashcp
 from flashcp.clusters import read_cluster
 from flashcp.sharding.lengths import windows
 from flashcp.simulator.cost import AttentionShape, Link, Links
-from flashcp.simulator.members import legal_head_ranks
+from flashcp.simulator.members import legal_head_ranks, member_links
 from flashcp.simulator.pack import Batch, simulate_batch, simulate_module
 from flashcp.simulator.planned import Planned, Setting
 from flashcp.simulator.variants import VARIANTS, Variant
@@ -62,8 +62,7 @@ def test_all_to_alls_by_hand(head_ranks: int, kv_heads: int) -> None:
     module = simulate_module(here, FLASHCP._replace(implementation="best effort"))
     query_heads, kv = 32 // head_ranks, max(1, kv_heads // head_ranks)
     query, key = (rows * heads * 128 * 2 for heads in (query_heads, kv))
-    wide = 2 if head_ranks > kv_heads else 1  # a sum over some query heads travels in fp32
-    moved = [query + 2 * key, query, query, query + 2 * key * wide]
+    moved = [query + 2 * key, query, query, query + 2 * key]
     us = [(head_ranks - 1) * pair / (1e3 * MACHINE.links.node.gbps) + MACHINE.links.node.latency_us for pair in moved]
     assert module.forward.busy["exchange"] == pytest.approx(sum(us[:2]))
     assert module.backward.busy["exchange"] == pytest.approx(sum(us[2:]))
@@ -80,6 +79,14 @@ def test_a_member_has_its_heads_its_ports_and_its_neighbours() -> None:
     assert here.links.nodes(8).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert planned(16, ranks=32).links.nodes(2).tolist() == [0, 1]
     assert planned(4, kv_heads=2).shape.kv_heads == 1
+
+
+def test_members_share_a_port_that_their_node_has_alone() -> None:
+    one_port = replace(MACHINE.links, shared_port=True)
+    for head_ranks, members in ((1, 1), (4, 4), (8, 8), (16, 8)):
+        assert member_links(MACHINE.links, head_ranks).network == MACHINE.links.network
+        assert member_links(one_port, head_ranks).network.gbps == MACHINE.links.network.gbps / members
+        assert member_links(one_port, head_ranks).shared_port
 
 
 @pytest.mark.parametrize("exchange", ["exact", "all_gather", "ring"])

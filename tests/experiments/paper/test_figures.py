@@ -14,7 +14,7 @@ import pytest
 
 from flashcp.experiments.cli.main import main
 from flashcp.experiments.cli.schema import committed
-from flashcp.experiments.cli.simulate import chosen_variants, read_setting
+from flashcp.experiments.cli.simulate import chosen_variants, read_setting, step_of
 from flashcp.experiments.paper.beyond import BASELINES, DATA, measured_rows, stages
 from flashcp.experiments.paper.figures import FIGURES, write_paper_page
 from flashcp.experiments.paper.numbers import BREAKDOWN, Cell, Numbers, read_case, verdict
@@ -51,6 +51,9 @@ SMALL = {
         "data=wlb_llm,pile",
         "cluster=h100-nvlink,h100-ib-400g",
     ],
+    "whole_batch": ["context=16384", "world_size=64", "windows=8"],
+    "whole_batch_1024": ["context=2048", "world_size=64", "batch_windows=8", "windows=8"],
+    "whole_batch_steps": ["context=16384", "windows=32"],
 }
 
 
@@ -66,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_sweep_that_simulates_has_a_figure_and_a_note() -> None:
     template = (ROOT / "experiments/paper/page.md.j2").read_text()
-    noted = set(re.findall(r'if one.name == "(\w+)"', template))
+    noted = set(re.findall(r'"(\w+)"', " ".join(re.findall(r"if one.name (?:==|in) (.*?) %}", template))))
     assert set(committed("simulation")) == set(FIGURES) == noted == set(SMALL)
 
 
@@ -78,8 +81,8 @@ def test_committed_sweeps_compose_and_could_run(name: str) -> None:
     jobs = expand("simulations", [f"simulation={name}"])
     assert len({case_name(job.settings) for job in jobs}) == len(jobs) >= 1
     for job in jobs:
-        _, model = read_setting(job.settings)
-        assert chosen_variants(job.settings, model)
+        setting, _ = read_setting(job.settings)
+        assert chosen_variants(job.settings, setting, step_of(job.settings), 0)
         assert job.settings["name"] == name
     assert sum(job.settings["windows"] for job in jobs) <= 2_040
 
