@@ -114,6 +114,18 @@ def test_many_documents_of_awkward_lengths(kind: str, world_size: int) -> None:
     assert plan.imbalance <= 1.01
 
 
+@pytest.mark.parametrize(
+    ("few", "many", "world_size"), [((200_000, 6), (7, 7000), 200), ((3000, 600), (70, 7000), 700)]
+)
+def test_lengths_far_apart_leave_no_rank_with_everybodys_rows(
+    few: tuple[int, int], many: tuple[int, int], world_size: int
+) -> None:
+    """One of the two first plans alone ends with four times (thirty times) the critical rows here."""
+    lengths = np.repeat((few[0], many[0]), (few[1], many[1]))
+    plan = made(lengths, world_size)
+    assert plan.route("exact").critical_rows <= 1.1 * max(few[0], 2 * plan.tokens.max())
+
+
 def test_few_rows_a_rank_are_exchanged_one_by_one() -> None:
     plan = made([300], 48)
     assert np.ptp(plan.tokens) <= 1

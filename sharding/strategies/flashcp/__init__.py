@@ -30,7 +30,7 @@ Cost = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]
 
 SMALL_WINDOW = 4096  # tokens up to which the loops run uncompiled: numba takes longer to import than they take
 STARTS = 8  # searches that begin; the better half goes on, until one is left
-MANY = 2**17  # documents times ranks above which one search has all changes: eight would have too few each
+MANY = 2**17  # documents times ranks above which two searches have all changes: eight would have too few each
 LEAST_MOVES = 4000  # of a search that begins
 EXTENSIONS = 4  # more rounds for a plan that is not yet within the tolerance
 SEED = 12345
@@ -119,13 +119,18 @@ def _search(
     small = int(lengths.sum()) <= SMALL_WINDOW
     run_fill, run_improve = loops(compiled=not small)
     order = np.argsort(-lengths, kind="stable")
-    first, bundle, divisible, many = _first_plan(lengths[order], world_size, run_fill)
+    first, bundle, divisible = _first_plan(lengths[order], world_size, run_fill, False)
+    many = len(first.length) * world_size > MANY
+    if many:  # lengths of few kinds, far apart, are better filled as they come
+        plans = [_first_plan(lengths[order], world_size, run_fill, True)[0], first]
+        first = plans[0]
     if budget is None:
         budget = 400 if small else (200_000 if many else 44_000) + 250 * world_size
     whole = many and int(first.number.max()) == 1  # no document is cut: nothing travels
     trial = no_holders(np.zeros(3, dtype=np.int64), world_size + 2)
-    starts = 1 if many else min(STARTS, max(1, budget // LEAST_MOVES))
-    plans = [first, *(Holders(*map(np.copy, first)) for _ in range(starts - 1))]
+    starts = 2 if many else min(STARTS, max(1, budget // LEAST_MOVES))
+    if not many:
+        plans = [first, *(Holders(*map(np.copy, first)) for _ in range(starts - 1))]
     running = [(one, np.array([SEED + 7919 * start])) for start, one in enumerate(plans)]
     rounds = starts.bit_length()
     for _ in range(rounds):
@@ -142,10 +147,10 @@ def _search(
 
 
 def _first_plan(
-    length: np.ndarray, world_size: int, run_fill: Callable[..., None]
-) -> tuple[Holders, np.ndarray, int, bool]:
+    length: np.ndarray, world_size: int, run_fill: Callable[..., None], look: bool
+) -> tuple[Holders, np.ndarray, int]:
     """The plan that `fill` makes of documents sorted longest first; which bundle each later one is in; how many are
-    alone; whether documents and ranks are many.
+    alone. look: see `fill`.
 
     Of very many documents the longest are planned one by one; the others are dealt into 8 bundles a rank, which
     differ by one document's length at most and leave every rank room: the 16 N longest have as many tokens a rank.
@@ -158,7 +163,6 @@ def _first_plan(
     bundles = min(len(rest), 8 * world_size)
     bundle_rows, bundle_work = (sum_by(bundle, amount, bundles) for amount in (rest, shard_work(0, rest)))
 
-    many = (alone + bundles) * world_size > MANY
     holders = no_holders(np.concatenate((length[:alone], bundle_rows)), world_size + 1)
     rank = np.arange(bundles) % world_size
     holders.number[alone:] = 1
@@ -170,8 +174,8 @@ def _first_plan(
         share, left = divmod(int(amounts.sum()), world_size)
         return share + (np.arange(world_size) < left) - sum_by(rank, bundled, world_size)
 
-    run_fill(holders, alone, missing(length, bundle_rows), missing(shard_work(0, length), bundle_work), many)
-    return holders, bundle, alone, many
+    run_fill(holders, alone, missing(length, bundle_rows), missing(shard_work(0, length), bundle_work), look)
+    return holders, bundle, alone
 
 
 def _table(holders: Holders, length: np.ndarray, order: np.ndarray, bundle: np.ndarray, divisible: int) -> ShardTable:
