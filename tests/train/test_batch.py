@@ -32,21 +32,24 @@ def batch(out: Path, data_parallel: int, **sections: Any) -> dict[str, Any]:
 def test_one_plan_and_replicas_learn_what_one_process_does(tmp_path: Path) -> None:
     train(batch(tmp_path / "single", 1))
     cases = {
-        "one_plan": (1, "flashcp", "exact"),
-        "replicas": (2, "flashcp", "exact"),
-        "ring": (2, "per_document", "ring"),
-        "ulysses": (2, "contiguous", "ulysses"),  # 2 KV heads: over 2 ranks, not over 4
-        "alone": (4, "flashcp", "exact"),
+        "one_plan": (1, 1, "flashcp", "exact"),
+        "one_plan_of_two_holders": (1, 2, "flashcp", "exact"),
+        "replicas": (2, 1, "flashcp", "exact"),
+        "replicas_of_a_holder": (2, 2, "flashcp", "exact"),
+        "ring": (2, 1, "per_document", "ring"),
+        "ulysses": (2, 1, "contiguous", "ulysses"),  # 2 KV heads: over 2 ranks, not over 4
+        "alone": (4, 1, "flashcp", "exact"),
     }
     windows = {"alone": 4}
     configs = [
         (
             {
                 **batch(tmp_path / name, replicas, sharding={"name": sharding}, exchange={"name": exchange}),
+                "parallel": {"head_ranks": heads},
                 "batch_windows": windows.get(name, WINDOWS),
             },
         )
-        for name, (replicas, sharding, exchange) in cases.items()
+        for name, (replicas, heads, sharding, exchange) in cases.items()
     ]
     run_cases(train, 4, configs)
     train({**batch(tmp_path / "single_of_four", 1), "batch_windows": 4})

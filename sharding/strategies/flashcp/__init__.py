@@ -19,9 +19,12 @@ from flashcp.sharding.compiled import compiled_twins
 from flashcp.sharding.documents import sum_by
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import ShardTable, shard_work
+from flashcp.sharding.strategies.flashcp.fill import HELPERS as FILLING
+from flashcp.sharding.strategies.flashcp.fill import fill
 from flashcp.sharding.strategies.flashcp.members import best_member, largest_work, members
 from flashcp.sharding.strategies.flashcp.rows import exchange_rows
-from flashcp.sharding.strategies.flashcp.search import HELPERS, Holders, fill, improve, no_holders
+from flashcp.sharding.strategies.flashcp.search import HELPERS as SEARCHING
+from flashcp.sharding.strategies.flashcp.search import Holders, improve, no_holders
 
 __all__ = ["Cost", "flashcp"]
 
@@ -106,7 +109,8 @@ def loops(compiled: bool) -> Sequence[Callable[..., Any]]:
     """
     if compiled:
         try:
-            return compiled_twins((fill, improve), HELPERS, error_model="numpy")
+            pairs = ((fill, FILLING), (improve, SEARCHING))
+            return [compiled_twins([loop], helpers, error_model="numpy")[0] for loop, helpers in pairs]
         except ModuleNotFoundError:
             warnings.warn("numba is not installed: big windows are planned uncompiled, slowly", stacklevel=2)
     return fill, improve

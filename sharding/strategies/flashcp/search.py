@@ -1,4 +1,4 @@
-"""The loops of `flashcp`: a first plan by filling rank after rank, and a local search that improves it.
+"""The local search of `flashcp` that improves a first plan.
 
 Two ranks exchange documents and divide one of them anew; the change stays if it is not worse. All of it runs as it
 stands, or compiled by numba: whole numbers only. It is one file because numba looks for changes in the file
@@ -103,105 +103,6 @@ def put(holders: Holders, document: int, rank: int, rows: int, work: int) -> Non
     holders.rows[slot, document] = rows
     holders.work[slot, document] = work
     holders.number[document] = slot + 1
-
-
-def hold(holders: Holders, document: int, rank: int, rows: int, work: int) -> None:
-    slot = find(holders, document, rank)
-    if slot < 0:
-        put(holders, document, rank, rows, work)
-    else:
-        holders.rows[slot, document] += rows
-        holders.work[slot, document] += work
-
-
-def first_whole(low: np.ndarray, high: np.ndarray, at: int, end: int, rows: int, work: int, light: int) -> int:
-    """The first document from `at` that fits whole and leaves work enough for the other rows; `end` if there is none.
-
-    light: twice the mean work of the lightest rows there are.
-    """
-    while at < end:
-        left, twice = high[at] - low[at], (low[at] + high[at] + 1) * (high[at] - low[at])
-        if 0 < left <= rows and twice <= 2 * work and 2 * work - twice >= light * (rows - left):
-            break
-        at += 1
-    return at
-
-
-def last_to_close(low: np.ndarray, high: np.ndarray, first: int, at: int, rows: int, work: int) -> int:
-    """The last document up to `at` of which a tail and a head make both rows and work; first - 1 if there is none."""
-    while at >= first:
-        lightest, densest = 2 * low[at] + rows + 1, 2 * high[at] - rows + 1
-        if high[at] - low[at] > rows and rows * lightest <= 2 * work <= rows * densest:
-            break
-        at -= 1
-    return at
-
-
-def fill(holders: Holders, documents: int, room: np.ndarray, target: np.ndarray, look: bool) -> None:
-    """Hand out the first `documents` documents, sorted longest first, to ranks that miss `room` rows, `target` work.
-
-    The rows that are left always have the mean work that the ranks still to be filled need, so the longest document
-    is at least that dense: a rank takes it whole if that is not too much, else a tail and a head of it, after as
-    many of the shortest documents as bring the mean per row down to what tail and head give. The last rank takes
-    the rest, and its rows and work are what it needs.
-
-    look: beyond the longest document, and never take one that leaves less work than the lightest rows have. A rank
-    that can take the longest whole takes the next longest that it can, and closes with the shortest that can close.
-    """
-    low = np.zeros(documents, dtype=np.int64)
-    high = holders.length[:documents].copy()
-    longest, shortest = 0, documents - 1
-    for rank in range(len(room)):
-        rows, work = room[rank], target[rank]
-        last = rank == len(room) - 1
-        peels, whole = not look or last, 0  # peels: takes from the longest document and from the shortest only
-        while rows > 0:
-            while high[longest] == low[longest]:
-                longest += 1
-            while high[shortest] == low[shortest]:
-                shortest -= 1
-            light = low[shortest] + high[shortest] + 1  # twice the mean work of its rows
-            cut = longest
-            if not peels:
-                cut = whole = first_whole(low, high, max(whole, longest), shortest + 1, rows, work, light)
-                if whole > longest and rows == room[rank]:
-                    cut = longest - 1
-                elif whole > shortest:
-                    cut = last_to_close(low, high, longest, shortest, rows, work)
-                if cut < longest:
-                    peels, cut = True, longest
-            left = high[cut] - low[cut]
-            dense = low[cut] + high[cut] + 1
-            pairs = dense * left // 2
-            enough = not look or 2 * (work - pairs) >= light * (rows - left)
-            if left <= rows and ((pairs <= work and enough) or last):
-                hold(holders, cut, rank, left, pairs)
-                rows -= left
-                work -= pairs
-                low[cut] = high[cut]
-                continue
-            if peels and dense > light and rows * dense > 2 * work:
-                # As if all its rows were as light as the first: never too many, and the loop comes back for more.
-                taken = max(1, (rows * dense - 2 * work) // (dense - 2 * low[shortest] - 1))
-                taken = min(taken, rows, high[shortest] - low[shortest])
-                pairs = taken * low[shortest] + taken * (taken + 1) // 2
-                hold(holders, shortest, rank, taken, pairs)
-                low[shortest] += taken
-                rows -= taken
-                work -= pairs
-                continue
-            taken = min(rows, left)
-            pairs = taken * low[cut] + taken * (taken + 1) // 2
-            span = left - taken
-            tail = taken
-            if span > 0:
-                tail = min(max((work - pairs) // span, 0), taken)
-            pairs += tail * span
-            hold(holders, cut, rank, taken, pairs)
-            high[cut] -= tail
-            low[cut] += taken - tail
-            rows -= taken
-            work -= pairs
 
 
 class Held(NamedTuple):
@@ -549,7 +450,7 @@ def improve(
 
 
 HELPERS = (
-    *(find, layout, charge, put, hold, first_whole, last_to_close, note, forget),
+    *(find, layout, charge, put, note, forget),
     *(propose_split, propose_moved, adopt, draw, energy_of, weigh, touch, worst),
 )
-"""What `fill` and `improve` call."""
+"""What `improve` calls."""
