@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from flashcp.kernels.interface import KV, WaitFlags
@@ -144,7 +143,7 @@ class Transport(ABC):
         most: the most rows that any rank asks for here; all ranks come to this in the same order. steps: how many
         exchanges fill it one after another (`ring`).
         """
-        return Inbox(torch.empty((rows, *row), dtype=like.dtype, device=like.device))
+        return Inbox(like.new_empty((rows, *row)))
 
     def is_open(self, ticket: int) -> bool:
         """Whether the inbox still holds its rows."""
