@@ -15,7 +15,8 @@ from flashcp.experiments.campaign.tools import counters
 from flashcp.experiments.sweep.results import Failure, Number
 from flashcp.kernels.ahead import TARGETS, Build
 from flashcp.kernels.tuning import HEAD_DIMS
-from flashcp.simulator.variants import VARIANTS
+from flashcp.sharding.methods import METHODS
+from flashcp.simulator.variants import HEADS, VARIANTS
 
 METRICS = ("registers", "alone_ms", "shipped_ms", "candidate_ms")
 
@@ -133,7 +134,9 @@ def test_every_method_has_a_layer(turn: Turn) -> None:
     told = replace(turn, begin=begun.append)
     found = [one for one in load(PARTS["hybrid"]).measure("wlb_llm_window_0", told) if isinstance(one, Number)]
     assert not begun  # methods share their kernels: what hangs is nobody's
-    assert {one.provider for one in found} == set(VARIANTS)
+    with_heads = {name for name, one in VARIANTS.items() if not one.head_ranks and name not in METHODS}
+    assert with_heads == {f"{name}{how}" for name in HEADS for how in ("", "_best_effort")}
+    assert {one.provider for one in found} == set(VARIANTS) - with_heads  # a rank's kernels have all heads
     assert all(one.median > 0 for one in found if one.metric == "module_ms")
     assert {one.unit for one in found if one.metric.endswith("_ms")} == {"ms"}
 

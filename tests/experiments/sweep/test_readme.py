@@ -27,7 +27,7 @@ def lab_block() -> str:
     for line in lines(rows):
         made.append(f"| `{line.method}` | {line.ms:.0f} | {line.text} | {line.predicted:.2f} | {line.link_mb:.0f} |")
     one = rows[0]
-    told = f"{one.kind.capitalize()}. {one.device}, {one.versions}, commit {one.commit}, {one.date[:10]}."
+    told = f"{one.kind[0].upper()}{one.kind[1:]}. {one.device}, {one.versions}, commit {one.commit}, {one.date[:10]}."
     return "\n".join([*made, "", told, ""])
 
 

@@ -79,8 +79,8 @@ def test_a_table_without_the_data_as_sampled_keeps_its_rows(tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("paper_fig3 metrics=[modul_ms]", "metrics: 'modul_ms': expected one of imbalance, imbalance_max"),
-        ("paper_fig3 metrics=[name]", "metrics: 'name': expected one of imbalance"),
+        ("paper_fig3 metrics=[modul_ms]", "metrics: 'modul_ms': expected one of data_parallel, head_ranks"),
+        ("paper_fig3 metrics=[name]", "metrics: 'name': expected one of data_parallel"),
         ("paper_table2 metrics=[module_ms]", "metrics: 'module_ms': expected one of saving, imbalance, exact_saving"),
         ("paper_fig3 world_size=8,0", "world_size=0: expected a whole number >= 1 and <= 1024"),
         ("paper_fig3 world_size=2000", "world_size=2000: expected a whole number >= 1 and <= 1024"),
