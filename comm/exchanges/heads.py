@@ -27,6 +27,7 @@ from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, Incomin
 from flashcp.comm.exchanges.receiving import GradientReturn, ReceivingExchange
 from flashcp.comm.transport import Alone, Inbox, OutgoingRows, Transfer, Transport
 from flashcp.kernels.interface import KV
+from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.holders import members_heads, members_rows
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan as make_plan
@@ -149,7 +150,8 @@ class Ulysses(Heads):
         self._orders = lru_cache(maxsize=4)(_pack_order)
 
     def order(self, plan: ShardingPlan, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        return self._orders(plan, device)
+        there, back = self._orders(plan, device)
+        return there.here(), back.here()
 
     def members(self, plan: ShardingPlan) -> list[int]:
         return plan.tokens.tolist()
@@ -185,10 +187,10 @@ class WholePack(ReceivingExchange):
         return GradientReturn(Transfer(), lambda local: None)
 
 
-def _pack_order(plan: ShardingPlan, device: torch.device) -> tuple[Tensor, Tensor]:
+def _pack_order(plan: ShardingPlan, device: torch.device) -> tuple[Uploaded, Uploaded]:
     """Row of the pack of every row as they arrive, rank by rank, and the inverse, int64 [C]."""
     arriving = np.concatenate([plan.rows(rank) for rank in range(plan.world_size)])
-    return torch.from_numpy(arriving).to(device), torch.from_numpy(np.argsort(arriving)).to(device)
+    return Uploaded(arriving, device), Uploaded(np.argsort(arriving), device)
 
 
 def _taken(transport: Transport, incoming: IncomingKV, order: Tensor | None = None) -> Tensor:
