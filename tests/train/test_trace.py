@@ -143,7 +143,7 @@ def test_a_rank_alone_leaves_a_trace_too_and_a_run_without_profile_takes_it_away
     train({**config, "profile": True})
     trace = Trace(tmp_path / "trace/rank0.json.gz")
     assert trace.process == "rank 0"
-    assert len(trace.named("local tiles")) == LAYERS
+    assert len(trace.named("all tiles")) == LAYERS
     assert [path.name for path in (tmp_path / "trace").iterdir()] == ["rank0.json.gz"]
     train(config)
     assert not (tmp_path / "trace").exists()
