@@ -30,13 +30,18 @@ def positions_of_rank(plan: Assignment, rank: int, head_ranks: int = 1) -> np.nd
     return _share(plan.positions(rank // head_ranks), rank, head_ranks)
 
 
+def can_share_heads(query_heads: int, kv_heads: int, head_ranks: int) -> bool:
+    """Whether so many ranks can share out the heads as `members_heads` does."""
+    return not (query_heads % head_ranks or (kv_heads % head_ranks and head_ranks % kv_heads))
+
+
 def members_heads(query_heads: int, kv_heads: int, head_ranks: int) -> tuple[int, int]:
     """Query and KV heads on which one rank of a holder computes.
 
     head_ranks divides the query heads. It divides the KV heads too, or they divide it: then several ranks share a KV
     head, and each is sent it. Raises ValueError otherwise.
     """
-    if query_heads % head_ranks or (kv_heads % head_ranks and head_ranks % kv_heads):
+    if not can_share_heads(query_heads, kv_heads, head_ranks):
         raise ValueError(
             f"query_heads={query_heads}, kv_heads={kv_heads}: head_ranks={head_ranks} expects a multiple of "
             f"{head_ranks} query heads, and as many KV heads or a number that divides {head_ranks}"

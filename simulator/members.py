@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from flashcp.sharding.holders import can_share_heads, members_heads
 from flashcp.simulator.cost import AttentionShape, Links
 
 
@@ -17,16 +18,16 @@ def legal_head_ranks(shape: AttentionShape, links: Links, ranks: int) -> list[in
     return [
         h
         for h in range(1, min(ranks, shape.query_heads) + 1)
-        if not (ranks % h or shape.query_heads % h)
-        and (not shape.kv_heads % h or not h % shape.kv_heads)
+        if not ranks % h
+        and can_share_heads(shape.query_heads, shape.kv_heads, h)
         and (h == ranks <= shape.query_heads or ranks <= node or not node % h or not h % node)
     ]
 
 
 def member_shape(shape: AttentionShape, head_ranks: int) -> AttentionShape:
     """A member's heads. Fewer KV heads than members: each has one, and several have the same."""
-    kv_heads = max(1, shape.kv_heads // head_ranks)
-    return shape._replace(query_heads=shape.query_heads // head_ranks, kv_heads=kv_heads)
+    query_heads, kv_heads = members_heads(shape.query_heads, shape.kv_heads, head_ranks)
+    return shape._replace(query_heads=query_heads, kv_heads=kv_heads)
 
 
 def member_links(links: Links, head_ranks: int) -> Links:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.shards import shard_work
 from flashcp.sharding.strategies import plan
 from flashcp.simulator.best_effort import best_effort
 from flashcp.simulator.heads import COPIES, share_heads
@@ -132,7 +133,7 @@ def simulate_module(planned: Planned, variant: Variant) -> Module:
 
 def _work(pack: Pack) -> float:
     lengths = pack.document_lengths if isinstance(pack, ShardingPlan) else pack
-    return float((lengths * (lengths + 1.0)).sum()) / 2
+    return float(shard_work(0, lengths).sum())
 
 
 def _slowest(outcomes: Sequence[Sequence[Outcome]], work: np.ndarray, waits: str) -> Outcome:

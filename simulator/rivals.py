@@ -20,12 +20,12 @@ from collections.abc import Callable
 import numpy as np
 
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.sharding.shards import ShardTable
+from flashcp.sharding.shards import ShardTable, shard_work
 
 
 def dynamic_cp(document_lengths: np.ndarray, ranks: int) -> ShardingPlan:
     """Groups of 1, 2, 4, ... neighbours, each as large as its longest document asks for."""
-    lengths, work = document_lengths, _work(document_lengths)
+    lengths, work = document_lengths, shard_work(0, document_lengths)
     share, rows = work.sum() / ranks, -(-int(lengths.sum()) // ranks)
     wanted = np.maximum(np.maximum(lengths / rows, work / share), 1)
     sizes = np.minimum(2 ** np.ceil(np.log2(wanted)), 2 ** np.floor(np.log2(ranks))).astype(np.int64)
@@ -41,7 +41,7 @@ def dynamic_cp(document_lengths: np.ndarray, ranks: int) -> ShardingPlan:
 
 def flexible_cp(document_lengths: np.ndarray, ranks: int) -> ShardingPlan:
     """Groups of any size for documents with more work than a rank's share, one rank each for the packs of others."""
-    work = _work(document_lengths)
+    work = shard_work(0, document_lengths)
     low, high = work.sum() / ranks, max(float(work.max()), work.sum() / ranks)
     for _ in range(50):  # the least work of a rank with which all groups find their ranks
         middle = (low + high) / 2
@@ -75,10 +75,6 @@ def in_groups(document_lengths: np.ndarray, ranks: int, first: np.ndarray, size:
     rank = first[document] + np.minimum(chunk, chunks - 1 - chunk)
     table = ShardTable(document, start, stop, rank).take(stop > start)
     return ShardingPlan(document_lengths, ranks, table, "groups")
-
-
-def _work(document_lengths: np.ndarray) -> np.ndarray:
-    return document_lengths * (document_lengths + 1.0) / 2
 
 
 RIVALS: dict[str, Callable[[np.ndarray, int], ShardingPlan]] = {"dynamic_cp": dynamic_cp, "flexible_cp": flexible_cp}

@@ -51,7 +51,7 @@ def is_lab(rows: Sequence[Row]) -> bool:
 def lines(rows: Sequence[Row]) -> list[Line]:
     """A line a method, in the order of the rows."""
     found = {(row.provider, row.metric): row for row in rows}
-    busy = ("lab", TAKEN) in found and found["lab", TAKEN].median > MOST_TAKEN
+    busy = _taken(rows) > MOST_TAKEN
     made = []
     for method in dict.fromkeys(row.provider for row in rows if row.metric == PREDICTED):
         ms, predicted, sent, routed = (
@@ -63,6 +63,11 @@ def lines(rows: Sequence[Row]) -> list[Line]:
     return made
 
 
+def _taken(rows: Sequence[Row]) -> float:
+    """Cores that others took; 0 of rows from before this was measured."""
+    return next((row.median for row in rows if row.metric == TAKEN), 0.0)
+
+
 def lab_table(rows: list[Row]) -> str:
     """A line a method: measured beside predicted; then whole steps and faults, where there were any."""
     body = [
@@ -70,7 +75,7 @@ def lab_table(rows: list[Row]) -> str:
         for line in lines(rows)
     ]
     head = ["method", "module ms", f"speedup over {BASELINE}", "predicted", "MB on links", "over the routes'"]
-    taken = next((row.median for row in rows if row.metric == TAKEN), 0.0)
+    taken = _taken(rows)
     noise = f"\nothers kept {taken:.2f} cores busy that the ranks were to have: nothing is told apart"
     busy = noise if taken > MOST_TAKEN else ""
     parts = [f"{rows[0].case}\n{rows[0].kind}{busy}\n{table(head, body)}", training_table(rows), fault_table(rows)]
