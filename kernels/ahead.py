@@ -110,6 +110,27 @@ def build_hopper(head_dim: int, dtype: str, group: int = 1, merge: bool = False)
     return read(compile_hopper(head_dim, dtype, group, merge), "sm_90")
 
 
+def build_hopper_backward(head_dim: int, dtype: str, group: int = 1, parallel: bool = False) -> Build:
+    """Compile the one backward kernel of `kernels/hopper_backward.py`. parallel: local gradients in fp32."""
+    import torch
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from flashcp.kernels import hopper_backward as hopper
+
+    element = _DTYPES[dtype]
+
+    def descriptor(rows: int) -> str:
+        layout = hopper.block_layout(rows, head_dim, getattr(torch, dtype))
+        return f"tensordesc<{element}[{rows}, 1, {head_dim}],{layout!r}>"
+
+    types = dict.fromkeys(("q", "grad_out"), descriptor(hopper.BLOCK_M))
+    types |= dict.fromkeys(("k", "v", "k_received", "v_received"), descriptor(hopper.BLOCK_N))
+    types |= dict.fromkeys(("grad_k", "grad_v"), "*fp32" if parallel else f"*{element}") | {"grad_q": "*fp32"}
+    chosen = {"GROUP": group, "STAGES": hopper.STAGES}
+    kernel = hopper.hopper_backward_kernel
+    return read(_to_binary(GluonASTSource, kernel, "sm_90", dtype, chosen, hopper.OPTIONS, types), "sm_90")
+
+
 def compile_hopper(head_dim: int, dtype: str, group: int = 1, merge: bool = False) -> triton.compiler.CompiledKernel:
     """See `build_hopper`."""
     import torch

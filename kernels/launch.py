@@ -41,15 +41,14 @@ _INTERPRETED = 3  # programs of a small grid under the interpreter, which runs t
 
 class _Prepared(NamedTuple):
     """What a launch needs beside the tensors: block shapes, query heads of a query tile, the tile tables on the device,
-    rows that tiles cover, how many tiles are of the first kind, which waits for nobody (query tiles) or is of received
-    rows (key tiles), whether several documents share a tile of the other kind or, of query tiles, of any, whether
-    the forward is Hopper's, and what came to the device last, for other streams to wait for."""
+    local and received rows that tiles cover, how many tiles are of the first kind, which waits for nobody (query tiles)
+    or is of received rows (key tiles), whether several documents share a tile of the other kind or, of query tiles, of
+    any, whether the kernel is Hopper's own, and what came to the device last, for other streams to wait for."""
 
     blocks: Blocks
     heads: int
     tables: tuple[Tensor, Tensor, Tensor]
-    local_rows: int
-    received_rows: int
+    rows: tuple[int, int]
     first_kind: int
     shared: bool
     on_hopper: bool
@@ -74,6 +73,7 @@ class TritonAttention(AttentionKernel):
     def __init__(self, tuning: Tuning | None = None) -> None:
         self.tuning = tuning or Tuning()
         self._prepared: WeakKeyDictionary[Schedule, dict[tuple[object, ...], _Prepared]] = WeakKeyDictionary()
+        self._halves: WeakKeyDictionary[Schedule, tuple[Schedule | None, Schedule | None]] = WeakKeyDictionary()
 
     def merge_into(
         self, out: Tensor, lse: Tensor, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float
@@ -86,7 +86,7 @@ class TritonAttention(AttentionKernel):
     ) -> tuple[Tensor, Tensor]:
         """One launch for all ranges, nothing in memory but the results."""
         prepared = self._prepare(Pass.FORWARD, schedule, q, local, by_source=flags is not None)
-        out = _empty(q.shape, q.dtype, q.device, prepared.local_rows == len(q))
+        out = _empty(q.shape, q.dtype, q.device, prepared.rows[0] == len(q))
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
         self._forward(prepared, q, local, received, scale, out, lse, merge=False, flags=flags)
         return out, lse
@@ -105,30 +105,73 @@ class TritonAttention(AttentionKernel):
         on_received: Callable[[Tensor], None] | None = None,
     ) -> Gradients:
         """Three launches whatever the schedule, four with `on_received`, and one more behind each over tiles that
-        documents share."""
-        keys, queries = (self._prepare(which, schedule, q, local) for which in (Pass.BACKWARD_KV, Pass.BACKWARD_Q))
-        log_sum, minus_delta = _row_terms(out, grad_out, lse)
-        inputs = (q, *local, *received, grad_out, log_sum, minus_delta)
-        strides = (*_strides(q, *local, *received, grad_out), log_sum.stride(0))
+        documents share. In any order on Hopper: one, two with `on_received`, and the former for short documents."""
+        in_any_order, rest = self._split(schedule, q, local, received, grad_out)
+        kinds = [(part, any_order) for part, any_order in ((in_any_order, True), (rest, False)) if part is not None]
+        keys = [self._prepare(Pass.BACKWARD_KV, part, q, local, any_order=any_order) for part, any_order in kinds]
+        row_terms = _row_terms(out, grad_out, lse)
+        inputs = (q, *local, *received, grad_out, *row_terms)
+        strides = (*_strides(q, *local, *received, grad_out), row_terms.stride(1))
 
-        dtype = local_dtype or local.k.dtype
-        grad_local = KV(*(_empty(x.shape, dtype, q.device, keys.local_rows == len(x)) for x in local))
+        dtype, device = local_dtype or local.k.dtype, q.device
+        filled = [sum(prepared.rows[place] for prepared in keys) for place in (0, 1)]
+        grad_local = KV(*(_empty(x.shape, dtype, device, filled[0] == len(x)) for x in local))
         shape = (len(received.k), 2, *received.k.shape[1:])
-        grad_received = _empty(shape, torch.float32, q.device, keys.received_rows == shape[0])
+        grad_received = _empty(shape, torch.float32, device, filled[1] == shape[0])
         outputs = (*grad_local, *grad_received.unbind(1))
-        numbers = (scale * _LOG2E, *strides, *_strides(*outputs))
-        if on_received is None:
-            _launch(backward_kv_kernel, keys, q, local, local.k.shape[1], (*inputs, *outputs), numbers)
-        else:
-            from_others, own = keys.parts()
-            _launch(backward_kv_kernel, from_others, q, local, local.k.shape[1], (*inputs, *outputs), numbers)
-            on_received(grad_received)
-            _launch(backward_kv_kernel, own, q, local, local.k.shape[1], (*inputs, *outputs), numbers)
+        sums_q = None if in_any_order is None else torch.zeros(q.shape, dtype=torch.float32, device=device)
 
-        grad_q = _empty(q.shape, q.dtype, q.device, queries.local_rows == len(q))
-        numbers = (scale * _LOG2E, *strides, *_strides(grad_q))
-        _launch(backward_q_kernel, queries, q, local, q.shape[1], (*inputs, grad_q), numbers)
+        def of_keys(prepared: _Prepared) -> None:
+            if prepared.on_hopper:
+                from flashcp.kernels.hopper_backward import launch_hopper_backward
+
+                assert sums_q is not None
+                prepared.uploaded.here()
+                with torch.cuda.device_of(q):
+                    launch_hopper_backward(
+                        q, local, received, grad_out, row_terms, sums_q, outputs, prepared.tables, scale * _LOG2E
+                    )
+            else:
+                numbers = (scale * _LOG2E, *strides, *_strides(*outputs))
+                _launch(backward_kv_kernel, prepared, q, local, local.k.shape[1], (*inputs, *outputs), numbers)
+
+        if on_received is None:
+            for prepared in keys:
+                of_keys(prepared)
+        else:
+            for prepared in keys:
+                of_keys(prepared.parts()[0])
+            on_received(grad_received)
+            for prepared in keys:
+                of_keys(prepared.parts()[1])
+
+        queries = None if rest is None else self._prepare(Pass.BACKWARD_Q, rest, q, local)
+        if sums_q is not None:
+            grad_q = sums_q.mul_(scale).to(q.dtype)  # the rows of short documents are written next
+        else:
+            grad_q = _empty(q.shape, q.dtype, device, queries is None or queries.rows[0] == len(q))
+        if queries is not None:
+            numbers = (scale * _LOG2E, *strides, *_strides(grad_q))
+            _launch(backward_q_kernel, queries, q, local, q.shape[1], (*inputs, grad_q), numbers)
         return Gradients(grad_q, grad_local, grad_received)
+
+    def _split(
+        self, schedule: Schedule, q: Tensor, local: KV, received: KV, grad_out: Tensor
+    ) -> tuple[Schedule | None, Schedule | None]:
+        """What Hopper's one backward kernel computes, and what the two portable ones do: short documents, several of
+        which share a tile there, or all of it."""
+        tuning = self.tuning
+        if tuning.deterministic or tuning.backward_kv or tuning.backward_q or not _is_hopper(q):
+            return None, schedule
+        from flashcp.kernels.hopper_backward import BLOCK_N, takes
+
+        if not takes(q, local, received, grad_out):
+            return None, schedule
+        if schedule not in self._halves:
+            lone = schedule.lone(BLOCK_N // 2)
+            parts = [schedule.take(which) if which.any() else None for which in (~lone, lone)]
+            self._halves[schedule] = parts[0], parts[1]
+        return self._halves[schedule]
 
     def _forward(
         self,
@@ -154,7 +197,16 @@ class TritonAttention(AttentionKernel):
         numbers = (scale * _LOG2E, *strides)
         _launch(forward_kernel, prepared, q, local, q.shape[1], tensors, numbers, waits, first, MERGE=merge)
 
-    def _prepare(self, which: Pass, schedule: Schedule, q: Tensor, local: KV, by_source: bool = False) -> _Prepared:
+    def _prepare(
+        self,
+        which: Pass,
+        schedule: Schedule,
+        q: Tensor,
+        local: KV,
+        by_source: bool = False,
+        any_order: bool = False,
+    ) -> _Prepared:
+        """any_order: for the one backward kernel on Hopper."""
         if q.device.type == "cpu" and q.dtype is torch.bfloat16:
             raise ValueError(
                 "q is torch.bfloat16 on the CPU, where Triton's interpreter computes it wrongly: expected "
@@ -162,30 +214,22 @@ class TritonAttention(AttentionKernel):
             )
         kept = self._prepared.setdefault(schedule, {})
         group = q.shape[1] // local.k.shape[1]
-        key = (which, by_source, len(q), group, q.shape[2], q.dtype, q.device)
+        key = (which, by_source, any_order, len(q), group, q.shape[2], q.dtype, q.device)
         if key not in kept:
-            arch = architecture(q.device)
-            on_hopper = (
-                which is Pass.FORWARD
-                and not by_source
-                and self.tuning.forward is None
-                and arch == "sm_90"
-                and _hopper_takes(q)
-            )
-            gain = HOPPER_GAIN if on_hopper else 1.0
-            blocks = self.tuning.of(which) or choose(which, arch, q.shape[2], q.dtype, schedule, group, gain)
-            heads = tile_heads(which, blocks, schedule, group, gain if blocks.block_m == HOPPER_ROWS else 1.0)
-            make = key_tiles if which is Pass.BACKWARD_KV else partial(query_tiles, by_source=by_source)
-            tiles = make(schedule, len(q), blocks.tile_rows(which) // heads)
+            blocks, heads, on_hopper = self._shape(which, schedule, q, group, by_source, any_order)
+            if which is Pass.BACKWARD_KV:
+                tiles = key_tiles(schedule, len(q), blocks.tile_rows(which), share=not any_order)
+            else:
+                tiles = query_tiles(schedule, len(q), blocks.tile_rows(which) // heads, by_source)
             table, ranges = (to_device(x, q.device) for x in (tiles.table, tiles.ranges))
             uploaded = Uploaded(tiles.reach, q.device)  # the last: what waits for it waits for all
             first_kind = int(tiles.table[:, 0].sum()) if which is Pass.BACKWARD_KV else tiles.ready
-            on_hopper = on_hopper and heads == 1 and blocks.block_m == HOPPER_ROWS and _no_empty_tiles(tiles)
+            on_hopper = on_hopper and _no_empty_tiles(tiles)
             kept[key] = _Prepared(
                 blocks,
                 heads,
                 (table, ranges, uploaded.here()),
-                *tiles.rows,
+                tiles.rows,
                 first_kind,
                 tiles.shared,
                 on_hopper,
@@ -193,9 +237,29 @@ class TritonAttention(AttentionKernel):
             )
         return kept[key]
 
+    def _shape(
+        self, which: Pass, schedule: Schedule, q: Tensor, group: int, by_source: bool, any_order: bool
+    ) -> tuple[Blocks, int, bool]:
+        """Block shapes, heads of a query tile, and whether a kernel of Hopper's own may take them."""
+        if any_order:
+            from flashcp.kernels.hopper_backward import BLOCK_M, BLOCK_N
+
+            return Blocks(BLOCK_M, BLOCK_N, 4, 2), 1, True
+        forward = which is Pass.FORWARD and not by_source and self.tuning.forward is None and _is_hopper(q)
+        gain = HOPPER_GAIN if forward else 1.0
+        blocks = self.tuning.of(which) or choose(
+            which, architecture(q.device), q.shape[2], q.dtype, schedule, group, gain
+        )
+        heads = tile_heads(which, blocks, schedule, group, gain if blocks.block_m == HOPPER_ROWS else 1.0)
+        return blocks, heads, forward and heads == 1 and blocks.block_m == HOPPER_ROWS
+
+
+def _is_hopper(q: Tensor) -> bool:
+    return architecture(q.device) == "sm_90" and _hopper_takes(q)
+
 
 def _hopper_takes(q: Tensor) -> bool:
-    """Whether the forward of `kernels/hopper.py` was made for such queries, and triton has what it is written in."""
+    """Whether the kernels on Hopper were made for such queries, and triton has what they are written in."""
     if q.dtype not in (torch.bfloat16, torch.float16) or q.shape[2] not in (64, 128):
         return False
     try:

@@ -78,6 +78,19 @@ class Schedule:
         shards = self.query_start, self.query_stop, self.query_position, first
         return Schedule(*shards, *(getattr(self, field.name)[keep] for field in fields(self)[4:]))
 
+    def take(self, shards: np.ndarray) -> Schedule:
+        """The query shards that `shards`, bool [G], marks, with all their ranges."""
+        first = np.concatenate(([0], np.cumsum(np.diff(self.range_first)[shards])))
+        taken = self.query_start[shards], self.query_stop[shards], self.query_position[shards], first
+        return Schedule(*taken, *(getattr(self, field.name)[shards[self.query]] for field in fields(self)[4:]))
+
+    def lone(self, most: int) -> np.ndarray:
+        """Which query shards have at most so many rows, read their own alone and are read by no others, bool [G]."""
+        length = self.query_stop - self.query_start
+        own = (self.range_totals(self.masked) == 1) & (np.diff(self.range_first) == 1)
+        read = self.row_start[~self.masked & ~self.received]
+        return own & (length <= most) & ~np.isin(self.query_start, read)
+
     @cached_property
     def array(self) -> np.ndarray:
         """All of it in one int64 array, headed by a fingerprint of the rest: what operators take."""

@@ -85,10 +85,11 @@ def query_tiles(schedule: Schedule, rows: int, tile_rows: int, by_source: bool =
     return _cut(_Blocks(*shards, bounds[:-1], bounds[1:], arrival), ranges, rows, tile_rows, keys=False)
 
 
-def key_tiles(schedule: Schedule, rows: int, tile_rows: int) -> Tiles:
+def key_tiles(schedule: Schedule, rows: int, tile_rows: int, share: bool = True) -> Tiles:
     """Tiles of at most `tile_rows` key rows and the query rows that read them, for dK and dV.
 
     Received rows come first, source by source as they lie in the buffer, for their gradients have a way to go.
+    share: whether several documents may lie in one tile.
     """
     behind = ~schedule.received * int(schedule.row_stop.max(initial=0))
     sort = _order(schedule.row_start + behind)  # stable: the readers of a row stay in the order of their rows
@@ -110,7 +111,7 @@ def key_tiles(schedule: Schedule, rows: int, tile_rows: int) -> Tiles:
     arrival = schedule.arrival[sort[first]]
     order = np.where(block_received, arrival, arrival.max(initial=0) + 1)
     columns = block_received.astype(np.int32), row_start[first], row_stop[first]
-    return _cut(_Blocks(*columns, bounds[:-1], bounds[1:], order), readers, rows, tile_rows, keys=True)
+    return _cut(_Blocks(*columns, bounds[:-1], bounds[1:], order), readers, rows, tile_rows, keys=True, share=share)
 
 
 def _small(column: np.ndarray) -> np.ndarray:
@@ -145,7 +146,7 @@ def _join(
     return np.stack((_small(places), start[opens], stops, _small(source)[opens]), axis=1), opens
 
 
-def _cut(blocks: _Blocks, ranges: np.ndarray, rows: int, tile_rows: int, keys: bool) -> Tiles:
+def _cut(blocks: _Blocks, ranges: np.ndarray, rows: int, tile_rows: int, keys: bool, share: bool = True) -> Tiles:
     """Cut blocks into tiles and sort them. keys: own runs follow a tile, else they lead up to it."""
     own = np.full(len(blocks.start), -1, dtype=np.int32)
     entry = np.flatnonzero(ranges[:, 0] == OWN)
@@ -158,7 +159,7 @@ def _cut(blocks: _Blocks, ranges: np.ndarray, rows: int, tile_rows: int, keys: b
 
     covered = np.bincount(blocks.received, blocks.stop - blocks.start, 2).astype(int)
     alone = (own == (blocks.stop if keys else blocks.start)) & (blocks.range_stop - blocks.range_first == 1)
-    shared = _share_tiles(blocks, ranges, alone, tile_rows)
+    shared = share and _share_tiles(blocks, ranges, alone, tile_rows)
     count = -(-(blocks.stop - blocks.start) // tile_rows)
     block = np.repeat(np.arange(len(count), dtype=np.int32), count)
     received, start, block_stop, first, last, order = (column[block] for column in blocks)

@@ -29,6 +29,7 @@ HOPPER_GAIN = 1.3
 much more must small tiles, or heads that share one, leave out to be chosen."""
 
 
+ANY_ORDER = "deterministic=false"
 _TEXT = re.compile(r"(\d+)x(\d+)x(\d+)x(\d+)(?:x(\w+))?")
 
 
@@ -81,11 +82,16 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Blocks that replace the table's, pass by pass; None leaves the table's."""
+    """Blocks that replace the table's, pass by pass; None leaves the table's.
+
+    deterministic: whether two backward runs agree bit for bit. Where they need not, Hopper computes the backward in
+    one kernel that adds to dQ in any order (`kernels/hopper_backward.py`), unless blocks for it are asked for.
+    """
 
     forward: Blocks | None = None
     backward_kv: Blocks | None = None
     backward_q: Blocks | None = None
+    deterministic: bool = True
 
     def of(self, which: Pass) -> Blocks | None:
         """What replaces the table's entry for a pass."""
@@ -94,18 +100,21 @@ class Tuning:
     def to_text(self) -> str:
         """`forward=128x64x8x3xieee,...`: what operators carry."""
         chosen = ((which.value, self.of(which)) for which in Pass)
-        return ",".join(f"{name}={blocks.to_text()}" for name, blocks in chosen if blocks is not None)
+        parts = [f"{name}={blocks.to_text()}" for name, blocks in chosen if blocks is not None]
+        return ",".join(parts if self.deterministic else [*parts, ANY_ORDER])
 
     @classmethod
     def from_text(cls, text: str) -> Tuning:
         """The tuning `to_text` wrote. Raises ValueError for anything else."""
         chosen = {}
         for part in filter(None, text.split(",")):
+            if part == ANY_ORDER:
+                continue
             name, _, blocks = part.partition("=")
             if name not in {which.value for which in Pass}:
                 raise ValueError(f"tuning {part!r}: expected one of {', '.join(f'{w.value}=' for w in Pass)}")
             chosen[name] = Blocks.from_text(blocks)
-        return cls(**chosen)
+        return cls(**chosen, deterministic=ANY_ORDER not in text.split(","))
 
 
 def check_tuning(tuning: object) -> None:

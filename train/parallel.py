@@ -37,11 +37,15 @@ class ExchangeConfig:
 
 @dataclass
 class TuningConfig:
-    """Block shapes that replace the Triton kernels' own, pass by pass, such as `128x64x8x3`; empty: those stay."""
+    """Block shapes that replace the Triton kernels' own, pass by pass, such as `128x64x8x3`; empty: those stay.
+
+    deterministic: see `flashcp.kernels.tuning.Tuning`.
+    """
 
     forward: str = ""
     backward_kv: str = ""
     backward_q: str = ""
+    deterministic: bool = True
 
     def read(self) -> Tuning:
         """As the kernels take it. Raises ValueError for text that is no block shape and numbers that none can have."""
@@ -52,7 +56,7 @@ class TuningConfig:
                 chosen[which.value] = Blocks.from_text(text) if text else None
             except ValueError as error:
                 raise ValueError(f"parallel.tuning.{which.value}: {error}") from error
-        return Tuning(**chosen)
+        return Tuning(chosen["forward"], chosen["backward_kv"], chosen["backward_q"], self.deterministic)
 
 
 @dataclass

@@ -28,13 +28,19 @@ Forward = Callable[[], Tensor]
 Peer = Callable[[Case, Tensors], Forward | None]
 
 
-def ours(case: Case, x: Tensors) -> Forward:
+def ours(case: Case, x: Tensors, tuning: Tuning | None = None) -> Forward:
     """The Triton kernels: `varlen_attention` on packs, the operator under it on a rank's share."""
+    tuning = tuning or Tuning()
     if case.lengths is not None:
         lengths = torch.tensor(case.lengths)
-        return lambda: varlen_attention(x.q, x.k, x.v, lengths)
-    schedule = schedule_tensor(case.schedule)
-    return lambda: attention(x.q, x.k, x.v, x.received, schedule, case.head_dim**-0.5)[0]
+        return lambda: varlen_attention(x.q, x.k, x.v, lengths, tuning=tuning)
+    schedule, scale = schedule_tensor(case.schedule), case.head_dim**-0.5
+    return lambda: attention(x.q, x.k, x.v, x.received, schedule, scale, tuning=tuning.to_text())[0]
+
+
+def any_order(case: Case, x: Tensors) -> Forward | None:
+    """The same, with the one backward kernel on Hopper."""
+    return ours(case, x, Tuning(deterministic=False)) if architecture(x.q.device) == "sm_90" else None
 
 
 def portable(case: Case, x: Tensors) -> Forward | None:
@@ -176,6 +182,7 @@ def _flash_package(x: Tensors, lengths: tuple[int, ...], seqs: Sequences, module
 FA3 = "flash_attn_interface" if find_spec("flash_attn_interface") else "fa3_fwd_interface"
 PEERS: dict[str, Peer] = {
     OURS: ours,
+    "any_order": any_order,
     "portable": portable,
     "torch_fa2": torch_fa2,
     "flex": flex,

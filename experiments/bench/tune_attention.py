@@ -161,7 +161,8 @@ def timed_work(
 
     work: dict[str, Work] = {}
     for blocks in candidates:
-        forward = partial(varlen_attention, x.q, x.k, x.v, lengths, tuning=Tuning(**{which.value: blocks}))
+        tuning = Tuning.from_text(f"{which.value}={blocks.to_text()}")
+        forward = partial(varlen_attention, x.q, x.k, x.v, lengths, tuning=tuning)
         # A backward's forward runs when it is first asked for, and is kept.
         work[blocks.to_text()] = forward if which is Pass.FORWARD else partial(backward, cache(forward))
     return work

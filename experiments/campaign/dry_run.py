@@ -11,7 +11,7 @@ import triton
 
 from flashcp.experiments.bench.tune_attention import Kernel, compile_all, compilers, fit, shipped
 from flashcp.experiments.campaign.part import PARTS, load
-from flashcp.kernels.ahead import TRANSFERS, Build, build, build_hopper, build_transfer
+from flashcp.kernels.ahead import TRANSFERS, Build, build, build_hopper, build_hopper_backward, build_transfer
 from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, TABLE, Pass, table_dim
 
 ARCH = "sm_90"
@@ -71,3 +71,6 @@ def kernels() -> Iterator[Kernel]:
         hopper = partial(build_hopper, head_dim, dtype, group, merge)
         name = f"{ARCH} {head_dim} {dtype} hopper forward group {group}{' merge' if merge else ''}"
         yield Kernel(name, ARCH, True, True, hopper)
+        backward = partial(build_hopper_backward, head_dim, dtype, group, merge)
+        name = f"{ARCH} {head_dim} {dtype} hopper backward group {group}{' parallel' if merge else ''}"
+        yield Kernel(name, ARCH, False, True, backward)

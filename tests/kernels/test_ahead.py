@@ -12,7 +12,7 @@ from math import prod
 
 import pytest
 
-from flashcp.kernels.ahead import TARGETS, TRANSFERS, Build, build, build_rows, build_transfer
+from flashcp.kernels.ahead import TARGETS, TRANSFERS, Build, build, build_hopper_backward, build_rows, build_transfer
 from flashcp.kernels.launch import PROGRAMS_PER_SM
 from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, table_dim
 
@@ -209,3 +209,15 @@ def test_table_of_what_was_built(capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         print("\n" + "\n".join(lines))
     assert len(lines) == 1 + len(HOPPER) + len(OTHERS)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_one_backward_kernel_on_hopper(head_dim: int, parallel: bool) -> None:
+    """Five products a block of pairs, all on wgmma. What little it spills it spills beside its loops or to mask."""
+    found = build_hopper_backward(head_dim, "bfloat16", 4, parallel)
+    assert found.shared_bytes <= SHARED_BYTES["sm_90"]
+    assert found.registers <= 168
+    assert found.spilled_bytes <= 64
+    assert products(found) == 5 * 64 * 128 * head_dim
+    assert found.listing.count("add.v4.f32") == head_dim // 4, "additions to dQ of 16 bytes, masked and not"

@@ -115,3 +115,11 @@ def test_heads_that_share_a_tile_save_a_tenth_of_the_pairs() -> None:
 def test_the_interpreter_has_an_architecture_of_its_own() -> None:
     assert architecture(torch.device("cpu")) == "cpu"
     assert choose(Pass.FORWARD, "cpu", 64, torch.float32, whole_pack_schedule(np.array([4]))).block_m == 32
+
+
+def test_any_order_is_part_of_a_tunings_text() -> None:
+    for tuning in (Tuning(deterministic=False), Tuning(Blocks(128, 64, 8, 3), deterministic=False), Tuning()):
+        assert Tuning.from_text(tuning.to_text()) == tuning
+    assert Tuning(deterministic=False).to_text() == "deterministic=false"
+    with pytest.raises(ValueError, match="deterministic=maybe"):
+        Tuning.from_text("deterministic=maybe")
