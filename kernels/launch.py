@@ -19,7 +19,7 @@ from flashcp.kernels.backward_kv import backward_kv_kernel
 from flashcp.kernels.backward_q import backward_q_kernel
 from flashcp.kernels.backward_rows import ROWS, backward_rows_kernel
 from flashcp.kernels.forward import forward_kernel
-from flashcp.kernels.interface import KV, AttentionKernel, Gradients, WaitFlags
+from flashcp.kernels.interface import KV, AttentionKernel, Gradients, OnReceived, WaitFlags
 from flashcp.kernels.one_sided import spins
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.tiles import Tiles, key_tiles, query_tiles
@@ -102,7 +102,8 @@ class TritonAttention(AttentionKernel):
         schedule: Schedule,
         scale: float,
         local_dtype: torch.dtype | None = None,
-        on_received: Callable[[Tensor], None] | None = None,
+        on_received: OnReceived | None = None,
+        received_dtype: torch.dtype = torch.float32,
     ) -> Gradients:
         """Three launches whatever the schedule, four with `on_received`, and one more behind each over tiles that
         documents share."""
@@ -114,7 +115,7 @@ class TritonAttention(AttentionKernel):
         dtype = local_dtype or local.k.dtype
         grad_local = KV(*(_empty(x.shape, dtype, q.device, keys.local_rows == len(x)) for x in local))
         shape = (len(received.k), 2, *received.k.shape[1:])
-        grad_received = _empty(shape, torch.float32, q.device, keys.received_rows == shape[0])
+        grad_received = _empty(shape, received_dtype, q.device, keys.received_rows == shape[0])
         outputs = (*grad_local, *grad_received.unbind(1))
         numbers = (scale * _LOG2E, *strides, *_strides(*outputs))
         if on_received is None:

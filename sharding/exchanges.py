@@ -148,6 +148,7 @@ class Ulysses(Route):
 
     exchange = "ulysses"
     imbalance = 1.0
+    sums_gradients = False
 
     def _own_and_others(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows of single heads, times N, that leave each rank and that come for one tensor, int64."""

@@ -9,11 +9,28 @@ import numpy as np
 from flashcp.sharding.assignment import Assignment
 from flashcp.sharding.shards import Segments
 
+GRADIENT_WIRES = ("model", "fp32")
+"""What a gradient travels in that is a part of a sum: the model's dtype, or fp32."""
+GRADIENT_WIRE = "model"
+"""Where nobody says."""
+
+
+def wire_bytes(dtype_bytes: int, gradient_wire: str = GRADIENT_WIRE) -> int:
+    """Bytes of a number of such a gradient, of a model whose numbers have `dtype_bytes`.
+
+    A gradient that is whole travels in the model's dtype in any case: its owner rounds it to that and adds nothing.
+    """
+    return max(4, dtype_bytes) if gradient_wire == "fp32" else dtype_bytes
+
 
 class Route:
-    """The traffic of one plan under one exchange; each exchange is a subclass in `flashcp.sharding.exchanges`."""
+    """The traffic of one plan under one exchange; each exchange is a subclass in `flashcp.sharding.exchanges`.
+
+    sums_gradients: whether what comes home in the backward is parts of sums.
+    """
 
     exchange: str
+    sums_gradients = True
 
     def __init__(self, plan: Assignment) -> None:
         self.plan = plan
@@ -74,17 +91,25 @@ class Route:
         return list(zip(*(column.tolist() for column in chosen[:3]), strict=True))
 
     def bytes(
-        self, query_heads: int, kv_heads: int, head_dim: int, dtype_bytes: int, backward: bool = False
+        self,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype_bytes: int,
+        backward: bool = False,
+        gradient_wire: str = "model",
     ) -> np.ndarray:
         """Bytes that leave each rank, all tensors counted, int64 [world_size].
 
-        backward=True: the backward's bytes alone, dtype_bytes being the wire's. Gradients of the received rows go
-        home, so what a rank received in the forward it sends in the backward, at the wire's width.
+        backward=True: the backward's bytes alone. Gradients of the received rows go home, so what a rank received in
+        the forward it sends in the backward, in dtype_bytes a number or as gradient_wire says (`wire_bytes`; `ulysses`
+        sends whole gradients).
         Raises ValueError for heads that do not fit.
         """
         if kv_heads < 1 or query_heads < 1 or query_heads % kv_heads:
             raise ValueError(f"query_heads={query_heads}, kv_heads={kv_heads}: expected a multiple, both at least 1")
-        return self._head_rows(query_heads, kv_heads, backward) * (head_dim * dtype_bytes)
+        width = wire_bytes(dtype_bytes, gradient_wire) if backward and self.sums_gradients else dtype_bytes
+        return self._head_rows(query_heads, kv_heads, backward) * (head_dim * width)
 
     def __repr__(self) -> str:
         return (

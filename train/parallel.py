@@ -13,6 +13,7 @@ from flashcp.kernels.tuning import Blocks, Pass, Tuning
 from flashcp.limits import Count, Seconds, one_of
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.holders import members_heads
+from flashcp.sharding.route import GRADIENT_WIRE
 
 FREE = "free"
 """As a link: rows leave at once."""
@@ -63,6 +64,7 @@ class ParallelConfig:
     attention: str = "auto"
     transport: str = "auto"
     backward: str = "keep"
+    gradient_wire: str = GRADIENT_WIRE
     timeout_s: Seconds = 60.0
     stages: int = 2
     head_ranks: Count = 1
@@ -115,6 +117,7 @@ class ParallelConfig:
                 attention=self.attention,
                 transport=self.transport,
                 backward=self.backward,
+                gradient_wire=self.gradient_wire,
                 timeout_s=self.timeout_s,
                 tuning=tuning,
                 stages=self.stages,
