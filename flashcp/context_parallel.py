@@ -28,7 +28,7 @@ from flashcp.operator import Call, Handle, scale_code
 from flashcp.sharding.documents import check_choice
 from flashcp.sharding.holders import positions_of_rank
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.sharding.route import GRADIENT_WIRE, GRADIENT_WIRES
+from flashcp.sharding.route import GRADIENT_WIRES
 from flashcp.unshard import local_rows, unshard
 
 __all__ = ["ContextParallel", "Handle"]
@@ -53,8 +53,9 @@ class ContextParallel:
     `auto` is `staged`. attention: `auto` or a name of docs/attention.md. transport: `auto`, `shm` between processes of
     one host, the group's backend, `cuda_symmetric` or `nvshmem` (docs/exchange.md); with head_ranks one name for both
     levels, or two, `INSIDE+BETWEEN` holders, such as `shm+gloo`. backward: `keep` holds received KV
-    for the backward pass, `refetch` brings it again. gradient_wire: what gradients travel in that their owner adds up,
-    `model` (the dtype of q, k and v) or `fp32`. timeout_s: bound on every wait for another rank. tuning: block
+    for the backward pass, `refetch` brings it again. gradient_wire: what gradients travel in that are added up,
+    `model` (the dtype of q, k and v) or `fp32`; `auto`: fp32 where sums would be rounded on their way again, in a ring
+    and where ranks of a holder share a KV head. timeout_s: bound on every wait for another rank. tuning: block
     shapes for the Triton kernels instead of the table's. options: of one-sided transports,
     `flashcp.TransportOptions(heap_mib=..., region_mib=..., throttle_gbps=...)`.
 
@@ -79,7 +80,7 @@ class ContextParallel:
         stages: int = 2,
         options: TransportOptions | None = None,
         head_ranks: int = 1,
-        gradient_wire: str = GRADIENT_WIRE,
+        gradient_wire: str = "auto",
     ) -> None:
         for field, name, legal in (
             ("exchange", exchange, tuple(EXCHANGE_CLASSES)),

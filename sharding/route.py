@@ -9,28 +9,30 @@ import numpy as np
 from flashcp.sharding.assignment import Assignment
 from flashcp.sharding.shards import Segments
 
-GRADIENT_WIRES = ("model", "fp32")
-"""What a gradient travels in that is a part of a sum: the model's dtype, or fp32."""
-GRADIENT_WIRE = "model"
-"""Where nobody says."""
+GRADIENT_WIRES = ("auto", "model", "fp32")
+"""What gradients travel in that are added up: the model's dtype, or fp32. `auto` is fp32 where a sum would be rounded
+again on its way, else the model's dtype (docs/exchange.md has the errors of both)."""
 
 
-def wire_bytes(dtype_bytes: int, gradient_wire: str = GRADIENT_WIRE) -> int:
-    """Bytes of a number of such a gradient, of a model whose numbers have `dtype_bytes`.
+def is_fp32(gradient_wire: str, roundings: int) -> bool:
+    """Whether gradients travel in fp32. roundings: how often they would be rounded on their way to be added up; 0 where
+    they are whole, and so are rounded in the end in any case."""
+    return roundings > 0 and (gradient_wire == "fp32" or (gradient_wire == "auto" and roundings > 1))
 
-    A gradient that is whole travels in the model's dtype in any case: its owner rounds it to that and adds nothing.
-    """
-    return max(4, dtype_bytes) if gradient_wire == "fp32" else dtype_bytes
+
+def wire_bytes(dtype_bytes: int, gradient_wire: str, roundings: int) -> int:
+    """Bytes of a number of such gradients, of a model whose numbers have dtype_bytes."""
+    return max(4, dtype_bytes) if is_fp32(gradient_wire, roundings) else dtype_bytes
 
 
 class Route:
     """The traffic of one plan under one exchange; each exchange is a subclass in `flashcp.sharding.exchanges`.
 
-    sums_gradients: whether what comes home in the backward is parts of sums.
+    roundings: of gradients on their way home, see `is_fp32`.
     """
 
     exchange: str
-    sums_gradients = True
+    roundings = 1
 
     def __init__(self, plan: Assignment) -> None:
         self.plan = plan
@@ -102,13 +104,12 @@ class Route:
         """Bytes that leave each rank, all tensors counted, int64 [world_size].
 
         backward=True: the backward's bytes alone. Gradients of the received rows go home, so what a rank received in
-        the forward it sends in the backward, in dtype_bytes a number or as gradient_wire says (`wire_bytes`; `ulysses`
-        sends whole gradients).
+        the forward it sends in the backward, in dtype_bytes a number or as gradient_wire says (`wire_bytes`).
         Raises ValueError for heads that do not fit.
         """
         if kv_heads < 1 or query_heads < 1 or query_heads % kv_heads:
             raise ValueError(f"query_heads={query_heads}, kv_heads={kv_heads}: expected a multiple, both at least 1")
-        width = wire_bytes(dtype_bytes, gradient_wire) if backward and self.sums_gradients else dtype_bytes
+        width = wire_bytes(dtype_bytes, gradient_wire, self.roundings) if backward else dtype_bytes
         return self._head_rows(query_heads, kv_heads, backward) * (head_dim * width)
 
     def __repr__(self) -> str:

@@ -13,7 +13,6 @@ from flashcp.kernels.tuning import Blocks, Pass, Tuning
 from flashcp.limits import Count, Seconds, one_of
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.holders import members_heads
-from flashcp.sharding.route import GRADIENT_WIRE
 
 FREE = "free"
 """As a link: rows leave at once."""
@@ -64,7 +63,7 @@ class ParallelConfig:
     attention: str = "auto"
     transport: str = "auto"
     backward: str = "keep"
-    gradient_wire: str = GRADIENT_WIRE
+    gradient_wire: str = "auto"
     timeout_s: Seconds = 60.0
     stages: int = 2
     head_ranks: Count = 1

@@ -22,6 +22,7 @@ from flashcp.kernels.interface import KV, AttentionKernel
 from flashcp.kernels.schedule import Schedule, build_schedule
 from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.route import is_fp32
 from flashcp.sharding.shards import Segments
 
 
@@ -43,9 +44,9 @@ class AttentionSettings:
     clock: Clock
     agree: Callable[[], None]
 
-    def wire(self, model: torch.dtype) -> torch.dtype:
-        """What a gradient travels in that its owner adds to others; a whole one travels in the model's dtype."""
-        return torch.promote_types(model, torch.float32) if self.gradient_wire == "fp32" else model
+    def wire(self, model: torch.dtype, roundings: int) -> torch.dtype:
+        """What gradients travel in (`flashcp.sharding.route.is_fp32`)."""
+        return torch.promote_types(model, torch.float32) if is_fp32(self.gradient_wire, roundings) else model
 
     def meet(self) -> None:
         """Agree; the time counts as waiting for slower ranks."""

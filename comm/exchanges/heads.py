@@ -28,7 +28,7 @@ from flashcp.comm.exchanges.receiving import GradientReturn, ReceivingExchange
 from flashcp.comm.transport import Alone, Inbox, OutgoingRows, Transfer, Transport
 from flashcp.kernels.interface import KV
 from flashcp.kernels.uploads import Uploaded
-from flashcp.sharding.holders import members_heads, members_rows
+from flashcp.sharding.holders import inner_roundings, members_heads, members_rows
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan as make_plan
 
@@ -90,7 +90,7 @@ class Heads(Exchange):
         of_q, *of_kv = self.between.backward(plan, grad_heads, saved, settings, scale)
         with settings.clock.measure("exposed_exchange_ms", "gradients home"):
             model = grad_out.dtype
-            wire = settings.wire(model) if self.transport.world_size > settings.kv_heads else model
+            wire = settings.wire(model, inner_roundings(self.transport.world_size, settings.kv_heads))
             found = list[Tensor]()
             for dtype, together in [(model, [of_q, *of_kv])] if wire == model else [(model, [of_q]), (wire, of_kv)]:
                 widths = [gradient.shape[1] for gradient in together]  # H / h, and K / h or 1 twice

@@ -24,6 +24,7 @@ from flashcp.comm.clock import span
 from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved, as_kv
 from flashcp.kernels.interface import KV, OnReceived
 from flashcp.kernels.schedule import Schedule
+from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.plan import ShardingPlan
 
 
@@ -107,7 +108,7 @@ class ReceivingExchange(Exchange):
                 incoming.transfer.finish()
             saved = saved._replace(received=incoming.inbox.rows, tickets=torch.tensor([incoming.inbox.ticket]))
         assert saved.received is not None
-        wire = settings.wire(saved.k.dtype)
+        wire = settings.wire(saved.k.dtype, EXCHANGES[self.name].roundings)
         with settings.clock.measure("exposed_exchange_ms", "send gradients"):
             returned = self.return_gradients(plan, saved.received.new_empty((0, *saved.received.shape[1:]), dtype=wire))
 
