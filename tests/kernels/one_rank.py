@@ -69,4 +69,7 @@ class Rank:
         both = left[-1].nan_to_num(), grads.received.nan_to_num()
         assert torch.equal(*both), "received rows' gradients left before they were complete"
         assert grads.local.k.dtype == torch.float32
+        if self.q.dtype != torch.float32:
+            narrow = kernel.gradients(*state, torch.float32, None, self.q.dtype).received
+            assert torch.equal(narrow.nan_to_num(), grads.received.to(self.q.dtype).nan_to_num()), "not rounded once"
         return out, *grads
