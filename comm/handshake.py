@@ -62,6 +62,7 @@ class Header(NamedTuple):
     scale: int = 0
     gradients: int = 0
     refetch: int = 0
+    gradient_wire: int = 0
     oldest: int = 0
     oldest_inside: int = 0
 

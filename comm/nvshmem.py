@@ -89,7 +89,7 @@ class Nvshmem(TwoSided):
             inbox.rows.reshape(-1).view(torch.uint8).copy_(self._arrived[: inbox.rows.nbytes])
             works = [self._mark()]
         self.sent_bytes += (sum(sent) - sent[self.rank]) * size
-        return self._start(works, rows, inbox.rows, outgoing.what)
+        return self._start(works, [rows, inbox.rows], outgoing.what)
 
     def all_gather(self, block: OutgoingRows, inbox: Inbox) -> Transfer:
         """The block leaves once for each rank."""

@@ -6,7 +6,7 @@ The receive buffers lie in a symmetric heap (`heap.py`); a fabric (`fabrics/`) w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from flashcp.comm.clock import span
 from flashcp.comm.fabrics.base import Fabric, Put
-from flashcp.comm.heap import SymmetricHeap
-from flashcp.comm.transport import Inbox, OutgoingRows, Transfer, Transport, row_bytes
+from flashcp.comm.heap import Lease, SymmetricHeap
+from flashcp.comm.transport import Departures, Inbox, OutgoingRows, Transfer, Transport, row_bytes
 from flashcp.kernels.interface import WaitFlags
 
 
@@ -59,6 +59,11 @@ class OneSided(Transport):
         parts = [(int(stops[to] - sent[to]), int(stops[to]), to, int(offsets[to])) for to in self._round() if sent[to]]
         return self._put(outgoing, parts, inbox, [source for source, rows in enumerate(received) if rows])
 
+    def one_by_one(
+        self, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int], what: str
+    ) -> Departures:
+        return _OneByOne(self, inbox, received, offsets, what)
+
     def all_gather(self, block: OutgoingRows, inbox: Inbox) -> Transfer:
         rows = len(block)
         targets = self._round() if rows else []
@@ -88,14 +93,25 @@ class OneSided(Transport):
         step: int = 0,
     ) -> Transfer:
         """parts: (first row, stop, to which rank, row of its inbox) of what leaves."""
-        lease = self.heap.find(inbox.ticket)
-        assert lease is not None, "rows were sent to an inbox that is free"
-        region, epoch, what, fabric = lease.region, lease.first + step, outgoing.what, self.fabric
+        return self.coming(inbox, sources, self.leaving(outgoing, parts, inbox, step), outgoing.what, step)
+
+    def leaving(
+        self, outgoing: OutgoingRows, parts: Sequence[Sequence[int]], inbox: Inbox, step: int = 0
+    ) -> Callable[[], None]:
+        """Put rows into others' inboxes; parts as in `_put`. What is returned returns when they have left."""
+        lease = self._lease(inbox)
         row, dtype, size = tuple(inbox.rows.shape[1:]), inbox.rows.dtype, row_bytes(inbox.rows)
-        leave = fabric.put([
-            Put(region, outgoing, start, stop, to, offset * size, row, dtype, lease.after, epoch)
+        return self.fabric.put([
+            Put(lease.region, outgoing, start, stop, to, offset * size, row, dtype, lease.after, lease.first + step)
             for start, stop, to, offset in parts
         ])  # fmt: skip
+
+    def coming(
+        self, inbox: Inbox, sources: Sequence[int], leave: Callable[[], None], what: str, step: int = 0
+    ) -> Transfer:
+        """Rows of some ranks on their way into an inbox, beside this rank's own, for which `leave` waits."""
+        lease, fabric = self._lease(inbox), self.fabric
+        region, epoch = lease.region, lease.first + step
 
         def await_rows(source: int) -> None:
             with span(f"wait for {what} of rank {fabric.names[source]}"):
@@ -106,3 +122,31 @@ class OneSided(Transport):
                 leave()
 
         return Transfer(sources, await_rows, await_left, partial(fabric.flags, region, epoch))
+
+    def _lease(self, inbox: Inbox) -> Lease:
+        lease = self.heap.find(inbox.ticket)
+        assert lease is not None, "rows were sent to an inbox that is free"
+        return lease
+
+
+class _OneByOne(Departures):
+    """Each rank's rows leave when they are ready."""
+
+    def __init__(
+        self, transport: OneSided, inbox: Inbox, received: Sequence[int], offsets: Sequence[int], what: str
+    ) -> None:
+        self._transport, self._inbox, self._offsets, self._what = transport, inbox, offsets, what
+        self._sources = [source for source, rows in enumerate(received) if rows]
+        self._left: list[Callable[[], None]] = []
+
+    def send(self, to: int, rows: Tensor) -> None:
+        if len(rows):
+            parts = [(0, len(rows), to, self._offsets[to])]
+            self._left.append(self._transport.leaving(OutgoingRows(rows, what=self._what), parts, self._inbox))
+
+    def close(self) -> Transfer:
+        def leave() -> None:
+            for left in self._left:
+                left()
+
+        return self._transport.coming(self._inbox, self._sources, leave, self._what)

@@ -11,8 +11,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from flashcp.kernels.interface import KV, WaitFlags
@@ -108,6 +110,36 @@ class Transfer:
         return self._flags() if self._awaited else None
 
 
+class Departures:
+    """Rows that leave this rank for one other after another, in any order. Here they wait for the last and leave
+    together: an operation of all ranks has no parts.
+
+    leave: sends rows [rows, ...], those for rank 0 first. like: rows of their kind.
+    """
+
+    def __init__(self, leave: Callable[[Tensor], Transfer], like: Tensor) -> None:
+        self._leave, self._rows = leave, {-1: like[:0]}
+
+    def send(self, to: int, rows: Tensor) -> None:
+        """At most once for each rank. Nobody may write to the rows before they have left."""
+        self._rows[to] = rows
+
+    def close(self) -> Transfer:
+        """The way of all that was sent, and of what comes."""
+        return self._leave(side_by_side([self._rows[to] for to in sorted(self._rows)]))
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Rows [rows, ...] one behind another; not copied where they lie so. Parts are contiguous."""
+    filled = [part for part in parts if part.numel()]
+    if filled and all(
+        a.data_ptr() + a.nbytes == b.data_ptr() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        for a, b in pairwise(filled)
+    ):
+        return filled[0].as_strided((sum(map(len, filled)), *filled[0].shape[1:]), filled[0].stride())
+    return torch.cat(list(parts))
+
+
 class Transport(ABC):
     """Moves rows between the ranks of one group.
 
@@ -161,6 +193,19 @@ class Transport(ABC):
 
         offsets: the row of each rank's inbox where this rank's rows begin.
         """
+
+    def one_by_one(
+        self, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int], what: str
+    ) -> Departures:
+        """The same for rows that become ready for one rank after another; `sent` without this rank's own.
+
+        All ranks come to this in the same order. what: the rows' name in a trace.
+        """
+
+        def leave(rows: Tensor) -> Transfer:
+            return self.all_to_all(OutgoingRows(rows, what=what), sent, inbox, received, offsets)
+
+        return Departures(leave, inbox.rows)
 
     @abstractmethod
     def all_gather(self, block: OutgoingRows, inbox: Inbox) -> Transfer:

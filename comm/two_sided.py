@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError
-from flashcp.comm.transport import ALL, Inbox, OutgoingRows, Transfer, Transport, row_bytes
+from flashcp.comm.transport import ALL, Departures, Inbox, OutgoingRows, Transfer, Transport, row_bytes
 from flashcp.comm.waits import HostWaits, StreamWaits
 
 
@@ -46,7 +46,17 @@ class TwoSided(Transport):
             _bytes(inbox.rows), _bytes(rows), list(received), list(sent), group=self.group, async_op=True
         )
         self.sent_bytes += (sum(sent) - sent[self.rank]) * row_bytes(rows)
-        return self._start([work], rows, inbox.rows, outgoing.what)
+        return self._start([work], [rows, inbox.rows], outgoing.what)
+
+    def one_by_one(
+        self, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int], what: str
+    ) -> Departures:
+        """Over gloo by sends and receives. Over NCCL those would be kernels one behind another, on streams of their
+        pair: rows leave together there."""
+        if self.name != "gloo":
+            return super().one_by_one(sent, inbox, received, offsets, what)
+        self.waits.check()
+        return _OneByOne(self, inbox, received, what)
 
     def all_gather(self, block: OutgoingRows, inbox: Inbox) -> Transfer:
         self.waits.check()
@@ -54,7 +64,7 @@ class TwoSided(Transport):
         if rows.numel():  # else on no rank: blocks are equally large
             works = [dist.all_gather_into_tensor(_bytes(inbox.rows), _bytes(rows), group=self.group, async_op=True)]
             self.sent_bytes += (self.world_size - 1) * rows.nbytes
-        return self._start(works, rows, inbox.rows, block.what)
+        return self._start(works, [rows, inbox.rows], block.what)
 
     def shift(self, outgoing: OutgoingRows, inbox: Inbox, step: int, into: slice, offset: int) -> Transfer:
         """An empty tensor on either side is not sent: both neighbours know its size.
@@ -69,32 +79,38 @@ class TwoSided(Transport):
             # communicator then, with all of them (torch.distributed.batch_isend_irecv).
             self._has_met = True
             dist.all_reduce(torch.zeros(1, device=rows.device), group=self.group)
+        after, before = ((self.rank + way) % self.world_size for way in (1, -1))
+        works = self.batch([(dist.isend, rows, after), (dist.irecv, arriving, before)])
+        return self._start(works, [rows, arriving], outgoing.what)
+
+    def batch(self, operations: Sequence[tuple[Any, Tensor, int]]) -> list[Any]:
+        """Begin sends and receives (`dist.isend` or `dist.irecv`, rows, the other rank); none of empty tensors."""
         batch = [
-            dist.P2POp(operation, _bytes(some), group=self.group, group_peer=(self.rank + way) % self.world_size)
-            for operation, some, way in ((dist.isend, rows, 1), (dist.irecv, arriving, -1))
-            if some.numel()
+            dist.P2POp(operation, _bytes(rows), group=self.group, group_peer=other)
+            for operation, rows, other in operations
+            if rows.numel()
         ]
-        self.sent_bytes += rows.nbytes
-        return self._start(dist.batch_isend_irecv(batch) if batch else [], rows, arriving, outgoing.what)
+        self.sent_bytes += sum(rows.nbytes for operation, rows, _ in operations if operation is dist.isend)
+        return dist.batch_isend_irecv(batch) if batch else []
 
     def synchronize(self) -> None:
         for transfer in list(self._under_way):
             transfer.wait()
         self.waits.synchronize()
 
-    def _start(self, works: Sequence[Any], rows: Tensor, arriving: Tensor, what: str) -> Transfer:
-        """works: what was begun, with a `wait()`; the tensors live at least as long as they do."""
-        waits, home = self.waits, self.waits.home(rows.device)
-        pending = [work for work in works if work is not None]
+    def _start(self, works: list[Any], tensors: list[Tensor], what: str) -> Transfer:
+        """works: what was begun, with a `wait()`; the tensors live at least as long as they do. Both lists may grow
+        until somebody waits."""
+        waits, home = self.waits, self.waits.home(tensors[0].device)
 
         def land(source: int = ALL) -> None:
-            landing = pending.copy()
-            pending.clear()
+            landing = [work for work in works if work is not None]
+            works.clear()
             if landing:
                 with span(f"wait for {what}"):
                     waits.wait(landing, what, home)
 
-        def land_unseen(*memory: Tensor) -> None:
+        def land_unseen(memory: list[Tensor]) -> None:
             # Rows that nobody waits for (a handle thrown away) must still land: their memory goes with the transfer.
             try:
                 land()
@@ -104,9 +120,26 @@ class TwoSided(Transport):
                 return
 
         transfer = Transfer([ALL], land, land)
-        weakref.finalize(transfer, land_unseen, rows, arriving).atexit = False  # holds both meanwhile
+        weakref.finalize(transfer, land_unseen, tensors).atexit = False  # holds them meanwhile
         self._under_way.add(transfer)
         return transfer
+
+
+class _OneByOne(Departures):
+    """Each rank's rows leave when they are ready, by a send of their own. What comes is received from the start."""
+
+    def __init__(self, transport: TwoSided, inbox: Inbox, received: Sequence[int], what: str) -> None:
+        arriving = inbox.rows.split(list(received))
+        self._transport, self._tensors = transport, [inbox.rows]
+        self._works = transport.batch([(dist.irecv, rows, source) for source, rows in enumerate(arriving)])
+        self._transfer = transport._start(self._works, self._tensors, what)
+
+    def send(self, to: int, rows: Tensor) -> None:
+        self._tensors.append(rows)
+        self._works += self._transport.batch([(dist.isend, rows, to)])
+
+    def close(self) -> Transfer:
+        return self._transfer
 
 
 def _bytes(rows: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def choose(
     head_dim: int = 128,
     *,
     dtype_bytes: int = 2,
-    gradient_bytes: int = 4,
+    gradient_wire: str = "auto",
 ) -> Choice:
     """What to run batches like these with, predicted by the simulator.
 
@@ -104,7 +104,7 @@ def choose(
         its windows; every batch has as many windows.
     world_size: ranks of the whole job. cluster: a name of `conf/cluster/`, or a Machine.
     query_heads, kv_heads, head_dim, dtype_bytes: of one attention layer.
-    gradient_bytes: of one number of a KV gradient that travels, 2 or 4.
+    gradient_wire: what KV gradients travel in, as for `flashcp.ContextParallel`.
 
     `fused` is never chosen: no GPU has shown yet that it is faster. Raises ValueError naming value, field and what is
     legal.
@@ -120,7 +120,7 @@ def choose(
         read_cluster_or_machine(cluster),
         ModelShape(query_heads, kv_heads, head_dim, dtype_bytes),
         "staged",
-        gradient_bytes,
+        gradient_wire,
     )
     step = Step(windows)
     groups = [count for count in range(1, windows + 1) if not (windows % count or ranks % count)]

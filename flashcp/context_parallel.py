@@ -28,6 +28,7 @@ from flashcp.operator import Call, Handle, scale_code
 from flashcp.sharding.documents import check_choice
 from flashcp.sharding.holders import positions_of_rank
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.route import GRADIENT_WIRES
 from flashcp.unshard import local_rows, unshard
 
 __all__ = ["ContextParallel", "Handle"]
@@ -52,16 +53,18 @@ class ContextParallel:
     `auto` is `staged`. attention: `auto` or a name of docs/attention.md. transport: `auto`, `shm` between processes of
     one host, the group's backend, `cuda_symmetric` or `nvshmem` (docs/exchange.md); with head_ranks one name for both
     levels, or two, `INSIDE+BETWEEN` holders, such as `shm+gloo`. backward: `keep` holds received KV
-    for the backward pass, `refetch` brings it again. timeout_s: bound on every wait for another rank. tuning: block
+    for the backward pass, `refetch` brings it again. gradient_wire: what gradients travel in that are added up,
+    `model` (the dtype of q, k and v) or `fp32`; `auto`: fp32 where sums would be rounded on their way again, in a ring
+    and where ranks of a holder share a KV head. timeout_s: bound on every wait for another rank. tuning: block
     shapes for the Triton kernels instead of the table's. options: of one-sided transports,
     `flashcp.TransportOptions(heap_mib=..., region_mib=..., throttle_gbps=...)`.
 
     cp.transport and cp.overlap tell what `auto` chose, cp.transport_reason why; cp.stats is a `Clock` of this rank's
     milliseconds. cp.world_size counts ranks, cp.holders = cp.world_size // cp.head_ranks what plans are made for.
     Raises ValueError for names it does not know and groups this rank is no member of. Calls on all ranks must come
-    in the same order. Ranks compare call numbers, plans, exchanges, shapes, dtypes and scales before rows move: what
-    differs, and whoever fails or stays away, is named in an ExchangeError on every rank within the time-out. After it
-    receive buffers of a one-sided transport are no longer the same on all ranks: every later call raises.
+    in the same order. Ranks compare call numbers, plans, exchanges, shapes, dtypes, scales and wires before rows move:
+    what differs, and whoever fails or stays away, is named in an ExchangeError on every rank within the time-out. After
+    it receive buffers of a one-sided transport are no longer the same on all ranks: every later call raises.
     """
 
     def __init__(
@@ -77,12 +80,14 @@ class ContextParallel:
         stages: int = 2,
         options: TransportOptions | None = None,
         head_ranks: int = 1,
+        gradient_wire: str = "auto",
     ) -> None:
         for field, name, legal in (
             ("exchange", exchange, tuple(EXCHANGE_CLASSES)),
             ("overlap", overlap, ("auto", *OVERLAPS)),
             ("attention", attention, ("auto", *ATTENTION)),
             ("backward", backward, ("keep", "refetch")),
+            ("gradient_wire", gradient_wire, GRADIENT_WIRES),
         ):
             check_choice(field, name, legal)
         if not isinstance(timeout_s, int | float) or not 0.001 <= timeout_s <= LONGEST_S:
@@ -98,7 +103,7 @@ class ContextParallel:
             raise ValueError(f"options is a {type(options).__name__}: expected a flashcp.TransportOptions, or None")
         self.exchange = exchange
         self.attention_name, self.tuning = attention, tuning
-        self.backward = backward
+        self.backward, self.gradient_wire = backward, gradient_wire
         self.stats = Clock()
         if isinstance(group, Connection):
             given = (("transport", transport, "auto"), ("timeout_s", timeout_s, TIMEOUT_S), ("options", options, None),
@@ -150,7 +155,7 @@ class ContextParallel:
         q: [rank's tokens, query heads, head_dim], k and v: [rank's tokens, KV heads, head_dim], rows as `shard` gives
         them; fp32, bf16 or fp16. softmax_scale: 1 / sqrt(head_dim) by default. Returns
         [rank's tokens, query heads, head_dim] in q's dtype. Gradients of K and V rows that other ranks read come
-        home in fp32 (`ulysses` and head ranks: in the model's dtype) and are added in a fixed order.
+        home as `gradient_wire` says and are added in fp32 in a fixed order.
         Raises ValueError for shapes, dtypes and plans that do not fit, ExchangeError as the class says.
         """
         return self._begin(k, v, plan, q, softmax_scale).attention(q, softmax_scale)
@@ -241,13 +246,15 @@ class ContextParallel:
                 scale=scale_code(scale),
                 gradients=torch.is_grad_enabled(),
                 refetch=self.backward == "refetch",
+                gradient_wire=GRADIENT_WIRES.index(self.gradient_wire),
             )
 
         with self.stats.measure("wait_ms", "headers"):
             agreed, posted = self._agree(header)
         refetch = self.backward == "refetch"
         agree = posted.check if posted else lambda: None  # one rank alone has nobody to agree with
-        settings = AttentionSettings(select(), self.overlap, self.stages, refetch, self.stats, agree)
+        how = select(), self.overlap, self.stages, refetch, self.gradient_wire, k.shape[1]
+        settings = AttentionSettings(*how, self.stats, agree)
         call = Call(plan, self._exchange, settings, agreed, self._connection)
         sending = self.stats.measure("exposed_exchange_ms", f"attention {agreed.call}, send rows")
         with torch.no_grad(), sending, call.watched():

@@ -89,7 +89,7 @@ def simulate(
     cluster: str | Machine = "h100-nvlink",
     methods: str | Iterable[str] = (),
     overlap: str = "auto",
-    gradient_bytes: int = 4,
+    gradient_wire: str = "auto",
     head_ranks: int | str = "auto",
     batch_windows: int = 1,
     micro_batches: int = 1,
@@ -112,7 +112,7 @@ def simulate(
         `plan`, or `plan+EXCHANGE`. After a name, `:h8` sets its head ranks, `:d2` the replicas that share a batch, and
         `:w2` the bytes of a number of a KV gradient on its wire: `flashcp:h8:w2`.
     overlap: of our implementation and of best efforts: `auto`, `none`, `staged` or `fused`.
-    gradient_bytes: of one number of a KV gradient that travels in our implementation, 2 or 4.
+    gradient_wire: what KV gradients travel in in our implementation, as for `flashcp.ContextParallel`.
     head_ranks: of methods that choose them (`flashcp`, `usp`, ...): a number, or `auto`, the fastest.
     batch_windows: of the packs that are one batch. Today's practice gives each a replica of world_size / batch_windows
         ranks, and the slowest counts; `flashcp` and pairs make one plan for all ranks.
@@ -128,7 +128,7 @@ def simulate(
     read, ranks = _read_packs(packs, world_size, heads or 1)
     machine = read_cluster_or_machine(cluster)
     model = ModelShape(query_heads, kv_heads, head_dim, dtype_bytes, layers, ffn_dim)
-    setting = make_setting(machine, model, overlap, gradient_bytes)
+    setting = make_setting(machine, model, overlap, gradient_wire)
     named = [methods] if isinstance(methods, str) else list(methods)
     step, given = read_step(batch_windows, micro_batches, waits, ranks), isinstance(read[0], ShardingPlan)
     if given and step.windows > 1:

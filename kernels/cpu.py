@@ -8,14 +8,14 @@ Shapes: T local rows, R received rows, H query heads, K KV heads, G = H / K quer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from flashcp.kernels.interface import KV, AttentionKernel, Gradients, WaitFlags
+from flashcp.kernels.interface import KV, AttentionKernel, Gradients, OnReceived, WaitFlags
 from flashcp.kernels.schedule import Schedule
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -62,20 +62,21 @@ class CpuAttention(AttentionKernel):
         schedule: Schedule,
         scale: float,
         local_dtype: torch.dtype | None = None,
-        on_received: Callable[[Tensor], None] | None = None,
+        on_received: OnReceived | None = None,
+        received_dtype: torch.dtype = torch.float32,
     ) -> Gradients:
         grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, *local))
         grad_received = q.new_zeros((len(received.k), 2, *received.k.shape[1:]), dtype=torch.float32)
+        leaving = grad_received.to(received_dtype)
         group = q.shape[1] // local.k.shape[1]
 
-        def add_ranges(of_received: bool, keys: KV, grad_keys: KV) -> None:
-            for rows, ranges in _queries(schedule):
-                chosen = [(place, masked) for in_received, place, masked in ranges if in_received == of_received]
-                if not chosen:
+        def add_ranges(chosen: np.ndarray, keys: KV, grad_keys: KV) -> None:
+            for rows, ranges in _queries(schedule.part(chosen)):
+                if not ranges:
                     continue
                 q_part, out_part, grad_part = (by_kv_head(x[rows], group) for x in (q, out, grad_out))
                 lse_part = rearrange(lse[rows], "t (k g) -> g k t", g=group)
-                for place, masked in chosen:
+                for _, place, masked in ranges:
                     k_part, v_part = (shared(x[place], group) for x in keys)
                     tensors = grad_part, q_part, k_part, v_part, out_part, lse_part
                     part, *parts = gradients_on_cpu(*tensors, masked, scale)
@@ -83,12 +84,18 @@ class CpuAttention(AttentionKernel):
                     for total, part in zip(grad_keys, parts, strict=True):
                         total[place] += part
 
-        add_ranges(True, received, KV(*grad_received.unbind(1)))
+        for source in _nearest_first(schedule):
+            chosen = schedule.received & (schedule.source == source)
+            add_ranges(chosen, received, KV(*grad_received.unbind(1)))
+            rows = slice(int(schedule.row_start[chosen].min()), int(schedule.row_stop[chosen].max()))
+            leaving[rows] = grad_received[rows]
+            if on_received is not None:
+                on_received(leaving, source)
         if on_received is not None:
-            on_received(grad_received)
-        add_ranges(False, local, KV(grad_k, grad_v))
+            on_received(leaving)
+        add_ranges(~schedule.received, local, KV(grad_k, grad_v))
         dtype = local_dtype or local.k.dtype
-        return Gradients(grad_q.to(q.dtype), KV(grad_k.to(dtype), grad_v.to(dtype)), grad_received)
+        return Gradients(grad_q.to(q.dtype), KV(grad_k.to(dtype), grad_v.to(dtype)), leaving)
 
 
 def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -131,6 +138,12 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     merged = torch.logaddexp(lse, part_lse)
     out.mul_(torch.exp(lse - merged)[..., None]).add_(part * torch.exp(part_lse - merged)[..., None])
     lse.copy_(merged)
+
+
+def _nearest_first(schedule: Schedule) -> list[int]:
+    """The sources, the rank before this one first and the next one last: no rank is everybody's first."""
+    own = int(schedule.source[~schedule.received].max(initial=0))
+    return sorted(schedule.sources, key=lambda source: (source > own, -source))
 
 
 def _queries(schedule: Schedule) -> Iterator[tuple[slice, list[tuple[bool, slice, bool]]]]:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,11 +31,18 @@ class KV(NamedTuple):
 
 class Gradients(NamedTuple):
     """Gradients of all inputs of attention: of q [T, H, D], of the local keys and values, of the receive buffer
-    [R, 2, K, D] in fp32, for they are added elsewhere."""
+    [R, 2, K, D], for they are added elsewhere."""
 
     q: Tensor
     local: KV
     received: Tensor
+
+
+class OnReceived(Protocol):
+    """Is told when gradients of received rows are complete: those of one source, or, without a source, of all. The last
+    call is one without. gradients: of the receive buffer, [R, 2, K, D], the same tensor each time."""
+
+    def __call__(self, gradients: Tensor, source: int | None = None) -> None: ...
 
 
 class WaitFlags(NamedTuple):
@@ -99,10 +105,15 @@ class AttentionKernel(ABC):
         schedule: Schedule,
         scale: float,
         local_dtype: torch.dtype | None = None,
-        on_received: Callable[[Tensor], None] | None = None,
+        on_received: OnReceived | None = None,
+        received_dtype: torch.dtype = torch.float32,
     ) -> Gradients:
-        """Gradients of `attend`: q's in its dtype, local ones in local_dtype (None: the inputs').
+        """Gradients of `attend`: q's in its dtype, local ones in local_dtype (None: the inputs'), those of received
+        rows in received_dtype, summed in fp32 and rounded once.
 
         out, lse: the merged result over *all* ranges of the forward pass; with it each range's gradient stands alone.
-        on_received: called with the gradients of the receive buffer, fp32 [R, 2, K, D], as soon as they are complete.
+        on_received: called as soon as gradients of received rows are complete, before those of local rows are computed.
+        Source by source where a source can be finished before the next one is begun and that costs nothing: on a CPU.
+        A GPU's launch over all sources has one last wave of programs, and one launch a source would have a last wave
+        each, so there they are complete together.
         """

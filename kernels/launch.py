@@ -19,7 +19,7 @@ from flashcp.kernels.backward_kv import backward_kv_kernel
 from flashcp.kernels.backward_q import backward_q_kernel
 from flashcp.kernels.backward_rows import ROWS, backward_rows_kernel
 from flashcp.kernels.forward import forward_kernel
-from flashcp.kernels.interface import KV, AttentionKernel, Gradients, WaitFlags
+from flashcp.kernels.interface import KV, AttentionKernel, Gradients, OnReceived, WaitFlags
 from flashcp.kernels.one_sided import spins
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.tiles import Tiles, key_tiles, query_tiles
@@ -102,7 +102,8 @@ class TritonAttention(AttentionKernel):
         schedule: Schedule,
         scale: float,
         local_dtype: torch.dtype | None = None,
-        on_received: Callable[[Tensor], None] | None = None,
+        on_received: OnReceived | None = None,
+        received_dtype: torch.dtype = torch.float32,
     ) -> Gradients:
         """Three launches whatever the schedule, four with `on_received`, and one more behind each over tiles that
         documents share. In any order on Hopper: one, two with `on_received`, and the former for short documents."""
@@ -117,7 +118,7 @@ class TritonAttention(AttentionKernel):
         filled = [sum(prepared.rows[place] for prepared in keys) for place in (0, 1)]
         grad_local = KV(*(_empty(x.shape, dtype, device, filled[0] == len(x)) for x in local))
         shape = (len(received.k), 2, *received.k.shape[1:])
-        grad_received = _empty(shape, torch.float32, device, filled[1] == shape[0])
+        grad_received = _empty(shape, received_dtype, device, filled[1] == shape[0])
         outputs = (*grad_local, *grad_received.unbind(1))
         sums_q = None if in_any_order is None else torch.zeros(q.shape, dtype=torch.float32, device=device)
 

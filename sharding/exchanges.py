@@ -125,6 +125,7 @@ class Ring(Route):
     """
 
     exchange = "ring"
+    roundings = 2  # a sum that goes round is rounded at every hop
 
     def _count(self) -> tuple[np.ndarray, np.ndarray]:
         """Every block but the next rank's goes out, all others' come in."""
@@ -148,6 +149,7 @@ class Ulysses(Route):
 
     exchange = "ulysses"
     imbalance = 1.0
+    roundings = 0
 
     def _own_and_others(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows of single heads, times N, that leave each rank and that come for one tensor, int64."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from flashcp.sharding.assignment import Assignment
+from flashcp.sharding.route import wire_bytes
 
 
 def members_rows(rows: int, head_ranks: int) -> np.ndarray:
@@ -49,6 +50,12 @@ def members_heads(query_heads: int, kv_heads: int, head_ranks: int) -> tuple[int
     return query_heads // head_ranks, max(1, kv_heads // head_ranks)
 
 
+def inner_roundings(head_ranks: int, kv_heads: int) -> int:
+    """Of gradients of K and V inside a holder (`flashcp.sharding.route.is_fp32`): where several ranks have one KV head,
+    each of them sends a sum, of which parts were rounded on their way to it."""
+    return 2 if head_ranks > kv_heads else 0
+
+
 def bytes_inside(
     plan: Assignment,
     head_ranks: int,
@@ -57,18 +64,22 @@ def bytes_inside(
     head_dim: int,
     dtype_bytes: int,
     backward: bool = False,
+    gradient_wire: str = "model",
 ) -> np.ndarray:
     """Bytes that leave each rank for the others of its holder, int64 [plan.world_size * head_ranks].
 
     Forward: Q, K and V become heads and the output becomes rows. backward=True: the gradient of the output becomes
-    heads, those of Q, K and V become rows; dtype_bytes is the wire's. What travels between holders is the route's, for
-    `members_heads`. Raises ValueError for heads that cannot be shared out.
+    heads, those of Q, K and V become rows, K's and V's as gradient_wire says where they are added up (`wire_bytes`,
+    `inner_roundings`). What travels between holders is the route's, for `members_heads`.
+    Raises ValueError for heads that cannot be shared out.
     """
     query, kv = members_heads(query_heads, kv_heads, head_ranks)
     rows = np.stack([members_rows(tokens, head_ranks) for tokens in plan.tokens.tolist()])  # [holders, head_ranks]
     others = rows.sum(axis=1, keepdims=True) - rows
-    to_heads, to_rows = (query, query + 2 * kv) if backward else (query + 2 * kv, query)
-    return (rows * ((head_ranks - 1) * to_heads) + others * to_rows).ravel() * (head_dim * dtype_bytes)
+    of_kv = wire_bytes(dtype_bytes, gradient_wire, inner_roundings(head_ranks, kv_heads)) if backward else dtype_bytes
+    alone, beside = query * dtype_bytes, query * dtype_bytes + 2 * kv * of_kv  # the queries' tensor, and with K and V
+    to_heads, to_rows = (alone, beside) if backward else (beside, alone)
+    return (rows * ((head_ranks - 1) * to_heads) + others * to_rows).ravel() * head_dim
 
 
 def _share(rows: np.ndarray, rank: int, head_ranks: int) -> np.ndarray:

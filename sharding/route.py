@@ -9,11 +9,30 @@ import numpy as np
 from flashcp.sharding.assignment import Assignment
 from flashcp.sharding.shards import Segments
 
+GRADIENT_WIRES = ("auto", "model", "fp32")
+"""What gradients travel in that are added up: the model's dtype, or fp32. `auto` is fp32 where a sum would be rounded
+again on its way, else the model's dtype (docs/exchange.md has the errors of both)."""
+
+
+def is_fp32(gradient_wire: str, roundings: int) -> bool:
+    """Whether gradients travel in fp32. roundings: how often they would be rounded on their way to be added up; 0 where
+    they are whole, and so are rounded in the end in any case."""
+    return roundings > 0 and (gradient_wire == "fp32" or (gradient_wire == "auto" and roundings > 1))
+
+
+def wire_bytes(dtype_bytes: int, gradient_wire: str, roundings: int) -> int:
+    """Bytes of a number of such gradients, of a model whose numbers have dtype_bytes."""
+    return max(4, dtype_bytes) if is_fp32(gradient_wire, roundings) else dtype_bytes
+
 
 class Route:
-    """The traffic of one plan under one exchange; each exchange is a subclass in `flashcp.sharding.exchanges`."""
+    """The traffic of one plan under one exchange; each exchange is a subclass in `flashcp.sharding.exchanges`.
+
+    roundings: of gradients on their way home, see `is_fp32`.
+    """
 
     exchange: str
+    roundings = 1
 
     def __init__(self, plan: Assignment) -> None:
         self.plan = plan
@@ -74,17 +93,24 @@ class Route:
         return list(zip(*(column.tolist() for column in chosen[:3]), strict=True))
 
     def bytes(
-        self, query_heads: int, kv_heads: int, head_dim: int, dtype_bytes: int, backward: bool = False
+        self,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype_bytes: int,
+        backward: bool = False,
+        gradient_wire: str = "model",
     ) -> np.ndarray:
         """Bytes that leave each rank, all tensors counted, int64 [world_size].
 
-        backward=True: the backward's bytes alone, dtype_bytes being the wire's. Gradients of the received rows go
-        home, so what a rank received in the forward it sends in the backward, at the wire's width.
+        backward=True: the backward's bytes alone. Gradients of the received rows go home, so what a rank received in
+        the forward it sends in the backward, in dtype_bytes a number or as gradient_wire says (`wire_bytes`).
         Raises ValueError for heads that do not fit.
         """
         if kv_heads < 1 or query_heads < 1 or query_heads % kv_heads:
             raise ValueError(f"query_heads={query_heads}, kv_heads={kv_heads}: expected a multiple, both at least 1")
-        return self._head_rows(query_heads, kv_heads, backward) * (head_dim * dtype_bytes)
+        width = wire_bytes(dtype_bytes, gradient_wire, self.roundings) if backward else dtype_bytes
+        return self._head_rows(query_heads, kv_heads, backward) * (head_dim * width)
 
     def __repr__(self) -> str:
         return (

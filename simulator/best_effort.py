@@ -19,8 +19,7 @@ def best_effort(planned: Planned, exchange: str) -> Module:
     if exchange == "exact":
         return ours(planned, exchange, bare=True)
     ranks, block = planned.ranks, planned.block_bytes(exchange)
-    wire = min(planned.setting.gradient_bytes, planned.shape.dtype_bytes)
-    home = block * wire / planned.shape.dtype_bytes
+    wire, home = planned.shape.dtype_bytes, block
     hop, hop_home = (_hop_us(planned, exchange, moved) for moved in (block, home))
     forward, backward = _forward(planned, Hops(hop)), _backward(planned, Hops(hop_home), home, wire)
     alone = Hops(hop).around() + Hops(hop_home).around()

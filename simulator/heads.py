@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from flashcp.sharding.holders import inner_roundings
 from flashcp.simulator.planned import Module, Planned
 from flashcp.simulator.timeline import Timeline
 
@@ -32,7 +33,8 @@ def share_heads(planned: Planned, inner: Module, copies: Copies) -> Module:
     """The exchange between holders, `inner`, with the all-to-alls before and after it.
 
     Gradients travel in the model's dtype here. Where several members have one KV head, each is sent its rows, and the
-    gradients of each, which are sums over its own query heads, are added up by the rows' rank.
+    gradients of each, which are sums over its own query heads, travel as the setting says and are added up by the rows'
+    rank.
     """
     head_ranks, shape = planned.setting.head_ranks, planned.shape
     if head_ranks == 1:
@@ -55,9 +57,15 @@ def share_heads(planned: Planned, inner: Module, copies: Copies) -> Module:
     swap(forward, queries)
     swap(backward, queries)
     backward.follow(inner.backward)
-    swap(backward, queries + keys, keys)
+    wire = planned.setting.wire_bytes(inner_roundings(head_ranks, planned.setting.shape.kv_heads))
+    home = keys * wire / shape.dtype_bytes
+    if wire == shape.dtype_bytes:
+        swap(backward, queries + home, home)
+    else:  # each dtype by itself
+        swap(backward, queries)
+        swap(backward, home, home)
     if head_ranks > planned.setting.shape.kv_heads:
-        backward.run("copies", planned.sum_us(head_ranks * keys, shape.dtype_bytes))
+        backward.run("copies", planned.sum_us(head_ranks * home, wire))
     held = float(planned.plan.tokens.max()) * shape.kv_bytes
     return inner._replace(
         forward=forward,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.simulator.flows import carry_all
 from flashcp.simulator.planned import Module, Planned
 from flashcp.simulator.timeline import Hops, Timeline
@@ -23,15 +24,16 @@ def ours(planned: Planned, exchange: str, bare: bool = False) -> Module:
     if exchange == "ring":
         return _ring(planned)
     there = _bytes(planned, exchange)
-    back = there.T * (planned.setting.gradient_bytes / planned.shape.dtype_bytes)
+    back = there.T * (_wire(planned, exchange) / planned.shape.dtype_bytes)
     still = np.zeros(planned.ranks)
     alone = _arrivals(planned, exchange, there, still).max() + _homecoming(planned, back, still).max()
     forward, backward = _forward(planned, exchange, there, bare), _backward(planned, exchange, back)
     kept, coming = float(there.sum(axis=0).max()), float(back.sum(axis=0).max())
     if exchange != "exact":
         kept += float(there.max())  # its own block lies among the others
-    working = kept * 4 / planned.shape.dtype_bytes + coming  # gradients of the buffer, in fp32, and those coming home
-    working += float(back.sum(axis=1).max()) * (exchange != "exact")  # side by side, to leave
+    working = kept * _wire(planned, exchange) / planned.shape.dtype_bytes + coming  # of the buffer, and coming home
+    if exchange != "exact" and planned.overlap != "fused":
+        working += float(back.sum(axis=1).max())  # side by side, to leave
     return Module(forward, backward, float(alone), kept, working)
 
 
@@ -67,7 +69,7 @@ def attend(planned: Planned, timeline: Timeline, arrived: np.ndarray) -> None:
 def _backward(planned: Planned, exchange: str, back: np.ndarray) -> Timeline:
     timeline = Timeline(planned.ranks)
     timeline.run("attention", planned.first_us(True))
-    if exchange != "exact" and planned.ranks > 1:
+    if exchange != "exact" and planned.overlap != "fused" and planned.ranks > 1:
         timeline.run("copies", planned.copies.us(2 * back.sum(axis=1)))  # all blocks but its own, side by side
     leave = timeline.now
     home = _homecoming(planned, back, leave).max(axis=0)
@@ -77,8 +79,13 @@ def _backward(planned: Planned, exchange: str, back: np.ndarray) -> Timeline:
     timeline.run("attention", planned.local_us(True))
     timeline.wait(home)
     readers = (back > 0).sum(axis=0)  # K and V of each are added by themselves
-    timeline.run("copies", planned.sum_us(back.sum(axis=0), planned.setting.gradient_bytes, 2 * readers))
+    timeline.run("copies", planned.sum_us(back.sum(axis=0), _wire(planned, exchange), 2 * readers))
     return timeline
+
+
+def _wire(planned: Planned, exchange: str) -> int:
+    """Bytes of a number of a gradient on its way home."""
+    return planned.setting.wire_bytes(EXCHANGES[exchange].roundings)
 
 
 def _bytes(planned: Planned, exchange: str) -> np.ndarray:
@@ -129,7 +136,7 @@ def _ring(planned: Planned) -> Module:
     each rank adding its share.
     """
     ranks, block = planned.ranks, planned.block_bytes("ring")
-    home = block * planned.setting.gradient_bytes / planned.shape.dtype_bytes
+    home = block * _wire(planned, "ring") / planned.shape.dtype_bytes
     hop, hop_home = planned.hop_us(block), planned.hop_us(home)
     forward, backward = _ring_forward(planned, Hops(hop)), _ring_backward(planned, Hops(hop_home), home)
     alone = Hops(hop).around() + Hops(hop_home).around()
@@ -159,7 +166,7 @@ def _ring_forward(planned: Planned, hops: Hops) -> Timeline:
 
 
 def _ring_backward(planned: Planned, hops: Hops, home: float) -> Timeline:
-    timeline, add = Timeline(planned.ranks), planned.sum_us(home, planned.setting.gradient_bytes)
+    timeline, add = Timeline(planned.ranks), planned.sum_us(home, _wire(planned, "ring"))
     beside = planned.overlap != "none"
     timeline.run("attention", planned.first_us(True))
     for hop in range(1, planned.ranks):

@@ -73,10 +73,12 @@ class Batch:
     def planned(self, variant: Variant, windows: tuple[int, ...] = (0,), replicas: int = 1) -> Planned:
         """These windows behind one another, on the ranks of one of so many replicas."""
         holders = self.ranks // replicas // variant.head_ranks
-        return self._priced(windows, variant.sharding, holders, variant.head_ranks, variant.wire(self._setting))
+        return self._priced(
+            windows, variant.sharding, holders, variant.head_ranks, variant.wire(self._setting.gradient_wire)
+        )
 
-    def _make_price(self, windows: tuple[int, ...], sharding: str, holders: int, head_ranks: int, wire: int) -> Planned:
-        own = replace(self._setting, head_ranks=head_ranks, gradient_bytes=wire)
+    def _make_price(self, windows: tuple[int, ...], sharding: str, holders: int, head_ranks: int, wire: str) -> Planned:
+        own = replace(self._setting, head_ranks=head_ranks, gradient_wire=wire)
         return self._price(self._plan(windows, sharding, holders), own)
 
     def _make_plan(self, windows: tuple[int, ...], sharding: str, holders: int) -> ShardingPlan:

@@ -10,6 +10,7 @@ import numpy as np
 
 from flashcp.sharding.exchanges import traffic
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.route import wire_bytes
 from flashcp.simulator.cost import AttentionCost, AttentionShape, ReadFeatures, read_features
 from flashcp.simulator.machine import Machine
 from flashcp.simulator.members import member_links, member_shape
@@ -21,15 +22,19 @@ MERGE_BYTES = 12
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how a plan runs. overlap: of our implementation, `none`, `staged` or `fused`. gradient_bytes: of one
-    number of a K or V gradient on our wire (our gradients come home in fp32). head_ranks: of a holder; the plan's ranks
-    are holders, see `flashcp.simulator.heads`."""
+    """Where and how a plan runs. overlap: of our implementation, `none`, `staged` or `fused`. gradient_wire: what our
+    gradients of K and V travel in (`flashcp.sharding.route`). head_ranks: of a holder; the plan's ranks are holders,
+    see `flashcp.simulator.heads`."""
 
     machine: Machine
     shape: AttentionShape = field(default_factory=AttentionShape)
     overlap: str = "staged"
-    gradient_bytes: int = 4
+    gradient_wire: str = "auto"
     head_ranks: int = 1
+
+    def wire_bytes(self, roundings: int) -> int:
+        """Of a number of those gradients."""
+        return wire_bytes(self.shape.dtype_bytes, self.gradient_wire, roundings)
 
 
 class Module(NamedTuple):

@@ -128,7 +128,7 @@ def _summarise(
         overlap=overlap_of(variant, setting),
         data_parallel=variant.data_parallel or step.batch_windows,
         head_ranks=variant.head_ranks,
-        gradient_bytes=variant.wire(setting),
+        gradient_bytes=variant.wire_bytes(setting),
         **means,
         imbalance_max=float(np.max(one.imbalance)),
         module_ms_p50=float(np.percentile(one.module_ms, 50)),

@@ -12,6 +12,7 @@ import numpy as np
 from flashcp.sharding.documents import check_choice
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.methods import METHODS
+from flashcp.sharding.route import GRADIENT_WIRES, wire_bytes
 from flashcp.sharding.strategies import STRATEGIES
 from flashcp.simulator.cost import AttentionShape, ModelShape
 from flashcp.simulator.machine import Machine
@@ -23,6 +24,7 @@ MOST_RANKS = 1024
 WAITS = ("micro_batch", "step")
 CHANGE = re.compile("(h|d|w(?=[24]$))(0|[1-9][0-9]{0,3})")
 CHANGES = {"h": "head_ranks", "d": "data_parallel", "w": "gradient_bytes"}
+WIRES = {2: "model", 4: "fp32"}
 GIVEN_PLAN = "plan"
 """The strategy of a plan that the caller made."""
 
@@ -53,7 +55,8 @@ class Variant(NamedTuple):
     has. `best effort`: what could be made of the method at most. `ours`: the code of this project.
     head_ranks: of a holder (`flashcp.simulator.heads`); 0: as many as make it fastest. data_parallel: replicas that
     share a batch's windows evenly; 0: a replica for each window, which is today's practice; 1: one plan for all.
-    gradient_bytes: of a number of a KV gradient on the wire; 0: the setting's. dealt: windows go to replicas by work.
+    gradient_bytes: of a number of a KV gradient on the wire, 2 (the model's) or 4; 0: as the setting says. dealt:
+    windows go to replicas by work.
     """
 
     name: str
@@ -70,10 +73,16 @@ class Variant(NamedTuple):
         """Whether the authors' code runs it."""
         return self.implementation == "published"
 
-    def wire(self, setting: Setting) -> int:
-        """Bytes of a number of a KV gradient; nobody but us sends more than the model's dtype."""
-        wire = self.gradient_bytes or setting.gradient_bytes
-        return wire if self.implementation == "ours" else min(wire, setting.shape.dtype_bytes)
+    def wire(self, told: str) -> str:
+        """What KV gradients travel in, where `told` is what the setting says; nobody but us sends more than the model's
+        dtype."""
+        return WIRES.get(self.gradient_bytes, told) if self.implementation == "ours" else WIRES[2]
+
+    def wire_bytes(self, setting: Setting) -> int:
+        """Bytes of a number of a KV gradient between holders."""
+        return wire_bytes(
+            setting.shape.dtype_bytes, self.wire(setting.gradient_wire), EXCHANGES[self.exchange].roundings
+        )
 
     def trials(self, setting: Setting, ranks: int, step: Step, head_ranks: int = 0) -> list[Variant]:
         """The method with each number of head ranks that it may have; none where ranks cannot share out heads so.
@@ -178,14 +187,14 @@ def read_ranks(world_size: object) -> int:
 
 
 def make_setting(
-    machine: Machine, model: ModelShape, overlap: str = "auto", gradient_bytes: int = 4, prefix: str = ""
+    machine: Machine, model: ModelShape, overlap: str = "auto", gradient_wire: str = "auto", prefix: str = ""
 ) -> Setting:
     """Where and how plans run. prefix: of the model's fields in messages.
 
     Raises ValueError naming value, field and what is legal.
     """
     check_choice("overlap", overlap, ("auto", "none", "staged", "fused"))
-    check_choice("gradient_bytes", gradient_bytes, (2, 4))
+    check_choice("gradient_wire", gradient_wire, GRADIENT_WIRES)
     for name, number in asdict(model).items():
         least = 0 if name == "ffn_dim" else 1
         if not isinstance(number, int | np.integer) or number < least:
@@ -196,7 +205,7 @@ def make_setting(
         )
     shape = AttentionShape(model.query_heads, model.kv_heads, model.head_dim, model.dtype_bytes)
     # As in `ContextParallel`: `fused` is taken by name alone until a GPU has shown that it is faster.
-    return Setting(machine, shape, "staged" if overlap == "auto" else overlap, gradient_bytes)
+    return Setting(machine, shape, "staged" if overlap == "auto" else overlap, gradient_wire)
 
 
 def choose_variants(names: Iterable[str], given_plan: bool = False, given_heads: int = 1) -> list[Variant]:

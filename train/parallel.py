@@ -67,6 +67,7 @@ class ParallelConfig:
     attention: str = "auto"
     transport: str = "auto"
     backward: str = "keep"
+    gradient_wire: str = "auto"
     timeout_s: Seconds = 60.0
     stages: int = 2
     head_ranks: Count = 1
@@ -119,6 +120,7 @@ class ParallelConfig:
                 attention=self.attention,
                 transport=self.transport,
                 backward=self.backward,
+                gradient_wire=self.gradient_wire,
                 timeout_s=self.timeout_s,
                 tuning=tuning,
                 stages=self.stages,

@@ -22,23 +22,31 @@ from flashcp.kernels.interface import KV, AttentionKernel
 from flashcp.kernels.schedule import Schedule, build_schedule
 from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.route import is_fp32
 from flashcp.sharding.shards import Segments
 
 
 @dataclass(frozen=True)
 class AttentionSettings:
     """How attention is computed: the kernel, the overlap, in how many parts received rows are computed when staged,
-    whether KV is fetched twice.
+    whether KV is fetched twice, what gradients travel in (`wire`).
 
-    agree: returns when all ranks said that they do the same; called before others' rows are read.
+    kv_heads: of the model. agree: returns when all ranks said that they do the same; called before others' rows are
+    read.
     """
 
     kernel: AttentionKernel
     overlap: str
     stages: int
     refetch: bool
+    gradient_wire: str
+    kv_heads: int
     clock: Clock
     agree: Callable[[], None]
+
+    def wire(self, model: torch.dtype, roundings: int) -> torch.dtype:
+        """What gradients travel in (`flashcp.sharding.route.is_fp32`)."""
+        return torch.promote_types(model, torch.float32) if is_fp32(self.gradient_wire, roundings) else model
 
     def meet(self) -> None:
         """Agree; the time counts as waiting for slower ranks."""
@@ -131,16 +139,14 @@ class Layout:
 class Exchange(ABC):
     """One way for KV to travel. `name` is a key of `flashcp.sharding.exchanges.EXCHANGES`.
 
-    gradient_dtype is what the wire carries in the backward pass; None: the model's. splits_heads: whether ranks
-    share out heads, so that their number must divide query and KV heads. moves_later: whether rows also travel while
-    attention is computed, so that ranks must come to that together. meet: returns when all ranks are known to do the
-    same, for exchanges that read others' rows before attention.
+    splits_heads: whether ranks share out heads, so that their number must divide query and KV heads. moves_later:
+    whether rows also travel while attention is computed, so that ranks must come to that together. meet: returns when
+    all ranks are known to do the same, for exchanges that read others' rows before attention.
     """
 
     name: str
     moves_later = False
     splits_heads = False
-    gradient_dtype: torch.dtype | None = torch.float32
 
     def __init__(self, transport: Transport, meet: Callable[[], None]) -> None:
         self.transport, self.meet = transport, meet

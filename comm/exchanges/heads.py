@@ -5,8 +5,8 @@
     attention between holders, by any exchange, with the ranks of the same place in other holders
     [C, 1/h of the heads] -> [T, all heads]
 
-The backward is the mirror. What travels inside a holder are whole gradients in the dtype of the output's, not partial
-sums; only a KV head that several ranks were sent comes home from each of them, and its owner adds them in fp32.
+The backward is the mirror. What travels inside a holder are whole gradients, in the model's dtype; only a KV head that
+several ranks were sent comes home from each of them, in the wire's dtype, and its owner adds them in fp32.
 
 `ulysses` is this and nothing else: one holder of all ranks, in which a rank has the rows that a plan gives it.
 
@@ -28,7 +28,7 @@ from flashcp.comm.exchanges.receiving import GradientReturn, ReceivingExchange
 from flashcp.comm.transport import Alone, Inbox, OutgoingRows, Transfer, Transport
 from flashcp.kernels.interface import KV
 from flashcp.kernels.uploads import Uploaded
-from flashcp.sharding.holders import members_heads, members_rows
+from flashcp.sharding.holders import inner_roundings, members_heads, members_rows
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan as make_plan
 
@@ -44,7 +44,7 @@ class Heads(Exchange):
 
     def __init__(self, transport: Transport, between: Exchange, meet: Callable[[], None]) -> None:
         super().__init__(transport, meet)
-        self.name, self.gradient_dtype, self.between = between.name, between.gradient_dtype, between
+        self.name, self.between = between.name, between
 
     @property
     def puts(self) -> bool:
@@ -87,13 +87,16 @@ class Heads(Exchange):
             pulled = self._to_heads(plan, grad_out[:, None], "gradients")
             self.meet()
             grad_heads = self._landed(plan, pulled)[:, 0]  # [C, H / h, D]
-        gradients = self.between.backward(plan, grad_heads, saved, settings, scale)
+        of_q, *of_kv = self.between.backward(plan, grad_heads, saved, settings, scale)
         with settings.clock.measure("exposed_exchange_ms", "gradients home"):
-            widths = [gradient.shape[1] for gradient in gradients]  # H / h, and K / h or 1 twice
-            leaving = torch.cat([gradient.to(grad_out.dtype) for gradient in gradients], dim=1)
-            home = self._to_rows(plan, leaving, "gradients")
-            grad_q, grad_k, grad_v = map(_side_by_side, home.split(widths, dim=2))
-        return grad_q, grad_k, grad_v
+            model = grad_out.dtype
+            wire = settings.wire(model, inner_roundings(self.transport.world_size, settings.kv_heads))
+            found = list[Tensor]()
+            for dtype, together in [(model, [of_q, *of_kv])] if wire == model else [(model, [of_q]), (wire, of_kv)]:
+                widths = [gradient.shape[1] for gradient in together]  # H / h, and K / h or 1 twice
+                leaving = torch.cat([gradient.to(dtype) for gradient in together], dim=1)
+                found += map(_side_by_side, self._to_rows(plan, leaving, "gradients").split(widths, dim=2))
+        return found[0], found[1], found[2]
 
     def release(self, saved: Saved) -> None:
         self.between.release(saved)
@@ -142,7 +145,6 @@ class Ulysses(Heads):
     """
 
     name = "ulysses"
-    gradient_dtype = None
     splits_heads = True
 
     def __init__(self, transport: Transport, meet: Callable[[], None]) -> None:
@@ -169,7 +171,6 @@ class WholePack(ReceivingExchange):
     """All rows of the pack are here: there is nobody to exchange anything with."""
 
     name = "ulysses"
-    gradient_dtype = None
 
     def __init__(self, transport: Alone, meet: Callable[[], None]) -> None:
         super().__init__(transport, meet)
@@ -183,8 +184,8 @@ class WholePack(ReceivingExchange):
     def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
         return IncomingKV(Inbox(k.new_empty((0, 2, *k.shape[1:]))), Transfer())
 
-    def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> GradientReturn:
-        return GradientReturn(Transfer(), lambda local: None)
+    def return_gradients(self, plan: ShardingPlan, like: Tensor) -> GradientReturn:
+        return GradientReturn(like.dtype, lambda gradients, source=None: None, lambda: None, lambda local: None)
 
 
 def _pack_order(plan: ShardingPlan, device: torch.device) -> tuple[Uploaded, Uploaded]:

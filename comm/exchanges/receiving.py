@@ -2,9 +2,10 @@
 
     start             this rank's K and V rows leave (each exchange in its own way)
     forward           attend as rows arrive: all at once, part by part, or waiting inside the kernel
-    backward          gradients of received rows first
-    return_gradients  they leave for the rows' owners while the local ones are computed (in the exchange's own way)
-    add_to            the owner adds what came home
+    return_gradients  there is a place for gradients that come home
+    backward          gradients of received rows first; they leave for the rows' owners source by source, as the kernel
+                      finishes them (in the exchange's own way), and travel while the local ones are computed
+    add_to            the owner adds what came home, in fp32
 
 Shapes: T local rows, R rows of the receive buffer, H query heads, K KV heads, D head_dim.
 """
@@ -21,19 +22,23 @@ from torch import Tensor
 
 from flashcp.comm.clock import span
 from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved, as_kv
-from flashcp.comm.transport import Transfer
-from flashcp.kernels.interface import KV
+from flashcp.kernels.interface import KV, OnReceived
 from flashcp.kernels.schedule import Schedule
+from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.plan import ShardingPlan
 
 
 class GradientReturn(NamedTuple):
     """Gradients on their way to the owners of the rows.
 
-    add_to: waits, adds what arrived to the local gradients, source by source in a fixed order, and frees the inbox.
+    dtype: that they are computed in. leave: those of a source's rows may leave, or all that have not left yet. finish:
+    waits for all, here and there. add_to: waits, adds what arrived to the local gradients, source by source in a fixed
+    order, and frees the inbox.
     """
 
-    transfer: Transfer
+    dtype: torch.dtype
+    leave: OnReceived
+    finish: Callable[[], None]
     add_to: Callable[[KV], None]
 
 
@@ -103,31 +108,33 @@ class ReceivingExchange(Exchange):
                 incoming.transfer.finish()
             saved = saved._replace(received=incoming.inbox.rows, tickets=torch.tensor([incoming.inbox.ticket]))
         assert saved.received is not None
-        returned: GradientReturn | None = None
+        wire = settings.wire(saved.k.dtype, EXCHANGES[self.name].roundings)
+        with settings.clock.measure("exposed_exchange_ms", "send gradients"):
+            returned = self.return_gradients(plan, saved.received.new_empty((0, *saved.received.shape[1:]), dtype=wire))
 
-        def send_home(gradients: Tensor) -> None:
-            nonlocal returned
+        def send_home(gradients: Tensor, source: int | None = None) -> None:
             tiles.close()
             with settings.clock.measure("exposed_exchange_ms", "send gradients"):
-                returned = self.return_gradients(plan, gradients)
-                if settings.overlap == "none":
+                returned.leave(gradients, source)
+                if source is None and settings.overlap == "none":
                     settings.agree()
-                    returned.transfer.finish()
-            tiles.enter_context(span("gradients of local tiles"))
+                    returned.finish()
+            tiles.enter_context(span("gradients of local tiles" if source is None else "gradients of remote tiles"))
 
         with settings.clock.measure("attention_ms"), ExitStack() as tiles:
             tiles.enter_context(span("gradients of remote tiles"))
             local, received, schedule = KV(saved.k, saved.v), as_kv(saved.received), self.layout(plan).schedule
             gradients = settings.kernel.gradients(
-                grad_out, saved.q, local, received, saved.out, saved.lse, schedule, scale, torch.float32, send_home
-            )
+                grad_out, saved.q, local, received, saved.out, saved.lse, schedule, scale, torch.float32, send_home,
+                returned.dtype,
+            )  # fmt: skip
         self.release(saved)
-        assert returned is not None
         settings.meet()
         with settings.clock.measure("exposed_exchange_ms", "gradients home"):
             returned.add_to(gradients.local)
         return gradients.q, *gradients.local
 
     @abstractmethod
-    def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> GradientReturn:
-        """Send the gradients of the receive buffer, fp32 [R, 2, K, D], home."""
+    def return_gradients(self, plan: ShardingPlan, like: Tensor) -> GradientReturn:
+        """Make ready to send the gradients of the receive buffer [R, 2, K, D] home. like: [0, 2, K, D], their dtype on
+        the way."""

@@ -1,7 +1,8 @@
 """`ring`: at step k a rank computes on the block of rank r - k while the next one is on its way.
 
 Partial results are merged in fp32. In the backward pass the gradient of a block goes round too: it starts at its
-owner's successor, every rank adds its share in fp32, the last one hands it to the owner.
+owner's successor, every rank adds its share in fp32, the last one hands it to the owner. The sum is rounded to
+the wire's dtype at every hop, where other exchanges round a rank's share once.
 
 Shapes: T local rows, R rows of the receive buffer, K KV heads, D head_dim.
 """
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from flashcp.comm.exchanges.exchange import IncomingKV
@@ -43,12 +45,19 @@ class Ring(ReceivingExchange):
         coming = blocks()
         return IncomingKV(steps.inbox, steps.as_one(lambda: deque(coming, maxlen=0)), lambda stages: coming)
 
-    def return_gradients(self, plan: ShardingPlan, gradients: Tensor) -> GradientReturn:
-        shares = gradients.split(_blocks(plan, self.transport.rank))
+    def return_gradients(self, plan: ShardingPlan, like: Tensor) -> GradientReturn:
+        """The first hop leaves as soon as its block's gradients are finished; the others go round when rows come home.
+        Shares stay in fp32 until they are added."""
+        own = _blocks(plan, self.transport.rank)
+        shares: list[Tensor] = []
         # What comes: the sums of all the blocks but a rank's first, then of its own.
         sizes = [[*_blocks(plan, rank)[1:], int(plan.tokens[rank])] for rank in range(plan.world_size)]
-        steps = _Steps(self.transport, sizes, gradients.shape[1:], gradients)
-        steps.shift(OutgoingRows(shares[0], what="gradients"))
+        steps = _Steps(self.transport, sizes, like.shape[1:], like)
+
+        def leave(gradients: Tensor, source: int | None = None) -> None:
+            if not shares and source in (None, (self.transport.rank - 1) % plan.world_size):
+                shares.extend(gradients.split(own))
+                steps.shift(OutgoingRows(shares[0].to(like.dtype), what="gradients"))
 
         def go_round() -> None:
             """Each hop adds this rank's share to the sum that arrived and hands it on; the last sum is its own."""
@@ -65,7 +74,7 @@ class Ring(ReceivingExchange):
                 total += part
             self.transport.free(steps.inbox.ticket)
 
-        return GradientReturn(transfer, add_to)
+        return GradientReturn(torch.promote_types(like.dtype, torch.float32), leave, transfer.finish, add_to)
 
 
 def _blocks(plan: ShardingPlan, rank: int) -> list[int]:

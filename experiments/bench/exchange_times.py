@@ -191,11 +191,9 @@ def both_ways(cp: ContextParallel, problem: Problem, rows: Sequence[Tensor]) -> 
     sent.append(cp.sent_bytes)
     results = [out, *torch.autograd.grad(out, leaves, rows[3])]
     sent.append(cp.sent_bytes)
-    bench, exchange = problem.bench, EXCHANGE_CLASSES[cp.exchange]
-    route, model = problem.plan.route(cp.exchange), DTYPES[bench.dtype][0]
-    heads = bench.query_heads, bench.kv_heads, bench.head_dim
-    forward = route.bytes(*heads, model.itemsize)
-    backward = route.bytes(*heads, (exchange.gradient_dtype or model).itemsize, backward=True)
+    bench, route = problem.bench, problem.plan.route(cp.exchange)
+    shape = bench.query_heads, bench.kv_heads, bench.head_dim, DTYPES[bench.dtype][0].itemsize
+    forward, backward = route.bytes(*shape), route.bytes(*shape, True, cp.gradient_wire)
     found, wanted = np.diff(sent).tolist(), [int(forward[cp.rank]), int(backward[cp.rank])]
     if problem.ranks.max(found != wanted)[0]:
         raise RuntimeError(

@@ -97,6 +97,7 @@ class KernelTimer:
         inputs = q, KV(k, v), KV(*received), schedule, scale
         out, lse = self.kernel.attend(*inputs)
         attend = partial(self.kernel.attend, *inputs)
-        rest: Any = out, lse, schedule, scale, torch.float32, lambda received: None  # a rank sends those home
+        # A rank sends the gradients of received rows home.
+        rest: Any = out, lse, schedule, scale, torch.float32, lambda received, source=None: None
         gradients = partial(self.kernel.gradients, grad, *inputs[:3], *rest)
         return [q, k, v], grad, out, (attend, gradients)

@@ -95,7 +95,7 @@ class SimulateSettings(PlanSettings):
     waits: str = "micro_batch"
     head_ranks: Any = "auto"
     overlap: str = "auto"
-    gradient_bytes: int = 4
+    gradient_wire: str = "auto"
     cluster_file: str = ""
     kernel: Annotated[str, one_of(("modelled", "measured"))] = "modelled"
     workers: int = 1

@@ -94,7 +94,7 @@ def show_methods(job: Job) -> None:
         **found.step._asdict(),
         "model": settings["model"],
         "overlap": setting.overlap,
-        "gradient_bytes": setting.gradient_bytes,
+        "gradient_wire": setting.gradient_wire,
         "baseline": BASELINE,
         "recommendation": best,
         "methods": [one._asdict() for one in found.summaries],
@@ -142,7 +142,7 @@ def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
     read_ranks(settings["world_size"])
     model = read_dataclass(ModelShape, settings["model"], "model")
     machine = chosen_machine(settings)
-    return make_setting(machine, model, settings["overlap"], settings["gradient_bytes"], prefix="model."), model
+    return make_setting(machine, model, settings["overlap"], settings["gradient_wire"], prefix="model."), model
 
 
 def step_of(settings: Mapping[str, Any]) -> Step:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.experiments.lab.cases import Work
-from flashcp.sharding.exchanges import traffic
+from flashcp.sharding.exchanges import EXCHANGES, traffic
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.route import wire_bytes
 from flashcp.simulator.cost import AttentionShape
 from flashcp.simulator.members import member_shape
 
@@ -36,8 +36,7 @@ def crossing_bytes(work: Work, shape: AttentionShape, ranks_per_node: int) -> np
 
 def moved_bytes(plan: ShardingPlan, exchange: str, shape: AttentionShape) -> np.ndarray:
     """Bytes from rank to rank, both passes together, float64 [source, destination]."""
-    gradient = EXCHANGE_CLASSES[exchange].gradient_dtype
-    back = shape._replace(dtype_bytes=gradient.itemsize if gradient else shape.dtype_bytes)
+    back = shape._replace(dtype_bytes=wire_bytes(shape.dtype_bytes, "auto", EXCHANGES[exchange].roundings))
     ranks, others = plan.world_size, ~np.eye(plan.world_size, dtype=bool)
     following = np.roll(np.eye(ranks), 1, axis=1)
     if exchange == "ulysses":

@@ -5,7 +5,6 @@ Shapes: T local rows, R received rows, Q query rows and N key rows of one call, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashcp.kernels.cpu import merge
-from flashcp.kernels.interface import KV, AttentionKernel, Gradients, WaitFlags
+from flashcp.kernels.interface import KV, AttentionKernel, Gradients, OnReceived, WaitFlags
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.uploads import Uploaded
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel, aligned
@@ -71,7 +70,8 @@ class VarlenAttention(AttentionKernel):
         schedule: Schedule,
         scale: float,
         local_dtype: torch.dtype | None = None,
-        on_received: Callable[[Tensor], None] | None = None,
+        on_received: OnReceived | None = None,
+        received_dtype: torch.dtype = torch.float32,
     ) -> Gradients:
         """Raises ValueError where the kernel has no backward."""
         if reason := self.kernel.no_backward():
@@ -89,8 +89,10 @@ class VarlenAttention(AttentionKernel):
                 grad_q.add(call.queries, part)
                 for total, part in zip(totals, parts, strict=True):
                     total.add(call.keys, part)
-            if in_received and on_received is not None:
-                on_received(grad_received)
+            if in_received:
+                grad_received = grad_received.to(received_dtype)
+                if on_received is not None:
+                    on_received(grad_received)
         dtype = local_dtype or local.k.dtype
         return Gradients(grad_q.read(q.dtype), KV(grad_k.read(dtype), grad_v.read(dtype)), grad_received)
 

@@ -68,9 +68,9 @@ def watched() -> Iterator[Wire]:
 
 
 def bytes_on_rank(
-    lengths: tuple[int, ...], strategy: str, exchange: str, dtype: torch.dtype, transport: str
+    lengths: tuple[int, ...], strategy: str, exchange: str, dtype: torch.dtype, gradient_wire: str, transport: str
 ) -> tuple[int, int]:
-    cp = flashcp.ContextParallel(exchange=exchange, transport=transport, timeout_s=20)
+    cp = flashcp.ContextParallel(exchange=exchange, transport=transport, gradient_wire=gradient_wire, timeout_s=20)
     plan = flashcp.plan(lengths, cp.world_size, strategy)
     *qkv, grad = random_qkv(sum(lengths), HEADS, KV_HEADS, HEAD_DIM, dtype, seed=0)
     q, k, v = (cp.shard(x, plan).requires_grad_() for x in qkv)
@@ -86,26 +86,27 @@ def bytes_on_rank(
 def test_bytes_on_the_wire_are_the_routes(transport: str) -> None:
     world_size = 3
     cases = [
-        (random_lengths(i), strategy, exchange, dtype, transport)
+        (random_lengths(i), strategy, exchange, dtype, gradient_wire, transport)
         for i, strategy in enumerate(flashcp.strategies())
         for exchange in EXCHANGE_CLASSES
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype, gradient_wire in ((torch.float32, "model"), (torch.bfloat16, "model"), (torch.bfloat16, "fp32"))
     ]
     for case, ranks in zip(cases, run_cases(bytes_on_rank, world_size, cases), strict=True):
-        lengths, strategy, exchange, dtype, _ = case
+        lengths, strategy, exchange, dtype, gradient_wire, _ = case
         route = flashcp.plan(lengths, world_size, strategy).route(exchange)
-        wire = EXCHANGE_CLASSES[exchange].gradient_dtype or dtype
         forward = route.bytes(HEADS, KV_HEADS, HEAD_DIM, dtype.itemsize)
-        backward = route.bytes(HEADS, KV_HEADS, HEAD_DIM, wire.itemsize, backward=True)
+        backward = route.bytes(HEADS, KV_HEADS, HEAD_DIM, dtype.itemsize, True, gradient_wire)
         assert ranks == list(zip(forward.tolist(), backward.tolist(), strict=True)), case
 
 
 def bytes_on_levels(
     head_ranks: int, lengths: tuple[int, ...], strategy: str, exchange: str, kv_heads: int, dtype: torch.dtype,
-    transport: str,
+    gradient_wire: str, transport: str,
 ) -> list[tuple[int, int]]:  # fmt: skip
     """Bytes that left inside the holder and between holders, forward and backward."""
-    cp = flashcp.ContextParallel(exchange=exchange, transport=transport, head_ranks=head_ranks, timeout_s=20)
+    cp = flashcp.ContextParallel(
+        exchange=exchange, transport=transport, head_ranks=head_ranks, gradient_wire=gradient_wire, timeout_s=20
+    )
     inside, between = cp._connection.inside, cp._transport
     assert inside is not None
     plan = flashcp.plan(lengths, cp.holders, strategy)
@@ -122,23 +123,21 @@ def bytes_on_levels(
 @pytest.mark.parametrize(("holders", "head_ranks"), [(2, 2), (1, 4), (3, 2)])
 def test_bytes_on_both_wires_are_those_of_holders_and_routes(holders: int, head_ranks: int) -> None:
     cases = [
-        (head_ranks, random_lengths(i, 12), strategy, exchange, kv_heads, dtype, ("shm", "gloo")[(i + j) % 2])
+        (head_ranks, random_lengths(i, 12), strategy, exchange, kv_heads, dtype, wire, ("shm", "gloo")[(i + j) % 2])
         for i, strategy in enumerate(flashcp.strategies())
         for j, exchange in enumerate(EXCHANGE_CLASSES)
-        for kv_heads, dtype in (
-            ((12, torch.float32), (12 if exchange == "ulysses" else 1, torch.bfloat16))[(i + j) % 2],
+        for kv_heads, dtype, wire in (
+            (12, (torch.float32, torch.bfloat16)[(i + j) % 2], ("fp32", "model")[i % 2]),
+            (12 if exchange == "ulysses" else 1, torch.bfloat16, ("model", "fp32")[i % 2]),
         )
     ]
     for case, ranks in zip(cases, run_cases(bytes_on_levels, holders * head_ranks, cases), strict=True):
-        _, lengths, strategy, exchange, kv_heads, dtype, _ = case
+        _, lengths, strategy, exchange, kv_heads, dtype, wire, _ = case
         plan = flashcp.plan(lengths, holders, strategy)
-        wire = (EXCHANGE_CLASSES[exchange].gradient_dtype or dtype).itemsize
-        heads = (*members_heads(HEADS, kv_heads, head_ranks), HEAD_DIM)
-        sizes = ((dtype.itemsize, False), (dtype.itemsize, True))
-        inside = [bytes_inside(plan, head_ranks, HEADS, kv_heads, HEAD_DIM, size, back) for size, back in sizes]
-        between = [
-            plan.route(exchange).bytes(*heads, size, back) for size, back in ((dtype.itemsize, False), (wire, True))
-        ]
+        heads = (*members_heads(HEADS, kv_heads, head_ranks), HEAD_DIM, dtype.itemsize)
+        whole = HEADS, kv_heads, HEAD_DIM, dtype.itemsize
+        inside = [bytes_inside(plan, head_ranks, *whole, back, wire) for back in (False, True)]
+        between = [plan.route(exchange).bytes(*heads, back, wire) for back in (False, True)]
         for rank, found in enumerate(ranks):
             wanted = [
                 (int(one[rank]), int(other[rank // head_ranks])) for one, other in zip(inside, between, strict=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashcp.kernels.cpu import CpuAttention
-from flashcp.kernels.interface import KV, AttentionKernel, Gradients, WaitFlags
+from flashcp.kernels.interface import KV, AttentionKernel, Gradients, OnReceived, WaitFlags
 from flashcp.kernels.schedule import Schedule
 from tests.emulation.device import EmulatedDevice
 from tests.emulation.world import Wait
@@ -67,10 +67,11 @@ class EmulatedAttention(AttentionKernel):
         schedule: Schedule,
         scale: float,
         local_dtype: torch.dtype | None = None,
-        on_received: Callable[[Tensor], None] | None = None,
+        on_received: OnReceived | None = None,
+        received_dtype: torch.dtype = torch.float32,
     ) -> Gradients:
         """One launch for what goes home, one for the rest."""
-        back = self._empty((len(received.k), 2, *received.k.shape[1:]), torch.float32)
+        back = self._empty((len(received.k), 2, *received.k.shape[1:]), received_dtype)
         grad_q = self._empty(q.shape, q.dtype)
         grad_local = KV(*(self._empty(x.shape, local_dtype or x.dtype) for x in local))
         inputs = (grad_out, q, *local, *received, out, lse)

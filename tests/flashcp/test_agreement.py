@@ -64,6 +64,7 @@ def other_settings_on_rank_0(what: str, exchange: str) -> str:
     cp = flashcp.ContextParallel(
         exchange="all_gather" if what == "exchange" and odd else exchange,
         backward="refetch" if what == "refetch" and odd else "keep",
+        gradient_wire="fp32" if what == "gradient wire" and odd else "auto",
         timeout_s=20,
     )
     plan = flashcp.plan(TODAY, 2, "per_document")
@@ -87,7 +88,8 @@ def other_settings_on_rank_0(what: str, exchange: str) -> str:
 @pytest.mark.parametrize("exchange", ["exact", "ring", "ulysses"])
 def test_other_exchanges_shapes_dtypes_scales_and_settings_are_named(exchange: str) -> None:
     cases = [
-        (what, exchange) for what in ("exchange", "kv heads", "query heads", "dtype", "scale", "gradients", "refetch")
+        (what, exchange)
+        for what in ("exchange", "kv heads", "query heads", "dtype", "scale", "gradients", "refetch", "gradient wire")
     ]
     for (what, _), ranks in zip(cases, run_cases(other_settings_on_rank_0, 2, cases), strict=True):
         for said in ranks:
@@ -275,6 +277,7 @@ def test_bad_calls_say_what_is_wrong() -> None:
         ("attention", "nope"),
         ("transport", "nccl"),
         ("backward", "nope"),
+        ("gradient_wire", "bf16"),
         ("timeout_s", 0),
         ("timeout_s", float("inf")),
     ],

@@ -11,6 +11,7 @@ import torch
 import flashcp
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.kernels.tuning import Tuning
+from flashcp.sharding.route import GRADIENT_WIRES
 from tests.interpreter import interpreted_cases
 from tests.packs import AWKWARD, random_lengths, random_qkv, relative_error
 from tests.ranks import run_cases
@@ -32,6 +33,7 @@ def errors_on_rank(
     seed: int = 0,
     transport: str = "auto",
     attention: str = "auto",
+    gradient_wire: str = "auto",
 ) -> dict[str, float]:
     """Relative errors of out and of all gradients of the whole pack, brought together from the ranks."""
     cp = flashcp.ContextParallel(
@@ -40,6 +42,7 @@ def errors_on_rank(
         attention=attention,
         transport=transport,
         backward=backward,
+        gradient_wire=gradient_wire,
         timeout_s=20,
         tuning=TUNING,
     )
@@ -71,7 +74,8 @@ def test_every_strategy_and_exchange_matches_the_reference(world_size: int, dtyp
         itertools.product(flashcp.strategies(), EXCHANGE_CLASSES, ("mha", "gqa"))
     ):
         lengths = random_lengths(100 * world_size + i) if i % 2 else AWKWARD[i // 2 % len(AWKWARD)]
-        cases.append((lengths, strategy, exchange, heads, dtype, "auto", "keep", 0, "auto", attention))
+        wire = GRADIENT_WIRES[i % 3]
+        cases.append((lengths, strategy, exchange, heads, dtype, "auto", "keep", 0, "auto", attention, wire))
     check(world_size, cases, BOUND[dtype])
 
 

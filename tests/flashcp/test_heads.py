@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import flashcp
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
+from flashcp.sharding.route import GRADIENT_WIRES
 from tests.packs import AWKWARD, random_lengths, random_qkv, relative_error
 from tests.ranks import run_cases, run_ranks
 
@@ -38,6 +39,7 @@ class Case(NamedTuple):
     backward: str
     transport: str
     prefetch: bool
+    gradient_wire: str
     lengths: tuple[int, ...] = LENGTHS
 
     @property
@@ -58,8 +60,10 @@ def covering() -> list[Case]:
         waits = not apart or (transport.endswith("shm") and exchange in ("exact", "compacted", "all_gather"))
         settings = (KINDS, list(BOUND), ("none", "staged", *["fused"] * waits), ("keep", "refetch"), (True, False))
         kind, dtype, overlap, backward, prefetch = map(draw.choice, settings)
+        wire = GRADIENT_WIRES[len(cases) % 3]
         lengths = draw.choice((*AWKWARD, random_lengths(len(cases), 12)))
-        cases.append(Case(shape, strategy, exchange, kind, dtype, overlap, backward, transport, prefetch, lengths))
+        how = kind, dtype, overlap, backward, transport, prefetch, wire
+        cases.append(Case(shape, strategy, exchange, *how, lengths))
     return cases
 
 
@@ -86,6 +90,7 @@ def errors_on_rank(case: Case) -> float:
         backward=case.backward,
         transport=case.transport,
         head_ranks=case.shape[1],
+        gradient_wire=case.gradient_wire,
         timeout_s=20,
     )
     assert (cp.holders, cp.head_ranks, cp.transport) == (*case.shape, _both(case))

@@ -65,8 +65,11 @@ class Rank:
             kernel.merge_into(out, lse, self.q, self.local, self.from_others, part, scale)
         left: list[Tensor] = []
         state = self.grad, self.q, self.local, self.from_others, out, lse, self.whole, scale
-        grads = kernel.gradients(*state, torch.float32, lambda rows: left.append(rows.clone()))
-        both = left[0].nan_to_num(), grads.received.nan_to_num()
+        grads = kernel.gradients(*state, torch.float32, lambda rows, source=None: left.append(rows.clone()))
+        both = left[-1].nan_to_num(), grads.received.nan_to_num()
         assert torch.equal(*both), "received rows' gradients left before they were complete"
         assert grads.local.k.dtype == torch.float32
+        if self.q.dtype != torch.float32:
+            narrow = kernel.gradients(*state, torch.float32, None, self.q.dtype).received
+            assert torch.equal(narrow.nan_to_num(), grads.received.to(self.q.dtype).nan_to_num()), "not rounded once"
         return out, *grads

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 
 import pytest
 import torch
 
 import flashcp
+from flashcp.kernels.cpu import CpuAttention
+from tests.kernels.one_rank import Rank
 from tests.packs import AWKWARD, random_lengths, random_qkv, relative_error
 
 BOTH = pytest.mark.parametrize("attention", ["cpu", "varlen"])
@@ -106,3 +109,32 @@ def test_a_query_row_that_is_no_number_gives_none(attention: str, value: float) 
     gradients = torch.autograd.grad(out, leaves, grad)
     assert gradients[0][2].isnan().all()
     assert all(x[5:].isfinite().all() for x in gradients)
+
+
+def test_gradients_of_received_rows_are_told_source_by_source() -> None:
+    """The rank before this one first; what a source's rows have then is final, and rounded once."""
+    lengths = [60, 4]
+    plan = flashcp.plan(lengths, 4, "per_document")
+    *qkv, grad = random_qkv(64, 2, 1, 8, torch.float32, seed=0)
+    for exchange, rank in itertools.product(("exact", "all_gather", "ring"), range(4)):
+        state = Rank(plan, exchange, rank, qkv, grad)
+        inputs = state.q, state.local, state.from_others
+        out, lse = CpuAttention().attend(*inputs, state.whole, 0.3)
+        told: list[tuple[int | None, torch.Tensor]] = []
+
+        def tell(gradients: torch.Tensor, source: int | None = None, told: list = told) -> None:
+            told.append((source, gradients.clone()))
+
+        how = out, lse, state.whole, 0.3, torch.float32
+        wide = CpuAttention().gradients(state.grad, *inputs, *how).received
+        narrow = CpuAttention().gradients(state.grad, *inputs, *how, tell, torch.bfloat16)
+        assert narrow.received.dtype == torch.bfloat16
+        assert torch.equal(narrow.received, wide.bfloat16())
+        sources = [(rank - i) % 4 for i in (1, 2, 3)]
+        assert [source for source, _ in told] == [*(s for s in sources if s in state.whole.sources), None]
+        schedule = state.whole
+        for source, seen in told[:-1]:
+            of_source = schedule.received & (schedule.source == source)
+            for place in map(slice, schedule.row_start[of_source], schedule.row_stop[of_source]):
+                assert seen[place].count_nonzero()
+                assert torch.equal(seen[place], narrow.received[place])

@@ -169,7 +169,7 @@ def test_received_gradients_leave_before_local_ones_are_computed() -> None:
     attention, inputs = VarlenAttention(Told()), (state.q, state.local, state.from_others)
     out, lse = attention.attend(*inputs, state.whole, 0.3)
     state_of = state.grad, *inputs, out, lse, state.whole, 0.3
-    attention.gradients(*state_of, torch.float32, lambda rows: order.append("gradients leave"))
+    attention.gradients(*state_of, torch.float32, lambda rows, source=None: order.append("gradients leave"))
     assert order == ["32 keys", "gradients leave", "28 keys"]  # others', then its own
 
 

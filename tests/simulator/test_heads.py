@@ -25,7 +25,7 @@ def test_one_head_rank_is_what_the_simulator_said_before_it_knew_of_them() -> No
     """Module ms of commit ac525e8, 16 ranks."""
     methods = {"llama3": 17.031354270921863, "ring_zigzag": 98.38025944084156, "ulysses": 5.272477513688694}
     methods |= {"flashcp": 8.034406032917278, "flashcp_paper_best_effort": 7.936286134110196}
-    table = flashcp.simulate(PACK, 16, methods=list(methods), head_ranks=1)
+    table = flashcp.simulate(PACK, 16, methods=list(methods), head_ranks=1, gradient_wire="fp32")
     for name, expected in methods.items():
         assert table[name].module_ms == pytest.approx(expected, rel=1e-9), name
 
@@ -48,21 +48,24 @@ def test_which_head_ranks_there_may_be(shape: tuple[int, int], ranks: int, node:
     assert legal_head_ranks(AttentionShape(*shape), links, ranks) == expected
 
 
-def planned(head_ranks: int, ranks: int = 16, kv_heads: int = 32, **options: int) -> Planned:
+def planned(head_ranks: int, ranks: int = 16, kv_heads: int = 32, **options: str) -> Planned:
     setting = Setting(MACHINE, AttentionShape(32, kv_heads), head_ranks=head_ranks, **options)
     return Planned(flashcp.plan(PACK, ranks // head_ranks, "flashcp"), setting)
 
 
+@pytest.mark.parametrize("wire", ["auto", "model", "fp32"])
 @pytest.mark.parametrize("head_ranks", [2, 8])
 @pytest.mark.parametrize("kv_heads", [32, 2])
-def test_all_to_alls_by_hand(head_ranks: int, kv_heads: int) -> None:
-    """Around the same exchange: Q, K, V in and O out; back the gradient of O in, those of Q, K and V out."""
-    here = planned(head_ranks, kv_heads=kv_heads)
+def test_all_to_alls_by_hand(head_ranks: int, kv_heads: int, wire: str) -> None:
+    """Around the same exchange: Q, K, V in and O out; back the gradient of O in, those of Q, K and V out. Those of KV
+    heads that ranks share are twice as wide in fp32, and travel by themselves."""
+    here = planned(head_ranks, kv_heads=kv_heads, gradient_wire=wire)
     rows = -(-int(here.plan.tokens.max()) // head_ranks)
     module = simulate_module(here, FLASHCP._replace(implementation="best effort"))
     query_heads, kv = 32 // head_ranks, max(1, kv_heads // head_ranks)
     query, key = (rows * heads * 128 * 2 for heads in (query_heads, kv))
-    moved = [query + 2 * key, query, query, query + 2 * key]
+    apart = head_ranks > kv_heads and wire != "model"
+    moved = [query + 2 * key, query, query, *([query, 4 * key] if apart else [query + 2 * key])]
     us = [(head_ranks - 1) * pair / (1e3 * MACHINE.links.node.gbps) + MACHINE.links.node.latency_us for pair in moved]
     assert module.forward.busy["exchange"] == pytest.approx(sum(us[:2]))
     assert module.backward.busy["exchange"] == pytest.approx(sum(us[2:]))

@@ -17,6 +17,7 @@ from flashcp.simulator.machine import Machine
 from flashcp.simulator.ours import ours
 from flashcp.simulator.planned import Module, Planned, Setting
 from flashcp.simulator.timeline import Hops
+from flashcp.simulator.variants import WIRES
 
 RANKS = 4
 PACK = next(windows("pile", 32_768, 1, 3))
@@ -29,32 +30,35 @@ def machine() -> Machine:
 
 
 def run(
-    machine: Machine, strategy: str, exchange: str, overlap: str = "fused", pack: np.ndarray = PACK, **options: int
+    machine: Machine, strategy: str, exchange: str, overlap: str = "fused", pack: np.ndarray = PACK, **options: str
 ) -> tuple[Planned, Module]:
     planned = Planned(flashcp.plan(pack, RANKS, strategy), Setting(machine, overlap=overlap, **options))
     return planned, ours(planned, exchange)
 
 
+@pytest.mark.parametrize("wire", [2, 4])
 @pytest.mark.parametrize("overlap", ["none", "staged", "fused"])
 @pytest.mark.parametrize("exchange", ["exact", "compacted", "all_gather"])
-def test_what_is_copied(machine: Machine, exchange: str, overlap: str) -> None:
+def test_what_is_copied(machine: Machine, exchange: str, overlap: str, wire: int) -> None:
     """A block is cleared and written whatever carries it; rows of `exact` are packed once.
 
-    Gradients of blocks are put side by side before they leave; what comes home is read and added to an fp32 sum.
+    Gradients of blocks are put side by side before they leave in a collective; what comes home is read and added to an
+    fp32 sum.
     """
-    planned, module = run(machine, "per_document", exchange, overlap)
+    planned, module = run(machine, "per_document", exchange, overlap, gradient_wire=WIRES[wire])
     rows = planned.plan.route(exchange)
     row_bytes, copies = planned.shape.kv_bytes, machine.copies
     if exchange == "exact":
         sent = rows.sent_rows * row_bytes
         others = (planned.traffic > 0).sum(axis=1)
         packed = copies.us(2 * sent, launches=1)
-        back = copies.us(3 * 2 * sent, launches=0) + 2 * others * copies.launch_us
+        back = copies.us((wire + 8) * sent / 2, launches=0) + 2 * others * copies.launch_us
     else:
         block = rows.block_rows * row_bytes
         packed = np.full(RANKS, float(copies.us(5 * block, 5)))
-        others = (RANKS - 1) * block * 2  # fp32
-        back = np.full(RANKS, float(copies.us(2 * others) + copies.us(3 * others, 2 * (RANKS - 1))))
+        others = (RANKS - 1) * block / 2  # numbers
+        side_by_side = 0.0 if overlap == "fused" else copies.us(2 * wire * others)
+        back = np.full(RANKS, float(side_by_side + copies.us((wire + 8) * others, 2 * (RANKS - 1))))
     if overlap == "staged":
         packed = packed + copies.us(planned.plan.tokens * 32 * 128 * 10, 2)
     np.testing.assert_allclose(module.forward.busy["copies"], packed)
@@ -62,9 +66,10 @@ def test_what_is_copied(machine: Machine, exchange: str, overlap: str) -> None:
 
 
 def test_what_buffers_hold(machine: Machine) -> None:
-    """KV of others is kept for the backward; gradients of received rows, in fp32, and those that come home are not."""
+    """KV of others is kept for the backward; gradients of received rows and those that come home, in fp32 here, are
+    not."""
     for exchange in ("exact", "compacted", "all_gather", "ring"):
-        planned, module = run(machine, "per_document", exchange)
+        planned, module = run(machine, "per_document", exchange, "staged", gradient_wire="fp32")
         rows = planned.plan.route(exchange)
         received, sent = (int(count.max()) * planned.shape.kv_bytes for count in (rows.received_rows, rows.sent_rows))
         own = planned.block_bytes(exchange) if exchange in ("compacted", "all_gather") else 0
@@ -101,7 +106,7 @@ def test_gradients_of_received_rows_leave_together_before_the_local_ones(machine
     slow = replace(machine, links=Links(8, Link(1.0, 0.0), Link(1.0, 0.0)))
     planned, module = run(slow, "contiguous", "exact", pack=WHOLE)
     remote, local = planned.first_us(True), planned.local_us(True)
-    traffic = 2.0 * planned.traffic.T * planned.shape.kv_bytes
+    traffic = 1.0 * planned.traffic.T * planned.shape.kv_bytes  # in the model's dtype
     release = np.broadcast_to(remote[:, None], traffic.shape)
     home = carry_all(traffic, slow.links, pull=False, release_us=release).max(axis=0)
     done = np.maximum(home, remote + local) + module.backward.busy["copies"]
@@ -123,7 +128,7 @@ def test_a_ring_is_as_fast_home_as_out(machine: Machine) -> None:
     hops = np.array([100.0, 1.0, 100.0, 1.0])
     assert Hops(hops).around() == pytest.approx(3 * 100, rel=0.02)
     two = replace(machine, links=Links(2, Link(100.0, 0.0), Link(1.0, 0.0)))
-    planned, module = run(two, "per_document", "ring", gradient_bytes=2)
+    planned, module = run(two, "per_document", "ring", gradient_wire="model")
     hop = planned.block_bytes("ring") / 1e3
     for timeline in module[:2]:
         assert timeline.now.max() == pytest.approx(3 * hop, rel=0.05)

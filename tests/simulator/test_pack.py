@@ -176,7 +176,7 @@ def test_fewer_kv_heads_make_a_lighter_exchange(machine: Machine) -> None:
 
 
 def test_gradients_in_fp32_take_twice_the_wire(machine: Machine) -> None:
-    wide, narrow = (run(Setting(machine, gradient_bytes=count)) for count in (4, 2))
+    wide, narrow = (run(Setting(machine, gradient_wire=wire)) for wire in ("fp32", "model"))
     assert narrow["flashcp"].exchange_ms < 0.75 * wide["flashcp"].exchange_ms
     for name in ("llama3", "llama3_best_effort"):  # neither sends more than the model's dtype
         assert narrow[name] == wide[name]

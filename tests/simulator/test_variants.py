@@ -26,8 +26,8 @@ MACHINE = read_cluster("h100-nvlink")
 
 def test_auto_is_staged_until_a_gpu_has_shown_that_fused_is_faster() -> None:
     assert make_setting(MACHINE, ModelShape()).overlap == "staged"
-    assert make_setting(MACHINE, ModelShape(), "fused", 2) == replace(
-        make_setting(MACHINE, ModelShape()), overlap="fused", gradient_bytes=2
+    assert make_setting(MACHINE, ModelShape(), "fused", "model") == replace(
+        make_setting(MACHINE, ModelShape()), overlap="fused", gradient_wire="model"
     )
     assert make_setting(MACHINE, ModelShape(16, 4, 64, 4)).shape == AttentionShape(16, 4, 64, 4)
 
@@ -36,7 +36,7 @@ def test_auto_is_staged_until_a_gpu_has_shown_that_fused_is_faster() -> None:
     ("given", "message"),
     [
         ({"overlap": "full"}, "overlap='full': expected one of auto, none, staged, fused"),
-        ({"gradient_bytes": 8}, "gradient_bytes=8: expected one of 2, 4"),
+        ({"gradient_wire": "bf16"}, "gradient_wire='bf16': expected one of auto, model, fp32"),
         ({"model": ModelShape(query_heads=0)}, "m.query_heads=0: expected a whole number >= 1"),
         ({"model": ModelShape(head_dim=1.5)}, "m.head_dim=1.5: expected a whole number >= 1"),  # type: ignore[arg-type]
         ({"model": ModelShape(ffn_dim=-1)}, "m.ffn_dim=-1: expected a whole number >= 0"),

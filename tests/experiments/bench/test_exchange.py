@@ -97,8 +97,8 @@ def broken(name: str) -> Iterator[None]:
     """An exchange whose gradients come home too large, whose output is wrong, or that sends more than it should."""
     start, send_home = Exact.start, Exact.return_gradients
 
-    def return_wrong(self: Exact, plan: Any, gradients: Tensor) -> GradientReturn:
-        returned = send_home(self, plan, gradients)
+    def return_wrong(self: Exact, plan: Any, like: Tensor) -> GradientReturn:
+        returned = send_home(self, plan, like)
 
         def add_to(local: Any) -> None:
             returned.add_to(local)

@@ -173,7 +173,7 @@ def test_faster_than_half_a_minute(simulate: Any) -> None:
     ("overrides", "message"),
     [
         (["overlap=some"], "overlap='some': expected one of auto, none, staged, fused"),
-        (["gradient_bytes=3"], "gradient_bytes=3: expected one of 2, 4"),
+        (["gradient_wire=bf16"], "gradient_wire='bf16': expected one of auto, model, fp32"),
         (["methods=[llama]"], "methods: 'llama': expected one of llama3, per_document"),
         (["methods=[llama3]", "method=ring"], "expected one or the other"),
         (
