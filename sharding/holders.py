@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from flashcp.sharding.assignment import Assignment
+from flashcp.sharding.route import Route
 
 
 def members_rows(rows: int, head_ranks: int) -> np.ndarray:
@@ -47,6 +48,20 @@ def members_heads(query_heads: int, kv_heads: int, head_ranks: int) -> tuple[int
             f"{head_ranks} query heads, and as many KV heads or a number that divides {head_ranks}"
         )
     return query_heads // head_ranks, max(1, kv_heads // head_ranks)
+
+
+def rows_between_and_inside(route: Route, head_ranks: int, share: float) -> tuple[float, float]:
+    """Critical rows and saving of all ranks: a rank's heads of the rows that its holder exchanges, and the all-to-alls
+    inside the holder, counted as `ulysses` counts.
+
+    route: between holders. share: of the KV heads that a rank has.
+    """
+    if head_ranks == 1:
+        return route.critical_rows, route.saving
+    tokens, holders = int(route.plan.offsets[-1]), route.plan.world_size
+    swapped = 2 * (head_ranks - 1) * -(-int(route.plan.tokens.max()) // head_ranks) / head_ranks
+    critical, ranks = route.critical_rows * share + swapped, holders * head_ranks
+    return critical, 1.0 - critical * ranks / (tokens * (ranks - 1))
 
 
 def bytes_inside(
