@@ -247,7 +247,7 @@ class ContextParallel:
             agreed, posted = self._agree(header)
         refetch = self.backward == "refetch"
         agree = posted.check if posted else lambda: None  # one rank alone has nobody to agree with
-        settings = AttentionSettings(select(), self.overlap, self.stages, refetch, self.stats, agree)
+        settings = AttentionSettings(select(), self.overlap, self.stages, refetch, self.stats, k.shape[1], agree)
         call = Call(plan, self._exchange, settings, agreed, self._connection)
         sending = self.stats.measure("exposed_exchange_ms", f"attention {agreed.call}, send rows")
         with torch.no_grad(), sending, call.watched():

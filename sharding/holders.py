@@ -37,15 +37,15 @@ def can_share_heads(query_heads: int, kv_heads: int, head_ranks: int) -> bool:
 
 
 def members_heads(query_heads: int, kv_heads: int, head_ranks: int) -> tuple[int, int]:
-    """Query and KV heads on which one rank of a holder computes.
+    """Query and KV heads on which one rank of a holder computes; under `ulysses` all ranks are one.
 
     head_ranks divides the query heads. It divides the KV heads too, or they divide it: then several ranks share a KV
     head, and each is sent it. Raises ValueError otherwise.
     """
     if not can_share_heads(query_heads, kv_heads, head_ranks):
         raise ValueError(
-            f"query_heads={query_heads}, kv_heads={kv_heads}: head_ranks={head_ranks} expects a multiple of "
-            f"{head_ranks} query heads, and as many KV heads or a number that divides {head_ranks}"
+            f"query_heads={query_heads}, kv_heads={kv_heads}: cannot be shared out among {head_ranks} ranks; expected "
+            f"multiples of {head_ranks}, or KV heads that divide {head_ranks}"
         )
     return query_heads // head_ranks, max(1, kv_heads // head_ranks)
 

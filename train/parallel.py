@@ -32,11 +32,8 @@ class ExchangeConfig:
 
     def check(self, world_size: int, heads: int, kv_heads: int) -> None:
         """Raise ValueError for heads that the exchange cannot divide."""
-        if self.name == "ulysses" and (heads % world_size or kv_heads % world_size):
-            raise ValueError(
-                f"exchange='ulysses' with model.heads={heads}, model.kv_heads={kv_heads}: "
-                f"expected multiples of world_size={world_size}"
-            )
+        if self.name == "ulysses":
+            _share_heads("exchange='ulysses'", heads, kv_heads, world_size)
 
 
 @dataclass
@@ -89,10 +86,7 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.head_ranks={self.head_ranks}: expected a number that divides world_size={world_size}"
             )
-        try:
-            shared = members_heads(heads, kv_heads, self.head_ranks)
-        except ValueError as error:
-            raise ValueError(f"parallel.head_ranks={self.head_ranks} with model.{error}") from error
+        shared = _share_heads(f"parallel.head_ranks={self.head_ranks}", heads, kv_heads, self.head_ranks)
         exchange.check(world_size // self.head_ranks, *shared)
 
     def check(self) -> None:
@@ -144,3 +138,11 @@ class ParallelConfig:
                 f"expected one of {', '.join(SLOWING)}"
             )
         return operator
+
+
+def _share_heads(field: str, heads: int, kv_heads: int, ranks: int) -> tuple[int, int]:
+    """Query and KV heads of a rank. Raises ValueError where `field` asks for what these heads do not allow."""
+    try:
+        return members_heads(heads, kv_heads, ranks)
+    except ValueError as error:
+        raise ValueError(f"{field} with model.{str(error).replace('query_heads', 'heads', 1)}") from error

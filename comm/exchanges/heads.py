@@ -16,6 +16,7 @@ Shapes: T rank's rows, C holder's rows, h ranks of a holder, H query heads, K KV
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -87,13 +88,14 @@ class Heads(Exchange):
             pulled = self._to_heads(plan, grad_out[:, None], "gradients")
             self.meet()
             grad_heads = self._landed(plan, pulled)[:, 0]  # [C, H / h, D]
-        gradients = self.between.backward(plan, grad_heads, saved, settings, scale)
+        of_rank = replace(settings, kv_heads=max(1, settings.kv_heads // self.transport.world_size))
+        gradients = self.between.backward(plan, grad_heads, saved, of_rank, scale)
         with settings.clock.measure("exposed_exchange_ms", "gradients home"):
             widths = [gradient.shape[1] for gradient in gradients]  # H / h, and K / h or 1 twice
             leaving = torch.cat([gradient.to(grad_out.dtype) for gradient in gradients], dim=1)
             home = self._to_rows(plan, leaving, "gradients")
             grad_q, grad_k, grad_v = map(_side_by_side, home.split(widths, dim=2))
-        return grad_q, grad_k, grad_v
+        return grad_q, _sum_parts(grad_k, settings.kv_heads), _sum_parts(grad_v, settings.kv_heads)
 
     def release(self, saved: Saved) -> None:
         self.between.release(saved)
@@ -156,14 +158,6 @@ class Ulysses(Heads):
     def members(self, plan: ShardingPlan) -> list[int]:
         return plan.tokens.tolist()
 
-    def check(self, query_heads: int, kv_heads: int) -> None:
-        ranks = self.transport.world_size
-        if query_heads % ranks or kv_heads % ranks:
-            raise ValueError(
-                f"query_heads={query_heads}, kv_heads={kv_heads}: exchange {self.name!r} on {ranks} ranks expects "
-                f"multiples of {ranks}"
-            )
-
 
 class WholePack(ReceivingExchange):
     """All rows of the pack are here: there is nobody to exchange anything with."""
@@ -207,3 +201,8 @@ def _taken(transport: Transport, incoming: IncomingKV, order: Tensor | None = No
 def _side_by_side(parts: Tensor) -> Tensor:
     """[h, T, heads of a rank, D] -> [T, all heads, D]."""
     return torch.cat(parts.unbind(0), dim=1)
+
+
+def _sum_parts(gradient: Tensor, heads: int) -> Tensor:
+    """[T, K, D] of [T, parts of K heads, D], where several ranks computed on one KV head; in fp32."""
+    return gradient if gradient.shape[1] == heads else gradient.unflatten(1, (heads, -1)).float().sum(2)

@@ -21,7 +21,7 @@ from flashcp.sharding.holders import bytes_inside, members_heads
 from tests.packs import random_lengths, random_qkv
 from tests.ranks import run_cases
 
-HEADS, KV_HEADS, HEAD_DIM = 12, 6, 8
+HEADS, HEAD_DIM = 12, 8
 
 
 class Wire:
@@ -68,11 +68,11 @@ def watched() -> Iterator[Wire]:
 
 
 def bytes_on_rank(
-    lengths: tuple[int, ...], strategy: str, exchange: str, dtype: torch.dtype, transport: str
+    lengths: tuple[int, ...], strategy: str, exchange: str, kv_heads: int, dtype: torch.dtype, transport: str
 ) -> tuple[int, int]:
     cp = flashcp.ContextParallel(exchange=exchange, transport=transport, timeout_s=20)
     plan = flashcp.plan(lengths, cp.world_size, strategy)
-    *qkv, grad = random_qkv(sum(lengths), HEADS, KV_HEADS, HEAD_DIM, dtype, seed=0)
+    *qkv, grad = random_qkv(sum(lengths), HEADS, kv_heads, HEAD_DIM, dtype, seed=0)
     q, k, v = (cp.shard(x, plan).requires_grad_() for x in qkv)
     with watched() as wire:
         out = cp.attention(q, k, v, plan)
@@ -86,17 +86,17 @@ def bytes_on_rank(
 def test_bytes_on_the_wire_are_the_routes(transport: str) -> None:
     world_size = 3
     cases = [
-        (random_lengths(i), strategy, exchange, dtype, transport)
+        (random_lengths(i), strategy, exchange, kv_heads, dtype, transport)
         for i, strategy in enumerate(flashcp.strategies())
         for exchange in EXCHANGE_CLASSES
-        for dtype in (torch.float32, torch.bfloat16)
+        for kv_heads, dtype in ((6, torch.float32), (1, torch.bfloat16))  # one KV head: `ulysses` sends it to all
     ]
     for case, ranks in zip(cases, run_cases(bytes_on_rank, world_size, cases), strict=True):
-        lengths, strategy, exchange, dtype, _ = case
+        lengths, strategy, exchange, kv_heads, dtype, _ = case
         route = flashcp.plan(lengths, world_size, strategy).route(exchange)
         wire = EXCHANGE_CLASSES[exchange].gradient_dtype or dtype
-        forward = route.bytes(HEADS, KV_HEADS, HEAD_DIM, dtype.itemsize)
-        backward = route.bytes(HEADS, KV_HEADS, HEAD_DIM, wire.itemsize, backward=True)
+        forward = route.bytes(HEADS, kv_heads, HEAD_DIM, dtype.itemsize)
+        backward = route.bytes(HEADS, kv_heads, HEAD_DIM, wire.itemsize, backward=True)
         assert ranks == list(zip(forward.tolist(), backward.tolist(), strict=True)), case
 
 
@@ -125,9 +125,7 @@ def test_bytes_on_both_wires_are_those_of_holders_and_routes(holders: int, head_
         (head_ranks, random_lengths(i, 12), strategy, exchange, kv_heads, dtype, ("shm", "gloo")[(i + j) % 2])
         for i, strategy in enumerate(flashcp.strategies())
         for j, exchange in enumerate(EXCHANGE_CLASSES)
-        for kv_heads, dtype in (
-            ((12, torch.float32), (12 if exchange == "ulysses" else 1, torch.bfloat16))[(i + j) % 2],
-        )
+        for kv_heads, dtype in (((12, torch.float32), (1, torch.bfloat16))[(i + j) % 2],)
     ]
     for case, ranks in zip(cases, run_cases(bytes_on_levels, holders * head_ranks, cases), strict=True):
         _, lengths, strategy, exchange, kv_heads, dtype, _ = case
