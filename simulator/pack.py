@@ -126,9 +126,9 @@ def place(work: np.ndarray, variant: Variant, step: Step) -> np.ndarray:
 def simulate_module(planned: Planned, variant: Variant) -> Module:
     """The timelines of a method."""
     if variant.exchange == "ulysses":  # a holder alone runs one kernel: whose it is makes no difference
-        inner = best_effort(planned, "exact")
-    else:
-        inner = RUN[variant.implementation](planned, variant.exchange)
+        copies = COPIES["best effort" if variant.implementation == "best effort" else "published"]  # ours orders rows
+        return share_heads(planned, best_effort(planned, "exact"), copies)
+    inner = RUN[variant.implementation](planned, variant.exchange)
     return share_heads(planned, inner, COPIES[variant.implementation])
 
 

@@ -15,7 +15,7 @@ Shapes: T rank's rows, C holder's rows, h ranks of a holder, H query heads, K KV
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -63,7 +63,7 @@ class Heads(Exchange):
 
     def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
         """K and V travel on to other holders as soon as they are here: they wait for no queries."""
-        incoming = self._to_heads(plan, torch.stack((k, v), dim=1))
+        incoming = self._to_heads(plan, (k, v))
         if self.between.transport.world_size == 1:
             return incoming
         local, onward = self._travel_on(plan, incoming)
@@ -73,28 +73,30 @@ class Heads(Exchange):
         self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings, scale: float
     ) -> tuple[Tensor, Saved]:
         with settings.clock.measure("exposed_exchange_ms", "send queries"):
-            asked = self._to_heads(plan, q[:, None], "queries")
+            asked = self._to_heads(plan, (q,), "queries")
             local, onward = incoming.onward or self._travel_on(plan, incoming)
             self.meet()
             queries = self._landed(plan, asked)[:, 0]  # [C, H / h, D]
         out, saved = self.between.forward(plan, queries, local, onward, settings, scale)
         with settings.clock.measure("exposed_exchange_ms", "send outputs"):
-            return _side_by_side(self._to_rows(plan, out, "outputs")), saved
+            (outputs,) = self._to_rows(plan, out, [out.shape[1]], "outputs")
+        return outputs, saved
 
     def backward(
         self, plan: ShardingPlan, grad_out: Tensor, saved: Saved, settings: AttentionSettings, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         with settings.clock.measure("exposed_exchange_ms", "send gradients of outputs"):
-            pulled = self._to_heads(plan, grad_out[:, None], "gradients")
+            pulled = self._to_heads(plan, (grad_out,), "gradients")
             self.meet()
-            grad_heads = self._landed(plan, pulled)[:, 0]  # [C, H / h, D]
+            grad_heads = self._landed(plan, pulled, kept=False)[:, 0]  # [C, H / h, D]
         of_rank = replace(settings, kv_heads=max(1, settings.kv_heads // self.transport.world_size))
         gradients = self.between.backward(plan, grad_heads, saved, of_rank, scale)
+        self.transport.free(pulled.inbox.ticket)
         with settings.clock.measure("exposed_exchange_ms", "gradients home"):
             widths = [gradient.shape[1] for gradient in gradients]  # H / h, and K / h or 1 twice
-            leaving = torch.cat([gradient.to(grad_out.dtype) for gradient in gradients], dim=1)
-            home = self._to_rows(plan, leaving, "gradients")
-            grad_q, grad_k, grad_v = map(_side_by_side, home.split(widths, dim=2))
+            leaving = grad_out.new_empty((len(grad_heads), sum(widths), grad_out.shape[2]))
+            torch.cat(gradients, dim=1, out=leaving)
+            grad_q, grad_k, grad_v = self._to_rows(plan, leaving, widths, "gradients")
         return grad_q, _sum_parts(grad_k, settings.kv_heads), _sum_parts(grad_v, settings.kv_heads)
 
     def release(self, saved: Saved) -> None:
@@ -109,32 +111,45 @@ class Heads(Exchange):
         local = as_kv(self._landed(plan, incoming))  # [C, K / h, D] each
         return local, self.between.start(plan, *local)
 
-    def _to_heads(self, plan: ShardingPlan, rows: Tensor, what: str = "rows") -> IncomingKV:
-        """[T, tensors, heads, D] -> [C, tensors, heads of this rank, D], on its way. Fewer heads than ranks go to
-        several each."""
+    def _to_heads(self, plan: ShardingPlan, tensors: Sequence[Tensor], what: str = "rows") -> IncomingKV:
+        """[T, heads, D] each -> [C, tensors, heads of this rank, D], on its way. Fewer heads than ranks go to several
+        each."""
         ranks, own, tokens = self.transport.world_size, self.transport.rank, self.members(plan)
-        copies = max(1, ranks // rows.shape[2])
-        leaving = repeat(rows, "t i (n k) d -> (n c t) i k d", n=ranks // copies, c=copies).contiguous()
+        copies = max(1, ranks // tensors[0].shape[1])
+        parts = [repeat(x, "t (n k) d -> n c t k d", n=ranks // copies, c=copies) for x in tensors]  # views
+        leaving = torch.stack(parts, dim=3).flatten(0, 2)  # the one copy
         inbox = self.transport.inbox(sum(tokens), sum(tokens), leaving.shape[1:], leaving)
         sent, offsets = [tokens[own]] * ranks, [sum(tokens[:own])] * ranks
         return IncomingKV(
             inbox, self.transport.all_to_all(OutgoingRows(leaving, what=what), sent, inbox, tokens, offsets)
         )
 
-    def _to_rows(self, plan: ShardingPlan, rows: Tensor, what: str) -> Tensor:
-        """[C, heads of a rank, D] -> [h, T, heads of a rank, D]: of each rank's heads this rank's rows."""
+    def _to_rows(self, plan: ShardingPlan, rows: Tensor, widths: list[int], what: str) -> list[Tensor]:
+        """[C, heads of a rank, D], tensors of so many heads side by side -> of each tensor [T, all heads, D]."""
         ranks, own, tokens = self.transport.world_size, self.transport.rank, self.members(plan)
         inbox = self.transport.inbox(tokens[own] * ranks, max(tokens) * ranks, rows.shape[1:], rows)
         offsets = [count * own for count in tokens]
         order = self.order(plan, rows.device)
         leaving = OutgoingRows(rows[order[0]] if order else rows.contiguous(), what=what)
         transfer = self.transport.all_to_all(leaving, tokens, inbox, [tokens[own]] * ranks, offsets)
-        return _taken(self.transport, IncomingKV(inbox, transfer)).unflatten(0, (ranks, tokens[own]))
+        transfer.finish()
+        parts = inbox.rows.unflatten(0, (ranks, tokens[own])).split(widths, dim=2)
+        home = [torch.cat(part.unbind(0), dim=1) for part in parts]
+        self.transport.free(inbox.ticket)
+        return home
 
-    def _landed(self, plan: ShardingPlan, incoming: IncomingKV) -> Tensor:
-        """The rows of an inbox, once they are there, in the order of attention."""
-        order = self.order(plan, incoming.inbox.rows.device)
-        return _taken(self.transport, incoming, order[1] if order else None)
+    def _landed(self, plan: ShardingPlan, incoming: IncomingKV, kept: bool = True) -> Tensor:
+        """The rows of an inbox, once they are there and this rank's have left, in the order of attention. kept: for the
+        backward, in memory that nobody else writes to; else the caller frees the inbox when it has read them."""
+        rows, ticket = incoming.inbox
+        incoming.transfer.finish()
+        if (order := self.order(plan, rows.device)) is not None:
+            rows = rows[order[1]]
+        elif kept and ticket:
+            rows = rows.clone()
+        if kept:
+            self.transport.free(ticket)
+        return rows
 
 
 class Ulysses(Heads):
@@ -185,22 +200,6 @@ def _pack_order(plan: ShardingPlan, device: torch.device) -> tuple[Uploaded, Upl
     """Row of the pack of every row as they arrive, rank by rank, and the inverse, int64 [C]."""
     arriving = np.concatenate([plan.rows(rank) for rank in range(plan.world_size)])
     return Uploaded(arriving, device), Uploaded(np.argsort(arriving), device)
-
-
-def _taken(transport: Transport, incoming: IncomingKV, order: Tensor | None = None) -> Tensor:
-    """The rows of an inbox, once they are there and this rank's have left, in memory that nobody else writes to."""
-    rows, ticket = incoming.inbox
-    incoming.transfer.finish()
-    if order is not None or ticket:
-        rows = rows.clone() if order is None else rows[order]
-    if ticket:
-        transport.free(ticket)
-    return rows
-
-
-def _side_by_side(parts: Tensor) -> Tensor:
-    """[h, T, heads of a rank, D] -> [T, all heads, D]."""
-    return torch.cat(parts.unbind(0), dim=1)
 
 
 def _sum_parts(gradient: Tensor, heads: int) -> Tensor:
