@@ -95,7 +95,8 @@ class Heads(Exchange):
         with settings.clock.measure("exposed_exchange_ms", "gradients home"):
             widths = [gradient.shape[1] for gradient in gradients]  # H / h, and K / h or 1 twice
             leaving = grad_out.new_empty((len(grad_heads), sum(widths), grad_out.shape[2]))
-            torch.cat(gradients, dim=1, out=leaving)
+            for part, gradient in zip(leaving.split(widths, dim=1), gradients, strict=True):
+                part.copy_(gradient)
             grad_q, grad_k, grad_v = self._to_rows(plan, leaving, widths, "gradients")
         return grad_q, _sum_parts(grad_k, settings.kv_heads), _sum_parts(grad_v, settings.kv_heads)
 
