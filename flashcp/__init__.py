@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashcp.attention import varlen_attention as varlen_attention
-    from flashcp.choose import choose as choose
+    from flashcp.choice import choose as choose
     from flashcp.comm.choice import TransportOptions as TransportOptions
     from flashcp.context_parallel import ContextParallel as ContextParallel
     from flashcp.kernels.reference import reference_attention as reference_attention
@@ -27,7 +27,7 @@ _HOME = {
     "Shard": "flashcp.sharding",
     "ShardingPlan": "flashcp.sharding",
     "TransportOptions": "flashcp.comm.choice",
-    "choose": "flashcp.choose",
+    "choose": "flashcp.choice",
     "plan": "flashcp.sharding",
     "reference_attention": "flashcp.kernels.reference",
     "simulate": "flashcp.simulation",

@@ -120,19 +120,12 @@ class _Attention(torch.autograd.Function):
         with call.watched(), span(f"attention {call.header.call}, backward"):
             call = call.say(Step.BACKWARD)
             gradients = call.exchange.backward(call.plan, _rows(grad_out), saved, call.settings, ctx.scale)
-        heads = call.header.kv_heads
-        grad_q, grad_k, grad_v = gradients[0], *(_sum_parts(gradient, heads) for gradient in gradients[1:])
-        return *(gradient.to(grad_out.dtype) for gradient in (grad_q, grad_k, grad_v)), None, None, None
+        return *(gradient.to(grad_out.dtype) for gradient in gradients), None, None, None
 
 
 def scale_code(scale: float) -> int:
     """A float as the int64 of the same bits, for a header."""
     return struct.unpack("<q", struct.pack("<d", scale))[0]
-
-
-def _sum_parts(gradient: Tensor, heads: int) -> Tensor:
-    """[T, K, D] of [T, parts of K heads, D], where several ranks computed on one KV head; in fp32."""
-    return gradient if gradient.shape[1] == heads else gradient.unflatten(1, (heads, -1)).float().sum(2)
 
 
 def _versions(*tensors: Tensor) -> list[int]:

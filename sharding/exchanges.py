@@ -11,6 +11,7 @@ import numpy as np
 
 from flashcp.sharding.assignment import Assignment
 from flashcp.sharding.documents import expand_ranges, sum_by
+from flashcp.sharding.holders import inner_roundings, members_heads
 from flashcp.sharding.route import Route
 from flashcp.sharding.shards import Segments, ShardTable
 
@@ -163,23 +164,17 @@ class Ulysses(Route):
     def _received(self, rank: int) -> Segments:
         return self.plan.table.take(np.argsort(self.plan.table.rank, kind="stable")).side_by_side()
 
-    def _head_rows(self, query_heads: int, kv_heads: int, backward: bool) -> np.ndarray:
-        query_heads, kv_heads = share_heads(query_heads, kv_heads, self.plan.world_size)
+    def _roundings(self, kv_heads: int) -> int:
+        return inner_roundings(self.plan.world_size, kv_heads)
+
+    def _head_rows(self, query_heads: int, kv_heads: int, backward: bool) -> tuple[np.ndarray, np.ndarray]:
+        query_heads, kv_heads = members_heads(query_heads, kv_heads, self.plan.world_size)
         own, others = self._own_and_others()
         inward, outward = (others, own) if backward else (own, others)
-        return inward * (query_heads + 2 * kv_heads) + outward * query_heads
+        return (inward + outward) * query_heads, inward * (2 * kv_heads)
 
 
 EXCHANGES: dict[str, type[Route]] = {route.exchange: route for route in (Exact, Compacted, AllGather, Ring, Ulysses)}
-
-
-def share_heads(query_heads: int, kv_heads: int, ranks: int) -> tuple[int, int]:
-    """Query and KV heads of one rank under `ulysses`. Raises ValueError where they cannot be shared out evenly."""
-    if query_heads % ranks or kv_heads % ranks:
-        raise ValueError(
-            f"query_heads={query_heads}, kv_heads={kv_heads}: ulysses expects multiples of world_size={ranks}"
-        )
-    return query_heads // ranks, kv_heads // ranks
 
 
 def traffic(plan: Assignment) -> np.ndarray:

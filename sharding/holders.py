@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from flashcp.sharding.assignment import Assignment
-from flashcp.sharding.route import wire_bytes
+from flashcp.sharding.route import Route, wire_bytes
 
 
 def members_rows(rows: int, head_ranks: int) -> np.ndarray:
@@ -37,15 +37,15 @@ def can_share_heads(query_heads: int, kv_heads: int, head_ranks: int) -> bool:
 
 
 def members_heads(query_heads: int, kv_heads: int, head_ranks: int) -> tuple[int, int]:
-    """Query and KV heads on which one rank of a holder computes.
+    """Query and KV heads on which one rank of a holder computes; under `ulysses` all ranks are one.
 
     head_ranks divides the query heads. It divides the KV heads too, or they divide it: then several ranks share a KV
     head, and each is sent it. Raises ValueError otherwise.
     """
     if not can_share_heads(query_heads, kv_heads, head_ranks):
         raise ValueError(
-            f"query_heads={query_heads}, kv_heads={kv_heads}: head_ranks={head_ranks} expects a multiple of "
-            f"{head_ranks} query heads, and as many KV heads or a number that divides {head_ranks}"
+            f"query_heads={query_heads}, kv_heads={kv_heads}: cannot be shared out among {head_ranks} ranks; expected "
+            f"multiples of {head_ranks}, or KV heads that divide {head_ranks}"
         )
     return query_heads // head_ranks, max(1, kv_heads // head_ranks)
 
@@ -54,6 +54,20 @@ def inner_roundings(head_ranks: int, kv_heads: int) -> int:
     """Of gradients of K and V inside a holder (`flashcp.sharding.route.is_fp32`): where several ranks have one KV head,
     each of them sends a sum, of which parts were rounded on their way to it."""
     return 2 if head_ranks > kv_heads else 0
+
+
+def rows_between_and_inside(route: Route, head_ranks: int, share: float) -> tuple[float, float]:
+    """Critical rows and saving of all ranks: a rank's heads of the rows that its holder exchanges, and the all-to-alls
+    inside the holder, counted as `ulysses` counts.
+
+    route: between holders. share: of the KV heads that a rank has.
+    """
+    if head_ranks == 1:
+        return route.critical_rows, route.saving
+    tokens, holders = int(route.plan.offsets[-1]), route.plan.world_size
+    swapped = 2 * (head_ranks - 1) * -(-int(route.plan.tokens.max()) // head_ranks) / head_ranks
+    critical, ranks = route.critical_rows * share + swapped, holders * head_ranks
+    return critical, 1.0 - critical * ranks / (tokens * (ranks - 1))
 
 
 def bytes_inside(

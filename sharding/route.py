@@ -109,8 +109,9 @@ class Route:
         """
         if kv_heads < 1 or query_heads < 1 or query_heads % kv_heads:
             raise ValueError(f"query_heads={query_heads}, kv_heads={kv_heads}: expected a multiple, both at least 1")
-        width = wire_bytes(dtype_bytes, gradient_wire, self.roundings) if backward else dtype_bytes
-        return self._head_rows(query_heads, kv_heads, backward) * (head_dim * width)
+        width = wire_bytes(dtype_bytes, gradient_wire, self._roundings(kv_heads)) if backward else dtype_bytes
+        whole, of_kv = self._head_rows(query_heads, kv_heads, backward)
+        return (whole * dtype_bytes + of_kv * width) * head_dim
 
     def __repr__(self) -> str:
         return (
@@ -131,6 +132,11 @@ class Route:
     def _received(self, rank: int) -> Segments:
         raise NotImplementedError
 
-    def _head_rows(self, query_heads: int, kv_heads: int, backward: bool) -> np.ndarray:
-        """Rows of single heads, of all tensors, that leave each rank."""
-        return (self.received_rows if backward else self.sent_rows) * (2 * kv_heads)
+    def _roundings(self, kv_heads: int) -> int:
+        """Of gradients of so many KV heads."""
+        return self.roundings
+
+    def _head_rows(self, query_heads: int, kv_heads: int, backward: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of single heads that leave each rank: of queries and outputs, and of K and V."""
+        of_kv = (self.received_rows if backward else self.sent_rows) * (2 * kv_heads)
+        return np.zeros_like(of_kv), of_kv

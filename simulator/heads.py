@@ -19,14 +19,15 @@ from flashcp.simulator.timeline import Timeline
 
 
 class Copies(NamedTuple):
-    """Of what an all-to-all moves: times it is copied, and times K and V are put into one tensor before."""
+    """Times that what an all-to-all moves is copied: Q, K, V and their gradients; the output and its gradient."""
 
     moved: int
-    stacked: int
+    output: int
 
 
-COPIES = {"published": Copies(2, 0), "best effort": Copies(0, 0), "ours": Copies(2, 1)}
-"""As published an all-to-all packs what it sends and unpacks what it gets; ours stacks K and V besides."""
+COPIES = {"published": Copies(2, 2), "best effort": Copies(0, 0), "ours": Copies(2, 1)}
+"""As published an all-to-all packs what it sends and unpacks what it gets; our output leaves as
+the kernel wrote it, and its gradient is read where it arrives."""
 
 
 def share_heads(planned: Planned, inner: Module, copies: Copies) -> Module:
@@ -43,27 +44,26 @@ def share_heads(planned: Planned, inner: Module, copies: Copies) -> Module:
     queries, keys = rows * shape.query_bytes / 2, float(rows * shape.kv_bytes)  # for one other member
     links, alone = planned.setting.machine.links, inner.exchange_us
 
-    def swap(timeline: Timeline, moved: float, stacked: float = 0.0) -> None:
+    def swap(timeline: Timeline, moved: float, times: int) -> None:
         nonlocal alone
         exchange = links.all_to_all_us(moved, head_ranks)
-        copied = 2 * head_ranks * (copies.moved * moved + copies.stacked * stacked)
-        timeline.run("copies", planned.copies.us(copied, launches=copies.moved))
+        timeline.run("copies", planned.copies.us(2 * head_ranks * times * moved, launches=times))
         timeline.run("exchange", exchange)
         alone += exchange
 
     forward, backward = Timeline(planned.ranks), Timeline(planned.ranks)
-    swap(forward, queries + keys, keys)
+    swap(forward, queries + keys, copies.moved)
     forward.follow(inner.forward)
-    swap(forward, queries)
-    swap(backward, queries)
+    swap(forward, queries, copies.output)
+    swap(backward, queries, copies.output)
     backward.follow(inner.backward)
     wire = planned.setting.wire_bytes(inner_roundings(head_ranks, planned.setting.shape.kv_heads))
     home = keys * wire / shape.dtype_bytes
     if wire == shape.dtype_bytes:
-        swap(backward, queries + home, home)
+        swap(backward, queries + home, copies.moved)
     else:  # each dtype by itself
-        swap(backward, queries)
-        swap(backward, home, home)
+        swap(backward, queries, copies.moved)
+        swap(backward, home, copies.moved)
     if head_ranks > planned.setting.shape.kv_heads:
         backward.run("copies", planned.sum_us(head_ranks * home, wire))
     held = float(planned.plan.tokens.max()) * shape.kv_bytes

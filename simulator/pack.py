@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flashcp.sharding.holders import rows_between_and_inside
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import shard_work
 from flashcp.sharding.strategies import plan
@@ -127,9 +128,9 @@ def place(work: np.ndarray, variant: Variant, step: Step) -> np.ndarray:
 def simulate_module(planned: Planned, variant: Variant) -> Module:
     """The timelines of a method."""
     if variant.exchange == "ulysses":  # a holder alone runs one kernel: whose it is makes no difference
-        inner = best_effort(planned, "exact")
-    else:
-        inner = RUN[variant.implementation](planned, variant.exchange)
+        copies = COPIES["best effort" if variant.implementation == "best effort" else "published"]  # ours orders rows
+        return share_heads(planned, best_effort(planned, "exact"), copies)
+    inner = RUN[variant.implementation](planned, variant.exchange)
     return share_heads(planned, inner, COPIES[variant.implementation])
 
 
@@ -166,7 +167,9 @@ def _outcome(planned: Planned, variant: Variant) -> Outcome:
     attention, copies = (
         [float(timeline.busy[kind][timeline.busiest]) for timeline in passes] for kind in ("attention", "copies")
     )
-    critical, saving = _rows(planned, variant.exchange)
+    route = planned.plan.route("exact" if variant.exchange == "ulysses" else variant.exchange)  # one holder: no rows
+    share = planned.shape.kv_heads / planned.setting.shape.kv_heads
+    critical, saving = rows_between_and_inside(route, planned.setting.head_ranks, share)
     tokens = planned.plan.tokens
     return Outcome(
         imbalance=float(planned.plan.imbalance),
@@ -183,15 +186,3 @@ def _outcome(planned: Planned, variant: Variant) -> Outcome:
         working_mib=module.working_bytes / 2**20,
         tokens_imbalance=float(tokens.max() * len(tokens) / tokens.sum()),
     )
-
-
-def _rows(planned: Planned, exchange: str) -> tuple[float, float]:
-    """Critical rows and saving: a member's heads of the exchange's rows, and the all-to-alls' (as `ulysses` counts)."""
-    heads, plan = planned.setting.head_ranks, planned.plan
-    route = plan.route("exact" if exchange == "ulysses" else exchange)
-    if heads == 1:
-        return route.critical_rows, route.saving
-    ranks, share = heads * planned.ranks, planned.shape.kv_heads / planned.setting.shape.kv_heads
-    swapped = 2 * (heads - 1) * -(-int(plan.tokens.max()) // heads) / heads
-    critical = route.critical_rows * share + swapped
-    return critical, 1.0 - critical * ranks / (int(plan.offsets[-1]) * (ranks - 1))

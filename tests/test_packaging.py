@@ -14,6 +14,7 @@ import tomllib
 import venv
 import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy
@@ -77,6 +78,7 @@ def test_public_names() -> None:
     assert set(flashcp.__all__) <= set(dir(flashcp))
     for name in flashcp.__all__:
         assert getattr(flashcp, name).__name__ == name
+        assert find_spec(f"flashcp.{name}") is None  # importing a module of that name would hide it
     with pytest.raises(AttributeError, match="'flashcp' has no attribute 'plans'"):
         flashcp.plans  # noqa: B018
 

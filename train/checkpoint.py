@@ -80,6 +80,12 @@ def find_checkpoint(out: Path, resume: str, identity: dict[str, Any], steps: int
     return path
 
 
+def read_chosen(path: Path) -> dict[str, Any]:
+    """What the run of a checkpoint that `find_checkpoint` found had chosen by itself."""
+    chosen = json.loads((path / IDENTITY).read_text(encoding="utf-8")).get("chosen", {})
+    return chosen if isinstance(chosen, dict) else {}
+
+
 def save_checkpoint(
     out: Path,
     keep: int,

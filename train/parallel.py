@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch.distributed as dist
 
 import flashcp
 from flashcp.clusters import clusters
 from flashcp.kernels.tuning import Blocks, Pass, Tuning
-from flashcp.limits import Count, Seconds, one_of
+from flashcp.limits import Limit, Seconds, one_of
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.holders import members_heads
 
+AUTO = "auto"
 FREE = "free"
 """As a link: rows leave at once."""
 SLOWING = ("shm", "cuda_symmetric")
 """Transports that can make rows leave slowly."""
+HeadRanks = Annotated[
+    Any, Limit(lambda value: value == AUTO or (type(value) is int and value >= 1), "auto or a whole number >= 1")
+]
 
 
 @dataclass
@@ -28,11 +32,8 @@ class ExchangeConfig:
 
     def check(self, world_size: int, heads: int, kv_heads: int) -> None:
         """Raise ValueError for heads that the exchange cannot divide."""
-        if self.name == "ulysses" and (heads % world_size or kv_heads % world_size):
-            raise ValueError(
-                f"exchange='ulysses' with model.heads={heads}, model.kv_heads={kv_heads}: "
-                f"expected multiples of world_size={world_size}"
-            )
+        if self.name == "ulysses":
+            _share_heads("exchange='ulysses'", heads, kv_heads, world_size)
 
 
 @dataclass
@@ -61,7 +62,10 @@ class TuningConfig:
 
 @dataclass
 class ParallelConfig:
-    """The arguments of `flashcp.ContextParallel`, which says what they mean, and the link (`flashcp/train/link.py`)."""
+    """The arguments of `flashcp.ContextParallel`, which says what they mean, and the link (`flashcp/train/link.py`).
+
+    head_ranks: a number, or `auto`: what is fastest on `cluster` (`flashcp/train/head_ranks.py`).
+    """
 
     overlap: str = "auto"
     attention: str = "auto"
@@ -70,7 +74,8 @@ class ParallelConfig:
     gradient_wire: str = "auto"
     timeout_s: Seconds = 60.0
     stages: int = 2
-    head_ranks: Count = 1
+    head_ranks: HeadRanks = 1
+    cluster: str = ""
     heap_mib: float = 0.0
     region_mib: float = 0.0
     throttle_gbps: float = 0.0
@@ -79,20 +84,24 @@ class ParallelConfig:
 
     def check_heads(self, world_size: int, heads: int, kv_heads: int, exchange: ExchangeConfig) -> None:
         """Raise ValueError for head ranks that do not divide ranks and heads, and where the exchange between holders
-        cannot divide what is left."""
+        cannot divide what is left. `auto` takes one of those that do; 1 is among them."""
+        if self.head_ranks == AUTO:
+            return exchange.check(world_size, heads, kv_heads)
         if world_size % self.head_ranks:
             raise ValueError(
                 f"parallel.head_ranks={self.head_ranks}: expected a number that divides world_size={world_size}"
             )
-        try:
-            shared = members_heads(heads, kv_heads, self.head_ranks)
-        except ValueError as error:
-            raise ValueError(f"parallel.head_ranks={self.head_ranks} with model.{error}") from error
+        shared = _share_heads(f"parallel.head_ranks={self.head_ranks}", heads, kv_heads, self.head_ranks)
         exchange.check(world_size // self.head_ranks, *shared)
 
     def check(self) -> None:
-        """Raise ValueError for text that is no block shape and no link; `operator` checks the other names."""
+        """Raise ValueError for text that is no block shape, link or cluster; `operator` checks the other names."""
         self.tuning.read()
+        if self.cluster not in clusters() and (self.cluster or self.head_ranks == AUTO):
+            raise ValueError(
+                f"parallel.cluster={self.cluster!r} with parallel.head_ranks={self.head_ranks}: expected one of "
+                f"{', '.join(clusters())}"
+            )
         if self.link != FREE and self.link not in clusters():
             raise ValueError(f"parallel.link={self.link!r}: expected one of {FREE}, {', '.join(clusters())}")
         if self.link != FREE and self.throttle_gbps:
@@ -135,3 +144,11 @@ class ParallelConfig:
                 f"expected one of {', '.join(SLOWING)}"
             )
         return operator
+
+
+def _share_heads(field: str, heads: int, kv_heads: int, ranks: int) -> tuple[int, int]:
+    """Query and KV heads of a rank. Raises ValueError where `field` asks for what these heads do not allow."""
+    try:
+        return members_heads(heads, kv_heads, ranks)
+    except ValueError as error:
+        raise ValueError(f"{field} with model.{str(error).replace('query_heads', 'heads', 1)}") from error

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from flashcp.limits import LONGEST_WAIT_S
 
 __all__ = ["DEVICES", "LONGEST_WAIT_S", "Ranks", "Replica", "exit_code", "launched_rank", "world"]
 
+Told = TypeVar("Told")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -52,6 +54,20 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.sum(0.0)
+
+    def told(self, make: Callable[[], Told]) -> Told:
+        """What rank 0 makes, on all ranks; where that is a ValueError, all raise it. Every rank must call it."""
+        said: list[Told | ValueError | None] = [None]
+        if self.rank == 0:
+            try:
+                said = [make()]
+            except ValueError as error:
+                said = [error]
+        if dist.is_initialized():
+            dist.broadcast_object_list(said)
+        if isinstance(said[0], ValueError):
+            raise said[0]
+        return said[0]  # type: ignore[return-value]
 
     def replica(self, replicas: int) -> Replica:
         """This rank's replica of `replicas` equal ones, of consecutive ranks. Every rank must call it."""

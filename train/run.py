@@ -27,6 +27,7 @@ from flashcp.train.data.loader import Batch, Loader, Share
 from flashcp.train.data.sources import DataConfig, Source, open_source
 from flashcp.train.data.tokenizer import Tokenizer, load_tokenizer
 from flashcp.train.data.windows import pack_documents
+from flashcp.train.head_ranks import head_ranks_of
 from flashcp.train.link import SlowedLink, slowed_link
 from flashcp.train.loop import Trainer
 from flashcp.train.model import Decoder, ModelConfig
@@ -146,7 +147,9 @@ def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLi
     """A run that is ready for its first step, and closed at the end whatever happens."""
     torch.manual_seed(config.seed)
     replica = ranks.replica(config.data_parallel)
-    cp = config.parallel.operator(config.exchange.name, link.gbps if link else 0.0, replica.group)
+    head_ranks, chosen = head_ranks_of(config, ready.source, ready.tokenizer, ready.checkpoint, ranks)
+    parallel = replace(config.parallel, head_ranks=head_ranks)
+    cp = parallel.operator(config.exchange.name, link.gbps if link else 0.0, replica.group)
     model = Decoder(ready.model, cp, config.seed).to(ranks.device)
     optimizer = build_optimizer(model, config.optimizer)
     progress = load_checkpoint(ready.checkpoint, model, optimizer) if ready.checkpoint else Progress()
@@ -158,7 +161,7 @@ def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLi
     with Loader(windows, make_plan, share, data.prefetch, config.batch_windows, data.plan_workers) as loader:
         batches = _peek(loader, config, progress)
         trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, batches, progress, ranks)
-        with closing(Training(config, trainer, ready.identity, link)) as one:
+        with closing(Training(config, trainer, {**ready.identity, **chosen}, link)) as one:
             yield one
 
 
@@ -221,6 +224,7 @@ class Training:
             "world_size": ranks.world_size,
             "transport": cp.transport,
             "overlap": cp.overlap,
+            "head_ranks": cp.head_ranks,
             "receive_mib": cp.receive_bytes / 2**20,
             "throttle_gbps": cp.throttle_gbps,
             "emulated": str(self.link or throttled),  # what the times are no measurement of

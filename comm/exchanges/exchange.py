@@ -31,8 +31,8 @@ class AttentionSettings:
     """How attention is computed: the kernel, the overlap, in how many parts received rows are computed when staged,
     whether KV is fetched twice, what gradients travel in (`wire`).
 
-    kv_heads: of the model. agree: returns when all ranks said that they do the same; called before others' rows are
-    read.
+    kv_heads: of the rows that the exchange is given. agree: returns when all ranks said that they do the same; called
+    before others' rows are read.
     """
 
     kernel: AttentionKernel
@@ -139,9 +139,9 @@ class Layout:
 class Exchange(ABC):
     """One way for KV to travel. `name` is a key of `flashcp.sharding.exchanges.EXCHANGES`.
 
-    splits_heads: whether ranks share out heads, so that their number must divide query and KV heads. moves_later:
-    whether rows also travel while attention is computed, so that ranks must come to that together. meet: returns when
-    all ranks are known to do the same, for exchanges that read others' rows before attention.
+    splits_heads: whether ranks share out heads, as `flashcp.sharding.holders.members_heads` does. moves_later: whether
+    rows also travel while attention is computed, so that ranks must come to that together. meet: returns when all ranks
+    are known to do the same, for exchanges that read others' rows before attention.
     """
 
     name: str
@@ -179,8 +179,7 @@ class Exchange(ABC):
     def backward(
         self, plan: ShardingPlan, grad_out: Tensor, saved: Saved, settings: AttentionSettings, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of this rank's q, k and v. Where several ranks computed on one KV head, what each of them found
-        stands one behind the other."""
+        """Gradients of this rank's q, k and v."""
 
     def is_open(self, saved: Saved) -> bool:
         """Whether the rows that were received still lie where they were."""

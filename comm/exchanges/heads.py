@@ -15,7 +15,8 @@ Shapes: T rank's rows, C holder's rows, h ranks of a holder, H query heads, K KV
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -62,7 +63,7 @@ class Heads(Exchange):
 
     def start(self, plan: ShardingPlan, k: Tensor, v: Tensor) -> IncomingKV:
         """K and V travel on to other holders as soon as they are here: they wait for no queries."""
-        incoming = self._to_heads(plan, torch.stack((k, v), dim=1))
+        incoming = self._to_heads(plan, (k, v))
         if self.between.transport.world_size == 1:
             return incoming
         local, onward = self._travel_on(plan, incoming)
@@ -72,31 +73,38 @@ class Heads(Exchange):
         self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings, scale: float
     ) -> tuple[Tensor, Saved]:
         with settings.clock.measure("exposed_exchange_ms", "send queries"):
-            asked = self._to_heads(plan, q[:, None], "queries")
+            asked = self._to_heads(plan, (q,), "queries")
             local, onward = incoming.onward or self._travel_on(plan, incoming)
             self.meet()
             queries = self._landed(plan, asked)[:, 0]  # [C, H / h, D]
         out, saved = self.between.forward(plan, queries, local, onward, settings, scale)
         with settings.clock.measure("exposed_exchange_ms", "send outputs"):
-            return _side_by_side(self._to_rows(plan, out, "outputs")), saved
+            (outputs,) = self._to_rows(plan, out, [out.shape[1]], "outputs")
+        return outputs, saved
 
     def backward(
         self, plan: ShardingPlan, grad_out: Tensor, saved: Saved, settings: AttentionSettings, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         with settings.clock.measure("exposed_exchange_ms", "send gradients of outputs"):
-            pulled = self._to_heads(plan, grad_out[:, None], "gradients")
+            pulled = self._to_heads(plan, (grad_out,), "gradients")
             self.meet()
-            grad_heads = self._landed(plan, pulled)[:, 0]  # [C, H / h, D]
-        of_q, *of_kv = self.between.backward(plan, grad_heads, saved, settings, scale)
+            grad_heads = self._landed(plan, pulled, kept=False)[:, 0]  # [C, H / h, D]
+        ranks = self.transport.world_size
+        of_rank = replace(settings, kv_heads=max(1, settings.kv_heads // ranks))
+        of_q, *of_kv = self.between.backward(plan, grad_heads, saved, of_rank, scale)
+        self.transport.free(pulled.inbox.ticket)
         with settings.clock.measure("exposed_exchange_ms", "gradients home"):
             model = grad_out.dtype
-            wire = settings.wire(model, inner_roundings(self.transport.world_size, settings.kv_heads))
+            wire = settings.wire(model, inner_roundings(ranks, settings.kv_heads))
             found = list[Tensor]()
             for dtype, together in [(model, [of_q, *of_kv])] if wire == model else [(model, [of_q]), (wire, of_kv)]:
                 widths = [gradient.shape[1] for gradient in together]  # H / h, and K / h or 1 twice
-                leaving = torch.cat([gradient.to(dtype) for gradient in together], dim=1)
-                found += map(_side_by_side, self._to_rows(plan, leaving, "gradients").split(widths, dim=2))
-        return found[0], found[1], found[2]
+                leaving = grad_out.new_empty((len(grad_heads), sum(widths), grad_out.shape[2]), dtype=dtype)
+                for part, gradient in zip(leaving.split(widths, dim=1), together, strict=True):
+                    part.copy_(gradient)
+                found += self._to_rows(plan, leaving, widths, "gradients")
+        grad_q, grad_k, grad_v = found
+        return grad_q, _sum_parts(grad_k, settings.kv_heads), _sum_parts(grad_v, settings.kv_heads)
 
     def release(self, saved: Saved) -> None:
         self.between.release(saved)
@@ -110,32 +118,45 @@ class Heads(Exchange):
         local = as_kv(self._landed(plan, incoming))  # [C, K / h, D] each
         return local, self.between.start(plan, *local)
 
-    def _to_heads(self, plan: ShardingPlan, rows: Tensor, what: str = "rows") -> IncomingKV:
-        """[T, tensors, heads, D] -> [C, tensors, heads of this rank, D], on its way. Fewer heads than ranks go to
-        several each."""
+    def _to_heads(self, plan: ShardingPlan, tensors: Sequence[Tensor], what: str = "rows") -> IncomingKV:
+        """[T, heads, D] each -> [C, tensors, heads of this rank, D], on its way. Fewer heads than ranks go to several
+        each."""
         ranks, own, tokens = self.transport.world_size, self.transport.rank, self.members(plan)
-        copies = max(1, ranks // rows.shape[2])
-        leaving = repeat(rows, "t i (n k) d -> (n c t) i k d", n=ranks // copies, c=copies).contiguous()
+        copies = max(1, ranks // tensors[0].shape[1])
+        parts = [repeat(x, "t (n k) d -> n c t k d", n=ranks // copies, c=copies) for x in tensors]  # views
+        leaving = torch.stack(parts, dim=3).flatten(0, 2)  # the one copy
         inbox = self.transport.inbox(sum(tokens), sum(tokens), leaving.shape[1:], leaving)
         sent, offsets = [tokens[own]] * ranks, [sum(tokens[:own])] * ranks
         return IncomingKV(
             inbox, self.transport.all_to_all(OutgoingRows(leaving, what=what), sent, inbox, tokens, offsets)
         )
 
-    def _to_rows(self, plan: ShardingPlan, rows: Tensor, what: str) -> Tensor:
-        """[C, heads of a rank, D] -> [h, T, heads of a rank, D]: of each rank's heads this rank's rows."""
+    def _to_rows(self, plan: ShardingPlan, rows: Tensor, widths: list[int], what: str) -> list[Tensor]:
+        """[C, heads of a rank, D], tensors of so many heads side by side -> of each tensor [T, all heads, D]."""
         ranks, own, tokens = self.transport.world_size, self.transport.rank, self.members(plan)
         inbox = self.transport.inbox(tokens[own] * ranks, max(tokens) * ranks, rows.shape[1:], rows)
         offsets = [count * own for count in tokens]
         order = self.order(plan, rows.device)
         leaving = OutgoingRows(rows[order[0]] if order else rows.contiguous(), what=what)
         transfer = self.transport.all_to_all(leaving, tokens, inbox, [tokens[own]] * ranks, offsets)
-        return _taken(self.transport, IncomingKV(inbox, transfer)).unflatten(0, (ranks, tokens[own]))
+        transfer.finish()
+        parts = inbox.rows.unflatten(0, (ranks, tokens[own])).split(widths, dim=2)
+        home = [torch.cat(part.unbind(0), dim=1) for part in parts]
+        self.transport.free(inbox.ticket)
+        return home
 
-    def _landed(self, plan: ShardingPlan, incoming: IncomingKV) -> Tensor:
-        """The rows of an inbox, once they are there, in the order of attention."""
-        order = self.order(plan, incoming.inbox.rows.device)
-        return _taken(self.transport, incoming, order[1] if order else None)
+    def _landed(self, plan: ShardingPlan, incoming: IncomingKV, kept: bool = True) -> Tensor:
+        """The rows of an inbox, once they are there and this rank's have left, in the order of attention. kept: for the
+        backward, in memory that nobody else writes to; else the caller frees the inbox when it has read them."""
+        rows, ticket = incoming.inbox
+        incoming.transfer.finish()
+        if (order := self.order(plan, rows.device)) is not None:
+            rows = rows[order[1]]
+        elif kept and ticket:
+            rows = rows.clone()
+        if kept:
+            self.transport.free(ticket)
+        return rows
 
 
 class Ulysses(Heads):
@@ -157,14 +178,6 @@ class Ulysses(Heads):
 
     def members(self, plan: ShardingPlan) -> list[int]:
         return plan.tokens.tolist()
-
-    def check(self, query_heads: int, kv_heads: int) -> None:
-        ranks = self.transport.world_size
-        if query_heads % ranks or kv_heads % ranks:
-            raise ValueError(
-                f"query_heads={query_heads}, kv_heads={kv_heads}: exchange {self.name!r} on {ranks} ranks expects "
-                f"multiples of {ranks}"
-            )
 
 
 class WholePack(ReceivingExchange):
@@ -194,17 +207,6 @@ def _pack_order(plan: ShardingPlan, device: torch.device) -> tuple[Uploaded, Upl
     return Uploaded(arriving, device), Uploaded(np.argsort(arriving), device)
 
 
-def _taken(transport: Transport, incoming: IncomingKV, order: Tensor | None = None) -> Tensor:
-    """The rows of an inbox, once they are there and this rank's have left, in memory that nobody else writes to."""
-    rows, ticket = incoming.inbox
-    incoming.transfer.finish()
-    if order is not None or ticket:
-        rows = rows.clone() if order is None else rows[order]
-    if ticket:
-        transport.free(ticket)
-    return rows
-
-
-def _side_by_side(parts: Tensor) -> Tensor:
-    """[h, T, heads of a rank, D] -> [T, all heads, D]."""
-    return torch.cat(parts.unbind(0), dim=1)
+def _sum_parts(gradient: Tensor, heads: int) -> Tensor:
+    """[T, K, D] of [T, parts of K heads, D], where several ranks computed on one KV head; in fp32."""
+    return gradient if gradient.shape[1] == heads else gradient.unflatten(1, (heads, -1)).float().sum(2)

@@ -30,6 +30,7 @@ from flashcp.kernels.selection import select_attention
 from flashcp.limits import Count, Limit, Natural, Seconds, one_of
 from flashcp.schema import read_dataclass
 from flashcp.sharding.exchanges import EXCHANGES
+from flashcp.sharding.holders import members_heads
 from flashcp.sharding.lengths import LENGTH_DATA, windows
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan, strategies
@@ -80,11 +81,8 @@ class ExchangeBench:
         if self.query_heads % self.kv_heads:
             raise ValueError(f"query_heads={self.query_heads}: expected a multiple of kv_heads={self.kv_heads}")
         for name in self.exchanges:
-            if EXCHANGE_CLASSES[name].splits_heads and self.kv_heads % self.world_size:
-                raise ValueError(
-                    f"kv_heads={self.kv_heads} with exchange {name!r}: expected a multiple of "
-                    f"world_size={self.world_size}, or exchanges without it"
-                )
+            if EXCHANGE_CLASSES[name].splits_heads:
+                members_heads(self.query_heads, self.kv_heads, self.world_size)
 
     @property
     def case(self) -> str:

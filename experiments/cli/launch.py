@@ -77,7 +77,7 @@ class Run:
 
     def alone(self) -> Run:
         """The same packs trained on by one process."""
-        parallel = dataclasses.replace(self.config.parallel, overlap="auto", transport="auto")
+        parallel = dataclasses.replace(self.config.parallel, overlap="auto", transport="auto", head_ranks=1, cluster="")
         one = dataclasses.replace(
             self.config,
             data_parallel=1,

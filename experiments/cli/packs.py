@@ -60,10 +60,11 @@ def heading(settings: Mapping[str, Any], packs: Sequence[np.ndarray]) -> str:
     """What was planned, in one line."""
     documents = np.mean([len(lengths) for lengths in packs])
     plural = "window" if len(packs) == 1 else "windows"
+    batches = f" in batches of {settings['batch_windows']}" if settings["batch_windows"] > 1 else ""
     shortest = min(int(lengths.sum()) for lengths in packs)
     size = f"{settings['context']}" if shortest == settings["context"] else f"{shortest} to {settings['context']}"
     return (
-        f"{len(packs)} {plural} of {size} tokens from {settings['data']['source']}, "
+        f"{len(packs)} {plural}{batches} of {size} tokens from {settings['data']['source']}, "
         f"{documents:.1f} documents on average, {settings['world_size']} ranks"
     )
 

@@ -3,7 +3,7 @@ other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from flashcp.experiments.plots import INK, PALETTE, PARTS, save, styled
+from flashcp.sharding.holders import rows_between_and_inside
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.route import Route
 
@@ -21,8 +22,13 @@ LEGEND_RANKS = 16  # more ranks than this are told apart by their order alone
 
 
 @styled
-def draw_plan(plan: ShardingPlan, exchange: str, path: Path) -> Path:
+def draw_plan(
+    plan: ShardingPlan, exchange: str, path: Path, head_ranks: int = 1, window_ends: Sequence[int] = ()
+) -> Path:
     """Write the picture in the format of the path's suffix, PNG where there is none. Returns the file written.
+
+    head_ranks: of a holder; the plan's ranks are holders where it is not 1, and so are the picture's. window_ends: rows
+    of the pack at which a window ends, but for the last.
 
     Raises ValueError when it cannot be written.
 
@@ -30,29 +36,35 @@ def draw_plan(plan: ShardingPlan, exchange: str, path: Path) -> Path:
     by the rank that holds the query). Right: the rows each rank holds; its work, and the rows it sends and receives.
     """
     figure, route = Figure(figsize=(13, 6.2)), plan.route(exchange)
+    whose = "rank" if head_ranks == 1 else f"holder of {head_ranks}"
     grid = figure.add_gridspec(2, 2, width_ratios=(1.0, 1.25), height_ratios=(1.4, 1.0))
     below = grid[1, 1].subgridspec(1, 2)
-    _draw_pairs(figure.add_subplot(grid[:, 0]), plan)
-    _draw_rows(figure.add_subplot(grid[0, 1]), plan)
+    _draw_pairs(figure.add_subplot(grid[:, 0]), plan, whose, window_ends)
+    _draw_rows(figure.add_subplot(grid[0, 1]), plan, whose, window_ends)
     work = figure.add_subplot(below[0])
     work.bar(range(plan.world_size), plan.work * plan.world_size / plan.work.sum(), color=_colours(plan))
     work.axhline(1, color=INK, lw=1, ls=(0, (4, 3)))
-    work.set(xlabel="rank", title="work / mean")
-    _draw_traffic(figure.add_subplot(below[1]), route)
+    work.set(xlabel=whose, title="work / mean")
+    _draw_traffic(figure.add_subplot(below[1]), route, whose)
     figure.suptitle(
         f"{plan.strategy}, {exchange}: {len(plan.document_lengths)} documents, {plan.offsets[-1]} tokens, "
-        f"{plan.world_size} ranks; imbalance {plan.imbalance:.3f}, saving {route.saving:.3f}"
+        f"{plan.world_size * head_ranks} ranks; imbalance {plan.imbalance:.3f}, "
+        f"saving {rows_between_and_inside(route, head_ranks, 1 / head_ranks)[1]:.3f}"
     )
     return _save(figure, path)
 
 
 @styled
-def draw_methods(plans: Mapping[str, tuple[ShardingPlan, str]], path: Path) -> Path:
-    """Write one picture of several methods on the same pack, each a plan and its exchange, side by side.
+def draw_methods(
+    plans: Mapping[str, tuple[ShardingPlan, str]], path: Path, head_ranks: int = 1, window_ends: Sequence[int] = ()
+) -> Path:
+    """Write one picture of several methods on the same pack, each a plan and its exchange, side by side; head_ranks and
+    window_ends as `draw_plan` has them.
 
     Above: who computes what. Below: the KV rows that each rank receives, all to one scale. Returns the file written.
     Raises ValueError when it cannot be written.
     """
+    whose = "rank" if head_ranks == 1 else f"holder of {head_ranks}"
     columns = min(len(plans), 4)
     lines = -(-len(plans) // columns)
     figure = Figure(figsize=(4.1 * columns, 5.4 * lines))
@@ -62,15 +74,15 @@ def draw_methods(plans: Mapping[str, tuple[ShardingPlan, str]], path: Path) -> P
     for number, (name, route) in enumerate(routes.items()):
         line, column = divmod(number, columns)
         above, below = (figure.add_subplot(grid[2 * line + half, column]) for half in (0, 1))
-        _draw_pairs(above, plans[name][0])
-        above.set_title(f"{name}: busiest rank {route.imbalance:.2f} x the mean")
+        _draw_pairs(above, plans[name][0], whose, window_ends)
+        above.set_title(f"{name}: busiest {whose.split()[0]} {route.imbalance:.2f} x the mean")
         received = route.received_rows
         below.bar(range(len(received)), received, color=_colours(plans[name][0]))
-        below.set(ylim=(0, 1.1 * max(1, most)), xlabel="rank", title=f"KV rows received: {received.sum():,.0f}")
+        below.set(ylim=(0, 1.1 * max(1, most)), xlabel=whose, title=f"KV rows received: {received.sum():,.0f}")
     return _save(figure, path)
 
 
-def _draw_pairs(axes: Any, plan: ShardingPlan) -> None:
+def _draw_pairs(axes: Any, plan: ShardingPlan, whose: str, window_ends: Sequence[int]) -> None:
     """A shard's pairs are a trapezoid: its queries down, from the document's first key to the query itself across."""
     document, start, stop, rank = plan.table
     colours, size, first = _colours(plan), int(plan.offsets[-1]), plan.offsets[document]
@@ -80,10 +92,13 @@ def _draw_pairs(axes: Any, plan: ShardingPlan) -> None:
     axes.set(xlim=(0, size), ylim=(size, 0), aspect="equal", title="who computes what")
     axes.set(xlabel="key (row of the pack)", ylabel="query (row of the pack)")
     if plan.world_size <= LEGEND_RANKS:
-        axes.legend(handles=[Patch(color=c, label=f"rank {rank}") for rank, c in enumerate(colours)], loc="upper right")
+        named = [Patch(color=c, label=f"{whose.split()[0]} {rank}") for rank, c in enumerate(colours)]
+        axes.legend(handles=named, loc="upper right")
+    for end in window_ends:
+        axes.axhline(end, color=INK, lw=0.8, ls=(0, (4, 3)))
 
 
-def _draw_rows(axes: Any, plan: ShardingPlan) -> None:
+def _draw_rows(axes: Any, plan: ShardingPlan, whose: str, window_ends: Sequence[int]) -> None:
     for rank, colour in enumerate(_colours(plan)):
         mine = plan.local(rank)
         places = plan.offsets[mine.document] + mine.start
@@ -92,16 +107,19 @@ def _draw_rows(axes: Any, plan: ShardingPlan) -> None:
     for edge in plan.offsets[1:-1]:
         axes.axvline(edge, color=INK, lw=0.5, alpha=0.35)
     axes.set(xlim=(0, int(plan.offsets[-1])), ylim=(plan.world_size - 0.4, -0.6), title="who holds what")
-    axes.set(xlabel="row of the pack; lines: where documents meet", ylabel="rank")
+    for end in window_ends:
+        axes.axvline(end, color=INK, lw=1, ls=(0, (4, 3)))
+    dashed = ", dashed: windows" if window_ends else ""
+    axes.set(xlabel=f"row of the pack; lines: where documents meet{dashed}", ylabel=whose)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _draw_traffic(axes: Any, route: Route) -> None:
+def _draw_traffic(axes: Any, route: Route, whose: str) -> None:
     sent, received = route.sent_rows, route.received_rows
     ranks = np.arange(len(sent))
     axes.bar(ranks - 0.2, sent, width=0.4, color=PARTS["exchange"], label="sent")
     axes.bar(ranks + 0.2, received, width=0.4, color=PARTS["rest"], label="received")
-    axes.set(xlabel="rank", title="KV rows", ylim=(0, 1.25 * max(1, sent.max(), received.max())))
+    axes.set(xlabel=whose, title="KV rows", ylim=(0, 1.25 * max(1, sent.max(), received.max())))
     axes.legend(loc="upper right", ncols=2)
 
 

@@ -18,6 +18,7 @@ from flashcp.experiments.cli.compose import Job, run
 from flashcp.experiments.cli.packs import described, heading, planned_packs
 from flashcp.experiments.cli.schema import GROUPS
 from flashcp.options import naming_options
+from flashcp.sharding.holders import rows_between_and_inside
 from flashcp.sharding.methods import METHODS, Method
 from flashcp.text import table
 
@@ -28,40 +29,60 @@ LINE = "{name} {sharding} {exchange} {imbalance:.3f} {imbalance_max:.3f} {critic
 
 def show_plans(job: Job) -> None:
     """Print the table, or one JSON document."""
-    settings, world_size = job.settings, job.settings["world_size"]
+    settings = job.settings
+    count, head_ranks = settings["batch_windows"], settings["head_ranks"]
+    if settings["world_size"] % head_ranks:
+        raise ValueError(f"head_ranks={head_ranks}: expected a divisor of world_size={settings['world_size']}")
+    holders = settings["world_size"] // head_ranks
     options = strategy_options(settings)
     methods = chosen_methods(settings)
-    packs = planned_packs(settings)
+    windows = planned_packs(settings)
+    batches = [np.concatenate(windows[i : i + count]) for i in range(0, len(windows) - count + 1, count)]
+    if not batches:
+        raise ValueError(f"batch_windows={count}: expected at most the {len(windows)} windows of windows= and the data")
     with naming_options(options):
-        first = flashcp.plan(packs[0], world_size, methods[0].sharding, **options)
-    planned = [measure(method, packs, world_size, options) for method in methods]
+        first = flashcp.plan(batches[0], holders, methods[0].sharding, **options)
+    planned = [measure(method, batches, holders, head_ranks, options) for method in methods]
     if settings["figure"]:
         from flashcp.experiments.cli.picture import draw_methods, draw_plan
 
-        file = Path(settings["figure"])
+        file, ends = Path(settings["figure"]), np.cumsum([window.sum() for window in windows[: count - 1]]).tolist()
         if len(methods) == 1:
-            file = draw_plan(first, methods[0].exchange, file)
+            file = draw_plan(first, methods[0].exchange, file, head_ranks, ends)
         else:
-            each = {m.name: (flashcp.plan(packs[0], world_size, m.sharding), m.exchange) for m in methods}
-            file = draw_methods(each, file)
+            each = {m.name: (flashcp.plan(batches[0], holders, m.sharding), m.exchange) for m in methods}
+            file = draw_methods(each, file, head_ranks, ends)
         print(f"wrote {file}", file=sys.stderr)
-    document = {**described(settings, packs), "methods": planned}
-    text = f"{heading(settings, packs)}\n{table(HEAD, [LINE.format(**one).split() for one in planned], text=3)}"
+    used = windows[: count * len(batches)]
+    document = {
+        **described(settings, used),
+        "batch_windows": count,
+        "head_ranks": head_ranks,
+        "holders": holders,
+        "methods": planned,
+    }
+    head = heading(settings, used) + (f", {holders} holders of {head_ranks}" if head_ranks > 1 else "")
+    text = f"{head}\n{table(HEAD, [LINE.format(**one).split() for one in planned], text=3)}"
     if len(methods) == 1:
         document["plan"] = json.loads(first.to_json())
-        text += f"\n\nfirst window\n{first}\n\n{first.certificate}"
+        text += f"\n\nfirst {'window' if count == 1 else 'batch'}\n{first}\n\n{first.certificate}"
     show(document, text)
 
 
-def measure(method: Method, packs: Sequence[np.ndarray], world_size: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Plan every pack: means, but for `imbalance_max`; ms: median time of one plan. options: of the strategy."""
+def measure(
+    method: Method, packs: Sequence[np.ndarray], holders: int, head_ranks: int, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Plan every pack: means, but for `imbalance_max`; ms: median time of one plan. options: of the strategy.
+
+    Rows are those of a rank, all-to-alls inside its holder counted, where head ranks divide the KV heads.
+    """
     found = []
     for lengths in packs:
         started = time.perf_counter()
-        plan = flashcp.plan(lengths, world_size, method.sharding, **options)
+        plan = flashcp.plan(lengths, holders, method.sharding, **options)
         ms = 1e3 * (time.perf_counter() - started)
         route = plan.route(method.exchange)
-        found.append((route.imbalance, route.critical_rows, route.saving, ms))
+        found.append((route.imbalance, *rows_between_and_inside(route, head_ranks, 1 / head_ranks), ms))
     imbalance, critical, saving, times = np.array(found).T.tolist()
     return {
         **method._asdict(),

@@ -78,6 +78,8 @@ class PlanSettings:
     world_size: int = 8
     context: int = 131_072
     windows: Count = 100
+    batch_windows: Count = 1
+    head_ranks: Count = 1
     seed: int = 0
     figure: str = ""
     method: str = ""
@@ -90,7 +92,6 @@ class PlanSettings:
 class SimulateSettings(PlanSettings):
     """`conf/simulate.yaml`."""
 
-    batch_windows: int = 1
     micro_batches: int = 1
     waits: str = "micro_batch"
     head_ranks: Any = "auto"

@@ -60,7 +60,8 @@ def read_run(values: Mapping[str, Any], label: str = "") -> Run:
     own = {item.name: getattr(settings, item.name) for item in dataclasses.fields(TrainConfig)}
     config = TrainConfig(**{**own, "out": settings.out or "outputs", "sharding": read_sharding(settings.sharding)})
     config.check(settings.world_size)
-    dataclasses.replace(config.parallel, transport="auto").operator(config.exchange.name)  # it knows its legal values
+    alone = dataclasses.replace(config.parallel, transport="auto", head_ranks=1)
+    alone.operator(config.exchange.name)  # it knows its legal values
     short = f"{config.context // 1024}k" if config.context % 1024 == 0 else str(config.context)
     batch = f"-b{config.batch_windows}" if config.batch_windows > 1 else ""
     case = f"{config.data.source}-c{short}-n{settings.world_size}{batch}"

@@ -115,10 +115,8 @@ class LabBench:
         for name in ("methods", "one_plan"):
             for variant in choose_variants(getattr(self, name) or [BASELINE]):
                 ranks = self.world_size // (self.replicas if name == "methods" else 1)
-                if EXCHANGE_CLASSES[variant.exchange].splits_heads and self.kv_heads % ranks:
-                    raise ValueError(
-                        f"kv_heads={self.kv_heads}: expected a multiple of {ranks} ranks for {variant.name}"
-                    )
+                if EXCHANGE_CLASSES[variant.exchange].splits_heads:
+                    members_heads(self.query_heads, self.kv_heads, ranks)
                 if self.ranks_per_node % (h := max(1, variant.head_ranks)):
                     raise ValueError(
                         f"{variant.name!r}: expected head ranks that divide ranks_per_node={self.ranks_per_node}"

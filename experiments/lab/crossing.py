@@ -40,9 +40,9 @@ def moved_bytes(plan: ShardingPlan, exchange: str, shape: AttentionShape) -> np.
     ranks, others = plan.world_size, ~np.eye(plan.world_size, dtype=bool)
     following = np.roll(np.eye(ranks), 1, axis=1)
     if exchange == "ulysses":
-        heads = shape.query_bytes // 2 + shape.kv_bytes  # of one row: Q, K and V
-        there = plan.tokens[:, None] * (heads / ranks) * others
-        home = plan.tokens[None, :] * (shape.query_bytes / 2 / ranks) * others
+        member = member_shape(shape, ranks)
+        there = plan.tokens[:, None] * (member.query_bytes / 2 + member.kv_bytes) * others  # Q, K and V
+        home = plan.tokens[None, :] * (member.query_bytes / 2) * others
         return 2.0 * (there + home)  # the backward's are the mirror: of O one way, of Q, K and V the other
     if exchange == "ring":
         route = plan.route(exchange)

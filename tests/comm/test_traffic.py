@@ -21,7 +21,7 @@ from flashcp.sharding.holders import bytes_inside, members_heads
 from tests.packs import random_lengths, random_qkv
 from tests.ranks import run_cases
 
-HEADS, KV_HEADS, HEAD_DIM = 12, 6, 8
+HEADS, HEAD_DIM = 12, 8
 
 
 class Wire:
@@ -68,11 +68,17 @@ def watched() -> Iterator[Wire]:
 
 
 def bytes_on_rank(
-    lengths: tuple[int, ...], strategy: str, exchange: str, dtype: torch.dtype, gradient_wire: str, transport: str
+    lengths: tuple[int, ...],
+    strategy: str,
+    exchange: str,
+    kv_heads: int,
+    dtype: torch.dtype,
+    gradient_wire: str,
+    transport: str,
 ) -> tuple[int, int]:
     cp = flashcp.ContextParallel(exchange=exchange, transport=transport, gradient_wire=gradient_wire, timeout_s=20)
     plan = flashcp.plan(lengths, cp.world_size, strategy)
-    *qkv, grad = random_qkv(sum(lengths), HEADS, KV_HEADS, HEAD_DIM, dtype, seed=0)
+    *qkv, grad = random_qkv(sum(lengths), HEADS, kv_heads, HEAD_DIM, dtype, seed=0)
     q, k, v = (cp.shard(x, plan).requires_grad_() for x in qkv)
     with watched() as wire:
         out = cp.attention(q, k, v, plan)
@@ -86,16 +92,20 @@ def bytes_on_rank(
 def test_bytes_on_the_wire_are_the_routes(transport: str) -> None:
     world_size = 3
     cases = [
-        (random_lengths(i), strategy, exchange, dtype, gradient_wire, transport)
+        (random_lengths(i), strategy, exchange, kv_heads, dtype, gradient_wire, transport)
         for i, strategy in enumerate(flashcp.strategies())
         for exchange in EXCHANGE_CLASSES
-        for dtype, gradient_wire in ((torch.float32, "model"), (torch.bfloat16, "model"), (torch.bfloat16, "fp32"))
+        for kv_heads, dtype, gradient_wire in (  # one KV head: `ulysses` sends it to all
+            (6, torch.float32, "model"),
+            (6, torch.bfloat16, "fp32"),
+            (1, torch.bfloat16, ("model", "fp32", "auto")[i % 3]),
+        )
     ]
     for case, ranks in zip(cases, run_cases(bytes_on_rank, world_size, cases), strict=True):
-        lengths, strategy, exchange, dtype, gradient_wire, _ = case
+        lengths, strategy, exchange, kv_heads, dtype, gradient_wire, _ = case
         route = flashcp.plan(lengths, world_size, strategy).route(exchange)
-        forward = route.bytes(HEADS, KV_HEADS, HEAD_DIM, dtype.itemsize)
-        backward = route.bytes(HEADS, KV_HEADS, HEAD_DIM, dtype.itemsize, True, gradient_wire)
+        forward = route.bytes(HEADS, kv_heads, HEAD_DIM, dtype.itemsize)
+        backward = route.bytes(HEADS, kv_heads, HEAD_DIM, dtype.itemsize, True, gradient_wire)
         assert ranks == list(zip(forward.tolist(), backward.tolist(), strict=True)), case
 
 
@@ -128,7 +138,7 @@ def test_bytes_on_both_wires_are_those_of_holders_and_routes(holders: int, head_
         for j, exchange in enumerate(EXCHANGE_CLASSES)
         for kv_heads, dtype, wire in (
             (12, (torch.float32, torch.bfloat16)[(i + j) % 2], ("fp32", "model")[i % 2]),
-            (12 if exchange == "ulysses" else 1, torch.bfloat16, ("model", "fp32")[i % 2]),
+            (1, torch.bfloat16, ("model", "fp32", "auto")[(i + j) % 3]),
         )
     ]
     for case, ranks in zip(cases, run_cases(bytes_on_levels, holders * head_ranks, cases), strict=True):

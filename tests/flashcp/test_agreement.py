@@ -252,7 +252,7 @@ def bad_calls() -> list[str]:
 
 def test_bad_calls_say_what_is_wrong() -> None:
     expected = (
-        "query_heads=3, kv_heads=3: exchange 'ulysses' on 2 ranks expects multiples of 2",
+        "query_heads=3, kv_heads=3: cannot be shared out among 2 ranks; expected multiples of 2",
         "one floating-point dtype",
         "q has 31 rows: expected 32",
         "plan for 4 ranks: expected the group's 2",

@@ -17,8 +17,8 @@ from tests.packs import AWKWARD, random_lengths, random_qkv, relative_error
 from tests.ranks import run_cases
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-HEADS = {"mha": (12, 12), "gqa": (24, 12), "few": (4, 2)}
-"""1, 2, 3 and 4 ranks divide all but the few: ulysses takes part."""
+HEADS = {"mha": (12, 12), "gqa": (24, 12), "few": (4, 2), "half": (12, 2), "one": (12, 1)}
+"""1, 2, 3 and 4 ranks divide all but the last three: ulysses takes part."""
 TUNING = Tuning.from_text("forward=32x16x4x1,backward_kv=16x32x4x1,backward_q=16x16x4x1")  # several tiles a shard
 
 
@@ -90,6 +90,17 @@ def test_overlap_and_refetch_change_nothing_but_when(exchange: str) -> None:
         if overlap != "fused" or (transport == "shm" and exchange not in ("ring", "ulysses") and attention != "varlen")
     ]
     check(3, cases, 1e-5)
+
+
+@pytest.mark.parametrize(("world_size", "heads"), [(2, "one"), (3, "one"), (4, "half"), (4, "one")])
+def test_ulysses_sends_a_kv_head_to_all_who_have_queries_of_it(world_size: int, heads: str) -> None:
+    for dtype, bound in BOUND.items():
+        cases = [
+            (random_lengths(i), strategy, "ulysses", heads, dtype, "auto", backward, i, transport)
+            for i, strategy in enumerate(flashcp.strategies())
+            for transport, backward in (("gloo", "keep"), ("shm", "refetch"))
+        ]
+        check(world_size, cases, bound)
 
 
 def test_triton_kernels_on_two_ranks() -> None:

@@ -44,11 +44,12 @@ class Case(NamedTuple):
 
     @property
     def heads(self) -> tuple[int, int]:
-        """Query and KV heads. `ulysses` between holders shares out what is left for a rank once more."""
+        """Query and KV heads. `ulysses` between holders shares out what is left for a rank once more: KV heads as many
+        as head ranks are then sent to several holders."""
         holders, ranks = self.shape
         least = ranks * (holders if self.exchange == "ulysses" else 1)
-        below = max(1, ranks // 2) if self.exchange != "ulysses" or holders == 1 else least
-        return 4 * least, {"mha": 4 * least, "above": 2 * least, "equal": least, "below": below}[self.kind]
+        kv_heads = {"mha": 4 * least, "above": 2 * least, "equal": ranks, "below": max(1, ranks // 2)}
+        return 4 * least, kv_heads[self.kind]
 
 
 def covering() -> list[Case]:
@@ -305,8 +306,8 @@ def test_what_does_not_fit_is_said_in_one_line() -> None:
         "transport='shm+gloo': expected one name, for rows travel on one level",
         "transport='nccl' over gloo on one host: expected one of auto, shm, gloo",
         "plan for 4 ranks: expected one for 2 holders of 2 ranks",
-        "query_heads=3, kv_heads=3: head_ranks=2 expects",
-        "query_heads=6, kv_heads=3: head_ranks=2 expects",
+        "query_heads=3, kv_heads=3: cannot be shared out among 2 ranks; expected multiples of 2, or",
+        "query_heads=6, kv_heads=3: cannot be shared out among 2 ranks",
         "rows: expected 3",
     )
     for said in run_ranks(what_does_not_fit, 4):

@@ -134,7 +134,10 @@ def test_savings_and_bytes_by_hand() -> None:
     assert flashcp.plan([8], 2, "contiguous").route("ulysses").imbalance == 1.0
     # Q, K, V of 4 rows for half the heads, O of 4 rows for half the heads.
     assert ulysses.bytes(8, 4, 16, 2).tolist() == [(4 * (8 + 2 * 4) + 4 * 8) // 2 * 16 * 2] * 2
-    with pytest.raises(ValueError, match="multiples of world_size=2"):
+    # One KV head goes to both.
+    assert ulysses.bytes(8, 1, 16, 2).tolist() == [(4 * (4 + 2 * 1) + 4 * 4) * 16 * 2] * 2
+    assert ulysses.bytes(8, 1, 16, 2, backward=True).tolist() == [(4 * (4 + 2 * 1) + 4 * 4) * 16 * 2] * 2
+    with pytest.raises(ValueError, match="kv_heads=7: cannot be shared out among 2 ranks; expected multiples of 2"):
         ulysses.bytes(7, 7, 16, 2)
 
 

@@ -126,6 +126,18 @@ def test_head_ranks_keep_rows_off_the_network() -> None:
     assert best.module_ms == min(one.module_ms for one in every)
 
 
+def test_copies_of_our_all_to_alls_are_the_operator_s() -> None:
+    """Q, K, V and their gradients are packed and unpacked, the output and its gradient copied once each."""
+    table = flashcp.simulate([8192] * 4, 4, methods=["ulysses", "flashcp:h4"], kv_heads=8)
+    machine = read_cluster("h100-nvlink")
+    query_bytes, kv_bytes = (8192 * heads * 128 * 2 for heads in (32, 2 * 8))
+    moved = 2 * (2 * 2 * (query_bytes + kv_bytes) + 2 * query_bytes) / (1e6 * machine.copies.gbps)
+    assert table["flashcp:h4"].copies_ms == pytest.approx(moved + 6 * machine.copies.launch_us / 1e3)
+    assert table["ulysses"].copies_ms == pytest.approx(
+        moved + (2 * 2 * query_bytes / (1e6 * machine.copies.gbps)) + 8 * machine.copies.launch_us / 1e3
+    )
+
+
 def test_an_endless_wire_leaves_head_ranks_nothing_but_copies() -> None:
     free = replace(MACHINE, links=Links(8, Link(1e15, 0.0), Link(1e15, 0.0)))
     one, eight = flashcp.simulate(PACK, 16, cluster=free, methods=["flashcp:h1", "flashcp:h8"])

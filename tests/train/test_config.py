@@ -65,7 +65,7 @@ def test_omegaconf_composes_it() -> None:
         (
             {"exchange": {"name": "ulysses"}, "model": {"heads": 8, "kv_heads": 4}},
             3,
-            r"model\.heads=8, model\.kv_heads=4: expected multiples of world_size=3",
+            r"exchange='ulysses' with model\.heads=8, kv_heads=4: cannot be shared out among 3 ranks; expected",
         ),
         (
             {"parallel": {"head_ranks": 3}},
@@ -75,9 +75,27 @@ def test_omegaconf_composes_it() -> None:
         (
             {"parallel": {"head_ranks": 3}},
             3,
-            r"parallel\.head_ranks=3 with model\.query_heads=8, kv_heads=4: head_ranks=3 expects",
+            r"parallel\.head_ranks=3 with model\.heads=8, kv_heads=4: cannot be shared out among 3 ranks",
         ),
-        ({"parallel": {"head_ranks": 0}}, 1, r"parallel\.head_ranks=0: expected a whole number >= 1"),
+        ({"parallel": {"head_ranks": 0}}, 1, r"parallel\.head_ranks=0: expected auto or a whole number >= 1"),
+        ({"parallel": {"head_ranks": "2"}}, 2, r"parallel\.head_ranks='2': expected auto or a whole number >= 1"),
+        ({"parallel": {"head_ranks": True}}, 2, r"parallel\.head_ranks=True: expected auto or a whole number >= 1"),
+        (
+            {"parallel": {"head_ranks": "auto"}},
+            2,
+            r"parallel\.cluster='' with parallel\.head_ranks=auto: expected one of a100-nvlink, ",
+        ),
+        (
+            {"parallel": {"head_ranks": "auto", "cluster": "h1000"}},
+            2,
+            r"parallel\.cluster='h1000' with parallel\.head_ranks=auto: expected one of a100-nvlink, ",
+        ),
+        ({"parallel": {"cluster": "h1000"}}, 2, r"parallel\.cluster='h1000' with parallel\.head_ranks=1: expected"),
+        (
+            {"parallel": {"head_ranks": "auto", "cluster": "h100-nvlink"}, "exchange": {"name": "ulysses"}},
+            3,
+            r"exchange='ulysses' with model\.heads=8, kv_heads=4: cannot be shared out among 3 ranks; expected",
+        ),
         ({"parallel": {"tuning": {"forward": "fast"}}}, 1, r"parallel\.tuning\.forward: 'fast': expected QUERY_ROWSx"),
         ({"parallel": {"tuning": {"sideways": ""}}}, 1, r"parallel\.tuning\.sideways: no such field; expected one of"),
         ({"loop": {"steps": 0}}, 1, r"loop\.steps=0: expected a whole number >= 1"),

@@ -177,7 +177,7 @@ def test_variants_take_turns() -> None:
         ("seconds=0", "seconds=0.0: expected seconds > 0"),
         ("throttle_gbps=-1", "throttle_gbps=-1.0: expected a number >= 0"),
         ("query_heads=6", "query_heads=6: expected a multiple of kv_heads=8"),
-        ("world_size=3", "kv_heads=8 with exchange 'ulysses': expected a multiple of world_size=3"),
+        ("world_size=3", "query_heads=8, kv_heads=8: cannot be shared out among 3 ranks"),
         ("zz=1", "zz: no such override; expected one of transports"),
     ],
 )

@@ -70,7 +70,7 @@ TRAIN_REFUSED = [
     ("context=1", "context=1: expected at least one token a rank"),
     (
         "method=ulysses world_size=3",
-        "exchange='ulysses' with model.heads=8, model.kv_heads=4: expected multiples",
+        "exchange='ulysses' with model.heads=8, kv_heads=4: cannot be shared out among 3 ranks",
     ),
     ("model.heads=3", "model.dim=256: expected an even multiple of model.heads=3"),
     ("loop.steps=0", "loop.steps=0: expected a whole number >= 1"),

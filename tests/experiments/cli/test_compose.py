@@ -114,6 +114,15 @@ def test_varlen_kernels_reach_the_operator() -> None:
         read_run(compose("train", [*option, "parallel.overlap=fused"]))
 
 
+def test_head_ranks_are_those_of_the_ranks_that_will_run() -> None:
+    for head_ranks in ("2", "auto"):
+        words = [f"parallel.head_ranks={head_ranks}", "parallel.cluster=h100-nvlink", "world_size=4"]
+        run = read_run(compose("train", words))
+        assert str(run.config.parallel.head_ranks) == head_ranks
+        assert run.alone().config.parallel.head_ranks == 1
+        run.alone().config.check(1)
+
+
 def test_a_run_s_digest_is_of_what_decides_its_numbers() -> None:
     run, same, other = (
         read_run(compose("train", overrides))

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import flashcp
+from flashcp.experiments.cli import picture
 from flashcp.experiments.cli.main import main
 from flashcp.experiments.cli.packs import read_packs
 from flashcp.sharding.lengths import windows
@@ -48,6 +50,58 @@ def test_numbers_are_means_over_windows_of_the_plans(plan: Any) -> None:
     assert method["saving"] == pytest.approx(np.mean([route.saving for route in routes]))
 
 
+def test_a_batch_is_one_pack_for_holders(plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["windows=5", "context=16384", "batch_windows=2", "world_size=8", "seed=7", "data=pile"]
+    document = plan(*overrides, "method=flashcp", "head_ranks=2")
+    packs = list(windows("pile", 16384, 5, 7))
+    plans = [flashcp.plan(np.concatenate(packs[i : i + 2]), 4) for i in (0, 2)]
+    (method,) = document["methods"]
+    assert {key: document[key] for key in ("windows", "batch_windows", "head_ranks", "holders")} == {
+        "windows": 4,
+        "batch_windows": 2,
+        "head_ranks": 2,
+        "holders": 4,
+    }
+    assert flashcp.ShardingPlan.from_json(json.dumps(document["plan"])) == plans[0]
+    assert method["imbalance_max"] == max(made.imbalance for made in plans)
+    # Half of the heads of what the holder exchanges; of Q, K, V, O half of the heads of half of its rows go and come.
+    rows = [made.route("exact").critical_rows / 2 + 8192 / 2 for made in plans]
+    assert method["critical_rows"] == pytest.approx(np.mean(rows))
+    assert method["saving"] == pytest.approx(1 - np.mean(rows) / (4096 * 7))
+    (alone,) = plan(*overrides, "method=flashcp")["methods"]
+    plans = [flashcp.plan(np.concatenate(packs[i : i + 2]), 8) for i in (0, 2)]
+    assert alone["critical_rows"] == np.mean([made.route("exact").critical_rows for made in plans])
+    main(["plan", *overrides, "method=flashcp", "head_ranks=2"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("4 windows in batches of 2 of 16384 tokens from pile, ")
+    assert "8 ranks, 4 holders of 2\n" in shown
+    assert "first batch\nShardingPlan(flashcp: " in shown
+
+
+def test_rows_of_a_rank_are_the_simulator_s(plan: Any) -> None:
+    same = ["windows=4", "context=16384", "batch_windows=2", "world_size=8", "data=pile", "method=flashcp"]
+    (planned,) = plan(*same, "head_ranks=4")["methods"]
+    simulated = flashcp.simulate(
+        [pack.tolist() for pack in windows("pile", 16384, 4, 0)], 8, batch_windows=2, methods="flashcp:h4"
+    )["flashcp:h4"]
+    assert planned["critical_rows"] == pytest.approx(simulated.critical_rows)
+    assert planned["saving"] == pytest.approx(simulated.saving)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["head_ranks=3"], "head_ranks=3: expected a divisor of world_size=8"),
+        (["head_ranks=auto"], "head_ranks='auto': expected a whole number"),
+        (["head_ranks=0"], "head_ranks=0: expected a whole number >= 1"),
+        (["batch_windows=3", "windows=2"], "batch_windows=3: expected at most the 2 windows of windows= and the data"),
+    ],
+)
+def test_what_makes_no_batch(overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "context=1024", *overrides]) == 2
+    assert capsys.readouterr().err == f"flashcp: error: {message}\n"
+
+
 def test_one_method_comes_with_its_first_plan(plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["method=per_document", "data=lengths", "data.lengths=[700,400,211]", "world_size=4"]
     made = flashcp.ShardingPlan.from_json(json.dumps(plan(*overrides)["plan"]))
@@ -77,6 +131,25 @@ def test_without_a_method_the_picture_shows_all_side_by_side(tmp_path: Path) -> 
     all_of_them, one = read_png(tmp_path / "all.png"), tmp_path / "one.png"
     assert main(["plan", "windows=1", "context=1024", "world_size=3", "method=flashcp", f"figure={one}"]) == 0
     assert all_of_them[0] > read_png(one)[0]  # two lines of four
+
+
+def test_the_picture_of_a_batch_names_holders_and_marks_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(picture, "save", lambda figure, path: (drawn.append(figure), path)[1])
+    words = ["windows=3", "context=1000", "batch_windows=3", "world_size=4", "head_ranks=2", "figure=x.png"]
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "method=flashcp", *words]) == main(["plan", *words]) == 0
+    for figure, titles in zip(drawn, (4, 2 * len(METHODS)), strict=True):
+        assert len(figure.axes) == titles
+        pairs = figure.axes[0]
+        ends = [line.get_ydata()[0] for line in pairs.lines]
+        assert ends == [1000, 2000]
+        assert [text.get_text() for text in pairs.get_legend().get_texts()] == ["holder 0", "holder 1"]
+        assert all(axes.get_xlabel() in ("holder of 2", pairs.get_xlabel()) for axes in figure.axes if axes.patches)
+    assert "saving" in drawn[0].get_suptitle()
+    assert "4 ranks" in drawn[0].get_suptitle()
 
 
 def read_png(path: Path) -> tuple[int, int]:

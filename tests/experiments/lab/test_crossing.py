@@ -18,18 +18,19 @@ SHAPE = AttentionShape(query_heads=4, kv_heads=4, head_dim=8, dtype_bytes=4)
 LENGTHS = (90, 20, 7, 11)
 
 
-def counted(exchange: str, strategy: str) -> tuple[int, float]:
+def counted(exchange: str, strategy: str, kv_heads: int) -> tuple[int, float]:
     """Bytes that left this rank, as its operator counts them and as the routes say."""
     cp = flashcp.ContextParallel(exchange=exchange, timeout_s=20)
     plan = flashcp.plan(LENGTHS, 4, strategy)
-    *qkv, grad = random_qkv(sum(LENGTHS), 4, 4, 8, torch.float32, seed=0)
+    *qkv, grad = random_qkv(sum(LENGTHS), 4, kv_heads, 8, torch.float32, seed=0)
     q, k, v = (cp.shard(x, plan).requires_grad_() for x in qkv)
     cp.attention(q, k, v, plan).backward(cp.shard(grad, plan))
-    return cp.sent_bytes, float(moved_bytes(plan, exchange, SHAPE)[cp.rank].sum())
+    return cp.sent_bytes, float(moved_bytes(plan, exchange, SHAPE._replace(kv_heads=kv_heads))[cp.rank].sum())
 
 
 def test_what_moves_is_what_operators_count() -> None:
-    cases = [(exchange, strategy) for exchange in EXCHANGE_CLASSES for strategy in ("flashcp", "per_document")]
+    kinds = (("flashcp", 4), ("per_document", 4), ("per_document", 2))  # 2 KV heads: `ulysses` sends each to two ranks
+    cases = [(exchange, *kind) for exchange in EXCHANGE_CLASSES for kind in kinds]
     for results in run_cases(counted, 4, cases):
         for sent, said in results:
             assert sent == said > 0

@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashcp.sharding.documents import read_document_lengths, read_world_size
+from flashcp.sharding.documents import check_choice, read_document_lengths, read_world_size
+from flashcp.sharding.exchanges import EXCHANGES
+from flashcp.sharding.strategies import STRATEGIES
 from flashcp.simulation import read_cluster_or_machine
 from flashcp.simulator.cost import ModelShape
 from flashcp.simulator.machine import Machine
 from flashcp.simulator.pack import Batch, simulate_batch
 from flashcp.simulator.planned import Setting
-from flashcp.simulator.variants import Step, Variant, make_setting, read_ranks
+from flashcp.simulator.variants import Step, Variant, make_setting, read_ranks, that_share_heads
 from flashcp.text import table
 
 PAIRS = (("flashcp", "exact"), ("flashcp", "all_gather"), ("per_document", "all_gather"), ("per_document", "ring"))
@@ -97,6 +99,10 @@ def choose(
     *,
     dtype_bytes: int = 2,
     gradient_wire: str = "auto",
+    strategy: str | None = None,
+    exchange: str | None = None,
+    data_parallel: int | None = None,
+    overlap: str = "auto",
 ) -> Choice:
     """What to run batches like these with, predicted by the simulator.
 
@@ -105,8 +111,10 @@ def choose(
     world_size: ranks of the whole job. cluster: a name of `conf/cluster/`, or a Machine.
     query_heads, kv_heads, head_dim, dtype_bytes: of one attention layer.
     gradient_wire: what KV gradients travel in, as for `flashcp.ContextParallel`.
+    strategy, exchange, data_parallel, overlap: what is settled already; None and `auto`: part of the choice. Strategies
+        have their default options.
 
-    `fused` is never chosen: no GPU has shown yet that it is faster. Raises ValueError naming value, field and what is
+    `auto` is never `fused`: no GPU has shown yet that it is faster. Raises ValueError naming value, field and what is
     legal.
     """
     ranks, read = read_ranks(world_size), [_read_batch(batch) for batch in _listed(batches, "batches")]
@@ -114,25 +122,42 @@ def choose(
     if any(len(batch) != windows for batch in read):
         found = ", ".join(map(str, sorted({len(batch) for batch in read})))
         raise ValueError(f"batches of {found} windows: expected as many in every batch")
-    for batch in read:
-        read_world_size(ranks, int(min(lengths.sum() for lengths in batch)))
+    read_world_size(ranks, windows * min(int(lengths.sum()) for batch in read for lengths in batch))
     setting = make_setting(
         read_cluster_or_machine(cluster),
         ModelShape(query_heads, kv_heads, head_dim, dtype_bytes),
-        "staged",
+        overlap,
         gradient_wire,
     )
     step = Step(windows)
     groups = [count for count in range(1, windows + 1) if not (windows % count or ranks % count)]
-    first = [Variant("", *PAIRS[0], head_ranks=0, data_parallel=count) for count in groups]
+    if data_parallel is not None:
+        if data_parallel not in groups:
+            expected = ", ".join(map(str, groups))
+            raise ValueError(f"data_parallel={data_parallel!r}: expected one of {expected}, or none")
+        groups = [data_parallel]
+    pairs = _pairs(strategy, exchange)
+    first = [Variant("+".join(pairs[0]), *pairs[0], head_ranks=0, data_parallel=count) for count in groups]
+    first, _ = that_share_heads(first, setting, ranks, step)
     tried = _predict(read, ranks, setting, step, [trial for one in first for trial in one.trials(setting, ranks, step)])
     best = first[0]._replace(head_ranks=tried[0].head_ranks, data_parallel=tried[0].data_parallel)
     tried += _predict(
-        read, ranks, setting, step, [best._replace(sharding=one, exchange=other) for one, other in PAIRS[1:]]
+        read, ranks, setting, step, [best._replace(sharding=one, exchange=other) for one, other in pairs[1:]]
     )
-    tried += _predict(read, ranks, replace(setting, overlap="none"), step, [best])
+    if overlap == "auto":
+        tried += _predict(read, ranks, replace(setting, overlap="none"), step, [best])
     ordered = sorted(tried, key=lambda one: one.module_ms)
     return Choice(tuple(ordered), setting.machine.name, ranks, windows)
+
+
+def _pairs(strategy: str | None, exchange: str | None) -> list[tuple[str, str]]:
+    """The strategies and exchanges to try. Raises ValueError for names that there are not."""
+    if strategy is not None:
+        check_choice("strategy", strategy, STRATEGIES)
+    if exchange is not None:
+        check_choice("exchange", exchange, EXCHANGES)
+    tried = [pair for pair in PAIRS if strategy in (None, pair[0]) and exchange in (None, pair[1])]
+    return tried or [(strategy or PAIRS[0][0], exchange or PAIRS[0][1])]
 
 
 def _predict(

@@ -34,6 +34,29 @@ def test_it_chooses_what_the_simulator_finds_fastest() -> None:
     assert len(tried) >= len(names)
 
 
+def test_what_is_settled_is_not_chosen() -> None:
+    free = flashcp.choose(BATCHES, 16, kv_heads=8)
+    settled = flashcp.choose(
+        BATCHES, 16, kv_heads=8, strategy="contiguous", exchange="ring", data_parallel=2, overlap="none"
+    )
+    assert {one[1:5] for one in settled.candidates} == {("contiguous", "ring", 2, "none")}
+    assert sorted(one.head_ranks for one in settled.candidates) == [1, 2, 4, 8]
+    table = flashcp.simulate(PACKS, 16, kv_heads=8, batch_windows=4, overlap="none", methods=["contiguous+ring:d2:h4"])
+    of_four = next(one for one in settled.candidates if one.head_ranks == 4)
+    assert of_four.module_ms == pytest.approx(table["contiguous+ring:d2:h4"].module_ms)
+    ring = flashcp.choose(BATCHES, 16, kv_heads=8, exchange="ring")
+    assert {one[1:3] for one in ring.candidates} == {("per_document", "ring")}
+    (ulysses,) = flashcp.choose(BATCHES, 16, exchange="ulysses", data_parallel=4, overlap="none").candidates
+    assert (ulysses.head_ranks, ulysses.strategy) == (4, "flashcp")
+    assert len(free.candidates) > len(ring.candidates) > len(settled.candidates)
+
+
+def test_windows_of_fewer_tokens_than_ranks() -> None:
+    """One plan has as many tokens as there are ranks, and so has each replica's."""
+    choice = flashcp.choose([[[6], [3, 3], [6], [2, 4]]], 16)
+    assert {one.data_parallel for one in choice.candidates} == {1, 2, 4}
+
+
 def test_what_it_says() -> None:
     choice = flashcp.choose([[70_000, 40_000, 21_072]], 64, cluster=read_cluster("h100-ib-400g"))
     first, head, _, *lines = str(choice).splitlines()
@@ -62,10 +85,17 @@ def test_batches_of_arrays_and_of_iterators() -> None:
         (([[100]], 0), "world_size=0: expected a whole number >= 1 and <= 1024"),
         (([[100]], 128), "world_size=128 with a pack of 100 tokens: expected at most one rank per token"),
         (([[100]], 8, "h1000"), "cluster='h1000': expected one of a100-nvlink, "),
+        (([[[8], [7]]], 16), "world_size=16 with a pack of 14 tokens: expected at most one rank per token"),
         (([[100]], 8, "h100-nvlink", 30, 8), "query_heads=30: expected a multiple of kv_heads=8"),
+        (([[100]], 8, {"strategy": "zigzag"}), "strategy='zigzag': expected one of contiguous, "),
+        (([[100]], 8, {"exchange": "smoke"}), "exchange='smoke': expected one of exact, "),
+        (([[100]], 8, {"overlap": "never"}), "overlap='never': expected one of auto, none, staged, fused"),
+        (([[[100]] * 4], 8, {"data_parallel": 3}), "data_parallel=3: expected one of 1, 2, 4, or none"),
+        (([[100]], 3, {"exchange": "ulysses"}), r"flashcp\+ulysses: query_heads=32, kv_heads=8 cannot be shared out"),
     ],
 )
 def test_what_is_refused_in_one_line(given: tuple[Any, ...], message: str) -> None:
+    *places, last = given
     with pytest.raises(ValueError, match=f"^{message}") as refused:
-        flashcp.choose(*given)
+        flashcp.choose(*places, **last) if isinstance(last, dict) else flashcp.choose(*given)
     assert "\n" not in str(refused.value)
