@@ -37,7 +37,7 @@ def head_ranks_of(
     asked = {
         "world_size": ranks.world_size,
         **{name: getattr(config, name) for name in ("batch_windows", "data_parallel")},
-        **{name: getattr(config.parallel, name) for name in ("cluster", "overlap")},
+        **{name: getattr(config.parallel, name) for name in ("cluster", "overlap", "gradient_wire")},
         "sharding": config.sharding["name"],
         "exchange": config.exchange.name,
         "precision": config.loop.precision,
@@ -77,6 +77,7 @@ def _choose(config: TrainConfig, source: Source, tokenizer: Tokenizer, world_siz
         dtype_bytes=4 if config.loop.precision == "fp32" else 2,
         strategy=config.sharding["name"],
         exchange=config.exchange.name,
+        gradient_wire=config.parallel.gradient_wire,
         data_parallel=config.data_parallel,
         overlap="staged" if config.parallel.overlap == "auto" else config.parallel.overlap,
     )
