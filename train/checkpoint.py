@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +18,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from flashcp.limits import Count, Natural
 from flashcp.train.data.documents import Position
+from flashcp.train.lineage import IDENTITY, UNFINISHED, Lineage, find_latest
 from flashcp.train.ranks import Ranks
-
-IDENTITY = "identity.json"
 
 
 @dataclass
@@ -51,15 +48,14 @@ def find_checkpoint(out: Path, resume: str, identity: dict[str, Any], steps: int
     steps: of the whole run. Raises ValueError when there is no such checkpoint, when it is another model's, naming
     the fields, and when it has no step left to do.
     """
-    kept = _kept(out)
-    if resume == "never" and kept:
+    latest = find_latest(out) if resume in ("never", "latest") else None
+    if resume == "never" and latest:
         raise ValueError(
-            f"out={str(out)!r} already holds {kept[-1].name}: go on with checkpoint.resume=latest, or choose another "
-            "out"
+            f"out={str(out)!r} already holds {latest.name}: go on with checkpoint.resume=latest, or choose another out"
         )
-    if resume == "never" or (resume == "latest" and not kept):
+    path = latest if resume in ("never", "latest") else Path(resume).expanduser()
+    if path is None:
         return None
-    path = kept[-1] if resume == "latest" else Path(resume).expanduser()
     if not (path / IDENTITY).is_file():
         raise ValueError(f"checkpoint.resume={resume!r}: no checkpoint there; expected never, latest or a step_* path")
     try:
@@ -81,7 +77,7 @@ def find_checkpoint(out: Path, resume: str, identity: dict[str, Any], steps: int
 
 
 def save_checkpoint(
-    out: Path,
+    lineage: Lineage,
     keep: int,
     identity: dict[str, Any],
     model: nn.Module,
@@ -90,19 +86,17 @@ def save_checkpoint(
     ranks: Ranks,
 ) -> Path:
     """Write out/checkpoints/step_*, under another name until it is whole. Every rank must call it."""
-    path = out / "checkpoints" / f"step_{progress.step:08d}"
-    unfinished = path.with_name(f"unfinished_{path.name}")
-    if ranks.rank == 0 and unfinished.exists():
-        shutil.rmtree(unfinished)
+    path = lineage.place(progress.step)
+    unfinished = path.with_name(f"{UNFINISHED}step_{progress.step:08d}")
+    if ranks.rank == 0:
+        lineage.tidy()
     ranks.barrier()
     with _one_process_is_fine():
         dcp.save(_state(model, optimizer, progress), checkpoint_id=unfinished)
     if ranks.rank == 0:
-        content = {**identity, "progress": {"step": progress.step}}
+        content = {**identity, "progress": {"step": progress.step}, "lineage": lineage.name}
         (unfinished / IDENTITY).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(unfinished, path)
-        for old in _kept(out)[:-keep]:
-            shutil.rmtree(old)
+        lineage.publish(unfinished, path, keep)
     ranks.barrier()
     return path
 
@@ -150,8 +144,3 @@ def _one_process_is_fine() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
-
-
-def _kept(out: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in out.glob(f"checkpoints/step_*/{IDENTITY}"))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from flashcp.limits import LONGEST_WAIT_S
 __all__ = ["DEVICES", "LONGEST_WAIT_S", "Ranks", "Replica", "exit_code", "launched_rank", "world"]
 
 DEVICES = ("auto", "cpu", "cuda")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,14 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.sum(0.0)
+
+    def gather(self, value: Value) -> list[Value]:
+        """Each rank's value, a plain object, in rank order. Every rank must call it."""
+        if not dist.is_initialized():
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def replica(self, replicas: int) -> Replica:
         """This rank's replica of `replicas` equal ones, of consecutive ranks. Every rank must call it."""

@@ -27,7 +27,9 @@ from flashcp.train.data.loader import Batch, Loader, Share
 from flashcp.train.data.sources import DataConfig, Source, open_source
 from flashcp.train.data.tokenizer import Tokenizer, load_tokenizer
 from flashcp.train.data.windows import pack_documents
+from flashcp.train.lineage import Lineage
 from flashcp.train.link import SlowedLink, slowed_link
+from flashcp.train.lock import only_writer
 from flashcp.train.loop import Trainer
 from flashcp.train.model import Decoder, ModelConfig
 from flashcp.train.optimizer import build_optimizer
@@ -158,7 +160,8 @@ def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLi
     with Loader(windows, make_plan, share, data.prefetch, config.batch_windows, data.plan_workers) as loader:
         batches = _peek(loader, config, progress)
         trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, batches, progress, ranks)
-        with closing(Training(config, trainer, ready.identity, link)) as one:
+        lineage = Lineage(Path(config.out), ready.checkpoint)
+        with only_writer(lineage.out, ranks), closing(Training(config, trainer, ready.identity, lineage, link)) as one:
             yield one
 
 
@@ -182,6 +185,7 @@ class Training:
     config: TrainConfig
     trainer: Trainer
     identity: dict[str, Any]
+    lineage: Lineage
     link: SlowedLink | None
     tracker: Tracker | None = None
     summary: dict[str, Any] | None = None
@@ -193,6 +197,7 @@ class Training:
         shown = {"initial": progress.step, "total": config.loop.steps, "unit": "step"}
         steps = tqdm(trainer.steps(), **shown, disable=not (is_first and config.loop.progress))
         if is_first:
+            self.lineage.begin()
             self.tracker = Tracker(config.tracker, out, asdict(config), progress.step + 1)
             (out / "summary.json").unlink(missing_ok=True)  # an earlier run's
             print(f"transport {cp.transport}: {cp.transport_reason}", file=sys.stderr)
@@ -207,7 +212,7 @@ class Training:
                     self.tracker.log(row)
                 if config.checkpoint.every and progress.step % config.checkpoint.every == 0:
                     model, optimizer, keep = trainer.model, trainer.optimizer, config.checkpoint.keep
-                    save_checkpoint(out, keep, self.identity, model, optimizer, progress, trainer.ranks)
+                    save_checkpoint(self.lineage, keep, self.identity, model, optimizer, progress, trainer.ranks)
                 yield row
 
     def finish(self, **more: Any) -> dict[str, Any] | None:

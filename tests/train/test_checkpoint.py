@@ -12,6 +12,7 @@ from torch import nn
 
 from flashcp.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from flashcp.train.data.documents import Position
+from flashcp.train.lineage import Lineage
 from flashcp.train.optimizer import OptimizerConfig, build_optimizer
 from flashcp.train.ranks import Ranks
 from tests.train.test_run import small, train
@@ -71,7 +72,7 @@ def test_everything_a_step_depends_on_comes_back(tmp_path: Path) -> None:
     step(model, optimizer)
     progress = Progress(7, 123, 45, Position(1, 2, 3, 4))
     alone = Ranks(0, 1, torch.device("cpu"))
-    path = save_checkpoint(tmp_path, 1, {}, model, optimizer, progress, alone)
+    path = save_checkpoint(Lineage(tmp_path), 1, {}, model, optimizer, progress, alone)
     step(model, optimizer)
 
     again = made(2)
