@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +16,11 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from flashcp.limits import Count, Natural
+from flashcp.train.checksums import IDENTITY, checksum, damage, read_identity, write_identity
 from flashcp.train.data.documents import Position
-from flashcp.train.lineage import IDENTITY, UNFINISHED, Lineage, find_latest
+from flashcp.train.lineage import UNFINISHED, Lineage, find_latest
 from flashcp.train.ranks import Ranks
+from flashcp.train.unpickle import METADATA, DataPlanner, DataReader
 
 
 @dataclass
@@ -59,7 +60,7 @@ def find_checkpoint(out: Path, resume: str, identity: dict[str, Any], steps: int
     if not (path / IDENTITY).is_file():
         raise ValueError(f"checkpoint.resume={resume!r}: no checkpoint there; expected never, latest or a step_* path")
     try:
-        saved = json.loads((path / IDENTITY).read_text(encoding="utf-8"))
+        saved = read_identity(path)
         done = int(saved["progress"]["step"])
         differing = [
             f"{section}.{field} is {saved[section].get(field)!r} there and {value!r} here"
@@ -93,24 +94,39 @@ def save_checkpoint(
     ranks.barrier()
     with _one_process_is_fine():
         dcp.save(_state(model, optimizer, progress), checkpoint_id=unfinished)
+    own = [*unfinished.glob(f"__{ranks.rank}_*"), *([unfinished / METADATA] if ranks.rank == 0 else [])]
+    files = {
+        name: each
+        for found in ranks.gather({file.name: checksum(file) for file in own})
+        for name, each in found.items()
+    }
     if ranks.rank == 0:
-        content = {**identity, "progress": {"step": progress.step}, "lineage": lineage.name}
-        (unfinished / IDENTITY).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        content = {**identity, "progress": {"step": progress.step}, "lineage": lineage.name, "files": files}
+        write_identity(unfinished, content)
         lineage.publish(unfinished, path, keep)
     ranks.barrier()
     return path
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Fill model, optimizer and torch's CPU generator in place; the number of ranks may have changed.
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Progress:
+    """Fill model, optimizer and torch's CPU generator in place; the number of ranks may have changed. Every rank must
+    call it.
 
-    The optimizer must be new, and the weights without gradients. Raises ValueError for a damaged checkpoint.
+    The optimizer must be new, and the weights without gradients. Raises ValueError on every rank, naming the file, for
+    one that is not as it was written, and for a checkpoint that holds more than data; nothing in it is run.
     """
     state = _state(model, optimizer, Progress())
     try:
-        dcp.FileSystemReader(path).read_metadata()  # torch would log a traceback before it raises
+        written = {Path(name).name: each for name, each in read_identity(path)["files"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"checkpoint {path}: {IDENTITY} cannot be read: {_reason(error)}") from error
+    if wrong := damage(path, written, ranks):
+        raise ValueError(f"checkpoint {path}: {wrong}")
+    try:
+        reader = DataReader(path)
+        reader.read_metadata()  # torch would log a traceback before it raises
         with _one_process_is_fine():
-            dcp.load(state, checkpoint_id=path)
+            dcp.load(state, storage_reader=reader, planner=DataPlanner())
     except (Exception, dcp.CheckpointException) as error:  # a damaged file fails wherever its bytes lead
         raise ValueError(f"checkpoint {path}: cannot be read: {_reason(error)}") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

@@ -11,7 +11,6 @@ A run that goes on from the latest checkpoint belongs to its lineage. One that g
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import shutil
@@ -20,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from flashcp.files import read_bounded
+from flashcp.train.checksums import IDENTITY, parse_json, read_identity
 from flashcp.train.summary import write_json
 
-IDENTITY = "identity.json"
 LATEST = "latest.json"
 METRICS = "metrics.jsonl"
 UNFINISHED = "unfinished_"
@@ -53,11 +53,9 @@ def find_latest(out: Path) -> Path | None:
 def _read_latest(out: Path) -> Latest | None:
     place = out / LATEST
     try:
-        content = json.loads(place.read_text(encoding="utf-8"))
-        return Latest(out / content["checkpoint"], _checked(content["lineage"]))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        content = parse_json(read_bounded(place, LATEST, most_mib=1)) if place.exists() else None
+        return Latest(out / content["checkpoint"], _checked(content["lineage"])) if content else None
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{place}: cannot be read ({error}); checkpoint.resume= takes a path, too") from error
 
 
@@ -69,8 +67,8 @@ def _kept(out: Path) -> list[Path]:
 def _lineage_of(checkpoint: Path) -> str:
     """Who wrote a checkpoint; empty where that cannot be read."""
     try:
-        return _checked(json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))["lineage"])
-    except (OSError, ValueError, TypeError, KeyError):
+        return _checked(read_identity(checkpoint)["lineage"])
+    except (ValueError, TypeError, KeyError):
         return ""
 
 

@@ -151,7 +151,7 @@ def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLi
     cp = config.parallel.operator(config.exchange.name, link.gbps if link else 0.0, replica.group)
     model = Decoder(ready.model, cp, config.seed).to(ranks.device)
     optimizer = build_optimizer(model, config.optimizer)
-    progress = load_checkpoint(ready.checkpoint, model, optimizer) if ready.checkpoint else Progress()
+    progress = load_checkpoint(ready.checkpoint, model, optimizer, ranks) if ready.checkpoint else Progress()
     data = config.data
     documents = read_documents(ready.source, data.epochs, progress.position)
     windows = pack_documents(documents, ready.tokenizer, config.context, data.overflow, progress.position, data.longest)
