@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from flashcp.limits import Count, Natural
+from flashcp.limits import Count, Natural, one_of
 from flashcp.train.checksums import IDENTITY, checksum, damage, read_identity, write_identity
 from flashcp.train.data.documents import Position
+from flashcp.train.data.files_read import ON_CHANGED_DATA, FilesRead
 from flashcp.train.lineage import UNFINISHED, Lineage, find_latest
 from flashcp.train.ranks import Ranks
 from flashcp.train.unpickle import METADATA, DataPlanner, DataReader
@@ -30,6 +31,7 @@ class CheckpointConfig:
     every: Natural = 0
     keep: Count = 2
     resume: str = "never"
+    on_changed_data: Annotated[str, one_of(ON_CHANGED_DATA)] = "stop"
 
 
 @dataclass
@@ -84,6 +86,7 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
+    read: FilesRead,
     ranks: Ranks,
 ) -> Path:
     """Write out/checkpoints/step_*, under another name until it is whole. Every rank must call it."""
@@ -100,15 +103,28 @@ def save_checkpoint(
         for found in ranks.gather({file.name: checksum(file) for file in own})
         for name, each in found.items()
     }
+    documents = read.written(progress.position, ranks)
     if ranks.rank == 0:
-        content = {**identity, "progress": {"step": progress.step}, "lineage": lineage.name, "files": files}
-        write_identity(unfinished, content)
+        own_part = {
+            "progress": {"step": progress.step},
+            "lineage": lineage.name,
+            "files": files,
+            "documents": documents,
+        }
+        write_identity(unfinished, {**identity, **own_part})
         lineage.publish(unfinished, path, keep)
     ranks.barrier()
     return path
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Progress:
+def load_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    read: FilesRead,
+    on_changed_data: str,
+    ranks: Ranks,
+) -> Progress:
     """Fill model, optimizer and torch's CPU generator in place; the number of ranks may have changed. Every rank must
     call it.
 
@@ -117,7 +133,9 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """
     state = _state(model, optimizer, Progress())
     try:
-        written = {Path(name).name: each for name, each in read_identity(path)["files"].items()}
+        saved = read_identity(path)
+        written = {Path(name).name: each for name, each in saved["files"].items()}
+        documents = [(str(name), size, digest) for name, size, digest in saved["documents"]]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"checkpoint {path}: {IDENTITY} cannot be read: {_reason(error)}") from error
     if wrong := damage(path, written, ranks):
@@ -132,7 +150,11 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     torch.set_rng_state(state["rng"])
     step, dropped, carried = state["counters"].tolist()
-    return Progress(step, dropped, carried, Position(*state["position"].tolist()))
+    try:
+        position = read.go_on(documents, Position(*state["position"].tolist()), on_changed_data, ranks)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path}: {error}") from error
+    return Progress(step, dropped, carried, position)
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> dict[str, Any]:

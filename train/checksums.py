@@ -51,7 +51,7 @@ def _difference(file: Path, name: str, written: Checksum) -> str:
     found = file.stat().st_size
     if found != size:
         return f"{name}: {found} bytes, expected {size}"
-    return "" if checksum(file)[1] == digest else f"{name}: not what was written (another SHA-256)"
+    return "" if checksum(file)[1] == digest else f"{name}: other content (another SHA-256)"
 
 
 def write_identity(folder: Path, content: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from flashcp.options import planner
 from flashcp.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.documents import read_documents
+from flashcp.train.data.files_read import FilesRead
 from flashcp.train.data.loader import Batch, Loader, Share
 from flashcp.train.data.sources import DataConfig, Source, open_source
 from flashcp.train.data.tokenizer import Tokenizer, load_tokenizer
@@ -75,7 +76,7 @@ def prepare(config: TrainConfig, world_size: int) -> Prepared:
     same_data = ("source", "path", "subset", "split", "text_field", "tokenizer", "end_token", "overflow", "longest")
     identity = {
         "model": {name: value for name, value in vars(model).items() if name != "checkpoint_activations"},
-        "data": {name: getattr(config.data, name) for name in same_data},
+        "data": {name: getattr(config.data, name) for name in same_data} | {"tokenizer_sha256": tokenizer.digest},
         "run": {"context": config.context},
     }
     checkpoint = find_checkpoint(Path(config.out), config.checkpoint.resume, identity, config.loop.steps)
@@ -151,7 +152,10 @@ def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLi
     cp = config.parallel.operator(config.exchange.name, link.gbps if link else 0.0, replica.group)
     model = Decoder(ready.model, cp, config.seed).to(ranks.device)
     optimizer = build_optimizer(model, config.optimizer)
-    progress = load_checkpoint(ready.checkpoint, model, optimizer, ranks) if ready.checkpoint else Progress()
+    read, progress = FilesRead(ready.source.parts), Progress()
+    if ready.checkpoint:
+        go_on = config.checkpoint.on_changed_data
+        progress = load_checkpoint(ready.checkpoint, model, optimizer, read, go_on, ranks)
     data = config.data
     documents = read_documents(ready.source, data.epochs, progress.position)
     windows = pack_documents(documents, ready.tokenizer, config.context, data.overflow, progress.position, data.longest)
@@ -161,7 +165,10 @@ def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLi
         batches = _peek(loader, config, progress)
         trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, batches, progress, ranks)
         lineage = Lineage(Path(config.out), ready.checkpoint)
-        with only_writer(lineage.out, ranks), closing(Training(config, trainer, ready.identity, lineage, link)) as one:
+        with (
+            only_writer(lineage.out, ranks),
+            closing(Training(config, trainer, ready.identity, lineage, read, link)) as one,
+        ):
             yield one
 
 
@@ -186,6 +193,7 @@ class Training:
     trainer: Trainer
     identity: dict[str, Any]
     lineage: Lineage
+    read: FilesRead
     link: SlowedLink | None
     tracker: Tracker | None = None
     summary: dict[str, Any] | None = None
@@ -212,7 +220,8 @@ class Training:
                     self.tracker.log(row)
                 if config.checkpoint.every and progress.step % config.checkpoint.every == 0:
                     model, optimizer, keep = trainer.model, trainer.optimizer, config.checkpoint.keep
-                    save_checkpoint(self.lineage, keep, self.identity, model, optimizer, progress, trainer.ranks)
+                    written = (model, optimizer, progress, self.read)
+                    save_checkpoint(self.lineage, keep, self.identity, *written, trainer.ranks)
                 yield row
 
     def finish(self, **more: Any) -> dict[str, Any] | None:

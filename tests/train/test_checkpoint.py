@@ -12,6 +12,7 @@ from torch import nn
 
 from flashcp.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from flashcp.train.data.documents import Position
+from flashcp.train.data.files_read import FilesRead
 from flashcp.train.lineage import Lineage
 from flashcp.train.optimizer import OptimizerConfig, build_optimizer
 from flashcp.train.ranks import Ranks
@@ -72,11 +73,11 @@ def test_everything_a_step_depends_on_comes_back(tmp_path: Path) -> None:
     step(model, optimizer)
     progress = Progress(7, 123, 45, Position(1, 2, 3, 4))
     alone = Ranks(0, 1, torch.device("cpu"))
-    path = save_checkpoint(Lineage(tmp_path), 1, {}, model, optimizer, progress, alone)
+    path = save_checkpoint(Lineage(tmp_path), 1, {}, model, optimizer, progress, FilesRead(["a", "b", "c"]), alone)
     step(model, optimizer)
 
     again = made(2)
-    assert load_checkpoint(path, *again, alone) == progress
+    assert load_checkpoint(path, *again, FilesRead(["a", "b", "c"]), "stop", alone) == progress
     step(*again)
     for one, other in zip(model.parameters(), again[0].parameters(), strict=True):
         assert torch.equal(one, other)

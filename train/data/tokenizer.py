@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Protocol
 
@@ -11,9 +12,10 @@ from flashcp.train.data.sources import needed
 
 
 class Tokenizer(Protocol):
-    """Token numbers are below vocab_size."""
+    """Token numbers are below vocab_size. digest: SHA-256 of what it was made from; empty for bytes."""
 
     vocab_size: int
+    digest: str
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of one document, its end mark included, int64 [tokens]."""
@@ -24,6 +26,7 @@ class BytesTokenizer:
     """A token a byte of UTF-8; 256 ends the document. Lone surrogates, which UTF-8 has not, become '?'."""
 
     vocab_size = 257
+    digest = ""
     END = 256
 
     def encode(self, text: str) -> np.ndarray:
@@ -51,6 +54,7 @@ class FileTokenizer:
                 "expected bytes, the path of such a file or a name on the hub"
             ) from error
         self.vocab_size = self._library.get_vocab_size(with_added_tokens=True)
+        self.digest = hashlib.sha256(self._library.to_str().encode()).hexdigest()
         end = self._library.token_to_id(end_token) if end_token else None
         if end_token and end is None:
             raise ValueError(f"data.end_token={end_token!r} is not in the vocabulary of {name}")
