@@ -36,12 +36,13 @@ class CheckpointConfig:
 
 @dataclass
 class Progress:
-    """How far a run is: steps done, tokens dropped and carried so far, and where reading goes on."""
+    """How far a run is: steps done, tokens dropped and carried and records skipped so far, where reading goes on."""
 
     step: int = 0
     dropped: int = 0
     carried: int = 0
     position: Position = dataclasses.field(default_factory=Position)
+    skipped: int = 0
 
 
 def find_checkpoint(out: Path, resume: str, identity: dict[str, Any], steps: int) -> Path | None:
@@ -149,12 +150,12 @@ def load_checkpoint(
         raise ValueError(f"checkpoint {path}: cannot be read: {_reason(error)}") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     torch.set_rng_state(state["rng"])
-    step, dropped, carried = state["counters"].tolist()
+    step, dropped, carried, skipped = state["counters"].tolist()
     try:
         position = read.go_on(documents, Position(*state["position"].tolist()), on_changed_data, ranks)
     except ValueError as error:
         raise ValueError(f"checkpoint {path}: {error}") from error
-    return Progress(step, dropped, carried, position)
+    return Progress(step, dropped, carried, position, skipped)
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> dict[str, Any]:
@@ -165,7 +166,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progres
         "optimizer": optimizer_state,
         "rng": torch.get_rng_state(),
         "position": torch.tensor(dataclasses.astuple(progress.position)),
-        "counters": torch.tensor([progress.step, progress.dropped, progress.carried]),
+        "counters": torch.tensor([progress.step, progress.dropped, progress.carried, progress.skipped]),
     }
 
 

@@ -66,6 +66,7 @@ class Trainer:
             self.progress.step += 1
             self.progress.dropped += sum(pack.dropped for pack in packs)
             self.progress.carried += sum(pack.carried for pack in packs)
+            self.progress.skipped += sum(pack.skipped for pack in packs)
             self.progress.position = packs[-1].position
             self.cp.stats.reset()
             rate = learning_rate(self.optimizer_config, self.progress.step, self.config.steps)
@@ -137,6 +138,7 @@ class Trainer:
             "documents": sum(pack.documents for pack in packs),
             "dropped_tokens": self.progress.dropped,
             "carried_tokens": self.progress.carried,
+            "skipped_records": self.progress.skipped,
             "epoch": self.progress.position.epoch,
             **times,
             "tokens_per_s": 1e3 * tokens / times["step_ms"],

@@ -66,22 +66,26 @@ def prepare(config: TrainConfig, world_size: int) -> Prepared:
     Raises ValueError, naming value, field and legal values, for what cannot run on `world_size` ranks.
     """
     config.check(world_size)
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_token)
+    data = config.data
+    tokenizer = load_tokenizer(data.tokenizer, data.end_token, data.stored_lengths, data.parse_special)
     vocab_size = config.model.vocab_size or -(-tokenizer.vocab_size // 64) * 64
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"model.vocab_size={vocab_size}: expected 0 or at least the tokenizer's {tokenizer.vocab_size}"
         )
     model = replace(config.model, vocab_size=vocab_size)
-    same_data = ("source", "path", "subset", "split", "text_field", "tokenizer", "end_token", "overflow", "longest")
+    same_data = (
+        *("source", "path", "subset", "split", "text_field", "overflow", "longest"),
+        *("tokenizer", "end_token", "stored_lengths", "parse_special"),
+    )
     identity = {
         "model": {name: value for name, value in vars(model).items() if name != "checkpoint_activations"},
-        "data": {name: getattr(config.data, name) for name in same_data} | {"tokenizer_sha256": tokenizer.digest},
+        "data": {name: getattr(data, name) for name in same_data} | {"tokenizer_sha256": tokenizer.digest},
         "run": {"context": config.context},
     }
     checkpoint = find_checkpoint(Path(config.out), config.checkpoint.resume, identity, config.loop.steps)
-    source = open_source(config.data)
-    next(read_documents(source))
+    source = open_source(data)
+    next(read_documents(source, on_bad_record=data.on_bad_record))
     return Prepared(source, tokenizer, model, identity, checkpoint)
 
 
@@ -157,7 +161,7 @@ def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLi
         go_on = config.checkpoint.on_changed_data
         progress = load_checkpoint(ready.checkpoint, model, optimizer, read, go_on, ranks)
     data = config.data
-    documents = read_documents(ready.source, data.epochs, progress.position)
+    documents = read_documents(ready.source, data.epochs, progress.position, data.on_bad_record)
     windows = pack_documents(documents, ready.tokenizer, config.context, data.overflow, progress.position, data.longest)
     make_plan = planner(config.sharding, cp.holders)
     share = Share(config.exchange.name, replica.rank, replica.index, replica.count, cp.head_ranks)
@@ -243,6 +247,8 @@ class Training:
             "config": asdict(self.config),
         }
         write_json(out / "summary.json", self.summary)
+        if skipped := self.trainer.progress.skipped:
+            print(f"{skipped} bad records were skipped (data.on_bad_record=skip)", file=sys.stderr)
         if self.config.profile:
             print(f"traces of the ranks: {out / TRACE} (open one in ui.perfetto.dev)", file=sys.stderr)
         return self.summary

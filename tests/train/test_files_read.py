@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,26 @@ def test_a_rank_that_reads_other_text_is_named_on_all(data_parallel: int, tmp_pa
     step = 2 if data_parallel == 1 else 1
     assert str(refused.value).count(f"ValueError: step {step}: rank 1 read other text than rank 0, 2; expected") == 3
     assert not (tmp_path / "run/checkpoints" / f"step_{step:08d}").exists()
+
+
+def test_skipped_records_are_counted_also_over_a_resume(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ['{"text": null}' if number % 3 == 0 else json.dumps({"text": "w" * 90}) for number in range(60)]
+    (text / "a.jsonl").write_text("\n".join(lines))
+
+    def skipping(out: str, steps: int, **more: Any) -> list[dict[str, Any]]:
+        data = {"source": "jsonl", "path": str(text / "a.jsonl"), "on_bad_record": "skip", **more.pop("data", {})}
+        loop = {"steps": steps, "accumulation": 1}
+        train(small(text.parent / out, data=data, loop=loop, checkpoint={"every": 3, **more}))
+        return read_rows(text.parent / out)
+
+    whole = skipping("whole", 14)
+    assert "40 bad records were skipped (data.on_bad_record=skip)" in capsys.readouterr().err
+    # n windows of 515 tokens reach into document ceil(515 n / 91), and a bad record comes before each two documents
+    assert [row["skipped_records"] for row in whole] == [math.ceil(math.ceil(515 * n / 91) / 2) for n in range(1, 15)]
+    skipping("halves", 3)
+    assert [row["skipped_records"] for row in skipping("halves", 14, resume="latest")] == [
+        row["skipped_records"] for row in whole
+    ]
+    assert json.loads((text.parent / "whole/summary.json").read_text())["skipped_records"] == 40
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: data\.text_field='text' holds null: expected text"):
+        skipping("stopped", 3, data={"on_bad_record": "stop"})
