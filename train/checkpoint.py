@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,13 +15,18 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from flashcp.files import MIB
 from flashcp.limits import Count, Natural, one_of
-from flashcp.train.checksums import IDENTITY, checksum, damage, read_identity, write_identity
+from flashcp.train.checksums import IDENTITY, Checksum, checksum, damage, read_identity, write_identity
 from flashcp.train.data.documents import Position
 from flashcp.train.data.files_read import ON_CHANGED_DATA, FilesRead
 from flashcp.train.lineage import UNFINISHED, Lineage, find_latest
 from flashcp.train.ranks import Ranks
 from flashcp.train.unpickle import METADATA, DataPlanner, DataReader
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written: a full disk, a folder that is gone. The message names it and the cause."""
 
 
 @dataclass
@@ -52,6 +57,8 @@ def find_checkpoint(out: Path, resume: str, identity: dict[str, Any], steps: int
     steps: of the whole run. Raises ValueError when there is no such checkpoint, when it is another model's, naming
     the fields, and when it has no step left to do.
     """
+    if (out / "checkpoints").exists() and not (out / "checkpoints").is_dir():
+        raise ValueError(f"out={str(out)!r}: {out / 'checkpoints'} is a file, expected a directory or nothing")
     latest = find_latest(out) if resume in ("never", "latest") else None
     if resume == "never" and latest:
         raise ValueError(
@@ -90,31 +97,44 @@ def save_checkpoint(
     read: FilesRead,
     ranks: Ranks,
 ) -> Path:
-    """Write out/checkpoints/step_*, under another name until it is whole. Every rank must call it."""
+    """Write out/checkpoints/step_*, under another name until it is whole. Every rank must call it.
+
+    Raises CheckpointError on every rank when it cannot be written; earlier checkpoints stay.
+    """
     path = lineage.place(progress.step)
     unfinished = path.with_name(f"{UNFINISHED}step_{progress.step:08d}")
-    if ranks.rank == 0:
-        lineage.tidy()
-    ranks.barrier()
-    with _one_process_is_fine():
-        dcp.save(_state(model, optimizer, progress), checkpoint_id=unfinished)
-    own = [*unfinished.glob(f"__{ranks.rank}_*"), *([unfinished / METADATA] if ranks.rank == 0 else [])]
-    files = {
-        name: each
-        for found in ranks.gather({file.name: checksum(file) for file in own})
-        for name, each in found.items()
-    }
+    found: dict[str, Checksum] = {}
+    try:
+        if ranks.rank == 0:
+            lineage.tidy()
+        ranks.barrier()
+        with _one_process_is_fine():
+            dcp.save(_state(model, optimizer, progress), checkpoint_id=unfinished)
+        own = [*unfinished.glob(f"__{ranks.rank}_*"), *([unfinished / METADATA] if ranks.rank == 0 else [])]
+        found, trouble = {file.name: checksum(file) for file in own}, ""
+    except (OSError, ValueError, dcp.CheckpointException) as error:
+        trouble = _cause(unfinished) or _reason(error)
+    said = ranks.gather((found, trouble))
+    files = {name: each for found, _ in said for name, each in found.items()}
+    trouble = next((trouble for _, trouble in said if trouble), "")
     documents = read.written(progress.position, ranks)
-    if ranks.rank == 0:
+    if ranks.rank == 0 and not trouble:
         own_part = {
             "progress": {"step": progress.step},
             "lineage": lineage.name,
             "files": files,
             "documents": documents,
         }
-        write_identity(unfinished, {**identity, **own_part})
-        lineage.publish(unfinished, path, keep)
-    ranks.barrier()
+        try:
+            write_identity(unfinished, {**identity, **own_part})
+            lineage.publish(unfinished, path, keep)
+        except OSError as error:
+            trouble = _reason(error)
+    if trouble := ranks.gather(trouble)[0]:
+        if ranks.rank == 0:
+            with suppress(OSError):
+                lineage.tidy()  # room for what the log has still to say
+        raise CheckpointError(f"checkpoint {path}: cannot be written: {trouble}")
     return path
 
 
@@ -168,6 +188,19 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progres
         "position": torch.tensor(dataclasses.astuple(progress.position)),
         "counters": torch.tensor([progress.step, progress.dropped, progress.carried, progress.skipped]),
     }
+
+
+def _cause(folder: Path) -> str:
+    """Why nothing can be written there, as the system says it; empty where something can.
+
+    torch hides the reason: to its writer of archives a full disk is an "unexpected pos".
+    """
+    try:
+        if folder.is_dir():
+            (folder / "probe").write_bytes(bytes(MIB))
+    except OSError as error:
+        return _reason(error)
+    return ""
 
 
 def _reason(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,11 @@ class FilesRead:
         ranks; every rank must call it."""
         read = self._parts if position.epoch else self._parts[: position.part + 1]
         new = [name for name in read if name not in self._known and Path(name).is_file()]
-        for found in ranks.gather({name: checksum(Path(name)) for name in new[ranks.rank :: ranks.world_size]}):
+        mine: dict[str, Checksum] = {}
+        for name in new[ranks.rank :: ranks.world_size]:
+            with suppress(OSError, ValueError):  # gone since it was read: a resumed run will say so
+                mine[name] = checksum(Path(name))
+        for found in ranks.gather(mine):
             self._known.update(found)
         unread = {name: [_size(name), None] for name in self._parts if name not in self._known}
         return [(name, *(self._known.get(name) or unread[name])) for name in self._parts]
