@@ -15,6 +15,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+from flashcp.files import read_bounded
 from flashcp.schema import read_dataclass
 from flashcp.sharding.documents import check_choice
 from flashcp.simulator.machine import Machine, check_machine
@@ -38,9 +39,7 @@ def read_cluster_file(path: str) -> Machine:
     """The machine in a file like those of `conf/cluster/`. Raises ValueError for anything else."""
     field = f"cluster_file={path!r}"
     try:
-        values = _load(Path(path).expanduser().read_text("utf-8"), field)
-    except OSError as error:
-        raise ValueError(f"{field}: cannot be read ({error.strerror or error})") from error
+        values = _load(read_bounded(Path(path).expanduser(), field, most_mib=1).decode(), field)
     except UnicodeDecodeError as error:
         raise ValueError(f"{field}: not YAML ({error})") from error
     except RecursionError as error:

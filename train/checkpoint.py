@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from flashcp.limits import Count, Natural
+from flashcp.files import MIB
+from flashcp.limits import Count, Natural, one_of
+from flashcp.train.checksums import IDENTITY, Checksum, checksum, damage, read_identity, write_identity
 from flashcp.train.data.documents import Position
+from flashcp.train.data.files_read import ON_CHANGED_DATA, FilesRead
+from flashcp.train.lineage import UNFINISHED, Lineage, find_latest
 from flashcp.train.ranks import Ranks
+from flashcp.train.unpickle import METADATA, DataPlanner, DataReader
 
-IDENTITY = "identity.json"
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written: a full disk, a folder that is gone. The message names it and the cause."""
 
 
 @dataclass
@@ -32,16 +36,18 @@ class CheckpointConfig:
     every: Natural = 0
     keep: Count = 2
     resume: str = "never"
+    on_changed_data: Annotated[str, one_of(ON_CHANGED_DATA)] = "stop"
 
 
 @dataclass
 class Progress:
-    """How far a run is: steps done, tokens dropped and carried so far, and where reading goes on."""
+    """How far a run is: steps done, tokens dropped and carried and records skipped so far, where reading goes on."""
 
     step: int = 0
     dropped: int = 0
     carried: int = 0
     position: Position = dataclasses.field(default_factory=Position)
+    skipped: int = 0
 
 
 def find_checkpoint(out: Path, resume: str, identity: dict[str, Any], steps: int) -> Path | None:
@@ -51,19 +57,20 @@ def find_checkpoint(out: Path, resume: str, identity: dict[str, Any], steps: int
     steps: of the whole run. Raises ValueError when there is no such checkpoint, when it is another model's, naming
     the fields, and when it has no step left to do.
     """
-    kept = _kept(out)
-    if resume == "never" and kept:
+    if (out / "checkpoints").exists() and not (out / "checkpoints").is_dir():
+        raise ValueError(f"out={str(out)!r}: {out / 'checkpoints'} is a file, expected a directory or nothing")
+    latest = find_latest(out) if resume in ("never", "latest") else None
+    if resume == "never" and latest:
         raise ValueError(
-            f"out={str(out)!r} already holds {kept[-1].name}: go on with checkpoint.resume=latest, or choose another "
-            "out"
+            f"out={str(out)!r} already holds {latest.name}: go on with checkpoint.resume=latest, or choose another out"
         )
-    if resume == "never" or (resume == "latest" and not kept):
+    path = latest if resume in ("never", "latest") else Path(resume).expanduser()
+    if path is None:
         return None
-    path = kept[-1] if resume == "latest" else Path(resume).expanduser()
     if not (path / IDENTITY).is_file():
         raise ValueError(f"checkpoint.resume={resume!r}: no checkpoint there; expected never, latest or a step_* path")
     try:
-        saved = json.loads((path / IDENTITY).read_text(encoding="utf-8"))
+        saved = read_identity(path)
         done = int(saved["progress"]["step"])
         differing = [
             f"{section}.{field} is {saved[section].get(field)!r} there and {value!r} here"
@@ -82,53 +89,99 @@ def find_checkpoint(out: Path, resume: str, identity: dict[str, Any], steps: int
 
 def read_chosen(path: Path) -> dict[str, Any]:
     """What the run of a checkpoint that `find_checkpoint` found had chosen by itself."""
-    chosen = json.loads((path / IDENTITY).read_text(encoding="utf-8")).get("chosen", {})
+    chosen = read_identity(path).get("chosen", {})
     return chosen if isinstance(chosen, dict) else {}
 
 
 def save_checkpoint(
-    out: Path,
+    lineage: Lineage,
     keep: int,
     identity: dict[str, Any],
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
+    read: FilesRead,
     ranks: Ranks,
 ) -> Path:
-    """Write out/checkpoints/step_*, under another name until it is whole. Every rank must call it."""
-    path = out / "checkpoints" / f"step_{progress.step:08d}"
-    unfinished = path.with_name(f"unfinished_{path.name}")
-    if ranks.rank == 0 and unfinished.exists():
-        shutil.rmtree(unfinished)
-    ranks.barrier()
-    with _one_process_is_fine():
-        dcp.save(_state(model, optimizer, progress), checkpoint_id=unfinished)
-    if ranks.rank == 0:
-        content = {**identity, "progress": {"step": progress.step}}
-        (unfinished / IDENTITY).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(unfinished, path)
-        for old in _kept(out)[:-keep]:
-            shutil.rmtree(old)
-    ranks.barrier()
+    """Write out/checkpoints/step_*, under another name until it is whole. Every rank must call it.
+
+    Raises CheckpointError on every rank when it cannot be written; earlier checkpoints stay.
+    """
+    path = lineage.place(progress.step)
+    unfinished = path.with_name(f"{UNFINISHED}step_{progress.step:08d}")
+    found: dict[str, Checksum] = {}
+    try:
+        if ranks.rank == 0:
+            lineage.tidy()
+        ranks.barrier()
+        with _one_process_is_fine():
+            dcp.save(_state(model, optimizer, progress), checkpoint_id=unfinished)
+        own = [*unfinished.glob(f"__{ranks.rank}_*"), *([unfinished / METADATA] if ranks.rank == 0 else [])]
+        found, trouble = {file.name: checksum(file) for file in own}, ""
+    except (OSError, ValueError, dcp.CheckpointException) as error:
+        trouble = _cause(unfinished) or _reason(error)
+    said = ranks.gather((found, trouble))
+    files = {name: each for found, _ in said for name, each in found.items()}
+    trouble = next((trouble for _, trouble in said if trouble), "")
+    documents = read.written(progress.position, ranks)
+    if ranks.rank == 0 and not trouble:
+        own_part = {
+            "progress": {"step": progress.step},
+            "lineage": lineage.name,
+            "files": files,
+            "documents": documents,
+        }
+        try:
+            write_identity(unfinished, {**identity, **own_part})
+            lineage.publish(unfinished, path, keep)
+        except OSError as error:
+            trouble = _reason(error)
+    if trouble := ranks.gather(trouble)[0]:
+        if ranks.rank == 0:
+            with suppress(OSError):
+                lineage.tidy()  # room for what the log has still to say
+        raise CheckpointError(f"checkpoint {path}: cannot be written: {trouble}")
     return path
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Fill model, optimizer and torch's CPU generator in place; the number of ranks may have changed.
+def load_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    read: FilesRead,
+    on_changed_data: str,
+    ranks: Ranks,
+) -> Progress:
+    """Fill model, optimizer and torch's CPU generator in place; the number of ranks may have changed. Every rank must
+    call it.
 
-    The optimizer must be new, and the weights without gradients. Raises ValueError for a damaged checkpoint.
+    The optimizer must be new, and the weights without gradients. Raises ValueError on every rank, naming the file, for
+    one that is not as it was written, and for a checkpoint that holds more than data; nothing in it is run.
     """
     state = _state(model, optimizer, Progress())
     try:
-        dcp.FileSystemReader(path).read_metadata()  # torch would log a traceback before it raises
+        saved = read_identity(path)
+        written = {Path(name).name: each for name, each in saved["files"].items()}
+        documents = [(str(name), size, digest) for name, size, digest in saved["documents"]]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"checkpoint {path}: {IDENTITY} cannot be read: {_reason(error)}") from error
+    if wrong := damage(path, written, ranks):
+        raise ValueError(f"checkpoint {path}: {wrong}")
+    try:
+        reader = DataReader(path)
+        reader.read_metadata()  # torch would log a traceback before it raises
         with _one_process_is_fine():
-            dcp.load(state, checkpoint_id=path)
+            dcp.load(state, storage_reader=reader, planner=DataPlanner())
     except (Exception, dcp.CheckpointException) as error:  # a damaged file fails wherever its bytes lead
         raise ValueError(f"checkpoint {path}: cannot be read: {_reason(error)}") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     torch.set_rng_state(state["rng"])
-    step, dropped, carried = state["counters"].tolist()
-    return Progress(step, dropped, carried, Position(*state["position"].tolist()))
+    step, dropped, carried, skipped = state["counters"].tolist()
+    try:
+        position = read.go_on(documents, Position(*state["position"].tolist()), on_changed_data, ranks)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path}: {error}") from error
+    return Progress(step, dropped, carried, position, skipped)
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> dict[str, Any]:
@@ -139,8 +192,21 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progres
         "optimizer": optimizer_state,
         "rng": torch.get_rng_state(),
         "position": torch.tensor(dataclasses.astuple(progress.position)),
-        "counters": torch.tensor([progress.step, progress.dropped, progress.carried]),
+        "counters": torch.tensor([progress.step, progress.dropped, progress.carried, progress.skipped]),
     }
+
+
+def _cause(folder: Path) -> str:
+    """Why nothing can be written there, as the system says it; empty where something can.
+
+    torch hides the reason: to its writer of archives a full disk is an "unexpected pos".
+    """
+    try:
+        if folder.is_dir():
+            (folder / "probe").write_bytes(bytes(MIB))
+    except OSError as error:
+        return _reason(error)
+    return ""
 
 
 def _reason(error: BaseException) -> str:
@@ -156,8 +222,3 @@ def _one_process_is_fine() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
-
-
-def _kept(out: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in out.glob(f"checkpoints/step_*/{IDENTITY}"))

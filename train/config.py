@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from flashcp.files import read_bounded
 from flashcp.limits import Count, Limit
 from flashcp.options import planner, read_sharding
 from flashcp.schema import read_dataclass
 from flashcp.train.checkpoint import CheckpointConfig
+from flashcp.train.checksums import parse_json
 from flashcp.train.data.sources import DataConfig
 from flashcp.train.data.windows import LONGEST_CONTEXT
 from flashcp.train.loop import LoopConfig
@@ -55,10 +56,9 @@ class TrainConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> TrainConfig:
         """From a JSON file. Raises ValueError when it is missing, not JSON, or not a config."""
+        content = read_bounded(Path(path), f"config {path}", most_mib=16)
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"config {path}: cannot be read ({error.strerror})") from error
+            values = parse_json(content)
         except ValueError as error:
             raise ValueError(f"config {path}: not JSON ({error})") from error
         return cls.from_dict(values)

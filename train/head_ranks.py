@@ -59,7 +59,7 @@ def head_ranks_of(
 def _choose(config: TrainConfig, source: Source, tokenizer: Tokenizer, world_size: int) -> Choice:
     """The choice for the first batches."""
     data, model, count = config.data, config.model, config.batch_windows
-    documents = read_documents(source, data.epochs)
+    documents = read_documents(source, data.epochs, on_bad_record=data.on_bad_record)
     windows = pack_documents(documents, tokenizer, config.context, data.overflow, longest=data.longest)
     lengths = [window.document_lengths for window in itertools.islice(windows, BATCHES * count)]
     if len(lengths) < count:

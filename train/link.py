@@ -72,7 +72,7 @@ def slowed_link(config: TrainConfig, source: Source, tokenizer: Tokenizer, ranks
     parallel, model, data = config.parallel, config.model, config.data
     if parallel.link == FREE or ranks.world_size == 1:
         return None
-    documents = read_documents(source, data.epochs)
+    documents = read_documents(source, data.epochs, on_bad_record=data.on_bad_record)
     window = next(pack_documents(documents, tokenizer, config.context, data.overflow, longest=data.longest), None)
     if window is None:
         raise ValueError(f"data.epochs={data.epochs}: the documents fill no window of context={config.context}")

@@ -66,6 +66,7 @@ class Trainer:
             self.progress.step += 1
             self.progress.dropped += sum(pack.dropped for pack in packs)
             self.progress.carried += sum(pack.carried for pack in packs)
+            self.progress.skipped += sum(pack.skipped for pack in packs)
             self.progress.position = packs[-1].position
             self.cp.stats.reset()
             rate = learning_rate(self.optimizer_config, self.progress.step, self.config.steps)
@@ -117,9 +118,13 @@ class Trainer:
         ]
         clock = {name: getattr(self.cp.stats, name) for name in ("attention_ms", "exposed_exchange_ms", "wait_ms")}
         own = {"step_ms": step_ms, **clock, "loader_ms": loader_ms}
-        largest = self.ranks.max(*own.values(), *planned)
+        digests = [pack.digest for pack in packs]
+        largest = self.ranks.max(*own.values(), *planned, *digests, *(-digest for digest in digests))
+        self._check_texts(digests, largest[len(own) + len(planned) :])
         times = dict(zip(own, largest, strict=False))
-        imbalance, critical, lost, bound = (sum(largest[len(own) + i :: 4]) / len(packs) for i in range(4))
+        imbalance, critical, lost, bound = (
+            sum(largest[len(own) + i : len(own) + len(planned) : 4]) / len(packs) for i in range(4)
+        )
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {self.progress.step}: the loss is {loss}")
         tokens = sum(pack.size for pack in packs)
@@ -133,6 +138,7 @@ class Trainer:
             "documents": sum(pack.documents for pack in packs),
             "dropped_tokens": self.progress.dropped,
             "carried_tokens": self.progress.carried,
+            "skipped_records": self.progress.skipped,
             "epoch": self.progress.position.epoch,
             **times,
             "tokens_per_s": 1e3 * tokens / times["step_ms"],
@@ -141,3 +147,20 @@ class Trainer:
             "saving": -lost,
             "critical_rows_bound": bound,
         }
+
+    def _check_texts(self, digests: list[int], largest: list[float]) -> None:
+        """Raise ValueError on every rank, naming who differs, where ranks packed different tokens.
+
+        digests: of this rank's packs. largest: their maxima over ranks, then those of their negatives.
+        """
+        if largest[: len(digests)] == [-value for value in largest[len(digests) :]]:
+            return
+        said = self.ranks.gather(digests)
+        most = max(said, key=said.count)
+        others, same = (
+            [str(rank) for rank, each in enumerate(said) if (each == most) is kept] for kept in (False, True)
+        )
+        raise ValueError(
+            f"step {self.progress.step}: rank {', '.join(others)} read other text than rank {', '.join(same)}; "
+            "expected the same files in data.path and the same data.tokenizer on every node, unchanged during a run"
+        )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,8 @@ from flashcp.limits import LONGEST_WAIT_S
 
 __all__ = ["DEVICES", "LONGEST_WAIT_S", "Ranks", "Replica", "exit_code", "launched_rank", "world"]
 
-Told = TypeVar("Told")
 DEVICES = ("auto", "cpu", "cuda")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Ranks:
         """Wait until every rank is here."""
         self.sum(0.0)
 
-    def told(self, make: Callable[[], Told]) -> Told:
+    def told(self, make: Callable[[], Value]) -> Value:
         """What rank 0 makes, on all ranks; where that is a ValueError, all raise it. Every rank must call it."""
-        said: list[Told | ValueError | None] = [None]
+        said: list[Value | ValueError | None] = [None]
         if self.rank == 0:
             try:
                 said = [make()]
@@ -68,6 +68,14 @@ class Ranks:
         if isinstance(said[0], ValueError):
             raise said[0]
         return said[0]  # type: ignore[return-value]
+
+    def gather(self, value: Value) -> list[Value]:
+        """Each rank's value, a plain object, in rank order. Every rank must call it."""
+        if not dist.is_initialized():
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def replica(self, replicas: int) -> Replica:
         """This rank's replica of `replicas` equal ones, of consecutive ranks. Every rank must call it."""

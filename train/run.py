@@ -23,12 +23,15 @@ from flashcp.options import planner
 from flashcp.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.documents import read_documents
+from flashcp.train.data.files_read import FilesRead
 from flashcp.train.data.loader import Batch, Loader, Share
 from flashcp.train.data.sources import DataConfig, Source, open_source
 from flashcp.train.data.tokenizer import Tokenizer, load_tokenizer
 from flashcp.train.data.windows import pack_documents
 from flashcp.train.head_ranks import head_ranks_of
+from flashcp.train.lineage import Lineage
 from flashcp.train.link import SlowedLink, slowed_link
+from flashcp.train.lock import only_writer
 from flashcp.train.loop import Trainer
 from flashcp.train.model import Decoder, ModelConfig
 from flashcp.train.optimizer import build_optimizer
@@ -64,22 +67,26 @@ def prepare(config: TrainConfig, world_size: int) -> Prepared:
     Raises ValueError, naming value, field and legal values, for what cannot run on `world_size` ranks.
     """
     config.check(world_size)
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_token)
+    data = config.data
+    tokenizer = load_tokenizer(data.tokenizer, data.end_token, data.stored_lengths, data.parse_special)
     vocab_size = config.model.vocab_size or -(-tokenizer.vocab_size // 64) * 64
     if vocab_size < tokenizer.vocab_size:
         raise ValueError(
             f"model.vocab_size={vocab_size}: expected 0 or at least the tokenizer's {tokenizer.vocab_size}"
         )
     model = replace(config.model, vocab_size=vocab_size)
-    same_data = ("source", "path", "subset", "split", "text_field", "tokenizer", "end_token", "overflow", "longest")
+    same_data = (
+        *("source", "path", "subset", "split", "text_field", "overflow", "longest"),
+        *("tokenizer", "end_token", "stored_lengths", "parse_special"),
+    )
     identity = {
         "model": {name: value for name, value in vars(model).items() if name != "checkpoint_activations"},
-        "data": {name: getattr(config.data, name) for name in same_data},
+        "data": {name: getattr(data, name) for name in same_data} | {"tokenizer_sha256": tokenizer.digest},
         "run": {"context": config.context},
     }
     checkpoint = find_checkpoint(Path(config.out), config.checkpoint.resume, identity, config.loop.steps)
-    source = open_source(config.data)
-    next(read_documents(source))
+    source = open_source(data)
+    next(read_documents(source, on_bad_record=data.on_bad_record))
     return Prepared(source, tokenizer, model, identity, checkpoint)
 
 
@@ -152,16 +159,24 @@ def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLi
     cp = parallel.operator(config.exchange.name, link.gbps if link else 0.0, replica.group)
     model = Decoder(ready.model, cp, config.seed).to(ranks.device)
     optimizer = build_optimizer(model, config.optimizer)
-    progress = load_checkpoint(ready.checkpoint, model, optimizer) if ready.checkpoint else Progress()
+    read, progress = FilesRead(ready.source.parts), Progress()
+    if ready.checkpoint:
+        go_on = config.checkpoint.on_changed_data
+        progress = load_checkpoint(ready.checkpoint, model, optimizer, read, go_on, ranks)
     data = config.data
-    documents = read_documents(ready.source, data.epochs, progress.position)
+    documents = read_documents(ready.source, data.epochs, progress.position, data.on_bad_record)
     windows = pack_documents(documents, ready.tokenizer, config.context, data.overflow, progress.position, data.longest)
     make_plan = planner(config.sharding, cp.holders)
     share = Share(config.exchange.name, replica.rank, replica.index, replica.count, cp.head_ranks)
     with Loader(windows, make_plan, share, data.prefetch, config.batch_windows, data.plan_workers) as loader:
         batches = _peek(loader, config, progress)
         trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, batches, progress, ranks)
-        with closing(Training(config, trainer, {**ready.identity, **chosen}, link)) as one:
+        lineage = Lineage(Path(config.out), ready.checkpoint)
+        identity = {**ready.identity, **chosen}
+        with (
+            only_writer(lineage.out, ranks),
+            closing(Training(config, trainer, identity, lineage, read, link)) as one,
+        ):
             yield one
 
 
@@ -185,6 +200,8 @@ class Training:
     config: TrainConfig
     trainer: Trainer
     identity: dict[str, Any]
+    lineage: Lineage
+    read: FilesRead
     link: SlowedLink | None
     tracker: Tracker | None = None
     summary: dict[str, Any] | None = None
@@ -196,6 +213,7 @@ class Training:
         shown = {"initial": progress.step, "total": config.loop.steps, "unit": "step"}
         steps = tqdm(trainer.steps(), **shown, disable=not (is_first and config.loop.progress))
         if is_first:
+            self.lineage.begin()
             self.tracker = Tracker(config.tracker, out, asdict(config), progress.step + 1)
             (out / "summary.json").unlink(missing_ok=True)  # an earlier run's
             print(f"transport {cp.transport}: {cp.transport_reason}", file=sys.stderr)
@@ -210,7 +228,8 @@ class Training:
                     self.tracker.log(row)
                 if config.checkpoint.every and progress.step % config.checkpoint.every == 0:
                     model, optimizer, keep = trainer.model, trainer.optimizer, config.checkpoint.keep
-                    save_checkpoint(out, keep, self.identity, model, optimizer, progress, trainer.ranks)
+                    written = (model, optimizer, progress, self.read)
+                    save_checkpoint(self.lineage, keep, self.identity, *written, trainer.ranks)
                 yield row
 
     def finish(self, **more: Any) -> dict[str, Any] | None:
@@ -233,6 +252,8 @@ class Training:
             "config": asdict(self.config),
         }
         write_json(out / "summary.json", self.summary)
+        if skipped := self.trainer.progress.skipped:
+            print(f"{skipped} bad records were skipped (data.on_bad_record=skip)", file=sys.stderr)
         if self.config.profile:
             print(f"traces of the ranks: {out / TRACE} (open one in ui.perfetto.dev)", file=sys.stderr)
         return self.summary

@@ -40,6 +40,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "labelled_tokens": sum(row["labelled_tokens"] for row in rows),
         "dropped_tokens": last["dropped_tokens"],
         "carried_tokens": last["carried_tokens"],
+        "skipped_records": last["skipped_records"],
     }
 
 

@@ -59,8 +59,11 @@ class Tracker:
         self._tell_wandb(lambda run: run.finish(exit_code=0 if summary else 1))
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:  # the system does not say which file
+            raise OSError(error.errno, error.strerror, self._file.name) from None
 
     def _tell_wandb(self, action: Callable[[Any], None]) -> None:
         run, self._run = self._run, None

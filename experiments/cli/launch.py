@@ -21,6 +21,7 @@ import torch
 from flashcp.experiments.folders import leave_no_trace
 from flashcp.experiments.sweep.results import REFERENCE, digest
 from flashcp.train.config import TrainConfig
+from flashcp.train.lock import check_free
 from flashcp.train.parallel import ExchangeConfig
 from flashcp.train.summary import write_json
 
@@ -108,6 +109,7 @@ def launch(*runs: Run, watch: Callable[[], None] | None = None) -> Outcome:
     made = list(dict.fromkeys(place for run in runs for place in (run.out, *run.out.parents) if not place.exists()))
     configs = [run.out / "config.json" for run in runs]
     for run, config in zip(runs, configs, strict=True):
+        check_free(run.out)
         try:
             run.out.mkdir(parents=True, exist_ok=True)
             write_json(config, dataclasses.asdict(run.config))

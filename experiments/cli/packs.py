@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from flashcp.experiments.cli.schema import DATA, LengthsData, SampledData
+from flashcp.files import read_bounded
 from flashcp.schema import read_dataclass
 from flashcp.sharding.lengths import length_stream
 from flashcp.sharding.packing import Window, pack_lengths
@@ -21,6 +22,7 @@ from flashcp.train.data.tokenizer import load_tokenizer
 from flashcp.train.data.windows import LONGEST_CONTEXT, encode_documents
 
 LENGTH = re.compile(r"(?=.*[1-9])[0-9]{1,18}")  # that int64 holds
+LENGTHS_MIB = 256  # some 40 million lengths
 EXPECTED = "of at most 18 digits"
 
 
@@ -90,8 +92,8 @@ def _lengths(data: LengthsData | SampledData | DataConfig, seed: int) -> list[in
         return _listed(data)
     if isinstance(data, DataConfig):
         data.check()
-        tokenizer = load_tokenizer(data.tokenizer, data.end_token)
-        documents = read_documents(open_source(data), epochs=data.epochs or 1)
+        tokenizer = load_tokenizer(data.tokenizer, data.end_token, data.stored_lengths, data.parse_special)
+        documents = read_documents(open_source(data), data.epochs or 1, on_bad_record=data.on_bad_record)
         return (len(tokens) for tokens, _ in encode_documents(documents, tokenizer, data.longest))
     if seed < 0:
         raise ValueError(f"seed={seed}: expected a whole number >= 0")
@@ -111,9 +113,8 @@ def _listed(data: LengthsData) -> list[int]:
     if data.lengths:
         return data.lengths
     try:
-        lines = Path(data.path).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise ValueError(f"data.path={data.path!r}: cannot be read ({error.strerror})") from error
+        content = read_bounded(Path(data.path).expanduser(), f"data.path={data.path!r}", LENGTHS_MIB)
+        lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"data.path={data.path!r}: not UTF-8 text; expected one length a line") from error
     told = {number: line.strip() for number, line in enumerate(lines, start=1) if line.strip()}

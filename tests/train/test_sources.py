@@ -6,7 +6,9 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 import zstandard
 
 from flashcp.train.data.sources import SOURCES, DataConfig, Source, open_source
+from flashcp.train.data.tokenizer import load_tokenizer
 
 TEXTS = ["first", "zweites: äöü", "third\nwith a line break", "4"]
 
@@ -184,3 +187,67 @@ def test_a_missing_package_is_one_clear_line(source: str, package: str, monkeypa
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf"needs the package {package.split('.')[0]}: pip install"):
         open_source(DataConfig(source=source, path="somewhere"))
+
+
+def test_text_is_what_the_file_holds(tmp_path: Path) -> None:
+    content = b"\xef\xbb\xbfone\r\ntwo\rthree\n\x00\x0c\xc2\x85end"
+    (tmp_path / "a.txt").write_bytes(content)
+    (text,) = read_all(open_source(DataConfig(source="text", path=str(tmp_path))))
+    assert bytes(load_tokenizer("bytes").encode(text)[:-1].tolist()) == content
+
+
+BAD_LINES = [b'{"text": null}', b"not json", b'{"body": "x"}', b'{"text": "\xff"}', b"[" * 100_000, b'"' + b"x" * 2**20]
+
+
+def test_bad_records_are_passed_over_and_told(tmp_path: Path) -> None:
+    lines = [line for bad, good in zip(BAD_LINES, TEXTS * 2, strict=False) for line in (bad, lines_of([good]).strip())]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*lines, BAD_LINES[0]]))
+    source = open_source(DataConfig(source="jsonl", path=str(tmp_path), record_mib=1))
+    told: list[ValueError] = []
+    assert list(source.read(0, 0, told.append)) == (TEXTS * 2)[: len(BAD_LINES)]
+    numbers = [int(str(error).split("a.jsonl:")[1].split(":")[0]) for error in told]
+    assert numbers == [1, 3, 5, 7, 9, 11, 13]
+    assert str(told[5]).endswith("a.jsonl:11: a line of more than data.record_mib=1 MiB")
+    for skip in range(2 * len(BAD_LINES) + 2):  # bad records count as records
+        assert list(source.read(0, skip, told.append)) == (TEXTS * 2)[skip // 2 : len(BAD_LINES)]
+    with pytest.raises(ValueError, match=r"a\.jsonl:11: a line of more than data\.record_mib=1 MiB"):
+        list(source.read(0, 10))
+
+
+def test_bad_rows_and_files_are_passed_over(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b", "x" * (2**20 + 1)]}), tmp_path / "a.parquet")
+    told: list[ValueError] = []
+    rows = open_source(DataConfig(source="parquet", path=str(tmp_path / "a.parquet"), record_mib=1))
+    assert list(rows.read(0, 0, told.append)) == ["a", "b"]
+    for name, content in (("a.txt", b"\xff"), ("b.txt", b"fine"), ("c.txt", b"x" * (2**20 + 1))):
+        (tmp_path / name).write_bytes(content)
+    files = open_source(DataConfig(source="text", path=str(tmp_path / "*.txt"), record_mib=1))
+    assert [text for part in range(3) for text in files.read(part, 0, told.append)] == ["fine"]
+    assert [str(error).rpartition("/")[2][:25] for error in told] == [
+        "column 'text' holds None:",
+        "a row of more than data.r",
+        "a.txt: not UTF-8 text (by",
+        "c.txt: more than data.rec",
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_compressed_line_without_end_takes_bounded_memory(suffix: str, tmp_path: Path) -> None:
+    bomb = tmp_path / f"bomb.jsonl{suffix}"
+    bomb.write_bytes(COMPRESS[suffix](bytes(300 * 2**20)))
+    assert bomb.stat().st_size < 2**20
+    texts = open_source(DataConfig(source="jsonl", path=str(bomb), record_mib=4)).read(0, 0)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"bomb\.jsonl\{suffix}:1: a line of more than data\.record_mib=4 MiB"):
+        next(texts)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 40 * 2**20
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+def test_a_pipe_and_a_device_are_no_files(kind: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    for path, what in ((tmp_path / "pipe.txt", "a pipe"), (Path("/dev/zero"), "a device")):
+        with pytest.raises(ValueError, match=rf"^data\.path='{path}': {what}, expected a file$"):
+            open_source(DataConfig(source=kind, path=str(path)))

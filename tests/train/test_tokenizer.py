@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,35 @@ def test_a_file_of_the_tokenizers_package(words: str) -> None:
     assert plain.vocab_size == 5
     assert plain.encode("hello there world").tolist() == [1, 0, 2]
     assert load_tokenizer(words, "<end>").encode("world").tolist() == [2, 3]
+
+
+def test_stored_padding_and_truncation_do_not_count_unless_asked_for(words: str) -> None:
+    stored = tokenizers.Tokenizer.from_file(words)
+    stored.enable_padding(pad_id=3, pad_token="<end>", length=6)
+    stored.enable_truncation(2)
+    stored.save(words)
+    plain = load_tokenizer(words, "<end>")
+    assert plain.encode("hello hello world world").tolist() == [1, 1, 2, 2, 3]
+    assert plain.encode("world").tolist() == [2, 3]  # no pad token is trained on
+    assert plain.note.endswith("words.json': its stored padding and truncation is switched off (data.stored_lengths)")
+    as_stored = load_tokenizer(words, "<end>", stored_lengths=True)
+    assert as_stored.encode("hello hello world world").tolist() == [1, 1, 3, 3, 3, 3, 3]
+    assert (as_stored.note, load_tokenizer("bytes").note) == ("", "")
+
+
+def test_a_special_token_spelled_in_text_is_text(words: str) -> None:
+    marked = tokenizers.Tokenizer.from_file(words)
+    marked.add_special_tokens(["<end>"])
+    marked.save(words)
+    assert load_tokenizer(words, "<end>").encode("hello <end> world").tolist() == [1, 0, 0, 0, 2, 3]  # < end > unknown
+    assert load_tokenizer(words, "<end>", parse_special=True).encode("hello <end> world").tolist() == [1, 3, 2, 3]
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "pipe.json"])
+def test_a_file_without_end_is_no_tokenizer(path: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"data\.tokenizer='.*': cannot be read .*(a device|a pipe), expected a file"):
+        load_tokenizer(str(tmp_path / path))
 
 
 def test_errors_name_the_field(words: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -34,7 +35,7 @@ class Batch:
     tokens]; positions count from 0 in each document of the pack. plan, route: of the replica's whole pack.
     The others are of all replicas together. size: tokens. documents: their number.
     labelled: labelled tokens, the loss's denominator. heaviness: the replica's work over the mean of the replicas.
-    dropped, carried, position: see TokenWindow.
+    dropped, carried, skipped, position: see TokenWindow. digest: CRC-32 of all tokens and lengths, of all replicas.
     """
 
     tokens: torch.Tensor
@@ -48,7 +49,9 @@ class Batch:
     heaviness: float
     dropped: int
     carried: int
+    skipped: int
     position: Position
+    digest: int
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
@@ -94,7 +97,9 @@ def make_batch(windows: Sequence[TokenWindow], share: Share, plan: ShardingPlan)
         heaviness=int(plan.work.sum()) * share.replicas / work,
         dropped=whole.dropped,
         carried=whole.carried,
+        skipped=whole.skipped,
         position=whole.position,
+        digest=zlib.crc32(whole.document_lengths.data, zlib.crc32(whole.tokens.data)),
     )
 
 

@@ -18,13 +18,24 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
+from flashcp.files import MIB, check_regular
 from flashcp.limits import Count, Natural, one_of
 from flashcp.sharding.lengths import LENGTH_DATA
 from flashcp.sharding.packing import OVERFLOWS
 
 BATCH_ROWS = 256  # of a Parquet file
 JSON_NAMES = tuple(stem + end for stem in (".jsonl", ".ndjson", ".json") for end in ("", ".gz", ".bz2", ".xz", ".zst"))
+ON_BAD_RECORD = ("stop", "skip")
 NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
+
+
+BadRecord = Callable[[ValueError], None]
+"""Is told of a record that holds no text or too much; reading goes on after it where this returns."""
+
+
+def stop(error: ValueError) -> None:
+    """The first bad record ends the reading."""
+    raise error
 
 
 @dataclass
@@ -36,8 +47,12 @@ class DataConfig:
     text_field: str = "text"
     subset: str = ""
     split: str = "train"
+    on_bad_record: Annotated[str, one_of(ON_BAD_RECORD)] = "stop"
+    record_mib: Count = 64
     tokenizer: str = "bytes"
     end_token: str = ""
+    stored_lengths: bool = False
+    parse_special: bool = False
     overflow: Annotated[str, one_of(OVERFLOWS)] = "truncate"
     longest: Natural = 0
     epochs: Natural = 0
@@ -58,8 +73,9 @@ class Source(Protocol):
 
     parts: list[str]
 
-    def read(self, part: int, skip: int) -> Iterator[str]:
-        """Texts of one part in order, without the first `skip`. Raises ValueError for what it cannot read."""
+    def read(self, part: int, skip: int, bad: BadRecord = stop) -> Iterator[str]:
+        """Texts of one part in order, without the first `skip` records. Raises ValueError for what it cannot read, bad
+        records left to `bad`."""
         ...
 
 
@@ -82,6 +98,8 @@ def find_files(path: str, suffixes: Sequence[str] = ("",)) -> list[Path]:
     else:
         shown = (Path(match) for match in glob.glob(str(place), recursive=True))
         missing = f"data.path={path!r}: no such file or directory, and no file matches it as a glob"
+        if place.exists():
+            check_regular(place, f"data.path={path!r}")  # a pipe, a device
     files = sorted(file for file in shown if file.is_file())
     if not files:
         raise ValueError(missing)
@@ -108,28 +126,38 @@ def needed(package: str, by: str, install: str = "") -> Any:
         raise ValueError(f"{by} needs the package {name}: pip install {install or name}") from error
 
 
+Records = Callable[[Path, int, BadRecord], Iterator[str]]
+
+
 class Files:
     """Files, each a part. records: the texts of a file in order, without so many of the first."""
 
-    def __init__(self, files: Sequence[Path], records: Callable[[Path, int], Iterator[str]]) -> None:
+    def __init__(self, files: Sequence[Path], records: Records) -> None:
         self._files, self._records = files, records
         self.parts = [str(file) for file in files]
 
-    def read(self, part: int, skip: int) -> Iterator[str]:
-        return self._records(self._files[part], skip)
+    def read(self, part: int, skip: int, bad: BadRecord = stop) -> Iterator[str]:
+        return self._records(self._files[part], skip, bad)
 
 
-def whole_text(file: Path, skip: int) -> Iterator[str]:
-    """A document a file. Raises ValueError naming the file when it cannot be read or is not UTF-8."""
+def whole_text(most_mib: int, file: Path, skip: int, bad: BadRecord) -> Iterator[str]:
+    """A document a file, as its bytes are. It is bad, and named, when it is not UTF-8 or of more than so many MiB.
+    Raises ValueError when it cannot be read."""
+    if skip:
+        return
     try:
-        if skip == 0:
-            yield file.read_text(encoding="utf-8")
+        with file.open("rb") as opened:
+            content = opened.read(most_mib * MIB + 1)
+        if len(content) > most_mib * MIB:
+            bad(ValueError(f"{file}: more than data.record_mib={most_mib} MiB"))
+            return
+        text = content.decode()  # not read as text, which would turn \r\n into \n
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file}: not UTF-8 text (byte {error.start}); name the files to read with a glob in data.path"
-        ) from error
+        bad(ValueError(f"{file}: not UTF-8 text (byte {error.start}); name the files to read with a glob in data.path"))
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
+    else:
+        yield text
 
 
 @cache  # a sweep opens the source for each of its runs
@@ -142,19 +170,30 @@ def stdlib_files() -> list[Path]:
     return sorted(files)
 
 
-def json_lines(text_field: str, file: Path, skip: int) -> Iterator[str]:
-    """An object a line, one field of it the text; blank lines are no records. A bad line raises ValueError naming
-    file:line."""
+def json_lines(text_field: str, most_mib: int, file: Path, skip: int, bad: BadRecord) -> Iterator[str]:
+    """An object a line, one field of it the text; blank lines are no records. A bad line is named by file:line, one of
+    more than so many MiB among them."""
     number = 0
     try:
         with open_binary(file) as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
+            for number, line in enumerate(iter(partial(lines.readline, most_mib * MIB + 1), b""), start=1):
+                is_whole = len(line) <= most_mib * MIB
+                if is_whole and not line.strip():
                     continue
+                place, text = f"{file}:{number}", None
                 if skip:
                     skip -= 1
                 else:
-                    yield _text_of(line, text_field, f"{file}:{number}")
+                    try:
+                        if not is_whole:
+                            raise ValueError(f"{place}: a line of more than data.record_mib={most_mib} MiB")
+                        text = _text_of(line, text_field, place)
+                    except ValueError as error:
+                        bad(error)
+                while not is_whole and not line.endswith(b"\n") and line:  # to its end
+                    line = lines.readline(MIB)
+                if text is not None:
+                    yield text
     except ValueError:
         raise
     except Exception as error:  # every decompressor has its own
@@ -176,11 +215,11 @@ def _text_of(line: bytes, text_field: str, place: str) -> str:
     raise ValueError(f"{place}: no text in data.text_field={text_field!r}; it has: {found or 'nothing'}")
 
 
-def parquet_files(path: str, text_field: str) -> Files:
+def parquet_files(path: str, text_field: str, most_mib: int) -> Files:
     """A row a document, one column the text. Raises ValueError for files or columns that are not."""
     parquet = needed("pyarrow.parquet", "data.source='parquet'", "'flashcp[parquet]'")
 
-    def records(file: Path, skip: int) -> Iterator[str]:
+    def records(file: Path, skip: int, bad: BadRecord) -> Iterator[str]:
         try:
             with parquet.ParquetFile(file) as table:
                 names = table.schema_arrow.names
@@ -193,8 +232,11 @@ def parquet_files(path: str, text_field: str) -> Files:
                         texts = (text for batch in batches for text in batch.column(0).to_pylist())
                         for text in itertools.islice(texts, skip, None):
                             if not isinstance(text, str):
-                                raise ValueError(f"column {text_field!r} holds {text!r}: expected text")
-                            yield text
+                                bad(ValueError(f"column {text_field!r} holds {text!r}: expected text"))
+                            elif len(text) > most_mib * MIB:
+                                bad(ValueError(f"a row of more than data.record_mib={most_mib} MiB"))
+                            else:
+                                yield text
                     skip = max(0, skip - rows)
         except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
             raise ValueError(f"{file}: {str(error).splitlines()[0]}") from error
@@ -218,20 +260,22 @@ class HuggingFaceSource:
         self._text_field = text_field
         self.parts = [f"{name}/{subset}/{split}" if subset else f"{name}/{split}"]
 
-    def read(self, part: int, skip: int) -> Iterator[str]:
+    def read(self, part: int, skip: int, bad: BadRecord = stop) -> Iterator[str]:
         for row in self._rows.skip(skip):
-            if not isinstance(row.get(self._text_field), str):
-                raise ValueError(
-                    f"{self.parts[part]}: no text in data.text_field={self._text_field!r}; it has: {', '.join(row)}"
-                )
-            yield row[self._text_field]
+            if isinstance(row.get(self._text_field), str):
+                yield row[self._text_field]
+            else:
+                has = ", ".join(row)
+                bad(ValueError(f"{self.parts[part]}: no text in data.text_field={self._text_field!r}; it has: {has}"))
 
 
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {
-    "stdlib": lambda data: Files(stdlib_files(), whole_text),
-    "text": lambda data: Files(find_files(data.path), whole_text),
-    "jsonl": lambda data: Files(find_files(data.path, JSON_NAMES), partial(json_lines, data.text_field)),
-    "parquet": lambda data: parquet_files(data.path, data.text_field),
+    "stdlib": lambda data: Files(stdlib_files(), partial(whole_text, data.record_mib)),
+    "text": lambda data: Files(find_files(data.path), partial(whole_text, data.record_mib)),
+    "jsonl": lambda data: Files(
+        find_files(data.path, JSON_NAMES), partial(json_lines, data.text_field, data.record_mib)
+    ),
+    "parquet": lambda data: parquet_files(data.path, data.text_field, data.record_mib),
     "huggingface": lambda data: HuggingFaceSource(data.path, data.subset, data.split, data.text_field),
 }
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from flashcp.files import read_bounded
 from flashcp.train.data.sources import needed
+
+TOKENIZER_MIB = 256
 
 
 class Tokenizer(Protocol):
-    """Token numbers are below vocab_size."""
+    """Token numbers are below vocab_size. digest: SHA-256 of what it was made from; empty for bytes. note: what of its
+    file does not count, to be told once."""
 
     vocab_size: int
+    digest: str
+    note: str
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of one document, its end mark included, int64 [tokens]."""
@@ -24,25 +31,37 @@ class BytesTokenizer:
     """A token a byte of UTF-8; 256 ends the document. Lone surrogates, which UTF-8 has not, become '?'."""
 
     vocab_size = 257
+    digest = note = ""
     END = 256
 
     def encode(self, text: str) -> np.ndarray:
-        tokens = np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
-        return np.append(tokens.astype(np.int64), self.END)
+        content = text.encode("utf-8", errors="replace")
+        tokens = np.empty(len(content) + 1, dtype=np.int64)
+        tokens[:-1], tokens[-1] = np.frombuffer(content, dtype=np.uint8), self.END
+        return tokens
 
 
 class FileTokenizer:
     """A tokenizer of the tokenizers package, from a JSON file or by its name on the Hugging Face hub.
 
     The marks that its own template would add are left out; `end_token`, when given, closes every document.
+    stored_lengths: pad and truncate as the file says; else its padding and truncation are switched off, which would
+    train on pad tokens and lose ends of documents. parse_special: a special token that a document spells becomes the
+    mark; else it is text.
     """
 
-    def __init__(self, name: str, end_token: str = "") -> None:
+    def __init__(
+        self, name: str, end_token: str = "", stored_lengths: bool = False, parse_special: bool = False
+    ) -> None:
         library = needed("tokenizers", f"data.tokenizer={name!r}").Tokenizer
         path = Path(name).expanduser()
         is_file = path.is_file() or name.endswith(".json") or name.startswith((".", "/", "~"))
         try:
-            self._library = library.from_file(str(path)) if is_file else library.from_pretrained(name)
+            self._library = (
+                library.from_buffer(read_bounded(path, str(path), TOKENIZER_MIB))
+                if is_file
+                else library.from_pretrained(name)
+            )
         except Exception as error:  # the package raises bare Exceptions, the hub its own
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             place = "as a tokenizers JSON file" if is_file else "from the Hugging Face hub"
@@ -51,19 +70,31 @@ class FileTokenizer:
                 "expected bytes, the path of such a file or a name on the hub"
             ) from error
         self.vocab_size = self._library.get_vocab_size(with_added_tokens=True)
+        self.note = self._without_lengths(name) if not stored_lengths else ""
+        self._library.encode_special_tokens = not parse_special
+        self.digest = hashlib.sha256(self._library.to_str().encode()).hexdigest()
         end = self._library.token_to_id(end_token) if end_token else None
         if end_token and end is None:
             raise ValueError(f"data.end_token={end_token!r} is not in the vocabulary of {name}")
         self._end = [] if end is None else [end]
 
+    def _without_lengths(self, name: str) -> str:
+        settings = {"padding": self._library.padding, "truncation": self._library.truncation}
+        self._library.no_padding()
+        self._library.no_truncation()
+        stored = " and ".join(kind for kind, value in settings.items() if value)
+        return f"data.tokenizer={name!r}: its stored {stored} is switched off (data.stored_lengths)" if stored else ""
+
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._library.encode(text, add_special_tokens=False).ids + self._end, dtype=np.int64)
 
 
-def load_tokenizer(name: str, end_token: str = "") -> Tokenizer:
+def load_tokenizer(
+    name: str, end_token: str = "", stored_lengths: bool = False, parse_special: bool = False
+) -> Tokenizer:
     """`bytes`, a file, or a name on the Hugging Face hub. Raises ValueError for what cannot be read."""
     if name == "bytes":
         if end_token:
             raise ValueError(f"data.end_token={end_token!r}: the bytes tokenizer has its own, leave it empty")
         return BytesTokenizer()
-    return FileTokenizer(name, end_token)
+    return FileTokenizer(name, end_token, stored_lengths, parse_special)

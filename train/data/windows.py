@@ -25,6 +25,7 @@ class TokenWindow:
     last token has none, also where a document was cut at the window's end.
     document_lengths: int64 [documents]. position: where reading goes on after this window.
     dropped, carried: tokens of the last document left out, tokens that continue an earlier window's document.
+    skipped: bad records passed over on the way to the last document.
     """
 
     tokens: np.ndarray
@@ -33,6 +34,7 @@ class TokenWindow:
     position: Position
     dropped: int
     carried: int
+    skipped: int = 0
 
     @property
     def labelled(self) -> int:
@@ -46,8 +48,8 @@ def join_windows(windows: Sequence[TokenWindow]) -> TokenWindow:
         np.concatenate([getattr(window, name) for window in windows])
         for name in ("tokens", "labels", "document_lengths")
     )
-    dropped, carried = (sum(getattr(window, name) for window in windows) for name in ("dropped", "carried"))
-    return TokenWindow(tokens, labels, lengths, windows[-1].position, dropped, carried)
+    counts = (sum(getattr(window, name) for window in windows) for name in ("dropped", "carried", "skipped"))
+    return TokenWindow(tokens, labels, lengths, windows[-1].position, *counts)
 
 
 def encode_documents(
@@ -57,15 +59,17 @@ def encode_documents(
 
     longest: 0 keeps all. Raises ValueError when a whole reading of the documents leaves none.
     """
-    kept, first_epoch = False, None
+    kept, first_epoch, skipped = False, None, 0
     for document in documents:
         first_epoch = document.position.epoch if first_epoch is None else first_epoch
         if not kept and document.position.epoch > first_epoch + 1:  # the first reading may have begun midway
             raise ValueError(f"data.longest={longest}: no document has between 1 and {longest} tokens")
         tokens = tokenizer.encode(document.text)
+        skipped += document.skipped
         if len(tokens) and (not longest or len(tokens) <= longest):
             kept = True
-            yield tokens, document
+            yield tokens, document._replace(skipped=skipped)
+            skipped = 0
 
 
 def pack_documents(
@@ -82,10 +86,12 @@ def pack_documents(
     longest: see encode_documents.
     """
     held: dict[int, tuple[np.ndarray, Document]] = {}
+    skipped = 0
 
     def lengths() -> Iterator[int]:
         for number, encoded in enumerate(encode_documents(documents, tokenizer, longest)):
-            held[number] = encoded
+            nonlocal skipped
+            held[number], skipped = encoded, skipped + encoded[1].skipped
             yield len(encoded[0])
 
     first_start = start.token if start else 0
@@ -102,4 +108,5 @@ def pack_documents(
             held = {}
         labels = np.roll(tokens, -1)  # the next token of the same piece
         labels[np.cumsum(window.document_lengths) - 1] = NO_LABEL
-        yield TokenWindow(tokens, labels, window.document_lengths, position, window.dropped, window.carried)
+        yield TokenWindow(tokens, labels, window.document_lengths, position, window.dropped, window.carried, skipped)
+        skipped = 0

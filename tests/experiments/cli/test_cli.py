@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -172,6 +173,16 @@ def test_bad_input_is_one_line(refused: Callable[..., str], verb: str, words: st
 def test_bad_file_of_lengths_is_one_line(refused: Callable[..., str], tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "lengths.txt").write_text(line)
     assert refused("plan", "data=lengths", "data.path=lengths.txt").startswith(message)
+
+
+@pytest.mark.parametrize("key", ["data=lengths data.path", "cluster_file"])
+@pytest.mark.parametrize(("path", "what"), [("/dev/zero", "a device"), ("pipe", "a pipe")])
+def test_a_file_without_end_is_one_line(
+    refused: Callable[..., str], tmp_path: Path, key: str, path: str, what: str
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    message = f"{key.split()[-1]}={path!r}: {what}, expected a file"
+    assert refused("simulate", *f"{key}={path}".split()).startswith(message)
 
 
 @pytest.mark.parametrize("verb", ["train", "sweep"])
