@@ -1,4 +1,4 @@
-"""What surrounds the forward on Hopper, without one: its launch is played, notes of halves at random included."""
+"""What surrounds the kernels on Hopper, without one: launches are played, notes of halves at random included."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flashcp.kernels import launch
 from flashcp.kernels.interface import KV
 from flashcp.kernels.launch import TritonAttention, _hopper_takes
 from flashcp.kernels.schedule import whole_pack_schedule
-from flashcp.kernels.tuning import HOPPER_GAIN, TABLE, Blocks, Pass, choose, tile_heads
+from flashcp.kernels.tuning import HOPPER_GAIN, TABLE, Blocks, Pass, Tuning, choose, tile_heads
 from tests.interpreter import interpreted
 
 PACKS = ((50, 20, 40, 30, 60, 30), (64, 64, 10, 3, 50, 1, 100, 4, 30), (40, 40, 40, 1, 1, 1, 1, 1, 130))
@@ -137,3 +137,66 @@ def test_a_faster_kernel_is_left_for_short_documents_alone() -> None:
     packed = whole_pack_schedule(np.array([300, 200, 100] * 8))
     assert tile_heads(Pass.FORWARD, long, packed, 4) == 4
     assert tile_heads(Pass.FORWARD, long, packed, 4, HOPPER_GAIN) == 1
+
+
+class PlayedBackward:
+    """dK and dV of each tile of keys and what they give to dQ, from exact gradients of the scores [H, T, T]."""
+
+    def __init__(self, q: Tensor, kv: KV, grad: Tensor, lengths: Sequence[int]) -> None:
+        q, k, v, grad = (x.double().transpose(0, 1) for x in (q, *kv, grad))
+        document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        seen = (document[:, None] == document) & torch.ones(len(document), len(document)).tril().bool()
+        scores = (q @ k.mT * HEAD_DIM**-0.5).masked_fill(~seen, -torch.inf)
+        weights = scores.softmax(-1)
+        pull = weights * (grad @ v.mT - (grad * (weights @ v)).sum(-1, keepdim=True))  # [H, T, T]
+        self.pull, self.q, self.k = pull, q, k
+        self.dv = (weights.mT @ grad).sum(0)
+        self.tiles = 0
+
+    def __call__(
+        self, q: Tensor, local: KV, received: KV, grad_out: Tensor, row_terms: Tensor, sums_q: Tensor,
+        outputs: Sequence[Tensor], tables: Sequence[Tensor], scale: float,
+    ) -> None:  # fmt: skip
+        assert scale == pytest.approx(HEAD_DIM**-0.5 / math.log(2))
+        for index, row, stop, *_ in tables[0].tolist():
+            assert index == 0, "a tile of received rows where there are none"
+            keys = slice(row, stop)
+            sums_q += (self.pull[:, :, keys] @ self.k[:, keys]).transpose(0, 1)
+            outputs[0][keys, 0] = ((self.pull[:, :, keys].mT @ self.q).sum(0) * HEAD_DIM**-0.5).to(outputs[0].dtype)
+            outputs[1][keys, 0] = self.dv[keys].to(outputs[1].dtype)
+            self.tiles += 1
+
+
+def worst_gradient(parts: bool) -> tuple[float, list[int]]:
+    """The largest error of gradients where Hopper's kernel has the long documents, and its tiles of each pack."""
+    worst, tiles = 0.0, list[int]()
+    for lengths in (*PACKS, (300, 20, 30, 65), (10, 20)):
+        random = torch.Generator().manual_seed(2)
+        shapes = (2, 1, 1, 2)
+        q, k, v, grad = (torch.randn(sum(lengths), n, HEAD_DIM, generator=random).half() for n in shapes)
+        leaves = [x.double().requires_grad_() for x in (q, k, v)]
+        exact = torch.autograd.grad(flashcp.reference_attention(*leaves, lengths), leaves, grad.double())
+        inputs = q, KV(k, v), KV(k[:0], v[:0])
+        schedule, scale = whole_pack_schedule(np.array(lengths)), HEAD_DIM**-0.5
+        out, lse = TritonAttention().attend(*inputs, schedule, scale)
+        played, left = PlayedBackward(q, KV(k, v), grad, lengths), list[Tensor]()
+        with (
+            mock.patch("flashcp.kernels.hopper_backward.launch_hopper_backward", played),
+            mock.patch.object(launch, "_is_hopper", return_value=True),
+        ):
+            kernel = TritonAttention(Tuning(deterministic=False))
+            how = (torch.float32, lambda rows, left=left: left.append(rows)) if parts else ()
+            found = kernel.gradients(grad, *inputs, out, lse, schedule, scale, *how)
+        assert len(left) == parts
+        worst = max(
+            worst, *(float((a.double() - b).abs().max()) for a, b in zip((found.q, *found.local), exact, strict=True))
+        )
+        tiles.append(played.tiles)
+    return worst, tiles
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_long_documents_go_to_the_one_backward_kernel_and_lone_short_ones_do_not(parts: bool) -> None:
+    error, tiles = interpreted(worst_gradient, parts)
+    assert error < 1e-2
+    assert tiles == [0, 1, 2, 4, 0]  # of 128 rows: none, 100, 130, 300 and 65 tokens, none
