@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,10 +29,23 @@ from flashcp.experiments.lab.quotas import Quotas
 NAME = "flashcp-lab"
 SWITCH = "fcplab"  # a network device has 15 letters at most
 LOCK = Path("/run/flashcp-lab.lock")
-TOOLS = ("ip", "tc", "nsenter", "unshare")
+TOOLS = ("ip", "tc", "nsenter", "unshare", "mount", "hostname")
+MOST_NODES = 250  # addresses of a /24
 MTU = 9000  # bytes: headers are under 1% of what is sent
 LONGEST_QUEUE = 64 << 20
 """Bytes that wait at a bucket: more than all connections of a node have under way, so that none is dropped."""
+
+
+OURS = re.compile(rf"{NAME}-[0-9]+|{SWITCH}[0-9]*")
+"""Names of what a lab makes; somebody else's `flashcp-lab-mine` is left alone."""
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+REACH = """
+import errno, socket, sys
+with socket.socket() as peer:
+    peer.settimeout(float(sys.argv[2]))
+    sys.exit(peer.connect_ex((sys.argv[1], 9)) != errno.ECONNREFUSED)
+"""
+"""Nobody listens there: a node that is reached says so."""
 
 
 class LabError(RuntimeError):
@@ -115,15 +129,18 @@ def built_nodes(count: int, ranks_per_node: int, link: Link, cores: float) -> It
 
     cores: of all ranks together, in equal shares. Raises LabError where they cannot be built.
     """
-    if not 1 <= count <= 250:
-        raise ValueError(f"nodes={count}: expected 1 to 250")
-    _check_tools()
+    if not 1 <= count <= MOST_NODES:
+        raise ValueError(f"nodes={count}: expected 1 to {MOST_NODES}")
+    check_tools()
     with _lock(), _ended_by_signals():
         remove_leftovers()
         try:
-            yield _build_all(count, ranks_per_node, link, cores)
+            nodes = _build_all(count, ranks_per_node, link, cores)
+            check_reach(nodes)
+            yield nodes
         finally:
-            remove_leftovers()
+            with _undisturbed():
+                remove_leftovers()
 
 
 def _build_all(count: int, ranks_per_node: int, link: Link, cores: float) -> list[Node]:
@@ -162,16 +179,37 @@ def _shape(where: Sequence[str], device: str, gbps: float, verb: str) -> None:
     _run("tc", *where, "qdisc", verb, "dev", device, "root", "handle", "1:", *bucket)
 
 
+def check_reach(nodes: Sequence[Node]) -> None:
+    """Raise LabError where what the last node sends the first does not come."""
+    first, last = nodes[0], nodes[-1]
+    patience_s = 5 + 4e-6 * last.link.delay_us
+    enter = ["nsenter", f"--net=/run/netns/{last.name}"]
+    command = [*enter, sys.executable, "-c", REACH, first.address, str(patience_s)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        raise LabError(
+            "the lab needs a bridge that carries packets, and here they are lost: a firewall may see them (Docker's "
+            "does); `sysctl net.bridge.bridge-nf-call-iptables=0` keeps it from bridges"
+        )
+
+
 def remove_leftovers() -> None:
-    """Remove everything that bears the lab's name: processes, control groups, namespaces, links, the switch."""
-    Quotas.remove(NAME)
+    """Remove everything that bears the lab's name: processes, control groups, namespaces, links, the switch.
+
+    Raises LabError at the end where a part cannot be removed; the others are."""
+    left = ""
+    try:
+        Quotas.remove(NAME)
+    except OSError as error:
+        left = f"a process of an earlier lab does not end, or its control group stays: {error}"
     for entry in json.loads(_run("ip", "-json", "netns", "list") or "[]"):
-        if entry["name"].startswith(f"{NAME}-"):
+        if OURS.fullmatch(entry["name"]):
             _run("ip", "netns", "delete", entry["name"])
     # A namespace takes its links along, but in its own time.
     for entry in json.loads(_run("ip", "-json", "link", "show") or "[]"):
-        if entry["ifname"].startswith(SWITCH):
+        if OURS.fullmatch(entry["ifname"]):
             subprocess.run(["ip", "link", "delete", entry["ifname"]], capture_output=True, check=False)
+    if left:
+        raise LabError(left)
 
 
 @contextmanager
@@ -190,22 +228,36 @@ def _lock() -> Iterator[None]:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM ends the lab as Ctrl-C does, with everything removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    """SIGTERM and SIGHUP end the lab as Ctrl-C does, with everything removed, where nobody else took them."""
+    ours = threading.current_thread() is threading.main_thread()
+    taken = [number for number in ENDING if ours and signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
-def _check_tools() -> None:
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals count for nothing meanwhile: a second Ctrl-C would leave half of a lab behind."""
+    ours = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING if ours}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_tools() -> None:
+    """Raise LabError, naming it, where a tool or a right is missing."""
     if os.geteuid() != 0:
         raise LabError("the lab needs root: it makes network namespaces and control groups")
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
-        raise LabError(f"the lab needs {', '.join(missing)}: install iproute2 and util-linux")
+        raise LabError(f"the lab needs {', '.join(missing)}: install iproute2, util-linux and hostname")
 
 
 def _run(*command: str) -> str:
@@ -215,3 +267,19 @@ def _run(*command: str) -> str:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise LabError(f"the lab needs `{' '.join(command)}`, which says: {said}")
     return done.stdout
+
+
+def main() -> int:
+    """Remove what a lab that was killed has left. Exit code 0; 1, with one line, where another one runs."""
+    try:
+        check_tools()
+        with _lock():
+            remove_leftovers()
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
