@@ -115,7 +115,9 @@ def test_whole_steps_have_the_head_ranks_of_their_method() -> None:
         (["out=file"], "file is not a directory"),
     ],
 )
+@pytest.mark.parametrize("verb", [["bench", "lab"], ["sweep", "experiment=lab"]])
 def test_bad_input_leaves_no_file(
+    verb: list[str],
     words: list[str],
     said: str,
     tmp_path: Path,
@@ -126,10 +128,33 @@ def test_bad_input_leaves_no_file(
     (tmp_path / "taken" / "results.csv").mkdir(parents=True)
     (tmp_path / "file").touch()
     before = sorted(tmp_path.rglob("*"))
-    assert main(["bench", "lab", "cores=1", *words]) == 2
+    assert main([*verb, "cores=1", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nodes=4,2,0", "out=lab/${nodes}"], "nodes=0: expected a whole number"),
+        (["nodes=4,2"], "out='outputs/bench/lab': 2 labs would write there"),
+        (["nodes=4,2", "out=${data_set}"], "out='pile': 2 labs would write there"),
+        (["nodes=four,2"], "nodes='four'"),
+    ],
+)
+def test_all_labs_of_a_sweep_are_checked_before_the_first_begins(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "experiment=lab", "cores=1", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_where_no_lab_can_be_built_nothing_is_written(
