@@ -38,6 +38,7 @@ LONGEST_QUEUE = 64 << 20
 
 OURS = re.compile(rf"{NAME}-[0-9]+|{SWITCH}[0-9]*")
 """Names of what a lab makes; somebody else's `flashcp-lab-mine` is left alone."""
+PATIENCE_S = 5.0  # for an answer from another node
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 REACH = """
 import errno, socket, sys
@@ -182,7 +183,7 @@ def _shape(where: Sequence[str], device: str, gbps: float, verb: str) -> None:
 def check_reach(nodes: Sequence[Node]) -> None:
     """Raise LabError where what the last node sends the first does not come."""
     first, last = nodes[0], nodes[-1]
-    patience_s = 5 + 4e-6 * last.link.delay_us
+    patience_s = PATIENCE_S + 4e-6 * last.link.delay_us
     enter = ["nsenter", f"--net=/run/netns/{last.name}"]
     command = [*enter, sys.executable, "-c", REACH, first.address, str(patience_s)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
