@@ -215,7 +215,11 @@ def remove_leftovers() -> None:
 
 @contextmanager
 def _lock() -> Iterator[None]:
-    with LOCK.open("a+") as file:
+    try:
+        opened = LOCK.open("a+")
+    except OSError as error:
+        raise LabError(f"the lab needs {LOCK}, which says that a lab runs: {error.strerror}") from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -224,7 +228,10 @@ def _lock() -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 @contextmanager

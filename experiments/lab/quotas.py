@@ -33,6 +33,8 @@ class Quotas:
         share = share_of(cores, ranks)
         root, version = _controller()
         quotas = cls(root / name, share)
+        if version == 2:  # below it groups have quotas; most machines say so already
+            (root / "cgroup.subtree_control").write_text("+cpu")
         for folder in (quotas.group, quotas.group / "agents", *(quotas.of(rank) for rank in range(ranks))):
             folder.mkdir()
             if version == 2 and folder == quotas.group:
