@@ -158,6 +158,23 @@ def test_what_an_interrupted_lab_leaves_is_gone_at_the_next(ending: signal.Signa
     assert not left()
 
 
+def test_what_a_killed_lab_left_can_be_removed_without_another() -> None:
+    clean = [sys.executable, "-m", "flashcp.experiments.lab.nodes"]
+    with subprocess.Popen([sys.executable, "-c", BUILD], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as builder:
+        assert builder.stdout is not None
+        try:
+            assert builder.stdout.readline() == b"ready\n"
+            refused = subprocess.run(clean, capture_output=True, text=True, check=False)
+            assert refused.returncode == 1
+            assert refused.stderr == f"error: another lab runs on this machine: process {builder.pid}\n"
+        finally:
+            builder.kill()
+    assert left()
+    subprocess.run(clean, check=True)
+    assert not left()
+    assert lab.LOCK.read_text() == ""
+
+
 def test_a_second_ctrl_c_does_not_disturb_the_end() -> None:
     with subprocess.Popen([sys.executable, "-c", BUILD], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as builder:
         assert builder.stdout is not None
