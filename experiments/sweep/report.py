@@ -67,6 +67,10 @@ def main(arguments: Sequence[str]) -> int:
         check_file(page, "page")
         print(f"wrote {write_lab_page(folder, page)}", file=sys.stderr)
         return 0
+    if "page" in options:
+        raise ValueError(
+            f"page={options['page']}: expected the directory above several labs, or the paper's, not {folder}"
+        )
     if not (folder / RESULTS).is_file():
         raise ValueError(f"{folder}: no {RESULTS} in it; expected the directory of a sweep")
     rows = read_rows(folder)

@@ -59,6 +59,8 @@ def test_the_page_shows_what_is_off(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "![measured beside predicted speedups](good/lab.png)" in text
     assert (bad / "lab.png").stat().st_size > 10_000
     capsys.readouterr()
+    assert main(["report", str(good), "page=page.md"]) == 2
+    assert "page=page.md: expected the directory above" in capsys.readouterr().err
     assert main(["report", str(good)]) == 0
     assert "2.00 (1.90 - 2.10)" in capsys.readouterr().out
 
