@@ -141,6 +141,7 @@ def test_bad_input_leaves_no_file(
         (["nodes=4,2"], "out='outputs/bench/lab': 2 labs would write there"),
         (["nodes=4,2", "out=${data_set}"], "out='pile': 2 labs would write there"),
         (["nodes=four,2"], "nodes='four'"),
+        (["nodes=4,2", "replicas=4", "out=lab/${nodes}"], "replicas=4: expected a divisor of nodes=2"),
     ],
 )
 def test_all_labs_of_a_sweep_are_checked_before_the_first_begins(
@@ -151,6 +152,7 @@ def test_all_labs_of_a_sweep_are_checked_before_the_first_begins(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # none is built
     assert main(["sweep", "experiment=lab", "cores=1", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
