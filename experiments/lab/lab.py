@@ -15,9 +15,10 @@ from typing import Any
 
 from flashcp.experiments.cli.launch import BAD_INPUT, RanksFailedError
 from flashcp.experiments.folders import check_file
+from flashcp.experiments.lab.alone import LabError
 from flashcp.experiments.lab.cases import LabBench
 from flashcp.experiments.lab.faults import Answering, CutSeen, cuts_seen
-from flashcp.experiments.lab.nodes import LabError, Node, built_nodes
+from flashcp.experiments.lab.nodes import Node, built_nodes
 from flashcp.experiments.lab.predict import predict
 from flashcp.experiments.lab.rows import fault_rows, lab_rows, training_rows
 from flashcp.experiments.lab.scale import OPEN, Rates, Scale

@@ -10,25 +10,22 @@ not clean up, and is removed first.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashcp.experiments.lab.alone import LabError, ended_by_signals, lock, undisturbed
 from flashcp.experiments.lab.quotas import Quotas
 
 NAME = "flashcp-lab"
 SWITCH = "fcplab"  # a network device has 15 letters at most
-LOCK = Path("/run/flashcp-lab.lock")
 TOOLS = ("ip", "tc", "nsenter", "unshare", "mount", "hostname")
 MOST_NODES = 250  # addresses of a /24
 MTU = 9000  # bytes: headers are under 1% of what is sent
@@ -39,7 +36,6 @@ LONGEST_QUEUE = 64 << 20
 OURS = re.compile(rf"{NAME}-[0-9]+|{SWITCH}[0-9]*")
 """Names of what a lab makes; somebody else's `flashcp-lab-mine` is left alone."""
 PATIENCE_S = 5.0  # for an answer from another node
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 REACH = """
 import errno, socket, sys
 with socket.socket() as peer:
@@ -47,10 +43,6 @@ with socket.socket() as peer:
     sys.exit(peer.connect_ex((sys.argv[1], 9)) != errno.ECONNREFUSED)
 """
 """Nobody listens there: a node that is reached says so."""
-
-
-class LabError(RuntimeError):
-    """The lab cannot be built here; the message says in one line what is missing."""
 
 
 @dataclass(frozen=True)
@@ -133,14 +125,14 @@ def built_nodes(count: int, ranks_per_node: int, link: Link, cores: float) -> It
     if not 1 <= count <= MOST_NODES:
         raise ValueError(f"nodes={count}: expected 1 to {MOST_NODES}")
     check_tools()
-    with _lock(), _ended_by_signals():
+    with lock(), ended_by_signals():
         remove_leftovers()
         try:
             nodes = _build_all(count, ranks_per_node, link, cores)
             check_reach(nodes)
             yield nodes
         finally:
-            with _undisturbed():
+            with undisturbed():
                 remove_leftovers()
 
 
@@ -213,53 +205,6 @@ def remove_leftovers() -> None:
         raise LabError(left)
 
 
-@contextmanager
-def _lock() -> Iterator[None]:
-    try:
-        opened = LOCK.open("a+")
-    except OSError as error:
-        raise LabError(f"the lab needs {LOCK}, which says that a lab runs: {error.strerror}") from error
-    with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise LabError(f"another lab runs on this machine: process {file.read().strip()}") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the lab as Ctrl-C does, with everything removed, where nobody else took them."""
-    ours = threading.current_thread() is threading.main_thread()
-    taken = [number for number in ENDING if ours and signal.getsignal(number) == signal.SIG_DFL]
-    for number in taken:
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Signals count for nothing meanwhile: a second Ctrl-C would leave half of a lab behind."""
-    ours = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING if ours}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def check_tools() -> None:
     """Raise LabError, naming it, where a tool or a right is missing."""
     if os.geteuid() != 0:
@@ -281,7 +226,7 @@ def main() -> int:
     """Remove what a lab that was killed has left. Exit code 0; 1, with one line, where another one runs."""
     try:
         check_tools()
-        with _lock():
+        with lock():
             remove_leftovers()
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from flashcp.experiments.lab import nodes as lab
-from flashcp.experiments.lab.nodes import LabError, Link, Node, built_nodes, check_reach, remove_leftovers
+from flashcp.experiments.lab.alone import LOCK, LabError
+from flashcp.experiments.lab.nodes import Link, Node, built_nodes, check_reach, remove_leftovers
 from flashcp.experiments.lab.quotas import Quotas
 
 pytestmark = pytest.mark.usefixtures("turn")
@@ -172,7 +173,7 @@ def test_what_a_killed_lab_left_can_be_removed_without_another() -> None:
     assert left()
     subprocess.run(clean, check=True)
     assert not left()
-    assert lab.LOCK.read_text() == ""
+    assert LOCK.read_text() == ""
 
 
 def test_a_second_ctrl_c_does_not_disturb_the_end() -> None:
