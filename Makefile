@@ -11,6 +11,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 ARGS ?=
 BUSY ?= 0
+CASE ?=
 # What a machine with torch, triton and numpy alone lacks; WITH="fa3-fwd==0.0.3" adds to it, e.g. a peer of 28 MB.
 WHEELS ?= gpu-wheels
 WITH ?=
@@ -47,9 +48,11 @@ define LAB_CASES
 endef
 export LAB_CASES
 
-lab-cases: $(STAMP) ## the kept labs one after another: rows, pictures, experiments/LAB_RESULTS.md (root; an hour, idle)
+lab-cases: $(STAMP) ## the kept labs, or the one named by CASE: rows, pictures, LAB_RESULTS.md (root; an hour, idle)
+	@[ -z "$(CASE)" ] || grep -q "^$(CASE)\b" <<< "$$LAB_CASES" || { echo "CASE=$(CASE): expected a name in LAB_CASES" >&2; exit 2; }
 	@while read -r name keys; do \
-		$(BIN)/flashcp sweep experiment=lab out=experiments/results/lab/$$name $$keys $(ARGS); done <<< "$$LAB_CASES"
+		[ -z "$(CASE)" ] || [ "$(CASE)" = "$$name" ] || continue; \
+		$(BIN)/flashcp sweep experiment=lab out=experiments/results/lab/$$name $$keys $(ARGS) < /dev/null; done <<< "$$LAB_CASES"
 	$(BIN)/flashcp report experiments/results/lab page=experiments/LAB_RESULTS.md
 
 test: $(STAMP) ## run the tests

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
 from flashcp.files import read_bounded
-from flashcp.limits import Count, Limit
+from flashcp.limits import Count, Seed
 from flashcp.options import planner, read_sharding
 from flashcp.schema import read_dataclass
 from flashcp.train.checkpoint import CheckpointConfig
@@ -36,7 +36,7 @@ class TrainConfig:
     context: int = 4096
     batch_windows: Count = 1
     data_parallel: Count = 1
-    seed: Annotated[int, Limit(lambda value: 0 <= value < 2**63, "a whole number >= 0 and < 2**63")] = 0
+    seed: Seed = 0
     profile: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

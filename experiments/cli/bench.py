@@ -72,8 +72,10 @@ def main(arguments: Sequence[str]) -> int:
 def measure(name: str, job: Job) -> None:
     bench, settings = BENCHES[name](), dict(job.settings)
     out = settings.pop("out")
+    if isinstance(out, bool | list | dict) or out in (None, ""):
+        raise ValueError(f"out={out!r}: expected a path")
     try:
-        rows, written = bench.run(read_dataclass(bench.settings, settings), out)
+        rows, written = bench.run(read_dataclass(bench.settings, settings), str(out))  # Hydra reads 2026 as a number
     except RanksFailedError as error:
         print(f"flashcp: error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -102,6 +102,19 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
         return plain(name, _composed(name, overrides))
 
 
+def composed_jobs(name: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """The configuration of every job of a multirun, in its order. Raises ValueError in one line."""
+    with _one_line(name, overrides):
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        values = [
+            [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+            if one.is_discrete_sweep()
+            else [word]
+            for word, one in zip(overrides, parsed, strict=True)
+        ]
+    return [compose(name, job) for job in itertools.product(*values)]
+
+
 def _composed(name: str, overrides: Sequence[str], **options: bool) -> DictConfig:
     with hydra.initialize_config_module(config_module=CONFIGS, version_base="1.3"):
         return hydra.compose(name, list(overrides), **options)
@@ -128,7 +141,7 @@ def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
         if error.options is None:
             raise ValueError(_first_line(error)) from error
         group, _, value = str(error.missing_cfg_file).rpartition("/")
-        simulated = committed("simulation") if group == "experiment" else ()
+        simulated = (*committed("simulation"), "lab") if group == "experiment" else ()
         legal = ", ".join(dict.fromkeys((*GROUPS.get(group, ()), *sorted(error.options), *simulated)))
         one = f"flashcp sweep {group}={value}, one sweep that simulates at a time"
         raise ValueError(f"{group}={value}: expected {one if value in simulated else f'one of {legal}'}") from error

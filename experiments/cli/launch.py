@@ -160,11 +160,11 @@ def side_by_side(
 ) -> Outcome:
     """Run commands together to their end; what they say goes to `log`. Where one fails the others are stopped soon."""
     with log.open("wb") as written:
-        processes = [
-            subprocess.Popen(command, env=environment, stdout=written, stderr=subprocess.STDOUT) for command in commands
-        ]
+        processes: list[subprocess.Popen[bytes]] = []
         failed_at = math.inf
         try:
+            for command in commands:  # here, for one that is interrupted in between leaves none behind
+                processes.append(subprocess.Popen(command, env=environment, stdout=written, stderr=subprocess.STDOUT))
             while working := [process for process in processes if process.poll() is None]:
                 with suppress(subprocess.TimeoutExpired):
                     working[0].wait(timeout=0.2)

@@ -10,7 +10,9 @@ import numpy as np
 
 from flashcp.clusters import clusters
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
-from flashcp.limits import Count, Natural, Seconds, one_of
+from flashcp.experiments.lab.nodes import MOST_NODES, Link
+from flashcp.experiments.lab.quotas import share_of
+from flashcp.limits import Count, Natural, Seconds, Seed, one_of
 from flashcp.sharding.holders import members_heads
 from flashcp.sharding.lengths import LENGTH_DATA, windows
 from flashcp.sharding.plan import ShardingPlan
@@ -32,6 +34,10 @@ METHODS = (
 )
 ONE_PLAN = "one plan: "
 """Before the name of a method that plans the windows of all replicas together, over all ranks."""
+
+
+MOST_TOKENS = 1 << 30
+"""Of a window before it shrinks: every rank samples it."""
 
 
 class Work(NamedTuple):
@@ -74,7 +80,7 @@ class LabBench:
     context: int = 16384
     shrink: Count = 8
     windows: Count = 10
-    seed: Natural = 0
+    seed: Seed = 0
     query_heads: Count = 8
     kv_heads: Count = 8
     head_dim: Count = 32
@@ -97,12 +103,19 @@ class LabBench:
             raise ValueError(
                 f"link_share={self.link_share:g} with link={self.link}: expected 0.001 to 1000; 1 where free"
             )
+        Link(1.0, self.delay_us)  # checks it
+        if self.nodes > MOST_NODES:
+            raise ValueError(f"nodes={self.nodes}: expected at most {MOST_NODES}")
         if self.world_size < 2:
             raise ValueError(f"nodes={self.nodes} with ranks_per_node={self.ranks_per_node}: expected 2 ranks or more")
         if self.nodes % self.replicas:
             raise ValueError(f"replicas={self.replicas}: expected a divisor of nodes={self.nodes}, for none shares one")
-        if self.context < self.world_size:
-            raise ValueError(f"context={self.context}: expected at least one token a rank, {self.world_size}")
+        share_of(self.cores, self.world_size)
+        if not self.world_size <= self.context <= MOST_TOKENS // self.shrink:
+            raise ValueError(
+                f"context={self.context} with shrink={self.shrink}: expected at least one token a rank, "
+                f"{self.world_size}, and at most {MOST_TOKENS} tokens before they shrink"
+            )
         if self.query_heads % self.kv_heads:
             raise ValueError(f"query_heads={self.query_heads}: expected a multiple of kv_heads={self.kv_heads}")
         if BASELINE not in self.methods:
@@ -112,16 +125,36 @@ class LabBench:
         for method in self.faults:
             if method not in self.methods:
                 raise ValueError(f"faults holds {method!r}: expected some of methods={self.methods}")
-        for name in ("methods", "one_plan"):
-            for variant in choose_variants(getattr(self, name) or [BASELINE]):
-                ranks = self.world_size // (self.replicas if name == "methods" else 1)
-                if EXCHANGE_CLASSES[variant.exchange].splits_heads:
-                    members_heads(self.query_heads, self.kv_heads, ranks)
-                if self.ranks_per_node % (h := max(1, variant.head_ranks)):
-                    raise ValueError(
-                        f"{variant.name!r}: expected head ranks that divide ranks_per_node={self.ranks_per_node}"
-                    )
-                members_heads(self.query_heads, self.kv_heads, h)
+        if self.one_plan and self.replicas < 2:
+            raise ValueError(f"one_plan={self.one_plan} with replicas={self.replicas}: expected 2 replicas or more")
+        self._check_methods("methods", self.world_size // self.replicas)
+        self._check_methods("one_plan", self.world_size)
+
+    def _check_methods(self, key: str, ranks: int) -> None:
+        for name in getattr(self, key):
+            try:
+                (method,) = choose_variants([name])
+            except ValueError as error:
+                raise ValueError(str(error).replace("methods", key, 1)) from error
+            self._check_method(key, method, ranks)
+
+    def _check_method(self, key: str, method: Variant, ranks: int) -> None:
+        """Raise ValueError, naming key and method, for one that these ranks cannot run as its name says."""
+        heads, splits = max(1, method.head_ranks), EXCHANGE_CLASSES[method.exchange].splits_heads
+        wanted = ""
+        others = any(change[0] != "h" for change in method.name.split(":")[1:])
+        if method.implementation == "best effort" or others:
+            wanted = "a method that ranks run here; of what may follow its name only :h"
+        elif splits and heads > 1:
+            wanted = "no :h, for its ranks share out all heads already"
+        elif self.ranks_per_node % heads:
+            wanted = f"head ranks that divide ranks_per_node={self.ranks_per_node}"
+        if wanted:
+            raise ValueError(f"{key}: {method.name!r}: expected {wanted}")
+        try:
+            members_heads(self.query_heads, self.kv_heads, ranks if splits else heads)
+        except ValueError as error:
+            raise ValueError(f"{key}: {method.name!r}: {error}") from error
 
     @property
     def world_size(self) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flashcp.comm.errors import ExchangeError
+from flashcp.experiments.folders import write_whole
 from flashcp.experiments.lab.cases import LabBench
 from flashcp.experiments.lab.nodes import Node
 from flashcp.experiments.lab.rank import LabRank
@@ -45,14 +46,14 @@ def meet_faults(lab: LabRank, method: str, records: Path) -> None:
         lab.write(method=method, state=state, ms=ms)
     lab.ranks.barrier()
     if lab.ranks.rank == 0:
-        _question(records).write_text(CUT)
+        write_whole(_question(records), CUT)
     deadline = time.monotonic() + 10 * lab.bench.timeout_s
     while time.monotonic() < deadline:
         try:
             function()
         except ExchangeError as error:
             seen = {"rank": lab.ranks.rank, "at": time.time(), "said": str(error)}
-            _noticed(records, lab.bench.world_size)[lab.ranks.rank].write_text(json.dumps(seen))
+            write_whole(_noticed(records, lab.bench.world_size)[lab.ranks.rank], json.dumps(seen))
             return
     raise RuntimeError(f"{method}: a node was cut off and no error came in {10 * lab.bench.timeout_s:g} s")
 
@@ -61,7 +62,7 @@ def _ask(lab: LabRank, records: Path, state: str) -> None:
     """Wait until the lab has made the state."""
     if lab.ranks.rank == 0:
         question = _question(records)
-        question.write_text(state)
+        write_whole(question, state)  # or the lab may read an empty one, and answer it
         deadline = time.monotonic() + lab.bench.timeout_s
         while question.exists():
             if time.monotonic() > deadline:
@@ -79,7 +80,7 @@ class Answering:
     def __init__(self, nodes: Sequence[Node], link_gbps: float, world_size: int, records: Path) -> None:
         self._node, self._link_gbps, self._question = nodes[-1], link_gbps, _question(records)
         self._noticed = _noticed(records, world_size)
-        for file in self._noticed:
+        for file in (self._question, *self._noticed):  # of a run that was killed
             file.unlink(missing_ok=True)
         self.cut_at = 0.0
 

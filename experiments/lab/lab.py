@@ -14,36 +14,45 @@ from pathlib import Path
 from typing import Any
 
 from flashcp.experiments.cli.launch import BAD_INPUT, RanksFailedError
-from flashcp.experiments.folders import check_out
+from flashcp.experiments.folders import check_file
+from flashcp.experiments.lab.alone import LabError
 from flashcp.experiments.lab.cases import LabBench
 from flashcp.experiments.lab.faults import Answering, CutSeen, cuts_seen
-from flashcp.experiments.lab.nodes import LabError, Node, built_nodes
+from flashcp.experiments.lab.nodes import Node, built_nodes
 from flashcp.experiments.lab.predict import predict
 from flashcp.experiments.lab.rows import fault_rows, lab_rows, training_rows
 from flashcp.experiments.lab.scale import OPEN, Rates, Scale
 from flashcp.experiments.lab.start import run_on_nodes
 from flashcp.experiments.lab.tables import lab_table
-from flashcp.experiments.lab.training import train_alone, training_numbers, write_configs
-from flashcp.experiments.sweep.results import REFERENCE, Row, write_rows
+from flashcp.experiments.lab.training import train_alone, train_configs, training_numbers, write_configs
+from flashcp.experiments.sweep.results import REFERENCE, RESULTS, Row, write_rows
 
 __all__ = ["bench_lab", "lab_table"]
+
+WRITTEN = ("settings.json", "records.jsonl", "predicted.json", RESULTS, "lab.png")
+"""Files of `out`, beside what the ranks of each step said."""
 
 
 def bench_lab(bench: LabBench, out: str) -> tuple[list[Row], Path]:
     """Build, predict, measure, take down. Returns the rows and their directory.
 
-    Raises ValueError for bad input, RanksFailedError where no lab can be built or a rank fails.
+    Raises ValueError for bad input, RanksFailedError where no lab can be built or a rank fails. Before the lab stands
+    nothing is written.
     """
     bench.check()
     folder = Path(out)
-    check_out(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    for name in WRITTEN:
+        check_file(folder / name)
     settings, records = folder / "settings.json", folder / "records.jsonl"
-    settings.write_text(json.dumps(dataclasses.asdict(bench)))
-    records.write_text("")
+    if bench.train_steps:
+        for config in train_configs(bench, folder / "train").values():
+            config.check(bench.world_size)
     try:
         link = dataclasses.replace(OPEN, delay_us=bench.delay_us)
         with built_nodes(bench.nodes, bench.ranks_per_node, link, bench.cores) as nodes:
+            folder.mkdir(parents=True, exist_ok=True)
+            settings.write_text(json.dumps(dataclasses.asdict(bench)))
+            records.write_text("")
             ranks = _Ranks(bench, nodes, settings, records)
             print(f"{bench.case}: measuring the ranks' rates", file=sys.stderr)
             ranks.run("rate")

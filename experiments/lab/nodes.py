@@ -10,32 +10,39 @@ not clean up, and is removed first.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import re
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashcp.experiments.lab.alone import LabError, ended_by_signals, lock, undisturbed
 from flashcp.experiments.lab.quotas import Quotas
 
 NAME = "flashcp-lab"
 SWITCH = "fcplab"  # a network device has 15 letters at most
-LOCK = Path("/run/flashcp-lab.lock")
-TOOLS = ("ip", "tc", "nsenter", "unshare")
+TOOLS = ("ip", "tc", "nsenter", "unshare", "mount", "hostname")
+MOST_NODES = 250  # addresses of a /24
 MTU = 9000  # bytes: headers are under 1% of what is sent
 LONGEST_QUEUE = 64 << 20
 """Bytes that wait at a bucket: more than all connections of a node have under way, so that none is dropped."""
 
 
-class LabError(RuntimeError):
-    """The lab cannot be built here; the message says in one line what is missing."""
+OURS = re.compile(rf"{NAME}-[0-9]+|{SWITCH}[0-9]*")
+"""Names of what a lab makes; somebody else's `flashcp-lab-mine` is left alone."""
+PATIENCE_S = 5.0  # for an answer from another node
+REACH = """
+import errno, socket, sys
+with socket.socket() as peer:
+    peer.settimeout(float(sys.argv[2]))
+    sys.exit(peer.connect_ex((sys.argv[1], 9)) != errno.ECONNREFUSED)
+"""
+"""Nobody listens there: a node that is reached says so."""
 
 
 @dataclass(frozen=True)
@@ -115,15 +122,18 @@ def built_nodes(count: int, ranks_per_node: int, link: Link, cores: float) -> It
 
     cores: of all ranks together, in equal shares. Raises LabError where they cannot be built.
     """
-    if not 1 <= count <= 250:
-        raise ValueError(f"nodes={count}: expected 1 to 250")
-    _check_tools()
-    with _lock(), _ended_by_signals():
+    if not 1 <= count <= MOST_NODES:
+        raise ValueError(f"nodes={count}: expected 1 to {MOST_NODES}")
+    check_tools()
+    with lock(), ended_by_signals():
         remove_leftovers()
         try:
-            yield _build_all(count, ranks_per_node, link, cores)
+            nodes = _build_all(count, ranks_per_node, link, cores)
+            check_reach(nodes)
+            yield nodes
         finally:
-            remove_leftovers()
+            with undisturbed():
+                remove_leftovers()
 
 
 def _build_all(count: int, ranks_per_node: int, link: Link, cores: float) -> list[Node]:
@@ -162,50 +172,45 @@ def _shape(where: Sequence[str], device: str, gbps: float, verb: str) -> None:
     _run("tc", *where, "qdisc", verb, "dev", device, "root", "handle", "1:", *bucket)
 
 
+def check_reach(nodes: Sequence[Node]) -> None:
+    """Raise LabError where what the last node sends the first does not come."""
+    first, last = nodes[0], nodes[-1]
+    patience_s = PATIENCE_S + 4e-6 * last.link.delay_us
+    enter = ["nsenter", f"--net=/run/netns/{last.name}"]
+    command = [*enter, sys.executable, "-c", REACH, first.address, str(patience_s)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        raise LabError(
+            "the lab needs a bridge that carries packets, and here they are lost: a firewall may see them (Docker's "
+            "does); `sysctl net.bridge.bridge-nf-call-iptables=0` keeps it from bridges"
+        )
+
+
 def remove_leftovers() -> None:
-    """Remove everything that bears the lab's name: processes, control groups, namespaces, links, the switch."""
-    Quotas.remove(NAME)
+    """Remove everything that bears the lab's name: processes, control groups, namespaces, links, the switch.
+
+    Raises LabError at the end where a part cannot be removed; the others are."""
+    left = ""
+    try:
+        Quotas.remove(NAME)
+    except OSError as error:
+        left = f"a process of an earlier lab does not end, or its control group stays: {error}"
     for entry in json.loads(_run("ip", "-json", "netns", "list") or "[]"):
-        if entry["name"].startswith(f"{NAME}-"):
+        if OURS.fullmatch(entry["name"]):
             _run("ip", "netns", "delete", entry["name"])
     # A namespace takes its links along, but in its own time.
     for entry in json.loads(_run("ip", "-json", "link", "show") or "[]"):
-        if entry["ifname"].startswith(SWITCH):
+        if OURS.fullmatch(entry["ifname"]):
             subprocess.run(["ip", "link", "delete", entry["ifname"]], capture_output=True, check=False)
+    if left:
+        raise LabError(left)
 
 
-@contextmanager
-def _lock() -> Iterator[None]:
-    with LOCK.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise LabError(f"another lab runs on this machine: process {file.read().strip()}") from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM ends the lab as Ctrl-C does, with everything removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _check_tools() -> None:
+def check_tools() -> None:
+    """Raise LabError, naming it, where a tool or a right is missing."""
     if os.geteuid() != 0:
         raise LabError("the lab needs root: it makes network namespaces and control groups")
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
-        raise LabError(f"the lab needs {', '.join(missing)}: install iproute2 and util-linux")
+        raise LabError(f"the lab needs {', '.join(missing)}: install iproute2, util-linux and hostname")
 
 
 def _run(*command: str) -> str:
@@ -215,3 +220,19 @@ def _run(*command: str) -> str:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise LabError(f"the lab needs `{' '.join(command)}`, which says: {said}")
     return done.stdout
+
+
+def main() -> int:
+    """Remove what a lab that was killed has left. Exit code 0; 1, with one line, where another one runs."""
+    try:
+        check_tools()
+        with lock():
+            remove_leftovers()
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

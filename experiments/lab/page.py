@@ -8,9 +8,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from flashcp.experiments.folders import render
+from flashcp.experiments.folders import check_file, render
 from flashcp.experiments.lab.picture import draw_lab
-from flashcp.experiments.lab.tables import Line, fault_table, is_lab, lines, training_table
+from flashcp.experiments.lab.tables import Line, check_lab, fault_table, is_lab, lines, training_table
 from flashcp.experiments.sweep.results import RESULTS, read_rows
 from flashcp.simulator.summary import BASELINE
 
@@ -51,6 +51,8 @@ def write_lab_page(folder: Path, page: Path) -> Path:
 def _lab(place: Path, here: Path) -> dict[str, Any]:
     """All that the template tells of a lab."""
     rows = read_rows(place)
+    check_lab(rows, place / RESULTS)
+    check_file(place / "lab.png", "report")
     made = lines(rows)
     draw_lab(rows, place / "lab.png")
     about = next(row for row in rows if row.provider == "lab")

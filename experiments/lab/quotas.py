@@ -28,13 +28,13 @@ class Quotas:
 
     @classmethod
     def make(cls, name: str, ranks: int, cores: float) -> Quotas:
-        """Groups for so many ranks that share `cores` cores. Raises ValueError for too small a share, OSError where
-        control groups cannot be made."""
-        share = cores / ranks
-        if not share >= LEAST_SHARE:
-            raise ValueError(f"cores={cores:g} for {ranks} ranks: expected at least {LEAST_SHARE:g} of a core each")
+        """Groups for so many ranks that share `cores` cores. Raises ValueError as `share_of`, OSError where control
+        groups cannot be made."""
+        share = share_of(cores, ranks)
         root, version = _controller()
         quotas = cls(root / name, share)
+        if version == 2:  # below it groups have quotas; most machines say so already
+            (root / "cgroup.subtree_control").write_text("+cpu")
         for folder in (quotas.group, quotas.group / "agents", *(quotas.of(rank) for rank in range(ranks))):
             folder.mkdir()
             if version == 2 and folder == quotas.group:
@@ -76,6 +76,17 @@ class Quotas:
                 time.sleep(0.02)
             for folder in folders:
                 folder.rmdir()
+
+
+def share_of(cores: float, ranks: int) -> float:
+    """Of each rank. Raises ValueError where it is too small, and for cores that the machine does not have."""
+    most = os.cpu_count() or 1
+    if not LEAST_SHARE * ranks <= cores <= most:
+        raise ValueError(
+            f"cores={cores:g} for {ranks} ranks: expected at least {LEAST_SHARE:g} of a core each, and no more than "
+            f"the {most} of this machine"
+        )
+    return cores / ranks
 
 
 def _kill(folders: list[Path]) -> bool:

@@ -40,12 +40,19 @@ class Scale:
 
     @classmethod
     def of(cls, bench: LabBench, rates: Rates) -> Scale:
+        """Raises ValueError where no link of the lab can carry what this comes to."""
         if bench.link == FREE:
             return cls(bench, rates, OPEN.gbps)
         gbps, tflops = cluster_rates(bench.link)
         wider = bench.shape.dtype_bytes / DTYPE_BYTES
         shares = bench.link_share * bench.ranks_per_node
-        return cls(bench, rates, gbps * rates.tflops / tflops * bench.shrink * wider * shares)
+        scale = cls(bench, rates, gbps * rates.tflops / tflops * bench.shrink * wider * shares)
+        try:
+            Link(scale.link_gbps)
+        except ValueError as error:
+            told = f"link_share={bench.link_share:g} with shrink={bench.shrink}"
+            raise ValueError(f"{told}: {error} for {scale}") from error
+        return scale
 
     def __str__(self) -> str:
         if self.bench.link == FREE:

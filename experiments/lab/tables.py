@@ -25,6 +25,12 @@ FAULTS = {
 """Metrics of the faults that a method met, and how tables call them."""
 
 
+TIMED = ("module_ms", "speedup", PREDICTED, "link_mb", "route_mb")
+TRAINED = ("train_step_ms", "train_speedup", "loss_difference")
+SPREAD = ("speedup", "train_speedup")
+"""Metrics that are told with p20 and p80."""
+
+
 class Line(NamedTuple):
     """A method in a lab. text: its speedup in words. off: the predicted speedup over the measured one, less 1. more:
     bytes on links over those of routes, less 1.
@@ -48,15 +54,25 @@ def is_lab(rows: Sequence[Row]) -> bool:
     return any(row.metric == PREDICTED for row in rows)
 
 
+def check_lab(rows: Sequence[Row], name: object) -> None:
+    """Raise ValueError, with the name of where they are from, for rows of a lab that lack some which tables tell."""
+    found = {(row.provider, row.metric): row for row in rows}
+    wanted = [("lab", "link_gbps"), *((BASELINE, metric) for metric in TIMED)]
+    for first, others in ((PREDICTED, TIMED), (TRAINED[0], TRAINED), ("cut_s", tuple(FAULTS))):
+        wanted += [(row.provider, metric) for row in rows if row.metric == first for metric in others]
+    for provider, metric in wanted:
+        row = found.get((provider, metric))
+        if row is None or (metric in SPREAD and (row.p20 is None or row.p80 is None or row.median <= 0)):
+            raise ValueError(f"{name}: not all of a lab's rows: expected {metric} of {provider}, whole")
+
+
 def lines(rows: Sequence[Row]) -> list[Line]:
     """A line a method, in the order of the rows."""
     found = {(row.provider, row.metric): row for row in rows}
     busy = _taken(rows) > MOST_TAKEN
     made = []
     for method in dict.fromkeys(row.provider for row in rows if row.metric == PREDICTED):
-        ms, predicted, sent, routed = (
-            found[method, metric].median for metric in ("module_ms", PREDICTED, "link_mb", "route_mb")
-        )
+        ms, predicted, sent, routed = (found[method, metric].median for metric in TIMED if metric not in SPREAD)
         more = sent / routed - 1 if routed else 0.0
         speedup = found[method, "speedup"]
         made.append(Line(method, ms, speedup, speedup_text(speedup, busy), predicted, sent, more))

@@ -24,12 +24,12 @@ from flashcp.train.summary import write_json
 LAYERS = 2
 
 
-def write_configs(bench: LabBench, folder: Path) -> dict[str, Path]:
-    """A configuration a method, and one for a process alone; each beside where its run writes."""
+def train_configs(bench: LabBench, folder: Path) -> dict[str, TrainConfig]:
+    """A configuration a method, and one for a process alone, which write below the folder."""
     model = ModelConfig(
         dim=bench.query_heads * bench.head_dim, layers=LAYERS, heads=bench.query_heads, kv_heads=bench.kv_heads
     )
-    files = {}
+    configs = {}
     for method in [*choose_variants(bench.methods), None]:
         name = method.name if method else REFERENCE
         config = TrainConfig(
@@ -37,13 +37,21 @@ def write_configs(bench: LabBench, folder: Path) -> dict[str, Path]:
             context=bench.context,
             seed=bench.seed,
             model=model,
-            parallel=ParallelConfig(timeout_s=bench.timeout_s),
+            parallel=ParallelConfig(timeout_s=bench.timeout_s, head_ranks=max(1, method.head_ranks if method else 1)),
             loop=LoopConfig(steps=bench.train_steps, device="cpu", timeout_s=bench.timeout_s, progress=False),
         )
         if method:
             config.sharding, config.exchange = {"name": method.sharding}, ExchangeConfig(method.exchange)
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        files[name] = folder / name / "config.json"
+        configs[name] = config
+    return configs
+
+
+def write_configs(bench: LabBench, folder: Path) -> dict[str, Path]:
+    """Each configuration in a file beside where its run writes."""
+    files = {}
+    for name, config in train_configs(bench, folder).items():
+        files[name] = Path(config.out) / "config.json"
+        files[name].parent.mkdir(parents=True, exist_ok=True)
         write_json(files[name], dataclasses.asdict(config))
     return files
 

@@ -18,7 +18,7 @@ from flashcp.experiments.folders import render as fill
 from flashcp.experiments.lab.page import PAGE as LAB_PAGE
 from flashcp.experiments.lab.page import lab_folders, write_lab_page
 from flashcp.experiments.lab.picture import draw_lab
-from flashcp.experiments.lab.tables import is_lab, lab_table
+from flashcp.experiments.lab.tables import check_lab, is_lab, lab_table
 from flashcp.experiments.paper.figures import FIGURES, paper_folders, publish_figure, write_paper_page
 from flashcp.experiments.paper.figures import PAGE as PAPER_PAGE
 from flashcp.experiments.plots import PARTS, comparison_figure
@@ -67,12 +67,18 @@ def main(arguments: Sequence[str]) -> int:
         check_file(page, "page")
         print(f"wrote {write_lab_page(folder, page)}", file=sys.stderr)
         return 0
+    if "page" in options:
+        raise ValueError(
+            f"page={options['page']}: expected the directory above several labs, or the paper's, not {folder}"
+        )
     if not (folder / RESULTS).is_file():
         raise ValueError(f"{folder}: no {RESULTS} in it; expected the directory of a sweep")
     rows = read_rows(folder)
     if not rows and not read_failures(folder):
         raise ValueError(f"{folder / RESULTS}: no rows in it, and no failed run beside it")
     if is_lab(rows):
+        check_lab(rows, folder / RESULTS)
+        check_file(folder / "lab.png", "report")
         draw_lab(rows, folder / "lab.png")
         show({"rows": [vars(row) for row in rows]}, lab_table(rows))
     elif all(label(row.kind) in (MEASURED, EMULATED, LEFT_OUT) for row in rows):

@@ -18,10 +18,11 @@ from typing import Any
 from tqdm import tqdm
 
 from flashcp.experiments.cli import bench
-from flashcp.experiments.cli.compose import Job, Multirun, run_app
+from flashcp.experiments.cli.compose import Job, Multirun, composed_jobs, run_app
 from flashcp.experiments.cli.launch import Run, launch, rank_environment
 from flashcp.experiments.cli.train import CONFIG, read_run, train
 from flashcp.experiments.folders import check_out
+from flashcp.experiments.lab.cases import LabBench
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep import simulations
 from flashcp.experiments.sweep.compare import LOSS_TOLERANCE, Comparison, attribute
@@ -55,10 +56,24 @@ def main(words: Sequence[str]) -> int:
     A sweep of `conf/simulation/` trains nothing: `flashcp.experiments.sweep.simulations` runs it. Nor does one of labs.
     """
     if LAB in words:
-        return bench.main(["lab", "hydra.mode=MULTIRUN", *(word for word in words if word != LAB)])
+        keys = [word for word in words if word != LAB]
+        if not any(word.startswith(("-", "hydra")) or "${hydra" in word for word in keys):
+            check_labs(keys)
+        return bench.main(["lab", "hydra.mode=MULTIRUN", *keys])
     if simulations.is_simulation(words):
         return simulations.main(words)
     return run_app(train, CONFIG, ["hydra.mode=MULTIRUN", *words])
+
+
+def check_labs(words: Sequence[str]) -> None:
+    """Raise ValueError for keys of labs of which one cannot run, or two would write to one folder."""
+    outs = []
+    for settings in composed_jobs("bench/lab", words):
+        outs.append(str(settings.pop("out")))
+        read_dataclass(LabBench, settings).check()
+    if twice := [out for out in outs if outs.count(out) > 1]:
+        example = "out='outputs/lab/${nodes}_${link}' with the keys that vary"
+        raise ValueError(f"out={twice[0]!r}: {len(twice)} labs would write there; expected {example}")
 
 
 def track(comparison: Comparison, tracker: TrackerConfig, out: Path) -> None:

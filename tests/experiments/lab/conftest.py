@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flashcp.experiments.lab.nodes import LabError, Link, built_nodes
+from flashcp.experiments.lab.alone import LabError
+from flashcp.experiments.lab.nodes import Link, built_nodes
 
 
 @cache

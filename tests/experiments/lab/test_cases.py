@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from flashcp.experiments.cli.main import main
 from flashcp.experiments.lab.cases import ONE_PLAN, LabBench, shrunk
+from flashcp.experiments.lab.training import train_configs
+from flashcp.experiments.sweep.results import REFERENCE
 from flashcp.schema import read_dataclass
 
 
@@ -62,13 +67,103 @@ def test_head_ranks_share_the_plan_of_fewer_holders() -> None:
         ({"query_heads": 6}, "query_heads=6"),
         ({"train_steps": 1}, "train_steps=1"),
         ({"timeout_s": 0.0}, "timeout_s=0"),
+        ({"nodes": 10**6}, "nodes=1000000: expected at most 250"),
+        ({"cores": 0.1}, "cores=0.1 for 8 ranks"),
+        ({"cores": 1e6}, r"cores=1e\+06 for 8 ranks"),
+        ({"cores": float("nan")}, "cores=nan"),
+        ({"delay_us": -1.0}, "delay_us=-1"),
+        ({"seed": 2**63}, "seed="),
+        ({"shrink": 10**9}, "shrink=1000000000"),
+        ({"one_plan": ["flashcp"]}, "replicas=1: expected 2 replicas"),
+        ({"one_plan": ["magic"], "replicas": 2}, "one_plan: 'magic'"),
+        ({"one_plan": ["flashcp:h3"], "replicas": 2}, "one_plan: 'flashcp:h3'"),
+        ({"query_heads": 6, "kv_heads": 3}, "methods: 'ulysses': "),
+        ({"methods": ["llama3", "ulysses:h2"]}, "methods: 'ulysses:h2': expected no :h"),
+        ({"methods": ["llama3", "flashcp:d2"]}, "methods: 'flashcp:d2': expected a method that ranks run here"),
+        ({"methods": ["llama3", "flashcp:h2:w4"]}, "methods: 'flashcp:h2:w4'"),
+        ({"methods": ["llama3", "llama3_best_effort"]}, "methods: 'llama3_best_effort'"),
     ],
 )
 def test_what_makes_no_case_is_refused_in_one_line(wrong: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said) as error:
-        read_dataclass(LabBench, wrong).check()
+        read_dataclass(LabBench, {"cores": 1.0, **wrong}).check()
     assert "\n" not in str(error.value)
 
 
 def test_the_defaults_are_a_case() -> None:
-    LabBench().check()
+    LabBench(cores=1.0).check()  # as many as any machine has
+
+
+def test_whole_steps_have_the_head_ranks_of_their_method() -> None:
+    bench = LabBench(methods=["llama3", "flashcp:h2"], train_steps=2)
+    configs = train_configs(bench, Path("train"))
+    assert {name: config.parallel.head_ranks for name, config in configs.items()} == {
+        "llama3": 1,
+        "flashcp:h2": 2,
+        REFERENCE: 1,
+    }
+    for config in configs.values():
+        config.check(bench.world_size)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train_steps=2", "head_dim=7", "methods=[llama3]"], "model.dim=56"),
+        (["out="], "out=''"),
+        (["out=taken"], "taken/results.csv"),
+        (["out=file"], "file is not a directory"),
+    ],
+)
+@pytest.mark.parametrize("verb", [["bench", "lab"], ["sweep", "experiment=lab"]])
+def test_bad_input_leaves_no_file(
+    verb: list[str],
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken" / "results.csv").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*verb, "cores=1", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nodes=4,2,0", "out=lab/${nodes}"], "nodes=0: expected a whole number"),
+        (["nodes=4,2"], "out='outputs/bench/lab': 2 labs would write there"),
+        (["nodes=4,2", "out=${data_set}"], "out='pile': 2 labs would write there"),
+        (["nodes=four,2"], "nodes='four'"),
+        (["nodes=4,2", "replicas=4", "out=lab/${nodes}"], "replicas=4: expected a divisor of nodes=2"),
+    ],
+)
+def test_all_labs_of_a_sweep_are_checked_before_the_first_begins(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # none is built
+    assert main(["sweep", "experiment=lab", "cores=1", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_no_lab_can_be_built_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no `ip` there; without root that is said first
+    assert main(["bench", "lab", "cores=1", f"out={tmp_path / 'out'}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the lab needs " in line
+    assert not list(tmp_path.iterdir())

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from flashcp.experiments.lab import nodes as lab
-from flashcp.experiments.lab.nodes import LabError, Link, Node, built_nodes, remove_leftovers
+from flashcp.experiments.lab.alone import LOCK, LabError
+from flashcp.experiments.lab.nodes import Link, Node, built_nodes, check_reach, remove_leftovers
 from flashcp.experiments.lab.quotas import Quotas
 
 pytestmark = pytest.mark.usefixtures("turn")
@@ -156,6 +157,58 @@ def test_what_an_interrupted_lab_leaves_is_gone_at_the_next(ending: signal.Signa
     with built_nodes(1, 1, RATE, 1.0):
         assert is_gone(sleeper)
     assert not left()
+
+
+def test_what_a_killed_lab_left_can_be_removed_without_another() -> None:
+    clean = [sys.executable, "-m", "flashcp.experiments.lab.nodes"]
+    with subprocess.Popen([sys.executable, "-c", BUILD], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as builder:
+        assert builder.stdout is not None
+        try:
+            assert builder.stdout.readline() == b"ready\n"
+            refused = subprocess.run(clean, capture_output=True, text=True, check=False)
+            assert refused.returncode == 1
+            assert refused.stderr == f"error: another lab runs on this machine: process {builder.pid}\n"
+        finally:
+            builder.kill()
+    assert left()
+    subprocess.run(clean, check=True)
+    assert not left()
+    assert LOCK.read_text() == ""
+
+
+def test_a_second_ctrl_c_does_not_disturb_the_end() -> None:
+    with subprocess.Popen([sys.executable, "-c", BUILD], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as builder:
+        assert builder.stdout is not None
+        try:
+            assert builder.stdout.readline() == b"ready\n"
+            for _ in range(4):
+                builder.send_signal(signal.SIGINT)
+                time.sleep(0.02)
+            builder.wait(20)
+            assert not left()
+        finally:
+            builder.kill()
+
+
+def test_namespaces_of_others_stay(pair: list[Node]) -> None:
+    names = (f"{lab.NAME}-mine", f"{lab.NAME}-1x")
+    try:
+        for name in names:
+            subprocess.run(["ip", "netns", "add", name], check=True)
+        remove_leftovers()
+        listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+        assert {line.split()[0] for line in listed.splitlines() if lab.NAME in line} == {*names}
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def test_nodes_that_do_not_reach_each_other_are_no_lab(pair: list[Node], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "PATIENCE_S", 0.5)
+    check_reach(pair)
+    pair[1].cut()
+    with pytest.raises(LabError, match="a firewall may see them"):
+        check_reach(pair)
 
 
 def test_shares_too_small_for_the_kernel_are_refused() -> None:

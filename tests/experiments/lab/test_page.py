@@ -59,8 +59,24 @@ def test_the_page_shows_what_is_off(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "![measured beside predicted speedups](good/lab.png)" in text
     assert (bad / "lab.png").stat().st_size > 10_000
     capsys.readouterr()
+    assert main(["report", str(good), "page=page.md"]) == 2
+    assert "page=page.md: expected the directory above" in capsys.readouterr().err
     assert main(["report", str(good)]) == 0
     assert "2.00 (1.90 - 2.10)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lost", ["link_gbps", "module_ms", "speedup", "route_mb"])
+def test_a_lab_that_lacks_rows_is_named_in_one_line(
+    lost: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "lab"
+    folder.mkdir()
+    write_rows(folder, [row for row in rows(BASE) if row.metric != lost])
+    for words in ([str(folder)], [str(tmp_path)]):
+        assert main(["report", *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{folder / 'results.csv'}: not all of a lab's rows: expected {lost} of " in line
+    assert [file.name for file in tmp_path.rglob("*.*")] == ["results.csv"]
 
 
 def test_beside_other_work_nothing_is_told_apart() -> None:

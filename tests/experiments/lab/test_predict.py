@@ -32,6 +32,12 @@ def test_a_slower_link_takes_more_from_who_sends_more() -> None:
     assert sum(slow["llama3"]) / sum(slow["flashcp"]) > sum(fast["llama3"]) / sum(fast["flashcp"]) > 1
 
 
+def test_a_rate_that_no_link_of_the_lab_has_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"link_share=0.001 with shrink=1: gbps=.*expected GB/s from") as error:
+        Scale.of(LabBench(link_share=0.001, shrink=1), RATES)
+    assert "\n" not in str(error.value)
+
+
 def test_a_links_rate_is_the_clusters_by_bytes_an_operation() -> None:
     one = Scale.of(BENCH, RATES)
     twice = Scale.of(BENCH, Rates(0.02, 2000.0, 0.5))
