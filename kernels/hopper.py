@@ -39,7 +39,7 @@ from flashcp.kernels.interface import KV
 BLOCK_N, STAGES = 128, 2
 OPTIONS = {"num_warps": 4, "maxnreg": 168}  # warps of one half; 168 registers x 3 warpgroups are all there are
 _ALIGNED = 16  # bytes: what TMA asks of addresses and strides
-_copy_rows = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name from triton 3.9 on
+copy_rows = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name from triton 3.9 on
 
 HALF = gl.constexpr(64)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -136,7 +136,7 @@ def _fetch(rings, landed, tensors, ranges, tile, head):
             else:
                 _copy(v, v_received, received, n, head, landed, v_ring.index(slot))
                 mbarrier.wait(landed, cut & 1)
-                _zero_from(v_ring.index(slot), end - n)
+                zero_from(v_ring.index(slot), end - n)
                 mbarrier.arrive(full.index(STAGES + slot), count=1)
                 cut += 1
             block += 1
@@ -146,12 +146,12 @@ def _fetch(rings, landed, tensors, ranges, tile, head):
 def _copy(local, received, from_received, n, head, arrived, slot):
     """Start the copy of BLOCK_N rows from `n` on; `arrived` completes a phase when they are there."""
     mbarrier.expect(arrived, local.block_type.nbytes)
-    _copy_rows(local, [n, head, 0], arrived, slot, pred=from_received == 0)
-    _copy_rows(received, [n, head, 0], arrived, slot, pred=from_received)
+    copy_rows(local, [n, head, 0], arrived, slot, pred=from_received == 0)
+    copy_rows(received, [n, head, 0], arrived, slot, pred=from_received)
 
 
 @gluon.jit
-def _zero_from(slot, row):
+def zero_from(slot, row):
     """Zero the rows of a slot from `row` on, and let the tensor cores see it."""
     BLOCK_N: gl.constexpr = slot.shape[0]
     HEAD_DIM: gl.constexpr = slot.shape[2]
@@ -317,7 +317,7 @@ def launch_hopper_forward(
     the scores, times log2(e). merge: go on from `out` (fp32) and `lse`.
     """
     both = (*local, *(received if len(received.k) else local))  # a descriptor of nothing cannot be made
-    if not len(local.k) or not all(_is_aligned(x) for x in both):
+    if not len(local.k) or not all(is_aligned(x) for x in both):
         return False
     layout = block_layout(q.shape[2], q.dtype)
     keys = [TensorDescriptor.from_tensor(x, [BLOCK_N, 1, q.shape[2]], layout) for x in both]
@@ -328,7 +328,8 @@ def launch_hopper_forward(
     return True
 
 
-def _is_aligned(x: Tensor) -> bool:
+def is_aligned(x: Tensor) -> bool:
+    """Whether TMA can read [rows, heads, head_dim]: see `launch_hopper_forward`."""
     row, head = (stride * x.element_size() for stride in x.stride()[:2])
     aligned = x.data_ptr() % _ALIGNED == row % _ALIGNED == head % _ALIGNED == 0
     return aligned and row > 0 and head > 0 and row % head == 0

@@ -33,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashcp.kernels import tiles
-from flashcp.kernels.hopper import _copy_rows, _is_aligned, _zero_from
+from flashcp.kernels.hopper import copy_rows, is_aligned, zero_from
 from flashcp.kernels.interface import KV
 
 BLOCK_M, BLOCK_N, STAGES = 64, 128, 2
@@ -144,14 +144,14 @@ def _serve(
 
     row, stop = tile[1], tile[2]
     mbarrier.expect(landed, 2 * k.block_type.nbytes)
-    _copy_rows(k, [row, kv_head, 0], landed, k_tile.index(0), pred=tile[0] == 0)
-    _copy_rows(k_received, [row, kv_head, 0], landed, k_tile.index(0), pred=tile[0] != 0)
-    _copy_rows(v, [row, kv_head, 0], landed, v_tile.index(0), pred=tile[0] == 0)
-    _copy_rows(v_received, [row, kv_head, 0], landed, v_tile.index(0), pred=tile[0] != 0)
+    copy_rows(k, [row, kv_head, 0], landed, k_tile.index(0), pred=tile[0] == 0)
+    copy_rows(k_received, [row, kv_head, 0], landed, k_tile.index(0), pred=tile[0] != 0)
+    copy_rows(v, [row, kv_head, 0], landed, v_tile.index(0), pred=tile[0] == 0)
+    copy_rows(v_received, [row, kv_head, 0], landed, v_tile.index(0), pred=tile[0] != 0)
     mbarrier.wait(landed, 0)
     if stop - row < BLOCK_N:
-        _zero_from(k_tile.index(0), stop - row)
-        _zero_from(v_tile.index(0), stop - row)
+        zero_from(k_tile.index(0), stop - row)
+        zero_from(v_tile.index(0), stop - row)
     mbarrier.arrive(there, count=1)
 
     waits = 1
@@ -201,19 +201,19 @@ def _fetch(rings, landed, q, grad_out, numbers, m, end, head, head_rows, block, 
     sums.index(STAGES + slot).store(minus_delta_rows)
     if m + BLOCK_M <= end:
         mbarrier.expect(full.index(slot), q.block_type.nbytes)
-        _copy_rows(q, [m, head, 0], full.index(slot), q_ring.index(slot))
+        copy_rows(q, [m, head, 0], full.index(slot), q_ring.index(slot))
         mbarrier.arrive(full.index(slot), count=1)
         mbarrier.wait(empty.index(STAGES + slot), before)
         mbarrier.expect(full.index(STAGES + slot), q.block_type.nbytes)
-        _copy_rows(grad_out, [m, head, 0], full.index(STAGES + slot), g_ring.index(slot))
+        copy_rows(grad_out, [m, head, 0], full.index(STAGES + slot), g_ring.index(slot))
     else:
         mbarrier.wait(empty.index(STAGES + slot), before)
         mbarrier.expect(landed, 2 * q.block_type.nbytes)
-        _copy_rows(q, [m, head, 0], landed, q_ring.index(slot))
-        _copy_rows(grad_out, [m, head, 0], landed, g_ring.index(slot))
+        copy_rows(q, [m, head, 0], landed, q_ring.index(slot))
+        copy_rows(grad_out, [m, head, 0], landed, g_ring.index(slot))
         mbarrier.wait(landed, waits & 1)
-        _zero_from(q_ring.index(slot), end - m)
-        _zero_from(g_ring.index(slot), end - m)
+        zero_from(q_ring.index(slot), end - m)
+        zero_from(g_ring.index(slot), end - m)
         mbarrier.arrive(full.index(slot), count=2)
         mbarrier.arrive(full.index(STAGES + slot), count=1)
         waits += 1
@@ -357,7 +357,7 @@ def block_layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMAShared
 def takes(q: Tensor, local: KV, received: KV, grad_out: Tensor) -> bool:
     """Whether TMA can read them: rows and heads begin at multiples of 16 bytes, rows a whole number of heads apart."""
     tensors = (q, grad_out, *local, *(received if len(received.k) else ()))
-    return len(local.k) > 0 and all(_is_aligned(x) for x in tensors)
+    return len(local.k) > 0 and all(is_aligned(x) for x in tensors)
 
 
 def launch_hopper_backward(

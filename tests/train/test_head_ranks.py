@@ -15,6 +15,7 @@ import torch.distributed as dist
 import flashcp
 from flashcp.choice import Choice
 from flashcp.clusters import read_cluster
+from flashcp.train.checksums import read_identity, write_identity
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.documents import read_documents
 from flashcp.train.data.windows import pack_documents
@@ -116,9 +117,9 @@ def resume_from(out: Path, config: dict[str, Any], chosen: dict[str, Any]) -> di
     """One step more from the sixth, whose record of the choice is changed."""
     path = out / "checkpoints" / "step_00000006"
     shutil.rmtree(out / "checkpoints" / "step_00000007", ignore_errors=True)
-    identity = json.loads((path / "identity.json").read_text())
+    identity = read_identity(path)
     identity["chosen"].update(chosen)
-    (path / "identity.json").write_text(json.dumps(identity))
+    write_identity(path, identity)
     return {
         **config,
         "loop": {**config["loop"], "steps": 7},
