@@ -112,20 +112,13 @@ def build_hopper(head_dim: int, dtype: str, group: int = 1, merge: bool = False)
 
 def build_hopper_backward(head_dim: int, dtype: str, group: int = 1, parallel: bool = False) -> Build:
     """Compile the one backward kernel of `kernels/hopper_backward.py`. parallel: local gradients in fp32."""
-    import torch
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from flashcp.kernels import hopper_backward as hopper
 
-    element = _DTYPES[dtype]
-
-    def descriptor(rows: int) -> str:
-        layout = hopper.block_layout(rows, head_dim, getattr(torch, dtype))
-        return f"tensordesc<{element}[{rows}, 1, {head_dim}],{layout!r}>"
-
-    types = dict.fromkeys(("q", "grad_out"), descriptor(hopper.BLOCK_M))
-    types |= dict.fromkeys(("k", "v", "k_received", "v_received"), descriptor(hopper.BLOCK_N))
-    types |= dict.fromkeys(("grad_k", "grad_v"), "*fp32" if parallel else f"*{element}") | {"grad_q": "*fp32"}
+    types = dict.fromkeys(("q", "grad_out"), _descriptor(hopper.BLOCK_M, head_dim, dtype))
+    types |= dict.fromkeys(("k", "v", "k_received", "v_received"), _descriptor(hopper.BLOCK_N, head_dim, dtype))
+    types |= dict.fromkeys(("grad_k", "grad_v"), "*fp32" if parallel else f"*{_DTYPES[dtype]}") | {"grad_q": "*fp32"}
     chosen = {"GROUP": group, "STAGES": hopper.STAGES}
     kernel = hopper.hopper_backward_kernel
     return read(_to_binary(GluonASTSource, kernel, "sm_90", dtype, chosen, hopper.OPTIONS, types), "sm_90")
@@ -133,17 +126,25 @@ def build_hopper_backward(head_dim: int, dtype: str, group: int = 1, parallel: b
 
 def compile_hopper(head_dim: int, dtype: str, group: int = 1, merge: bool = False) -> triton.compiler.CompiledKernel:
     """See `build_hopper`."""
-    import torch
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from flashcp.kernels import hopper
 
-    kernel, element = hopper.hopper_forward_kernel, _DTYPES[dtype]
+    kernel = hopper.hopper_forward_kernel
     chosen = {"GROUP": group, "STAGES": hopper.STAGES, "MERGE": merge}
-    block = f"{element}[{hopper.BLOCK_N}, 1, {head_dim}],{hopper.block_layout(head_dim, getattr(torch, dtype))!r}"
-    types = dict.fromkeys(("k", "v", "k_received", "v_received"), f"tensordesc<{block}>")
-    types["out"] = "*fp32" if merge else f"*{element}"
+    types = dict.fromkeys(("k", "v", "k_received", "v_received"), _descriptor(hopper.BLOCK_N, head_dim, dtype))
+    types["out"] = "*fp32" if merge else f"*{_DTYPES[dtype]}"
     return _to_binary(GluonASTSource, kernel, "sm_90", dtype, chosen, hopper.OPTIONS, types)
+
+
+def _descriptor(rows: int, head_dim: int, dtype: str) -> str:
+    """The type of a TMA descriptor whose blocks have so many rows."""
+    import torch
+
+    from flashcp.kernels.hopper import block_layout
+
+    layout = block_layout(rows, head_dim, getattr(torch, dtype))
+    return f"tensordesc<{_DTYPES[dtype]}[{rows}, 1, {head_dim}],{layout!r}>"
 
 
 def _compile(

@@ -293,10 +293,10 @@ def _softmax(scores, maximum, total, scale):
 
 
 @lru_cache
-def block_layout(head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How K and V blocks lie in shared memory."""
+def block_layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How blocks of so many rows lie in shared memory."""
     element = gl.bfloat16 if dtype is torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([BLOCK_N, 1, head_dim], element)
+    return gl.NVMMASharedLayout.get_default_for([rows, 1, head_dim], element)
 
 
 def launch_hopper_forward(
@@ -319,7 +319,7 @@ def launch_hopper_forward(
     both = (*local, *(received if len(received.k) else local))  # a descriptor of nothing cannot be made
     if not len(local.k) or not all(is_aligned(x) for x in both):
         return False
-    layout = block_layout(q.shape[2], q.dtype)
+    layout = block_layout(BLOCK_N, q.shape[2], q.dtype)
     keys = [TensorDescriptor.from_tensor(x, [BLOCK_N, 1, q.shape[2]], layout) for x in both]
     strides = (*q.stride()[:2], *out.stride()[:2], lse.stride(0))
     hopper_forward_kernel[len(tables[0]), q.shape[1]](

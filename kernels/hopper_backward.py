@@ -18,9 +18,6 @@ Shapes: M = BLOCK_M query rows of a block, N = 64 key rows of a half, D head_dim
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -32,21 +29,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from flashcp.kernels import tiles
-from flashcp.kernels.hopper import copy_rows, is_aligned, zero_from
+from flashcp.kernels.hopper import (
+    HALF,
+    LOG2E,
+    OWN,
+    RANGE_COLUMNS,
+    TILE_COLUMNS,
+    block_layout,
+    copy_rows,
+    is_aligned,
+    zero_from,
+)
 from flashcp.kernels.interface import KV
 
 BLOCK_M, BLOCK_N, STAGES = 64, 128, 2
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
 
-HALF = gl.constexpr(64)
-LOG2E = gl.constexpr(1.4426950408889634)
 PULLS = gl.constexpr(2)  # buffers for the gradients of the scores
 PARTS = gl.constexpr(4)  # of dQ's columns, one after the other, for the registers of who serves
 REGISTERS = gl.constexpr([224, 56])
-OWN = gl.constexpr(tiles.OWN)
-TILE_COLUMNS = gl.constexpr(tiles.TILE_COLUMNS)
-RANGE_COLUMNS = gl.constexpr(tiles.RANGE_COLUMNS)
 
 
 @gluon.jit
@@ -345,13 +346,6 @@ def _store(into, sums, first_row, stop, head, stride_row, stride_head):
     wide_head = gl.to_tensor(head).to(gl.int64)
     at = into + row.to(gl.int64)[:, None] * stride_row + wide_head * stride_head + column
     gl.store(at, sums.to(into.dtype.element_ty), mask=(row < stop)[:, None])
-
-
-@lru_cache
-def block_layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How blocks of so many rows lie in shared memory."""
-    element = gl.bfloat16 if dtype is torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([rows, 1, head_dim], element)
 
 
 def takes(q: Tensor, local: KV, received: KV, grad_out: Tensor) -> bool:

@@ -226,6 +226,7 @@ class TritonAttention(AttentionKernel):
             uploaded = Uploaded(tiles.reach, q.device)  # the last: what waits for it waits for all
             first_kind = int(tiles.table[:, 0].sum()) if which is Pass.BACKWARD_KV else tiles.ready
             on_hopper = on_hopper and _no_empty_tiles(tiles)
+            assert on_hopper or not any_order, "keys that no query reads: dQ would lack what the other kernel adds"
             kept[key] = _Prepared(
                 blocks,
                 heads,

@@ -28,10 +28,14 @@ SPOILT = (3, 4, 5)
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each launch could be."""
+def on_hopper() -> None:
     if architecture(torch.device("cuda")) != "sm_90":
         pytest.skip("needs Hopper")
+
+
+@pytest.fixture
+def launched(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each launch could be."""
     found: list[bool] = []
     launch = hopper.launch_hopper_forward
 
@@ -133,10 +137,8 @@ def test_what_it_does_not_take_is_computed_all_the_same(launched: list[bool]) ->
 
 
 @pytest.fixture
-def in_any_order(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def in_any_order(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tiles each launch of the one backward kernel had."""
-    if architecture(torch.device("cuda")) != "sm_90":
-        pytest.skip("needs Hopper")
     found: list[int] = []
     launch = hopper_backward.launch_hopper_backward
 
