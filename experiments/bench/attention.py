@@ -36,7 +36,7 @@ class AttentionBench:
 def bench_attention(bench: AttentionBench, out: str) -> tuple[list[Row], Path]:
     """The part `attention` of the campaign, and figures of it.
 
-    out: directory; empty: experiments/results/<device>/attention of this checkout. Returns the rows and that directory.
+    out: directory; auto: experiments/results/<device>/attention of this checkout. Returns the rows and that directory.
     Raises ValueError, before anything is written, where there is no GPU or no such case.
     """
 
@@ -46,7 +46,8 @@ def bench_attention(bench: AttentionBench, out: str) -> tuple[list[Row], Path]:
     if not any(bench.cases in label for label in labels):
         raise ValueError(f"cases={bench.cases!r}: expected a part of one of {', '.join(labels)}")
     device = re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()).strip("_")
-    folder = Path(out or Path(__file__).resolve().parents[1] / "results" / device / "attention")
+    results = Path(__file__).resolve().parents[1] / "results"
+    folder = results / device / "attention" if out == "auto" else Path(out)
     check_out(folder)
     rows = run_part(PARTS["attention"], folder, 60 * bench.minutes, cases=bench.cases).rows
     from flashcp.experiments.plots import draw_rates  # late: the campaign's machines may have no matplotlib
