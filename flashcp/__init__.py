@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flashcp.comm.choice import TransportOptions as TransportOptions
     from flashcp.context_parallel import ContextParallel as ContextParallel
     from flashcp.kernels.reference import reference_attention as reference_attention
+    from flashcp.sharding import Mask as Mask
     from flashcp.sharding import Shard as Shard
     from flashcp.sharding import ShardingPlan as ShardingPlan
     from flashcp.sharding import plan as plan
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ContextParallel": "flashcp.context_parallel",
+    "Mask": "flashcp.sharding",
     "Shard": "flashcp.sharding",
     "ShardingPlan": "flashcp.sharding",
     "TransportOptions": "flashcp.comm.choice",

@@ -148,6 +148,8 @@ def _nearest_first(schedule: Schedule) -> list[int]:
 
 def _queries(schedule: Schedule) -> Iterator[tuple[slice, list[tuple[bool, slice, bool]]]]:
     """Per query shard its rows and its ranges, as slices: (rows, [(in received?, rows there, masked?), ...])."""
+    if schedule.seen is not None:
+        raise ValueError("attention='cpu' with masks: expected causal documents")
     first = schedule.range_first.tolist()
     places = map(slice, schedule.row_start.tolist(), schedule.row_stop.tolist())
     ranges = list(zip(schedule.received.tolist(), places, schedule.masked.tolist(), strict=True))

@@ -213,6 +213,8 @@ class TritonAttention(AttentionKernel):
                 "q is torch.bfloat16 on the CPU, where Triton's interpreter computes it wrongly: expected "
                 "torch.float32 or torch.float16, or attention='cpu'"
             )
+        if schedule.seen is not None:
+            raise ValueError("attention='triton' with masks: expected causal documents, or attention='cpu'")
         kept = self._prepared.setdefault(schedule, {})
         group = q.shape[1] // local.k.shape[1]
         key = (which, by_source, any_order, len(q), group, q.shape[2], q.dtype, q.device)

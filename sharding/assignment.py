@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
 
 import numpy as np
 
 from flashcp.sharding.documents import document_offsets, expand_ranges, read_document_lengths, read_world_size, sum_by
+from flashcp.sharding.mask import LayerKind
+from flashcp.sharding.masks import Masks, Workload, read_workload
 from flashcp.sharding.shards import Segments, Shard, ShardTable, ShardView
 
 
@@ -20,20 +22,36 @@ class Assignment:
     start, and every row of every document is checked to lie on exactly one rank (ValueError otherwise).
 
     document_lengths: int64 [documents], tokens. world_size: ranks. table: the shards, int64 arrays.
+    workload: the documents' masks and the model's layer mix; None: causal.
     """
 
     document_lengths: np.ndarray
     world_size: int
     table: ShardTable
+    workload: Workload = field(default=None, kw_only=True)  # type: ignore[assignment]  # never None once constructed
 
     def __post_init__(self) -> None:
         lengths = read_document_lengths(self.document_lengths)
         world_size = read_world_size(self.world_size, int(lengths.sum()))
         table = _merge_touching(_sorted_table(self.table))
         _check_cover(lengths, world_size, table)
-        for name, value in (("document_lengths", lengths), ("world_size", world_size), ("table", table)):
+        workload = read_workload(lengths) if self.workload is None else self.workload
+        if not np.array_equal(workload.masks.length, lengths):
+            raise ValueError("masks of documents of other lengths")
+        given = (("document_lengths", lengths), ("world_size", world_size), ("table", table), ("workload", workload))
+        for name, value in given:
             object.__setattr__(self, name, value)
         _freeze(*table)
+
+    @property
+    def masks(self) -> Masks:
+        """Which keys each row sees."""
+        return self.workload.masks
+
+    @property
+    def layers(self) -> tuple[LayerKind, ...]:
+        """The mix that the plan was made for."""
+        return self.workload.layers
 
     @property
     def shards(self) -> ShardView:
@@ -52,8 +70,13 @@ class Assignment:
 
     @cached_property
     def work(self) -> np.ndarray:
-        """Causal query-key pairs each rank computes, int64 [world_size]."""
-        return _freeze(sum_by(self.table.rank, self.table.work, self.world_size))
+        """Query-key pairs each rank computes, int64 [world_size]; with a layer mix, of all its layers together."""
+        return _freeze(sum_by(self.table.rank, self.shard_work, self.world_size))
+
+    @cached_property
+    def shard_work(self) -> np.ndarray:
+        """The same of each shard, int64 [shards]."""
+        return self.workload.pairs(*self.table[:3])
 
     @property
     def imbalance(self) -> float:

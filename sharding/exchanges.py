@@ -16,19 +16,23 @@ from flashcp.sharding.route import Route
 from flashcp.sharding.shards import Segments, ShardTable
 
 
-class Ends(NamedTuple):
-    """Where each rank's last piece of each cut document ends: int64 arrays sorted by document, then end."""
+class Reads(NamedTuple):
+    """The rows of cut documents that each rank reads: disjoint intervals, int64 arrays sorted by document, then end."""
 
     document: np.ndarray
     rank: np.ndarray
+    start: np.ndarray
     stop: np.ndarray
+
+    def take(self, index: np.ndarray) -> Reads:
+        return Reads(*(column[index] for column in self))
 
 
 class Exact(Route):
     """Every row goes to the ranks that read it and to no other.
 
-    Row x of a document is read by a rank iff the rank's last piece of that document ends beyond x: only ends cost.
-    Shards are disjoint, so another rank's shard lies wholly below that end or wholly above it: shards travel whole.
+    A rank's pieces of a document read one or more intervals of it; of a causal one, all below the rank's last end: only
+    ends cost. Other ranks' shards travel as far as they lie inside.
     The receive buffer holds the rows of rank 0, then those of rank 1, and so on, each in pack order.
     """
 
@@ -36,37 +40,30 @@ class Exact(Route):
 
     def _count(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows sent and received, counted without listing a single pair of ranks."""
-        plan, shards = self.plan, _cut_shards(self.plan)
-        document, start, stop, rank = shards
-        readers = _ends(plan)
-
-        # read(x) = sum over the document's ends e of min(x, e); rows a..b leave read(b) - read(a) - (b - a) times.
-        first = np.searchsorted(readers.document, np.arange(len(plan.document_lengths) + 1))
-        ends_in_pack = plan.offsets[readers.document] + readers.stop
-        paid = np.concatenate(([0], np.cumsum(readers.stop)))
-
-        def read(x: np.ndarray) -> np.ndarray:
-            split = np.searchsorted(ends_in_pack, plan.offsets[document] + x, side="right")
-            return paid[split] - paid[first[document]] + x * (first[document + 1] - split)
-
-        sent_rows = sum_by(rank, read(stop) - read(start) - shards.rows, plan.world_size)
-        received_rows = sum_by(readers.rank, readers.stop, plan.world_size)
-        return sent_rows, received_rows - sum_by(rank, shards.rows, plan.world_size)
+        plan, shards, reads = self.plan, _cut_shards(self.plan), _reads(self.plan)
+        sent_rows = sum_by(shards.rank, _readers(plan, reads, shards) - shards.rows, plan.world_size)
+        received_rows = sum_by(reads.rank, reads.stop - reads.start, plan.world_size)
+        return sent_rows, received_rows - sum_by(shards.rank, shards.rows, plan.world_size)
 
     def _received(self, rank: int) -> Segments:
-        """For each cut document that the rank holds, others' rows below its end."""
-        table, mine = self.plan.table, _ends(self.plan)
-        held = np.flatnonzero(mine.rank == rank)
-        shard, which = _of_documents(table.document, mine.document[held])
-        shard = shard[(table.rank[shard] != rank) & (table.start[shard] < mine.stop[held][which])]
-        return table.take(shard[np.argsort(table.rank[shard], kind="stable")]).side_by_side()
+        """For each cut document that the rank holds, others' rows that it reads."""
+        table, reads = self.plan.table, _reads(self.plan)
+        mine = reads.take(np.flatnonzero(reads.rank == rank))
+        shard, which = _of_documents(table.document, mine.document)
+        start, stop = _overlap(table, shard, mine, which)
+        chosen = np.flatnonzero((table.rank[shard] != rank) & (start < stop))
+        chosen = chosen[np.argsort(table.rank[shard[chosen]], kind="stable")]
+        shard = shard[chosen]
+        return ShardTable(table.document[shard], start[chosen], stop[chosen], table.rank[shard]).side_by_side()
 
     def sent(self, rank: int) -> Segments:
         """Reader by reader, each reader's in the order of its receive buffer."""
-        local, readers = self.plan.local(rank), _ends(self.plan)
-        reader, shard = _reads(readers, local)
-        order = np.lexsort((shard, readers.rank[reader]))
-        return local.take(shard[order])._replace(rank=readers.rank[reader[order]])
+        local, reads = self.plan.local(rank), _reads(self.plan)
+        reader, shard, start, stop = _pairs(reads, local)
+        order = np.lexsort((shard, reads.rank[reader]))
+        reader, shard, start, stop = reader[order], shard[order], start[order], stop[order]
+        row = local.row[shard] + start - local.start[shard]
+        return Segments(local.document[shard], start, stop, reads.rank[reader], row)
 
 
 class AllGather(Route):
@@ -78,9 +75,9 @@ class AllGather(Route):
 
     exchange = "all_gather"
 
-    def travels(self, document: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        """Which shards leave their rank, bool [shards]."""
-        return np.full(len(document), True)
+    def travels(self) -> np.ndarray:
+        """Which shards of the plan leave their rank, bool [shards]."""
+        return np.full(len(self.plan.table.document), True)
 
     def _count(self) -> tuple[np.ndarray, np.ndarray]:
         ranks = self.plan.world_size
@@ -89,7 +86,7 @@ class AllGather(Route):
 
     def _received(self, rank: int) -> Segments:
         table, ranks = self.plan.table, self.plan.world_size
-        leaving = table.take(self.travels(table.document, table.stop))
+        leaving = table.take(self.travels())
         blocks = leaving.take(np.argsort(leaving.rank, kind="stable")).side_by_side()
         padding = self.block_rows - sum_by(leaving.rank, leaving.rows, ranks)
         before = np.cumsum(padding) - padding
@@ -97,25 +94,29 @@ class AllGather(Route):
 
 
 class Compacted(AllGather):
-    """The paper's sharding-aware exchange: every rank's non-last rows, compacted into a padded block, to everybody.
+    """The paper's sharding-aware exchange: every rank's shards that others read, compacted into a padded block, to
+    everybody.
 
-    The last shard of a document is read by nobody else.
+    The paper says every rank's non-last rows: of a causal document the last shard is read by nobody else, the others
+    are.
     """
 
     exchange = "compacted"
 
-    def travels(self, document: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        return stop < self.plan.document_lengths[document]
+    def travels(self) -> np.ndarray:
+        table = self.plan.table
+        if self.plan.masks.is_causal:
+            return table.stop < self.plan.document_lengths[table.document]
+        return _readers(self.plan, _reads(self.plan), table) > table.rows
 
     @property
     def block_rows(self) -> int:
         table = self.plan.table
-        leaving = table.take(self.travels(table.document, table.stop))
+        leaving = table.take(self.travels())
         return int(sum_by(leaving.rank, leaving.rows, self.plan.world_size).max())
 
     def sent(self, rank: int) -> Segments:
-        local = self.plan.local(rank)
-        return local.take(self.travels(local.document, local.stop))
+        return self.plan.local(rank).take(self.travels()[self.plan.table.rank == rank])
 
 
 class Ring(Route):
@@ -179,10 +180,10 @@ EXCHANGES: dict[str, type[Route]] = {route.exchange: route for route in (Exact, 
 
 def traffic(plan: Assignment) -> np.ndarray:
     """Rows that go from each rank (first axis) to each other (second axis), int64 [world_size, world_size]."""
-    shards, readers = _cut_shards(plan), _ends(plan)
-    reader, shard = _reads(readers, shards)
-    pair = shards.rank[shard] * plan.world_size + readers.rank[reader]
-    return sum_by(pair, shards.rows[shard], plan.world_size**2).reshape(plan.world_size, plan.world_size)
+    shards, reads = _cut_shards(plan), _reads(plan)
+    reader, shard, start, stop = _pairs(reads, shards)
+    pair = shards.rank[shard] * plan.world_size + reads.rank[reader]
+    return sum_by(pair, stop - start, plan.world_size**2).reshape(plan.world_size, plan.world_size)
 
 
 def _cut_shards(plan: Assignment) -> ShardTable:
@@ -190,21 +191,56 @@ def _cut_shards(plan: Assignment) -> ShardTable:
     return plan.table.take((np.bincount(plan.table.document) > 1)[plan.table.document])
 
 
-def _ends(plan: Assignment) -> Ends:
-    document, _, stop, rank = _cut_shards(plan)
-    # Shards lie by document and start: the last one of a document and rank is where that rank's pieces end.
+def _reads(plan: Assignment) -> Reads:
+    document, start, stop, rank = _cut_shards(plan)
+    # Shards lie by document and start, and so do, rank by rank, the intervals that they read.
     holder = document * plan.world_size + rank
     order = np.argsort(holder, kind="stable")
-    last = np.append(holder[order[1:]] != holder[order[:-1]], True)[: len(order)]
-    chosen = np.sort(order[last])
-    return Ends(document[chosen], rank[chosen], stop[chosen])
+    other = np.append(holder[order[1:]] != holder[order[:-1]], True)[: len(order)]
+    if plan.masks.is_causal:  # all from the start: one interval
+        chosen = np.sort(order[other])
+        return Reads(document[chosen], rank[chosen], np.zeros_like(chosen), stop[chosen])
+    first, past = plan.masks.lowest(document, start)[order], plan.masks.past(document, stop - 1)[order]
+    closes = other.copy()
+    closes[:-1] |= first[1:] > past[:-1]
+    opens = np.append(True, closes[:-1])[: len(order)]
+    last = order[closes]
+    place = np.argsort(last, kind="stable")
+    return Reads(document[last][place], rank[last][place], first[opens][place], past[closes][place])
 
 
-def _reads(readers: Ends, shards: ShardTable | Segments) -> tuple[np.ndarray, np.ndarray]:
-    """Who reads which shard: an index into readers and one into shards, for every pair of them."""
-    reader, shard = _of_documents(readers.document, shards.document)
-    reads = (readers.rank[reader] != shards.rank[shard]) & (readers.stop[reader] > shards.start[shard])
-    return reader[reads], shard[reads]
+def _readers(plan: Assignment, reads: Reads, shards: ShardTable) -> np.ndarray:
+    """How often the rows of each shard are read, a rank's own reading counted, int64 [shards]."""
+    first = np.searchsorted(reads.document, np.arange(len(plan.document_lengths) + 1))
+
+    def below(x: np.ndarray, edge: np.ndarray) -> np.ndarray:
+        """Sum over the edges of the document of min(x, edge)."""
+        order = np.argsort(plan.offsets[reads.document] + edge, kind="stable")
+        in_pack = (plan.offsets[reads.document] + edge)[order]
+        paid = np.concatenate(([0], np.cumsum(edge[order])))
+        split = np.searchsorted(in_pack, plan.offsets[shards.document] + x, side="right")
+        split = np.clip(split, first[shards.document], first[shards.document + 1])
+        return paid[split] - paid[first[shards.document]] + x * (first[shards.document + 1] - split)
+
+    counted = below(shards.stop, reads.stop) - below(shards.start, reads.stop)
+    if reads.start.any():
+        counted -= below(shards.stop, reads.start) - below(shards.start, reads.start)
+    return counted
+
+
+def _pairs(reads: Reads, shards: ShardTable | Segments) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Who reads which shard: an index into reads and one into shards, for every pair of them, and the rows."""
+    reader, shard = _of_documents(reads.document, shards.document)
+    start, stop = _overlap(shards, shard, reads, reader)
+    there = (reads.rank[reader] != shards.rank[shard]) & (start < stop)
+    return reader[there], shard[there], start[there], stop[there]
+
+
+def _overlap(
+    shards: ShardTable | Segments, shard: np.ndarray, reads: Reads, which: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a shard that lie in an interval, pair by pair."""
+    return np.maximum(shards.start[shard], reads.start[which]), np.minimum(shards.stop[shard], reads.stop[which])
 
 
 def _of_documents(sorted_documents: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from flashcp.sharding.assignment import Assignment
 from flashcp.sharding.bounds import Certificate, certify
 from flashcp.sharding.documents import check_choice, read_document_lengths
 from flashcp.sharding.exchanges import EXCHANGES
+from flashcp.sharding.mask import NO_LIMIT, Mask
+from flashcp.sharding.masks import Workload, read_workload, workload_from
 from flashcp.sharding.route import Route
 from flashcp.sharding.shards import Segments, Shard, ShardTable, read_shards
 
@@ -31,15 +34,49 @@ class ShardingPlan(Assignment):
 
     @classmethod
     def from_shards(
-        cls, document_lengths: Iterable[int], world_size: int, shards: Iterable[Shard | Sequence[int]]
+        cls,
+        document_lengths: Iterable[int],
+        world_size: int,
+        shards: Iterable[Shard | Sequence[int]],
+        masks: Mask | Sequence[Mask] | None = None,
+        layers: Iterable[tuple[Mask, int]] | None = None,
     ) -> ShardingPlan:
-        """A plan from (document, start, stop, rank) tuples. Raises ValueError as the constructor does."""
-        return cls(read_document_lengths(document_lengths), world_size, read_shards(list(shards)))
+        """A plan from (document, start, stop, rank) tuples; masks, layers: as `flashcp.plan` takes them. Raises
+        ValueError as the constructor does."""
+        lengths = read_document_lengths(document_lengths)
+        workload = read_workload(lengths, masks, layers)
+        return cls(lengths, world_size, read_shards(list(shards)), workload=workload)
 
-    def route(self, exchange: str = "exact") -> Route:
-        """Which rows travel from which rank to which. Raises ValueError for an exchange that there is not."""
+    def route(self, exchange: str = "exact", window: int | None = None, chunk: int | None = None) -> Route:
+        """Which rows travel from which rank to which. window, chunk: in a layer that narrows the plan's masks.
+
+        Raises ValueError for an exchange that there is not, and as `narrow` does.
+        """
         check_choice("exchange", exchange, EXCHANGES)
-        return EXCHANGES[exchange](self)
+        return EXCHANGES[exchange](self.narrow(window, chunk))
+
+    def narrow(self, window: int | None = None, chunk: int | None = None) -> ShardingPlan:
+        """The same shards for layers that see no more than `window` keys back, or than their chunk; None: no limit.
+
+        Raises ValueError for anything but whole numbers >= 1.
+        """
+        for name, size in (("window", window), ("chunk", chunk)):
+            if size is not None and (not isinstance(size, Integral) or isinstance(size, bool) or size < 1):
+                raise ValueError(f"{name}={size!r}: expected a whole number of rows >= 1, or None")
+        key = int(window or NO_LIMIT), int(chunk or NO_LIMIT)
+        if key not in self._narrowed:
+            self._narrowed[key] = self._of_layer(*key)
+        return self._narrowed[key]
+
+    @cached_property
+    def _narrowed(self) -> dict[tuple[int, int], ShardingPlan]:
+        """Layers are asked for again in every step."""
+        return {}
+
+    def _of_layer(self, window: int, chunk: int) -> ShardingPlan:
+        workload = Workload(self.masks.narrow(window, chunk))
+        same = all(map(np.array_equal, workload.columns, self.workload.columns))
+        return self if same else replace(self, workload=workload)
 
     @cached_property
     def certificate(self) -> Certificate:
@@ -48,16 +85,23 @@ class ShardingPlan(Assignment):
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over lengths, world size and shards: equal on every rank that holds the same plan."""
+        """16 hex digits over lengths, world size, shards and masks: equal on every rank that holds the same plan."""
         digest = hashlib.blake2b(digest_size=8)
-        for array in (np.array([self.world_size]), self.document_lengths, *self.table):
+        arrays = [np.array([self.world_size]), self.document_lengths, *self.table]
+        if not self.workload.is_causal:
+            arrays += self.workload.columns
+        for array in arrays:
             digest.update(array.astype("<i8").tobytes())
         return digest.hexdigest()
 
     def to_json(self) -> str:
-        """One JSON object: document_lengths, world_size, strategy, shards as [document, start, stop, rank]."""
+        """One JSON object: document_lengths, world_size, strategy, shards as [document, start, stop, rank]; unless all
+        is causal, workload too: its columns."""
         fields = {"document_lengths": self.document_lengths.tolist(), "world_size": self.world_size}
-        return json.dumps({**fields, "strategy": self.strategy, "shards": np.stack(self.table, axis=1).tolist()})
+        fields |= {"strategy": self.strategy, "shards": np.stack(self.table, axis=1).tolist()}
+        if not self.workload.is_causal:
+            fields["workload"] = [column.tolist() for column in self.workload.columns]
+        return json.dumps(fields)
 
     @classmethod
     def from_json(cls, text: str) -> ShardingPlan:
@@ -65,17 +109,19 @@ class ShardingPlan(Assignment):
         try:
             fields = json.loads(text)
             shards = read_shards(fields["shards"])
-            lengths, world_size = fields["document_lengths"], fields["world_size"]
+            lengths, world_size = read_document_lengths(fields["document_lengths"]), fields["world_size"]
             strategy = str(fields.get("strategy", "custom"))
+            workload = workload_from(lengths, fields["workload"]) if "workload" in fields else read_workload(lengths)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"not the JSON of a plan: {error!r}") from error
-        return cls(read_document_lengths(lengths), world_size, shards, strategy)
+        return cls(lengths, world_size, shards, strategy, workload=workload)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ShardingPlan) and (
             self.world_size == other.world_size
             and np.array_equal(self.document_lengths, other.document_lengths)
             and all(map(np.array_equal, self.table, other.table))
+            and all(map(np.array_equal, self.workload.columns, other.workload.columns))
         )
 
     def __hash__(self) -> int:

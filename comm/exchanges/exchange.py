@@ -105,12 +105,12 @@ class Layout:
     @cached_property
     def schedule(self) -> Schedule:
         """All that this rank computes."""
-        return build_schedule(self.local, local=self.local, received=self.received)
+        return build_schedule(self.local, local=self.local, received=self.received, masks=self.plan.masks)
 
     @cached_property
     def local_schedule(self) -> Schedule:
         """What the local rows alone contribute."""
-        return build_schedule(self.local, local=self.local)
+        return build_schedule(self.local, local=self.local, masks=self.plan.masks)
 
     def stages(self, parts: int) -> list[tuple[int, ...]]:
         """Sources in about equal parts, in the order in which their rows come: rank - 1 first, rank + 1 last."""
@@ -133,7 +133,8 @@ class Layout:
 
     def _schedule_of(self, sources: tuple[int, ...]) -> Schedule:
         """What the rows received from some ranks contribute."""
-        return build_schedule(self.local, received=self.received.take(np.isin(self.received.rank, sources)))
+        received = self.received.take(np.isin(self.received.rank, sources))
+        return build_schedule(self.local, received=received, masks=self.plan.masks)
 
 
 class Exchange(ABC):

@@ -97,6 +97,8 @@ class VarlenAttention(AttentionKernel):
         return Gradients(grad_q.read(q.dtype), KV(grad_k.read(dtype), grad_v.read(dtype)), grad_received)
 
     def _calls(self, schedule: Schedule, device: torch.device) -> list[_Prepared]:
+        if schedule.seen is not None:
+            raise ValueError(f"attention='varlen:{self.kernel.name}' with masks: expected causal documents")
         kept = self._prepared.setdefault(schedule, {})
         if device not in kept:
             kept[device] = [_Prepared(call, device) for call in varlen_calls(schedule)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from flashcp.sharding.documents import check_choice, read_document_lengths, read_world_size
+from flashcp.sharding.mask import Mask
+from flashcp.sharding.masks import read_workload
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies.equal_pieces import contiguous, per_document, per_sequence
@@ -36,20 +38,29 @@ def plan(
     document_lengths: Iterable[int] | np.ndarray,
     world_size: int,
     strategy: str = "flashcp",
+    *,
+    masks: Mask | Sequence[Mask] | None = None,
+    layers: Iterable[tuple[Mask, int]] | None = None,
     **options: object,
 ) -> ShardingPlan:
     """Decide which rank holds which rows of one pack.
 
     document_lengths: tokens of each document of the pack, in pack order. world_size: ranks.
+    masks: a `flashcp.Mask` for all documents, or one each; causal by default. layers: the model's mix, for masks that a
+    layer narrows: [(mask, how many layers have it), ...]; then the sum of all layers' work is what is balanced.
     options: keyword options of the strategy. Ranks differ by at most one row, whatever the strategy.
-    Raises ValueError for lengths below 1, no documents, more ranks than tokens, and unknown names.
+    Raises ValueError for lengths below 1, no documents, more ranks than tokens, unknown names, and masks that do not
+    fit.
     """
     lengths = read_document_lengths(document_lengths)
     ranks = read_world_size(world_size, int(lengths.sum()))
     check_choice("strategy", strategy, STRATEGIES)
     function = STRATEGIES[strategy]
-    legal = list(inspect.signature(function).parameters)[2:]
+    legal = [name for name in list(inspect.signature(function).parameters)[2:] if name != "workload"]
     for name in options:
         if name not in legal:
             raise ValueError(f"option {name!r} of strategy {strategy!r}: expected {', '.join(legal) or 'no options'}")
-    return ShardingPlan(lengths, ranks, function(lengths, ranks, **options), strategy)
+    workload = read_workload(lengths, masks, layers)
+    if "workload" in inspect.signature(function).parameters:
+        options["workload"] = workload
+    return ShardingPlan(lengths, ranks, function(lengths, ranks, **options), strategy, workload=workload)

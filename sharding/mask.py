@@ -1,0 +1,110 @@
+"""What a user says about masks: of a document, and of a model's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Integral
+from typing import NamedTuple
+
+from flashcp.sharding.documents import check_choice
+
+KINDS = ("causal", "window", "chunk", "full", "prefix")
+SIZED = ("window", "chunk", "prefix")
+NO_LIMIT = 0  # of a window, a chunk: none
+MOST_LAYERS = 2**16
+
+
+@dataclass(frozen=True, init=False)
+class Mask:
+    """The mask of a document, for row q of n:
+
+        Mask("causal")            keys 0 .. q
+        Mask("window", w)         keys q - w + 1 .. q                  (Mistral 7B, Gemma, gpt-oss)
+        Mask("chunk", c)          keys c * (q // c) .. q               (Llama 4)
+        Mask("full")              keys 0 .. n - 1                      (encoders, images, clips)
+        Mask("prefix", p)         the first p rows see each other, the others are causal
+        Mask("causal", blocks=[(start, stop), ...])  rows of a block see all of it too; also for a window or chunk
+
+    A prefix is a block from 0 to p, or to the document's end where that comes first. Raises ValueError for other kinds,
+    sizes below 1, and blocks that are empty, overlap, or stand beside `full` and `prefix`.
+    """
+
+    kind: str
+    size: int
+    blocks: tuple[tuple[int, int], ...]
+
+    def __init__(self, kind: str = "causal", size: int | None = None, blocks: Iterable[Sequence[int]] = ()) -> None:
+        check_choice("mask", kind, KINDS)
+        if kind in SIZED and not (_is_whole(size) and 1 <= size < 2**31):  # type: ignore[operator]
+            raise ValueError(f"Mask({kind!r}, {size!r}): expected a whole number of rows >= 1")
+        if kind not in SIZED and size is not None:
+            raise ValueError(f"Mask({kind!r}, {size!r}): expected no size")
+        object.__setattr__(self, "kind", kind)
+        object.__setattr__(self, "size", int(size or 0))
+        object.__setattr__(self, "blocks", _read_blocks(kind, blocks))
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is plain causal attention."""
+        return self.kind == "causal" and not self.blocks
+
+    def __repr__(self) -> str:
+        size = f", {self.size}" if self.kind in SIZED else ""
+        return f"Mask({self.kind!r}{size}{f', blocks={list(self.blocks)}' if self.blocks else ''})"
+
+
+class LayerKind(NamedTuple):
+    """Layers of a model that narrow the documents' masks alike: how far they look back, and how many there are."""
+
+    window: int
+    chunk: int
+    layers: int
+
+
+def read_layers(layers: Iterable[tuple[Mask, int]] | None) -> tuple[LayerKind, ...]:
+    """A layer mix: [(mask, how many layers have it), ...], causal, window or chunk. None: no mix.
+
+    Raises ValueError for anything else: what is seen beside the past belongs to a document, not to a layer.
+    """
+    if layers is None:
+        return ()
+    wrong = ValueError(f"layers={layers!r}: expected [(flashcp.Mask, how many), ...]")
+    kinds = []
+    try:
+        given = [(mask, count) for mask, count in layers]
+    except (TypeError, ValueError):
+        raise wrong from None
+    for mask, count in given:
+        if not isinstance(mask, Mask) or not _is_whole(count) or not 1 <= count <= MOST_LAYERS:
+            raise wrong
+        if mask.kind not in ("causal", "window", "chunk") or mask.blocks:
+            raise ValueError(
+                f"layers: {mask}: expected causal, window or chunk; give blocks, full and prefix as masks="
+            )
+        sizes = {kind: mask.size if mask.kind == kind else NO_LIMIT for kind in ("window", "chunk")}
+        kinds.append(LayerKind(sizes["window"], sizes["chunk"], int(count)))
+    if not kinds:
+        raise wrong
+    return tuple(kinds)
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def _read_blocks(kind: str, blocks: Iterable[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    wrong = ValueError(f"Mask({kind!r}, blocks={blocks!r}): expected [(start, stop), ...] with 0 <= start < stop")
+    try:
+        pairs = sorted((start, stop) for start, stop in blocks)
+    except (TypeError, ValueError):
+        raise wrong from None
+    if not all(_is_whole(start) and _is_whole(stop) and 0 <= start < stop < 2**31 for start, stop in pairs):
+        raise wrong
+    if pairs and kind in ("full", "prefix"):
+        raise ValueError(f"Mask({kind!r}, blocks=...): expected blocks of causal, window or chunk masks")
+    for (_, stop), (start, _) in pairwise(pairs):
+        if start < stop:
+            raise ValueError(f"Mask({kind!r}, blocks={pairs}): expected blocks that do not overlap")
+    return tuple((int(start), int(stop)) for start, stop in pairs)

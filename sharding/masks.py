@@ -1,0 +1,296 @@
+"""Masks: which keys of its own document a query row sees. Always one interval whose ends never go back.
+
+Row q of a document of n rows sees the rows lowest(q) <= key < past(q). Three things make the interval: how far it looks
+back (to the document's start, over a window, or to the start of its chunk), its own row, and blocks, whose rows see
+all of the block and what any of them would see without it. Everything else follows from the two ends by counting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from flashcp.sharding.documents import expand_ranges
+from flashcp.sharding.mask import NO_LIMIT, LayerKind, Mask, read_layers
+from flashcp.sharding.shards import shard_work
+
+
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """The masks of a pack's documents as arrays; int64 all.
+
+    length, window, chunk [documents]: a window or chunk of 0 sets no limit. block_document, block_start, block_stop
+    [blocks]: sorted by document and start; a document of `full` or `prefix` has one block from its start.
+    Methods take arrays that broadcast: documents, and rows of them from 0 to the document's length.
+    """
+
+    length: np.ndarray
+    window: np.ndarray
+    chunk: np.ndarray
+    block_document: np.ndarray
+    block_start: np.ndarray
+    block_stop: np.ndarray
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether every document is plain causal."""
+        return not (self.window.any() or self.chunk.any() or len(self.block_document))
+
+    def lowest(self, document: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """The first key that a row sees."""
+        block = self._block_of(document, row)
+        start = np.append(self.block_start, 0)[block]
+        back = self._looks_back(document, row)
+        return np.where(block < len(self.block_start), np.minimum(back, start), back)
+
+    def past(self, document: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """One more than the last key that a row sees."""
+        block = self._block_of(document, row)
+        return np.where(block < len(self.block_start), np.append(self.block_stop, 0)[block], row + 1)
+
+    def first_reader(self, document: np.ndarray, key: np.ndarray) -> np.ndarray:
+        """The first row that sees a key."""
+        block = self._block_of(document, key)
+        return np.where(block < len(self.block_start), np.append(self.block_start, 0)[block], key)
+
+    def past_reader(self, document: np.ndarray, key: np.ndarray) -> np.ndarray:
+        """One more than the last row that sees a key."""
+        document, key = np.broadcast_arrays(document, key)
+        window, chunk = self.window[document], self.chunk[document]
+        last = self.length[document]
+        last = np.where(window > 0, np.minimum(last, key + window), last)
+        last = np.where(chunk > 0, np.minimum(last, (key // np.maximum(chunk, 1) + 1) * chunk), last)
+        block = self._block_of(document, key)
+        return np.where(block < len(self.block_start), np.maximum(last, np.append(self.block_stop, 0)[block]), last)
+
+    def pairs_below(self, document: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """Query-key pairs of all rows of the document below `row`."""
+        document, row = np.broadcast_arrays(document, row)
+        pairs = self._pairs_back(document, row)
+        if not len(self.block_document):
+            return pairs
+        # Blocks that end at the row or before it count in full, one that holds the row up to it.
+        at = self._blocks_before(document, row)
+        whole = np.concatenate(([0], np.cumsum(self._added)))
+        first = np.searchsorted(self.block_document, document)
+        pairs = pairs + whole[at] - whole[first]
+        open_ = np.maximum(at - 1, 0)
+        inside = (at > first) & (self.block_stop[open_] > row)
+        return pairs - np.where(inside, self._added[open_] - self._added_below(open_, row), 0)
+
+    def pairs(self, document: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+        """Query-key pairs of the rows start..stop (stop excluded) of a document."""
+        return self.pairs_below(document, stop) - self.pairs_below(document, start)
+
+    def narrow(self, window: int = NO_LIMIT, chunk: int = NO_LIMIT) -> Masks:
+        """The masks of a layer that looks back no further than that; what rows of a block see of it stays.
+
+        Raises ValueError for chunks of which neither divides the other: both together are no chunks.
+        """
+        if not window and not chunk:
+            return self
+        if chunk and (np.maximum(self.chunk, chunk) % np.where(self.chunk > 0, np.minimum(self.chunk, chunk), 1)).any():
+            raise ValueError(
+                f"chunk={chunk} of documents in chunks of {self.chunk.max()}: expected one that divides the other"
+            )
+        limits = [_smaller(own, layer) for own, layer in ((self.window, window), (self.chunk, chunk))]
+        limits = [np.where(limit < self.length, limit, NO_LIMIT) for limit in limits]
+        return replace(self, window=limits[0], chunk=limits[1])
+
+    def take(self, documents: np.ndarray) -> Masks:
+        """The masks of some documents, in that order."""
+        first = np.searchsorted(self.block_document, documents)
+        count = np.searchsorted(self.block_document, documents, side="right") - first
+        block = expand_ranges(first, count)
+        return Masks(
+            self.length[documents], self.window[documents], self.chunk[documents],
+            np.repeat(np.arange(len(documents)), count), self.block_start[block], self.block_stop[block],
+        )  # fmt: skip
+
+    @cached_property
+    def _code(self) -> np.ndarray:
+        """Where blocks begin, one number each in the order of documents and rows."""
+        return (self.block_document << 31) + self.block_start
+
+    def _blocks_before(self, document: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """How many blocks begin at the row or before it, those of earlier documents counted."""
+        return np.searchsorted(self._code, (np.asarray(document, dtype=np.int64) << 31) + row, side="right")
+
+    def _block_of(self, document: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """The block that holds a row; the number of all blocks where none does."""
+        last = self._blocks_before(document, row) - 1
+        if not len(self.block_start):
+            return last + 1
+        inside = (last >= 0) & (self.block_document[last] == document) & (row < self.block_stop[last])
+        return np.where(inside, last, len(self.block_start))
+
+    def _looks_back(self, document: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """The first key that a row sees without its block."""
+        window, chunk = self.window[document], self.chunk[document]
+        over_window = np.where(window > 0, np.maximum(row - window + 1, 0), 0)
+        return np.maximum(over_window, _chunk_start(row, chunk))
+
+    def _pairs_back(self, document: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """Pairs of the rows below `row`, without blocks."""
+        window, chunk = self.window[document], self.chunk[document]
+        whole = np.where(chunk > 0, row // np.maximum(chunk, 1), 0)
+        return whole * _pairs_in_window(chunk, window) + _pairs_in_window(row - whole * chunk, window)
+
+    @cached_property
+    def _added(self) -> np.ndarray:
+        """Pairs that each block adds."""
+        return self._added_below(np.arange(len(self.block_start)), self.block_stop)
+
+    def _added_below(self, block: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """Pairs that a block adds to its rows below `row`: keys behind each, and keys of it beyond how far it looks."""
+        document, start, stop = self.block_document[block], self.block_start[block], self.block_stop[block]
+        rows = row - start
+        behind = rows * (stop - 1 - start) - rows * (rows - 1) // 2
+        window, chunk = self.window[document], self.chunk[document]
+        # The first row that looks back no further than the block's start: from there on keys of the block are added.
+        blind = np.where(window > 0, start + window - 1, stop)
+        blind = np.minimum(blind, np.where(chunk > 0, -(-start // np.maximum(chunk, 1)) * chunk, stop))
+        blind = np.minimum(np.maximum(blind, start), row)
+
+        def looked(x: np.ndarray) -> np.ndarray:
+            """Sum over the rows below x of the first key that each sees without its block."""
+            return x * (x + 1) // 2 - self._pairs_back(document, x)
+
+        return behind + looked(row) - looked(blind) - start * (row - blind)
+
+
+def read_masks(masks: Mask | Sequence[Mask] | None, document_lengths: np.ndarray) -> Masks:
+    """The masks of a pack: one for all documents, or one each; None is causal.
+
+    A window or chunk that the document fits in sets no limit, a block of one row adds nothing: both are left out, so
+    that equal masks are equal arrays. Raises ValueError for anything else, and for blocks beyond their document.
+    """
+    lengths = np.asarray(document_lengths, dtype=np.int64)
+    wrong = ValueError(f"masks={masks!r}: expected a flashcp.Mask, or a list with one for each document")
+    if masks is None or isinstance(masks, Mask):
+        kinds, which = [masks or Mask()], np.zeros(len(lengths), dtype=np.int64)
+    else:
+        try:
+            given = list(masks)
+        except TypeError:
+            raise wrong from None
+        if not all(isinstance(mask, Mask) for mask in given):
+            raise wrong
+        if len(given) != len(lengths):
+            raise ValueError(f"{len(given)} masks for {len(lengths)} documents: expected one for each, or one for all")
+        kinds = list(dict.fromkeys(given))
+        number = {mask: i for i, mask in enumerate(kinds)}
+        which = np.array([number[mask] for mask in given], dtype=np.int64)
+
+    def sizes(kind: str) -> np.ndarray:
+        size = np.array([mask.size if mask.kind == kind else NO_LIMIT for mask in kinds], dtype=np.int64)[which]
+        return np.where(size < lengths, size, NO_LIMIT)
+
+    blocks = [np.empty((0, 3), dtype=np.int64)]
+    for i, mask in enumerate(kinds):
+        documents = np.flatnonzero(which == i)
+        for start, stop in (
+            ((0, None),) if mask.kind == "full" else ((0, mask.size),) * (mask.kind == "prefix") + mask.blocks
+        ):
+            stops = lengths[documents] if stop is None else np.full(len(documents), stop)
+            if mask.kind == "prefix":
+                stops = np.minimum(stops, lengths[documents])
+            beyond = stops > lengths[documents]
+            if beyond.any():
+                where = int(documents[np.argmax(beyond)])
+                raise ValueError(
+                    f"block ({start}, {stop}) in document {where} of {lengths[where]} tokens: expected it inside"
+                )
+            blocks.append(np.stack((documents, np.full_like(documents, start), stops), axis=1))
+    table = np.concatenate(blocks)
+    table = table[table[:, 2] - table[:, 1] > 1]
+    table = table[np.lexsort((table[:, 1], table[:, 0]))]
+    return Masks(lengths, sizes("window"), sizes("chunk"), *table.T.copy())
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """What is computed on a pack: the documents' masks, and the model's layer mix; (): each layer is like the masks."""
+
+    masks: Masks
+    layers: tuple[LayerKind, ...] = ()
+
+    @cached_property
+    def is_causal(self) -> bool:
+        return not self.layers and self.masks.is_causal
+
+    @cached_property
+    def columns(self) -> tuple[np.ndarray, ...]:
+        """What tells workloads of the same lengths apart."""
+        layers = np.array(self.layers, dtype=np.int64).reshape(-1, 3)
+        masks = self.masks
+        return masks.window, masks.chunk, masks.block_document, masks.block_start, masks.block_stop, layers
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[Masks, int], ...]:
+        """The masks of each kind of layer, and how many layers have them."""
+        return tuple((self.masks.narrow(*kind[:2]), kind.layers) for kind in self.layers) or ((self.masks, 1),)
+
+    def pairs_below(self, document: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """Query-key pairs of all rows of the document below `row`, in all layers together."""
+        return sum(count * masks.pairs_below(document, row) for masks, count in self.kinds)  # type: ignore[return-value]
+
+    def pairs(self, document: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+        """The same of the rows start..stop (stop excluded)."""
+        if self.is_causal:
+            return shard_work(start, stop)
+        return self.pairs_below(document, stop) - self.pairs_below(document, start)
+
+
+def read_workload(
+    document_lengths: np.ndarray,
+    masks: Mask | Sequence[Mask] | None = None,
+    layers: Iterable[tuple[Mask, int]] | None = None,
+) -> Workload:
+    """Masks and layers as `flashcp.plan` takes them. Raises ValueError for what is none, and for work beyond int64."""
+    workload = Workload(read_masks(masks, document_lengths), read_layers(layers))
+    most = float(document_lengths.sum()) ** 2 * sum(kind.layers for kind in workload.layers)
+    if most > 2**62:
+        raise ValueError(f"{document_lengths.sum()} tokens through {most:.0e} pairs: expected fewer tokens or layers")
+    return workload
+
+
+def workload_from(document_lengths: np.ndarray, columns: Sequence[list[Any]]) -> Workload:
+    """The workload that has these `columns`. Raises ValueError for what no masks and layers give."""
+    window, chunk, *blocks, layers = (np.array(column, dtype=np.int64) for column in columns)
+    masks = Masks(document_lengths, window, chunk, *blocks)
+    document, start, stop = blocks
+    next_one = np.flatnonzero(document[1:] == document[:-1])
+    fits = (
+        window.shape == chunk.shape == document_lengths.shape
+        and document.shape == start.shape == stop.shape == (document.size,)
+        and (np.minimum(window, chunk) >= 0).all()
+        and (np.diff(document) >= 0).all()
+        and ((document >= 0) & (document < len(document_lengths))).all()
+        and ((start >= 0) & (start < stop)).all()
+        and (stop <= document_lengths[document]).all()
+        and (start[next_one + 1] >= stop[next_one]).all()
+        and (layers.size == 0 or (layers.ndim == 2 and layers.shape[1] == 3 and (layers >= (0, 0, 1)).all()))
+    )
+    if not fits:
+        raise ValueError("masks or layers that no plan has")
+    return Workload(masks, tuple(LayerKind(*kind) for kind in layers.reshape(-1, 3).tolist()))
+
+
+def _smaller(sizes: np.ndarray, size: int) -> np.ndarray:
+    """The smaller of two limits, of which 0 is none."""
+    return np.where(sizes == 0, size, np.minimum(sizes, size)) if size else sizes
+
+
+def _chunk_start(row: np.ndarray, chunk: np.ndarray) -> np.ndarray:
+    return np.where(chunk > 0, row - row % np.maximum(chunk, 1), 0)
+
+
+def _pairs_in_window(rows: np.ndarray, window: np.ndarray) -> np.ndarray:
+    """Pairs of so many rows, the first of which sees itself alone."""
+    full = np.where(window > 0, np.minimum(rows, window), rows)
+    return full * (full + 1) // 2 + (rows - full) * full
