@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -20,11 +21,12 @@ from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange
 from flashcp.comm.exchanges.heads import Heads
 from flashcp.comm.handshake import Header, PendingHeader, Step
 from flashcp.comm.transport import Transport
-from flashcp.kernels.inputs import check_inputs, default_scale
+from flashcp.kernels.inputs import check_inputs
 from flashcp.kernels.interface import AttentionKernel
+from flashcp.kernels.scores import Scores, read_scores
 from flashcp.kernels.selection import ATTENTION, select_attention, waits_inside
 from flashcp.kernels.tuning import Tuning, check_tuning
-from flashcp.operator import Call, Handle, scale_code
+from flashcp.operator import Call, Handle, query_codes
 from flashcp.sharding.documents import check_choice
 from flashcp.sharding.holders import positions_of_rank
 from flashcp.sharding.plan import ShardingPlan
@@ -147,25 +149,62 @@ class ContextParallel:
         """Memory of this rank's receive buffers and gradient slots that stays allocated (one-sided transports)."""
         return sum(level.receive_bytes for level in self._levels)
 
+    @overload
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: ShardingPlan, softmax_scale: float | None = None
-    ) -> Tensor:
-        """Causal attention inside each document, over all ranks, differentiable.
+        self, q: Tensor, k: Tensor, v: Tensor, plan: ShardingPlan, softmax_scale: float | None = None, *,
+        window: int | None = None, chunk: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+        return_lse: Literal[False] = False,
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: ShardingPlan, softmax_scale: float | None = None, *,
+        window: int | None = None, chunk: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+        return_lse: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: ShardingPlan,
+        softmax_scale: float | None = None,
+        *,
+        window: int | None = None,
+        chunk: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention inside each document, under the plan's masks, over all ranks, differentiable.
 
         q: [rank's tokens, query heads, head_dim], k and v: [rank's tokens, KV heads, head_dim], rows as `shard` gives
-        them; fp32, bf16 or fp16. softmax_scale: 1 / sqrt(head_dim) by default. Returns
-        [rank's tokens, query heads, head_dim] in q's dtype. Gradients of K and V rows that other ranks read come
-        home as `gradient_wire` says and are added in fp32 in a fixed order.
+        them; fp32, bf16 or fp16. softmax_scale: 1 / sqrt(head_dim) by default. window, chunk: this layer sees no more
+        of the past than so many keys, or than its chunk; only rows that it reads travel. softcap: scores become
+        softcap * tanh(score / softcap). sinks: [query heads], a logit more in the softmax of each row; its gradient is
+        of this rank's rows (with head ranks: heads), to be summed over ranks as any parameter's.
+        Returns [rank's tokens, query heads, head_dim] in q's dtype, with return_lse also the log-sum-exp, fp32 [rank's
+        tokens, query heads], sinks counted; it has no gradient, and a backward that brings one raises RuntimeError.
+        Gradients of K and V rows that other ranks read come home as `gradient_wire` says and are added in fp32 in a
+        fixed order.
         Raises ValueError for shapes, dtypes and plans that do not fit, ExchangeError as the class says.
         """
-        return self._begin(k, v, plan, q, softmax_scale).attention(q, softmax_scale)
 
-    def prefetch(self, k: Tensor, v: Tensor, plan: ShardingPlan) -> Handle:
-        """Let K and V rows leave now; `handle.attention(q)` computes later. Arguments as for `attention`.
+        def codes() -> dict[str, int]:
+            check_inputs(q, k, v, self._exchange.tokens(plan))
+            return query_codes(q, read_scores(q, softmax_scale, softcap, sinks), return_lse)
+
+        handle = self._begin(k, v, plan, window, chunk, codes)
+        return handle.attention(q, softmax_scale, softcap=softcap, sinks=sinks, return_lse=return_lse)  # type: ignore[call-overload]
+
+    def prefetch(
+        self, k: Tensor, v: Tensor, plan: ShardingPlan, *, window: int | None = None, chunk: int | None = None
+    ) -> Handle:
+        """Let K and V rows leave now; `handle.attention(q, softmax_scale, softcap=, sinks=, return_lse=)` computes
+        later. Arguments as for `attention`.
 
         With head ranks the ranks of a holder meet here, so that rows travel on to other holders.
         """
-        return self._begin(k, v, plan)
+        return self._begin(k, v, plan, window, chunk)
 
     def shard(self, x: Tensor, plan: ShardingPlan, dim: int = 0) -> Tensor:
         """This rank's rows of a tensor that holds the whole pack along `dim`, in local order."""
@@ -224,26 +263,37 @@ class ContextParallel:
         return torch.from_numpy(positions_of_rank(plan, self.rank, self.head_ranks))
 
     def _begin(
-        self, k: Tensor, v: Tensor, plan: ShardingPlan, q: Tensor | None = None, softmax_scale: float | None = None
+        self,
+        k: Tensor,
+        v: Tensor,
+        plan: ShardingPlan,
+        window: int | None,
+        chunk: int | None,
+        codes: Callable[[], dict[str, int]] | None = None,
     ) -> Handle:
-        """Let rows leave. q: None where queries come later."""
+        """Let rows leave. codes: what the header says of queries and scores; None where they come later."""
+        layer = plan
 
         def select() -> AttentionKernel:
             return select_attention(self.attention_name, k.device, self.tuning)
 
         def header() -> Header:
+            nonlocal layer
             self._check_plan(plan)
-            check_inputs(k if q is None else q, k, v, self._exchange.tokens(plan))
-            query_heads, scale = (0, 0.0) if q is None else (q.shape[1], default_scale(q, softmax_scale))
-            self._exchange.check(query_heads, k.shape[1])
+            layer = plan.narrow(window, chunk)
+            of_queries = {"query_heads": 0}
+            if codes is None:
+                check_inputs(k, k, v, self._exchange.tokens(plan))
+            else:
+                of_queries = codes()
+            self._exchange.check(of_queries["query_heads"], k.shape[1])
             select()
             return Header(
-                **_codes(plan, k),
+                **_codes(layer, k),
+                **of_queries,
                 exchange=list(EXCHANGE_CLASSES).index(self.exchange),
-                query_heads=query_heads,
                 kv_heads=k.shape[1],
                 head_dim=k.shape[2],
-                scale=scale_code(scale),
                 gradients=torch.is_grad_enabled(),
                 refetch=self.backward == "refetch",
                 gradient_wire=GRADIENT_WIRES.index(self.gradient_wire),
@@ -254,11 +304,11 @@ class ContextParallel:
         refetch = self.backward == "refetch"
         agree = posted.check if posted else lambda: None  # one rank alone has nobody to agree with
         how = select(), self.overlap, self.stages, refetch, self.gradient_wire, k.shape[1]
-        settings = AttentionSettings(*how, self.stats, agree)
-        call = Call(plan, self._exchange, settings, agreed, self._connection)
+        settings = AttentionSettings(*how, self.stats, agree, Scores(1.0))
+        call = Call(layer, self._exchange, settings, agreed, self._connection)
         sending = self.stats.measure("exposed_exchange_ms", f"attention {agreed.call}, send rows")
         with torch.no_grad(), sending, call.watched():
-            incoming = self._exchange.start(plan, k, v)
+            incoming = self._exchange.start(layer, k, v)
         return Handle(call, incoming, k, v)
 
     def _agree(self, make_header: Callable[[], Header]) -> tuple[Header, PendingHeader | None]:

@@ -26,7 +26,14 @@ class CpuAttention(AttentionKernel):
     """See the module."""
 
     def attend(
-        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, flags: WaitFlags | None = None
+        self,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        schedule: Schedule,
+        scale: float,
+        flags: WaitFlags | None = None,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         out = q.new_zeros(q.shape, dtype=torch.float32)
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
@@ -41,7 +48,15 @@ class CpuAttention(AttentionKernel):
         return out.to(q.dtype), lse
 
     def merge_into(
-        self, out: Tensor, lse: Tensor, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float
+        self,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        schedule: Schedule,
+        scale: float,
+        softcap: float = 0.0,
     ) -> None:
         group = q.shape[1] // local.k.shape[1]
         for rows, ranges in _queries(schedule):
@@ -64,6 +79,7 @@ class CpuAttention(AttentionKernel):
         local_dtype: torch.dtype | None = None,
         on_received: OnReceived | None = None,
         received_dtype: torch.dtype = torch.float32,
+        softcap: float = 0.0,
     ) -> Gradients:
         grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, *local))
         grad_received = q.new_zeros((len(received.k), 2, *received.k.shape[1:]), dtype=torch.float32)

@@ -75,7 +75,14 @@ class AttentionKernel(ABC):
 
     @abstractmethod
     def attend(
-        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, flags: WaitFlags | None = None
+        self,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        schedule: Schedule,
+        scale: float,
+        flags: WaitFlags | None = None,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Attention over all of a schedule's ranges at once: out [T, H, D] in q's dtype, log-sum-exp fp32 [T, H].
 
@@ -85,7 +92,15 @@ class AttentionKernel(ABC):
 
     @abstractmethod
     def merge_into(
-        self, out: Tensor, lse: Tensor, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float
+        self,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        schedule: Schedule,
+        scale: float,
+        softcap: float = 0.0,
     ) -> None:
         """Merge what the schedule's ranges contribute into `out` and `lse`, part after part.
 
@@ -107,6 +122,7 @@ class AttentionKernel(ABC):
         local_dtype: torch.dtype | None = None,
         on_received: OnReceived | None = None,
         received_dtype: torch.dtype = torch.float32,
+        softcap: float = 0.0,
     ) -> Gradients:
         """Gradients of `attend`: q's in its dtype, local ones in local_dtype (None: the inputs'), those of received
         rows in received_dtype, summed in fp32 and rounded once.

@@ -76,13 +76,28 @@ class TritonAttention(AttentionKernel):
         self._halves: WeakKeyDictionary[Schedule, tuple[Schedule | None, Schedule | None]] = WeakKeyDictionary()
 
     def merge_into(
-        self, out: Tensor, lse: Tensor, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float
+        self,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        schedule: Schedule,
+        scale: float,
+        softcap: float = 0.0,
     ) -> None:
         prepared = self._prepare(Pass.FORWARD, schedule, q, local)
         self._forward(prepared, q, local, received, scale, out, lse, merge=True)
 
     def attend(
-        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, flags: WaitFlags | None = None
+        self,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        schedule: Schedule,
+        scale: float,
+        flags: WaitFlags | None = None,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """One launch for all ranges, nothing in memory but the results."""
         prepared = self._prepare(Pass.FORWARD, schedule, q, local, by_source=flags is not None)
@@ -104,6 +119,7 @@ class TritonAttention(AttentionKernel):
         local_dtype: torch.dtype | None = None,
         on_received: OnReceived | None = None,
         received_dtype: torch.dtype = torch.float32,
+        softcap: float = 0.0,
     ) -> Gradients:
         """Three launches whatever the schedule, four with `on_received`, and one more behind each over tiles that
         documents share. In any order on Hopper: one, two with `on_received`, and the former for short documents."""

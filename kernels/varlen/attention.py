@@ -33,7 +33,15 @@ class VarlenAttention(AttentionKernel):
         self._prepared: WeakKeyDictionary[Schedule, dict[torch.device, list[_Prepared]]] = WeakKeyDictionary()
 
     def merge_into(
-        self, out: Tensor, lse: Tensor, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float
+        self,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        schedule: Schedule,
+        scale: float,
+        softcap: float = 0.0,
     ) -> None:
         self.kernel.check(q)
         for call in self._calls(schedule, q.device):
@@ -41,7 +49,14 @@ class VarlenAttention(AttentionKernel):
             call.queries.merge(out, lse, part, part_lse)
 
     def attend(
-        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, flags: WaitFlags | None = None
+        self,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        schedule: Schedule,
+        scale: float,
+        flags: WaitFlags | None = None,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Where one call computes all rows its results are taken as they are.
 
@@ -72,6 +87,7 @@ class VarlenAttention(AttentionKernel):
         local_dtype: torch.dtype | None = None,
         on_received: OnReceived | None = None,
         received_dtype: torch.dtype = torch.float32,
+        softcap: float = 0.0,
     ) -> Gradients:
         """Raises ValueError where the kernel has no backward."""
         if reason := self.kernel.no_backward():
