@@ -45,7 +45,8 @@ class Header(NamedTuple):
 
     failed: 1 when it stopped with an error of its own; 2 when it did not come, as others say of it. step: which
     exchange of the call, a `Step`. query_heads and what follows from scores: 0 while only KV leaves. dtype, scale and
-    softcap: codes that differ when the values do. sinks: whether there are any. log_sums: whether they are returned.
+    softcap: codes that differ when the values do. sinks: whether there are any. log_sums: whether they are
+    returned. gathers: whether rows of any kind travel, for nobody's queries yet.
     oldest, oldest_inside: the oldest inbox between holders and inside the holder that the rank still reads; they are
     passed on, not compared.
     """
@@ -67,6 +68,7 @@ class Header(NamedTuple):
     gradients: int = 0
     refetch: int = 0
     gradient_wire: int = 0
+    gathers: int = 0
     oldest: int = 0
     oldest_inside: int = 0
 

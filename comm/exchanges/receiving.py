@@ -144,6 +144,20 @@ class ReceivingExchange(Exchange):
         of_sinks = None if sinks is None else sink_gradients(saved.out, grad_out, saved.lse, sinks)
         return InputGradients(gradients.q, *gradients.local, of_sinks)
 
+    def send_home(self, plan: ShardingPlan, gradients: Tensor, settings: AttentionSettings) -> KV:
+        """Gradients of the receive buffer [R, 2, K, D] to the rows' owners: what came for this rank's own rows, in
+        fp32 [T, K, D] each."""
+        wire = settings.wire(gradients.dtype, EXCHANGES[self.name].roundings)
+        shape, wide = gradients.shape[1:], torch.promote_types(gradients.dtype, torch.float32)
+        tokens = self.tokens(plan)
+        local = KV(*(gradients.new_zeros((tokens, *shape[1:]), dtype=wide) for _ in range(2)))
+        with settings.clock.measure("exposed_exchange_ms", "gradients home"):
+            returned = self.return_gradients(plan, gradients.new_empty((0, *shape), dtype=wire))
+            returned.leave(gradients.to(returned.dtype))
+            settings.meet()
+            returned.add_to(local)
+        return local
+
     @abstractmethod
     def return_gradients(self, plan: ShardingPlan, like: Tensor) -> GradientReturn:
         """Make ready to send the gradients of the receive buffer [R, 2, K, D] home. like: [0, 2, K, D], their dtype on
