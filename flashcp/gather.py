@@ -108,10 +108,13 @@ def check_pairs(tensors: Pairs, tokens: int) -> None:
     """Raises ValueError unless all five fit together."""
     for local, received, name in ((tensors.k, tensors.received_k, "k"), (tensors.v, tensors.received_v, "v")):
         if not isinstance(received, Tensor) or received.shape[1:] != local.shape[1:] or received.dtype != local.dtype:
-            shape = list(received.shape) if isinstance(received, Tensor) else type(received).__name__
-            raise ValueError(f"received_{name} is {shape}: expected {local.dtype} [rows, *{list(local.shape[1:])}]")
+            is_tensor = isinstance(received, Tensor)
+            given = f"{received.dtype} {list(received.shape)}" if is_tensor else type(received).__name__
+            columns = ", ".join(map(str, local.shape[1:]))
+            raise ValueError(f"received_{name} is {given}: expected {local.dtype} [rows, {columns}]")
     if len(tensors.received_k) != len(tensors.received_v):
-        raise ValueError(f"received_k and received_v have {len(tensors.received_k)} and {len(tensors.received_v)} rows")
+        rows = f"{len(tensors.received_k)} and {len(tensors.received_v)}"
+        raise ValueError(f"received_k and received_v have {rows} rows: expected as many")
     q, k, v, *_ = _one_width(tensors)
     check_inputs(q, k, v, tokens)
 
