@@ -209,7 +209,11 @@ class Links:
 
 @dataclass
 class ModelShape:
-    """What of a model decides a layer's time. ffn_dim 0: 8/3 of the width, rounded up to a multiple of 64 (SwiGLU)."""
+    """What of a model decides a layer's time. ffn_dim 0: 8/3 of the width, rounded up to a multiple of 64 (SwiGLU).
+
+    mask: of all documents, `causal` or `full`. narrowed_layers: how many of the layers look back no further than over
+    `window` keys, or to the start of their chunk of so many; 0: no limit.
+    """
 
     query_heads: int = 32
     kv_heads: int = 32
@@ -217,6 +221,10 @@ class ModelShape:
     dtype_bytes: int = 2
     layers: int = 32
     ffn_dim: int = 0
+    mask: str = "causal"
+    window: int = 0
+    chunk: int = 0
+    narrowed_layers: int = 0
 
 
 def layer_flops(shape: AttentionShape, ffn_dim: int, rows: float) -> float:
