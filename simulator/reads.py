@@ -75,10 +75,11 @@ def _masked(plan: ShardingPlan, tiles: Tiles) -> Reads:
     padded, in_full = -(-visible // tile_k) * tile_k, full // tile_k * tile_k
     reader, own = shard[tile], shard[tile] == key
 
-    def sums(amount: np.ndarray, chosen: np.ndarray, columns: int) -> np.ndarray:
-        where = reader[chosen] if columns == 1 else reader[chosen] * columns + rank[key[chosen]]
-        total = np.bincount(where, amount[chosen], shards * columns)
-        return total if columns == 1 else total.reshape(shards, columns)
+    def sums(amount: np.ndarray, chosen: np.ndarray, of_owners: bool) -> np.ndarray:
+        if not of_owners:
+            return np.bincount(reader[chosen], amount[chosen], shards)
+        where = reader[chosen] * ranks + rank[key[chosen]]
+        return np.bincount(where, amount[chosen], shards * ranks).reshape(shards, ranks)
 
     reads, read = _overlapping(plan, document, masks.lowest(document, start), masks.past(document, stop - 1))
     low, high = masks.lowest(document, start), masks.past(document, stop - 1)
@@ -88,10 +89,10 @@ def _masked(plan: ShardingPlan, tiles: Tiles) -> Reads:
     others = np.bincount(pair, rows_read[apart], shards * ranks).reshape(shards, ranks).astype(np.int64)
     ranges = np.bincount(pair, minlength=shards * ranks).reshape(shards, ranks)
 
-    def features(chosen: np.ndarray, columns: int, key_rows: np.ndarray, ranges: np.ndarray) -> ReadFeatures:
-        full_pairs = tile_q * sums(in_full, chosen, columns)
-        masked = tile_q * sums(padded - in_full, chosen, columns)
-        queries = plan.table.rows if columns == 1 else plan.table.rows[:, None]
+    def features(chosen: np.ndarray, of_owners: bool, key_rows: np.ndarray, ranges: np.ndarray) -> ReadFeatures:
+        full_pairs = tile_q * sums(in_full, chosen, of_owners)
+        masked = tile_q * sums(padded - in_full, chosen, of_owners)
+        queries = plan.table.rows[:, None] if of_owners else plan.table.rows
         return ReadFeatures(full_pairs, masked, key_rows * 1.0, queries * (key_rows > 0) * 1.0, ranges * 1.0)
 
     rows = plan.table.rows
@@ -101,9 +102,9 @@ def _masked(plan: ShardingPlan, tiles: Tiles) -> Reads:
         rows,
         others,
         ranges,
-        features(own, 1, rows, np.ones(shards)),
-        features(~own, ranks, others, ranges),
-        features(~own, 1, others.sum(axis=1), sides),
+        features(own, False, rows, np.ones(shards)),
+        features(~own, True, others, ranges),
+        features(~own, False, others.sum(axis=1), sides),
     )
 
 

@@ -196,9 +196,9 @@ def make_setting(
     """
     check_choice("overlap", overlap, ("auto", "none", "staged", "fused"))
     check_choice("gradient_wire", gradient_wire, GRADIENT_WIRES)
-    may_be_0 = ("ffn_dim", "window", "chunk", "narrowed_layers")
+    may_be_0 = ("ffn_dim", "width", "window", "chunk", "narrowed_layers")
     for name, number in asdict(model).items():
-        if name == "mask":
+        if name in ("name", "mask"):
             continue
         least = 0 if name in may_be_0 else 1
         if not isinstance(number, int | np.integer) or number < least:
