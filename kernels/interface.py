@@ -5,7 +5,7 @@ activation checkpointing and FSDP know it, and its inputs are plain tensors that
 an `autograd.Function` for context parallelism: its forward and backward send rows, wait for other ranks and compute
 tiles in between. An operator that the compiler may reorder, repeat or drop must not talk to other ranks.
 
-Shapes: T local rows, R received rows, H query heads, K KV heads, D head_dim.
+Shapes: T local rows, R received rows, H query heads, K KV heads, D head_dim (of v another one where a kernel can).
 """
 
 from __future__ import annotations
@@ -71,7 +71,12 @@ class WaitFlags(NamedTuple):
 class AttentionKernel(ABC):
     """An implementation. q: [T, H, D]. local, received: keys and values of the local tensor, [T, K, D] each, and of the
     receive buffer, [R, K, D] each. schedule: the ranges of both that each query shard reads. scale: of the scores.
+    softcap: scaled scores s become softcap * tanh(s / softcap); 0: none.
+
+    own_v_dim: whether v's head_dim may differ from that of q and k; outputs then have v's.
     """
+
+    own_v_dim = False
 
     @abstractmethod
     def attend(

@@ -86,6 +86,7 @@ class TritonAttention(AttentionKernel):
         scale: float,
         softcap: float = 0.0,
     ) -> None:
+        _refuse(softcap)
         prepared = self._prepare(Pass.FORWARD, schedule, q, local)
         self._forward(prepared, q, local, received, scale, out, lse, merge=True)
 
@@ -100,6 +101,7 @@ class TritonAttention(AttentionKernel):
         softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """One launch for all ranges, nothing in memory but the results."""
+        _refuse(softcap)
         prepared = self._prepare(Pass.FORWARD, schedule, q, local, by_source=flags is not None)
         out = _empty(q.shape, q.dtype, q.device, prepared.rows[0] == len(q))
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
@@ -123,6 +125,7 @@ class TritonAttention(AttentionKernel):
     ) -> Gradients:
         """Three launches whatever the schedule, four with `on_received`, and one more behind each over tiles that
         documents share. In any order on Hopper: one, two with `on_received`, and the former for short documents."""
+        _refuse(softcap)
         in_any_order, rest = self._split(schedule, q, local, received, grad_out)
         kinds = [(part, any_order) for part, any_order in ((in_any_order, True), (rest, False)) if part is not None]
         keys = [self._prepare(Pass.BACKWARD_KV, part, q, local, any_order=any_order) for part, any_order in kinds]
@@ -272,6 +275,11 @@ class TritonAttention(AttentionKernel):
         )
         heads = tile_heads(which, blocks, schedule, group, gain if blocks.block_m == HOPPER_ROWS else 1.0)
         return blocks, heads, forward and heads == 1 and blocks.block_m == HOPPER_ROWS
+
+
+def _refuse(softcap: float) -> None:
+    if softcap:
+        raise ValueError(f"attention='triton' with softcap={softcap}: expected none, or attention='cpu'")
 
 
 def _is_hopper(q: Tensor) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 from torch import Tensor
 
-from flashcp.kernels.inputs import default_scale
+from flashcp.kernels.inputs import check_sinks, default_scale, read_softcap
 
 
 class Scores(NamedTuple):
@@ -21,18 +20,5 @@ class Scores(NamedTuple):
 
 def read_scores(q: Tensor, softmax_scale: float | None, softcap: float | None, sinks: Tensor | None) -> Scores:
     """As users give them, for queries [rows, H, head_dim]. Raises ValueError for numbers and sinks that do not fit."""
-    scale = default_scale(q, softmax_scale)
-    if softcap is not None:
-        is_number = isinstance(softcap, int | float) and not isinstance(softcap, bool)
-        if not (is_number and math.isfinite(softcap) and softcap > 0):
-            raise ValueError(f"softcap={softcap!r}: expected a positive number, or None")
-        raise ValueError("softcap: no implementation of attention has one yet")
-    if sinks is not None:
-        if not isinstance(sinks, Tensor):
-            raise ValueError(f"sinks is a {type(sinks).__name__}: expected a tensor [query heads], or None")
-        if sinks.shape != q.shape[1:2] or not sinks.dtype.is_floating_point or sinks.device != q.device:
-            raise ValueError(
-                f"sinks are {sinks.dtype} {list(sinks.shape)} on {sinks.device}: expected floating-point "
-                f"[{q.shape[1]}], one for each query head, on {q.device}"
-            )
-    return Scores(scale, float(softcap or 0.0), sinks)
+    check_sinks(sinks, q)
+    return Scores(default_scale(q, softmax_scale), read_softcap(softcap), sinks)

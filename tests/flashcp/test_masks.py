@@ -221,9 +221,9 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
         "softcap=0.0: expected a positive number, or None",
         "softcap=nan: expected a positive number, or None",
         "softcap='5': expected a positive number, or None",
-        "sinks are torch.float32 [3] on cpu: expected floating-point [2], one for each query head, on cpu",
-        "sinks is a list: expected a tensor [query heads], or None",
-        "sinks are torch.int64 [2] on cpu: expected floating-point [2]",
+        "sinks is torch.float32 [3]: expected floating-point [2], one for each query head",
+        "sinks is a list: expected floating-point [2], one for each query head",
+        "sinks is torch.int64 [2]: expected floating-point [2]",
         "the log-sum-exp of attention has no gradient: expected it detached",
     )
     for said in run_ranks(refused, 2):
