@@ -40,7 +40,7 @@ _TYPES = {
     **dict.fromkeys(("out", "grad_out", "grad_q", "grad_k", "grad_v"), _ROWS_OF),
     **dict.fromkeys(("lse", "log_sum", "minus_delta", "grad_k_received", "grad_v_received"), "*fp32"),
     **dict.fromkeys(("table", "ranges", "reach", "mixed", "flags", "flag", "stuck"), "*i32"),
-    "scale": "fp32",
+    **dict.fromkeys(("scale", "soften"), "fp32"),
     **dict.fromkeys(("tiles", "ready_tiles", "heads", "epoch", "spins", "count", "rows", "head_rows"), "i32"),
     "packed_half": "i32",
     "index": "*i64",
@@ -77,25 +77,29 @@ def build(
     parallel: bool = False,
     fused: bool = False,
     apart: bool = False,
+    intervals: bool = False,
+    softcap: bool = False,
 ) -> Build:
     """Compile one kernel. target: a key of TARGETS. dtype: a name of `kernels/tuning.py`'s DTYPES.
 
     group: query heads a KV head. tile_heads: how many of them share a query tile. parallel: the variant under context
     parallelism: a forward that goes on from earlier ranges, dK and dV in fp32. fused: the forward that waits for rows.
-    apart: the second launch over tiles that documents share.
+    apart: the second launch over tiles that documents share. intervals: for schedules with masks.
     """
     chosen = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_M": blocks.block_m,
               "BLOCK_N": blocks.block_n, "PRECISION": blocks.precision, "MERGE": parallel,
-              "FUSED": fused, "APART": apart, "TILE_HEADS": tile_heads}  # fmt: skip
+              "FUSED": fused, "APART": apart, "INTERVALS": intervals, "TILE_HEADS": tile_heads}  # fmt: skip
     if not fused:
         chosen |= {"flags": None, "stuck": None}
+    if not softcap:
+        chosen["soften"] = None
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     return _compile(KERNELS[which], target, dtype, chosen, options, _TOTALS if parallel else set())
 
 
-def build_rows(target: str, head_dim: int, dtype: str) -> Build:
+def build_rows(target: str, head_dim: int, dtype: str, intervals: bool = False) -> Build:
     """Compile what runs before the gradients (`kernels/backward_rows.py`). Arguments as for `build`."""
-    chosen = {"HEAD_DIM": head_dim, "BLOCK_M": ROWS}
+    chosen = {"HEAD_DIM": head_dim, "BLOCK_M": ROWS, "INTERVALS": intervals}
     return _compile(backward_rows_kernel, target, dtype, chosen, {})
 
 

@@ -12,13 +12,16 @@ import triton
 import triton.language as tl
 
 from flashcp.kernels.blocks import (
-    LOG2E,
     OWN,
-    RANGE_COLUMNS,
+    REACH_COLUMNS,
     is_mixed,
     load_tile,
     note_mixed,
+    own_end,
     place,
+    product_scale,
+    range_entry,
+    squash,
 )
 from flashcp.kernels.parts import load_rows, outer, rows_dot, store_rows, sum_columns, times, zero_rows
 
@@ -28,12 +31,12 @@ FAR = tl.constexpr(0x7FFFFFFF)
 @triton.jit(do_not_specialize=["tiles", "heads"])
 def backward_kv_kernel(
     q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, grad_k, grad_v, grad_k_received, grad_v_received,
-    table, ranges, reach, mixed, scale,
+    table, ranges, reach, mixed, scale, soften,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
     grad_row, grad_head, head_rows, gk_row, gk_head, gv_row, gv_head, gkr_row, gkr_head, gvr_row, gvr_head,
     tiles, heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, APART: tl.constexpr,
+    PRECISION: tl.constexpr, APART: tl.constexpr, INTERVALS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, KV head). APART: the second launch that `kernels/blocks.py` speaks of, by a few programs."""
     if APART:
@@ -43,49 +46,49 @@ def backward_kv_kernel(
                 _, row, stop, range_first, range_stop = load_tile(table, tile)
                 first = row
                 while first < stop:
-                    past = tl.load(reach + first)
+                    past = own_end(reach, first, INTERVALS)
                     dk, dv = _sums(
-                        q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale,
+                        q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale, soften,
                         q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
                         grad_row, grad_head, head_rows, 0, row, stop, range_first, range_stop, first, past, head,
-                        GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION,
+                        GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION, INTERVALS,
                     )  # fmt: skip
                     at_k = place(grad_k, row, gk_row, head, gk_head)
                     at_v = place(grad_v, row, gv_row, head, gv_head)
-                    store_rows(at_k, gk_row, past - row, times(dk, scale / LOG2E), HEAD_DIM, first - row)
+                    store_rows(at_k, gk_row, past - row, times(dk, product_scale(scale, soften)), HEAD_DIM, first - row)
                     store_rows(at_v, gv_row, past - row, dv, HEAD_DIM, first - row)
                     first = past
     else:
         tile, head = tl.program_id(0), tl.program_id(1)
         received, row, stop, range_first, range_stop = load_tile(table, tile)
         dk, dv = _sums(
-            q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale,
+            q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale, soften,
             q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
             grad_row, grad_head, head_rows, received, row, stop, range_first, range_stop, None, None, head,
-            GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION,
+            GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION, INTERVALS,
         )  # fmt: skip
         # Read again rather than kept: the loops above need every register there is.
         received, row, stop, _, _ = load_tile(table, tile, True)
         if received != 0:
-            dk = times(dk, scale / LOG2E)
+            dk = times(dk, product_scale(scale, soften))
             store_rows(place(grad_k_received, row, gkr_row, head, gkr_head), gkr_row, stop - row, dk, HEAD_DIM)
             store_rows(place(grad_v_received, row, gvr_row, head, gvr_head), gvr_row, stop - row, dv, HEAD_DIM)
         else:
-            past = tl.load(reach + row)
+            past = own_end(reach, row, INTERVALS)
             if (past > row) & (past < stop):  # several documents share the tile
                 note_mixed(mixed, tile, head, heads, sum_columns(dk) + sum_columns(dv))
-            dk = times(dk, scale / LOG2E)
+            dk = times(dk, product_scale(scale, soften))
             store_rows(place(grad_k, row, gk_row, head, gk_head), gk_row, stop - row, dk, HEAD_DIM)
             store_rows(place(grad_v, row, gv_row, head, gv_head), gv_row, stop - row, dv, HEAD_DIM)
 
 
 @triton.jit
 def _sums(
-    q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale,
+    q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale, soften,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
     grad_row, grad_head, head_rows, received, row, stop, range_first, range_stop, first, past, kv_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, INTERVALS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys, less a factor, and of the values, [N, D] each, from the queries from `first` (None: from
     where the ranges begin) below `past`."""
@@ -101,29 +104,46 @@ def _sums(
 
     for j in range(GROUP * (range_stop - range_first)):
         head = kv_head * GROUP + j % GROUP
-        entry = ranges + RANGE_COLUMNS * (range_first + j // GROUP)
+        entry = range_entry(ranges, range_first + j // GROUP, INTERVALS)
         is_own = tl.load(entry) == OWN
-        start = tl.where(is_own, row, tl.load(entry + 1))
-        end = tl.load(entry + 2)
+        shift = 0
+        if INTERVALS:
+            shift = tl.load(entry + 4)
+            of_first = reach + REACH_COLUMNS * (received + row)
+            of_last = reach + REACH_COLUMNS * (received + stop - 1)
+            start = tl.maximum(tl.load(entry + 1), tl.load(of_first) - shift)
+            end = tl.minimum(tl.load(entry + 2), tl.load(of_last + 1) - shift)
+        else:
+            start = tl.where(is_own, row, tl.load(entry + 1))
+            end = tl.load(entry + 2)
         if past is not None:
             end = tl.minimum(end, past)
         # Query blocks beside the tile's own rows need the mask, those behind it do not, the last one may be cut off.
-        beside = tl.where(is_own, tl.cdiv(stop - row, BLOCK_M), 0)
-        behind = start + beside * BLOCK_M
-        full = behind + tl.maximum(end - behind, 0) // BLOCK_M * BLOCK_M
+        # Under intervals those need it that begin before all keys are seen, and those that end where some no more are.
+        if INTERVALS:
+            beside = tl.cdiv(tl.maximum(tl.minimum(tl.load(of_last) - shift, end) - start, 0), BLOCK_M)
+            behind = start + beside * BLOCK_M
+            seen_by_all = tl.minimum(tl.load(of_first + 1) - shift, end)
+            full = behind + tl.maximum(seen_by_all - behind, 0) // BLOCK_M * BLOCK_M
+            masked = beside + tl.cdiv(tl.maximum(end - full, 0), BLOCK_M)
+        else:
+            beside = tl.where(is_own, tl.cdiv(stop - row, BLOCK_M), 0)
+            behind = start + beside * BLOCK_M
+            full = behind + tl.maximum(end - behind, 0) // BLOCK_M * BLOCK_M
+            masked = beside + tl.where(full < end, 1, 0)
         q_at = place(q, 0, 0, head, q_head)
         grad_at = place(grad_out, 0, 0, head, grad_head)
         log_sum_at = log_sum + tl.cast(head, tl.int64) * head_rows
         minus_delta_at = minus_delta + tl.cast(head, tl.int64) * head_rows
         dk, dv = _scatter(
             dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, minus_delta_at, q_row, grad_row,
-            0, (full - behind) // BLOCK_M, behind, behind, first, end, row, stop, reach, is_own, scale,
-            HEAD_DIM, BLOCK_M, False, PRECISION,
+            0, (full - behind) // BLOCK_M, behind, behind, first, end, row, stop, received, reach, is_own, shift,
+            scale, soften, HEAD_DIM, BLOCK_M, False, PRECISION, INTERVALS,
         )  # fmt: skip
         dk, dv = _scatter(
             dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, minus_delta_at, q_row, grad_row,
-            beside, beside + tl.where(full < end, 1, 0), start, full, first, end, row, stop, reach, is_own, scale,
-            HEAD_DIM, BLOCK_M, True, PRECISION,
+            beside, masked, start, full, first, end, row, stop, received, reach, is_own, shift,
+            scale, soften, HEAD_DIM, BLOCK_M, True, PRECISION, INTERVALS,
         )  # fmt: skip
     return dk, dv
 
@@ -131,14 +151,15 @@ def _sums(
 @triton.jit
 def _scatter(
     dk, dv, k_tile, v_tile, q_at, grad_at, log_sum_at, minus_delta_at, q_row, grad_row,
-    beside, blocks, start, full, first, end, row, stop, reach, is_own, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    beside, blocks, start, full, first, end, row, stop, received, reach, is_own, shift,
+    scale, soften, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, INTERVALS: tl.constexpr,
 ):  # fmt: skip
     """`beside` blocks of queries from `start` on, the others of `blocks` from `full` on.
 
     MASKED: rows begin at `first` (None: anywhere) and end at `end`. A query of an own run counts for a
-    key if key <= query < where the key's run ends.
+    key if key <= query < where the key's run ends. INTERVALS: for a key whose interval of readers
+    holds it; shift: of the range.
     """
     for b in range(blocks):
         m = full + (b - beside) * BLOCK_M
@@ -163,15 +184,26 @@ def _scatter(
         # The log-sum-exp is subtracted after the product and loaded a block ahead of it, so that nobody waits for it;
         # -delta is where the other product starts from, which is later and takes fewer registers.
         scores = rows_dot(k_tile, q_tile, None, PRECISION)  # [N, M]
+        if soften is not None:
+            scores = squash(scores, soften)
+            slope = 1.0 - scores * scores
         if MASKED:
             key = row + tl.arange(0, k_tile[0].shape[0])  # [N]
-            lowest = tl.where(is_own, key, 0)
-            past_last = tl.load(reach + key, mask=is_own & (key < stop), other=FAR)
+            if INTERVALS:
+                of_key = reach + REACH_COLUMNS * (received + key)
+                lowest = tl.load(of_key, mask=key < stop, other=0) - shift
+                past_last = tl.load(of_key + 1, mask=key < stop, other=0) - shift
+            else:
+                lowest = tl.where(is_own, key, 0)
+                past_last = tl.load(reach + key, mask=is_own & (key < stop), other=FAR)
             seen = (at[None, :] >= lowest[:, None]) & (at[None, :] < past_last[:, None])
             scores = tl.where(seen, scores, float("-inf"))
         weights = tl.exp2(scores * scale - log_sum_rows[None, :])
         dv = outer(weights, grad_tile, dv, PRECISION)
         start_from = tl.broadcast_to(minus_delta_rows[None, :], [k_tile[0].shape[0], BLOCK_M])
         pull = rows_dot(v_tile, grad_tile, start_from, PRECISION)  # [N, M]
-        dk = outer(weights * pull, q_tile, dk, PRECISION)
+        grad_scores = weights * pull
+        if soften is not None:
+            grad_scores *= slope
+        dk = outer(grad_scores, q_tile, dk, PRECISION)
     return dk, dv

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -20,6 +21,7 @@ from flashcp.kernels.backward_q import backward_q_kernel
 from flashcp.kernels.backward_rows import ROWS, backward_rows_kernel
 from flashcp.kernels.forward import forward_kernel
 from flashcp.kernels.interface import KV, AttentionKernel, Gradients, OnReceived, WaitFlags
+from flashcp.kernels.intervals import interval_key_tiles, interval_query_tiles
 from flashcp.kernels.one_sided import spins
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.tiles import Tiles, key_tiles, query_tiles
@@ -41,6 +43,7 @@ _INTERPRETED = 3  # programs of a small grid under the interpreter, which runs t
 
 class _Prepared(NamedTuple):
     """What a launch needs beside the tensors: block shapes, query heads of a query tile, the tile tables on the device,
+    whether they are those of a schedule with masks,
     local and received rows that tiles cover, how many tiles are of the first kind, which waits for nobody (query tiles)
     or is of received rows (key tiles), whether several documents share a tile of the other kind or, of query tiles, of
     any, whether the kernel is Hopper's own, and what came to the device last, for other streams to wait for."""
@@ -48,6 +51,7 @@ class _Prepared(NamedTuple):
     blocks: Blocks
     heads: int
     tables: tuple[Tensor, Tensor, Tensor]
+    intervals: bool
     rows: tuple[int, int]
     first_kind: int
     shared: bool
@@ -66,12 +70,14 @@ class _Prepared(NamedTuple):
 
 class TritonAttention(AttentionKernel):
     """Attention by the kernels of this folder. tuning: block shapes that replace the table's (`kernels/tuning.py`).
+    asked: whether the user named it, else masks and softcap, which were compiled for GPUs and never ran on one, are
+    refused there.
 
     The tables of a schedule are built once per pass and live as long as the schedule does.
     """
 
-    def __init__(self, tuning: Tuning | None = None) -> None:
-        self.tuning = tuning or Tuning()
+    def __init__(self, tuning: Tuning | None = None, asked: bool = True) -> None:
+        self.tuning, self.asked = tuning or Tuning(), asked
         self._prepared: WeakKeyDictionary[Schedule, dict[tuple[object, ...], _Prepared]] = WeakKeyDictionary()
         self._halves: WeakKeyDictionary[Schedule, tuple[Schedule | None, Schedule | None]] = WeakKeyDictionary()
 
@@ -86,9 +92,8 @@ class TritonAttention(AttentionKernel):
         scale: float,
         softcap: float = 0.0,
     ) -> None:
-        _refuse(softcap)
-        prepared = self._prepare(Pass.FORWARD, schedule, q, local)
-        self._forward(prepared, q, local, received, scale, out, lse, merge=True)
+        prepared = self._prepare(Pass.FORWARD, schedule, q, local, softcap)
+        self._forward(prepared, q, local, received, _numbers(scale, softcap), out, lse, merge=True)
 
     def attend(
         self,
@@ -101,11 +106,10 @@ class TritonAttention(AttentionKernel):
         softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """One launch for all ranges, nothing in memory but the results."""
-        _refuse(softcap)
-        prepared = self._prepare(Pass.FORWARD, schedule, q, local, by_source=flags is not None)
+        prepared = self._prepare(Pass.FORWARD, schedule, q, local, softcap, by_source=flags is not None)
         out = _empty(q.shape, q.dtype, q.device, prepared.rows[0] == len(q))
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-        self._forward(prepared, q, local, received, scale, out, lse, merge=False, flags=flags)
+        self._forward(prepared, q, local, received, _numbers(scale, softcap), out, lse, merge=False, flags=flags)
         return out, lse
 
     def gradients(
@@ -125,11 +129,13 @@ class TritonAttention(AttentionKernel):
     ) -> Gradients:
         """Three launches whatever the schedule, four with `on_received`, and one more behind each over tiles that
         documents share. In any order on Hopper: one, two with `on_received`, and the former for short documents."""
-        _refuse(softcap)
-        in_any_order, rest = self._split(schedule, q, local, received, grad_out)
+        in_any_order, rest = self._split(schedule, q, local, received, grad_out, softcap)
         kinds = [(part, any_order) for part, any_order in ((in_any_order, True), (rest, False)) if part is not None]
-        keys = [self._prepare(Pass.BACKWARD_KV, part, q, local, any_order=any_order) for part, any_order in kinds]
-        row_terms = _row_terms(out, grad_out, lse)
+        keys = [
+            self._prepare(Pass.BACKWARD_KV, part, q, local, softcap, any_order=any_order) for part, any_order in kinds
+        ]
+        row_terms = _row_terms(out, grad_out, lse, schedule.seen is not None)
+        scales = _numbers(scale, softcap)
         inputs = (q, *local, *received, grad_out, *row_terms)
         strides = (*_strides(q, *local, *received, grad_out), row_terms.stride(1))
 
@@ -152,7 +158,7 @@ class TritonAttention(AttentionKernel):
                         q, local, received, grad_out, row_terms, sums_q, outputs, prepared.tables, scale * _LOG2E
                     )
             else:
-                numbers = (scale * _LOG2E, *strides, *_strides(*outputs))
+                numbers = (*scales, *strides, *_strides(*outputs))
                 _launch(backward_kv_kernel, prepared, q, local, local.k.shape[1], (*inputs, *outputs), numbers)
 
         if on_received is None:
@@ -165,23 +171,23 @@ class TritonAttention(AttentionKernel):
             for prepared in keys:
                 of_keys(prepared.parts()[1])
 
-        queries = None if rest is None else self._prepare(Pass.BACKWARD_Q, rest, q, local)
+        queries = None if rest is None else self._prepare(Pass.BACKWARD_Q, rest, q, local, softcap)
         if sums_q is not None:
             grad_q = sums_q.mul_(scale).to(q.dtype)  # the rows of short documents are written next
         else:
             grad_q = _empty(q.shape, q.dtype, device, queries is None or queries.rows[0] == len(q))
         if queries is not None:
-            numbers = (scale * _LOG2E, *strides, *_strides(grad_q))
+            numbers = (*scales, *strides, *_strides(grad_q))
             _launch(backward_q_kernel, queries, q, local, q.shape[1], (*inputs, grad_q), numbers)
         return Gradients(grad_q, grad_local, grad_received)
 
     def _split(
-        self, schedule: Schedule, q: Tensor, local: KV, received: KV, grad_out: Tensor
+        self, schedule: Schedule, q: Tensor, local: KV, received: KV, grad_out: Tensor, softcap: float
     ) -> tuple[Schedule | None, Schedule | None]:
         """What Hopper's one backward kernel computes, and what the two portable ones do: short documents, several of
         which share a tile there, or all of it."""
         tuning = self.tuning
-        if tuning.deterministic or tuning.backward_kv or tuning.backward_q or not _is_hopper(q):
+        if tuning.deterministic or tuning.backward_kv or tuning.backward_q or not _is_hopper(q, schedule, softcap):
             return None, schedule
         from flashcp.kernels.hopper_backward import BLOCK_N, takes
 
@@ -199,7 +205,7 @@ class TritonAttention(AttentionKernel):
         q: Tensor,
         local: KV,
         received: KV,
-        scale: float,
+        scales: tuple[float, float | None],
         out: Tensor,
         lse: Tensor,
         merge: bool,
@@ -212,9 +218,9 @@ class TritonAttention(AttentionKernel):
             from flashcp.kernels.hopper import launch_hopper_forward
 
             first = partial(
-                launch_hopper_forward, q, local, received, out, lse, prepared.tables, scale=scale * _LOG2E, merge=merge
+                launch_hopper_forward, q, local, received, out, lse, prepared.tables, scale=scales[0], merge=merge
             )
-        numbers = (scale * _LOG2E, *strides)
+        numbers = (*scales, *strides)
         _launch(forward_kernel, prepared, q, local, q.shape[1], tensors, numbers, waits, first, MERGE=merge)
 
     def _prepare(
@@ -223,6 +229,7 @@ class TritonAttention(AttentionKernel):
         schedule: Schedule,
         q: Tensor,
         local: KV,
+        softcap: float,
         by_source: bool = False,
         any_order: bool = False,
     ) -> _Prepared:
@@ -232,26 +239,33 @@ class TritonAttention(AttentionKernel):
                 "q is torch.bfloat16 on the CPU, where Triton's interpreter computes it wrongly: expected "
                 "torch.float32 or torch.float16, or attention='cpu'"
             )
-        if schedule.seen is not None:
-            raise ValueError("attention='triton' with masks: expected causal documents, or attention='cpu'")
+        intervals = schedule.seen is not None
+        if not self.asked and q.device.type != "cpu" and (intervals or softcap):
+            raise ValueError(
+                "attention='auto' with masks or softcap on a GPU, where they never ran: expected attention='triton'"
+            )
         kept = self._prepared.setdefault(schedule, {})
         group = q.shape[1] // local.k.shape[1]
-        key = (which, by_source, any_order, len(q), group, q.shape[2], q.dtype, q.device)
+        key = (which, softcap != 0, by_source, any_order, len(q), group, q.shape[2], q.dtype, q.device)
         if key not in kept:
-            blocks, heads, on_hopper = self._shape(which, schedule, q, group, by_source, any_order)
-            if which is Pass.BACKWARD_KV:
-                tiles = key_tiles(schedule, len(q), blocks.tile_rows(which), share=not any_order)
+            blocks, heads, on_hopper = self._shape(which, schedule, q, group, softcap, by_source, any_order)
+            if which is not Pass.BACKWARD_KV:
+                make_queries = interval_query_tiles if intervals else query_tiles
+                tiles = make_queries(schedule, len(q), blocks.tile_rows(which) // heads, by_source)
+            elif intervals:
+                tiles = interval_key_tiles(schedule, len(q), blocks.tile_rows(which))
             else:
-                tiles = query_tiles(schedule, len(q), blocks.tile_rows(which) // heads, by_source)
+                tiles = key_tiles(schedule, len(q), blocks.tile_rows(which), share=not any_order)
             table, ranges = (to_device(x, q.device) for x in (tiles.table, tiles.ranges))
             uploaded = Uploaded(tiles.reach, q.device)  # the last: what waits for it waits for all
-            first_kind = int(tiles.table[:, 0].sum()) if which is Pass.BACKWARD_KV else tiles.ready
+            first_kind = np.count_nonzero(tiles.table[:, 0]) if which is Pass.BACKWARD_KV else tiles.ready
             on_hopper = on_hopper and _no_empty_tiles(tiles)
             assert on_hopper or not any_order, "keys that no query reads: dQ would lack what the other kernel adds"
             kept[key] = _Prepared(
                 blocks,
                 heads,
                 (table, ranges, uploaded.here()),
+                intervals,
                 tiles.rows,
                 first_kind,
                 tiles.shared,
@@ -261,14 +275,23 @@ class TritonAttention(AttentionKernel):
         return kept[key]
 
     def _shape(
-        self, which: Pass, schedule: Schedule, q: Tensor, group: int, by_source: bool, any_order: bool
+        self,
+        which: Pass,
+        schedule: Schedule,
+        q: Tensor,
+        group: int,
+        softcap: float,
+        by_source: bool,
+        any_order: bool,
     ) -> tuple[Blocks, int, bool]:
         """Block shapes, heads of a query tile, and whether a kernel of Hopper's own may take them."""
         if any_order:
             from flashcp.kernels.hopper_backward import BLOCK_M, BLOCK_N
 
             return Blocks(BLOCK_M, BLOCK_N, 4, 2), 1, True
-        forward = which is Pass.FORWARD and not by_source and self.tuning.forward is None and _is_hopper(q)
+        forward = (
+            which is Pass.FORWARD and not by_source and self.tuning.forward is None and _is_hopper(q, schedule, softcap)
+        )
         gain = HOPPER_GAIN if forward else 1.0
         blocks = self.tuning.of(which) or choose(
             which, architecture(q.device), q.shape[2], q.dtype, schedule, group, gain
@@ -277,13 +300,14 @@ class TritonAttention(AttentionKernel):
         return blocks, heads, forward and heads == 1 and blocks.block_m == HOPPER_ROWS
 
 
-def _refuse(softcap: float) -> None:
-    if softcap:
-        raise ValueError(f"attention='triton' with softcap={softcap}: expected none, or attention='cpu'")
+def _is_hopper(q: Tensor, schedule: Schedule, softcap: float) -> bool:
+    """Whether Hopper's own kernels may run: they know causal documents and no softcap."""
+    return architecture(q.device) == "sm_90" and schedule.seen is None and not softcap and _hopper_takes(q)
 
 
-def _is_hopper(q: Tensor) -> bool:
-    return architecture(q.device) == "sm_90" and _hopper_takes(q)
+def _numbers(scale: float, softcap: float) -> tuple[float, float | None]:
+    """`scale` and `soften` as the kernels take them: scores are powers of two, tanh is made of one (`squash`)."""
+    return (softcap * _LOG2E, 2.0 * _LOG2E * scale / softcap) if softcap else (scale * _LOG2E, None)
 
 
 def _hopper_takes(q: Tensor) -> bool:
@@ -306,7 +330,7 @@ def _no_empty_tiles(tiles: Tiles) -> bool:
     return bool(ranges_there and (tiles.ranges[:, 1] < tiles.ranges[:, 2]).all())
 
 
-def _row_terms(out: Tensor, grad_out: Tensor, lse: Tensor) -> Tensor:
+def _row_terms(out: Tensor, grad_out: Tensor, lse: Tensor, intervals: bool) -> Tensor:
     """What `backward_rows_kernel` makes, [2, H, T padded]; padded, for new lengths to compile nothing new."""
     rows, heads, head_dim = out.shape
     blocks = triton.cdiv(rows, ROWS)
@@ -315,7 +339,7 @@ def _row_terms(out: Tensor, grad_out: Tensor, lse: Tensor) -> Tensor:
         if blocks:
             backward_rows_kernel[(blocks, heads)](
                 out, grad_out, lse, *terms, rows, *_strides(out, grad_out), lse.stride(0), blocks * ROWS,
-                HEAD_DIM=head_dim, BLOCK_M=ROWS,
+                HEAD_DIM=head_dim, BLOCK_M=ROWS, INTERVALS=intervals,
             )  # fmt: skip
     return terms
 
@@ -327,7 +351,7 @@ def _launch(
     local: KV,
     heads: int,
     tensors: tuple[Tensor, ...],
-    numbers: tuple[float, ...],
+    numbers: tuple[float | None, ...],
     waits: tuple[Any, ...] | None = None,
     first: Callable[[Tensor], bool] | None = None,
     **constants: bool,
@@ -353,7 +377,7 @@ def _launch(
         kernel[grid](
             *tensors, *prepared.tables, mixed, *numbers, *counts, GROUP=q.shape[1] // local.k.shape[1],
             HEAD_DIM=head_dim, BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
-            PRECISION=blocks.precision, APART=apart, **fused, **together, **constants,
+            PRECISION=blocks.precision, APART=apart, INTERVALS=prepared.intervals, **fused, **together, **constants,
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
 

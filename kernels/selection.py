@@ -32,12 +32,13 @@ def attention_name(name: str, device: torch.device) -> str:
 def select_attention(name: str, device: torch.device, tuning: Tuning | None = None) -> AttentionKernel:
     """The implementation for a device. tuning: block shapes that replace the table's (`triton` alone has any).
 
-    Raises ValueError for an unknown name, a device it does not run on, and `triton` on a CPU without the interpreter.
+    What `auto` selects on a GPU refuses masks and softcap when it meets them, for there they never ran. Raises
+    ValueError for an unknown name, a device it does not run on, and `triton` on a CPU without the interpreter.
     """
-    name = attention_name(name, device)
+    asked, name = name != "auto", attention_name(name, device)
     if name in NAMES:
         return select_varlen(name, device)
-    return _CPU if name == "cpu" else _triton(tuning or Tuning())
+    return _CPU if name == "cpu" else _triton(tuning or Tuning(), asked)
 
 
 def waits_inside(name: str) -> bool:
@@ -46,10 +47,10 @@ def waits_inside(name: str) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _triton(tuning: Tuning) -> AttentionKernel:
+def _triton(tuning: Tuning, asked: bool) -> AttentionKernel:
     from flashcp.kernels.launch import TritonAttention
 
-    return TritonAttention(tuning)
+    return TritonAttention(tuning, asked)
 
 
 def _check_interpreter(device: torch.device) -> None:

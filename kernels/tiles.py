@@ -37,6 +37,12 @@ class Tiles:
     reach [local rows]: where each row's own run begins (query tiles) or ends (key tiles): the other bound of the mask.
     rows: how many rows of the local tensor and of the receive buffer lie in a tile.
     shared: whether several documents lie in one tile.
+
+    Of a schedule with masks (`kernels/intervals.py`) a tile reads of each range what its rows' intervals hold of it.
+    table: `received` is 0, or where rows of the receive buffer begin in reach. ranges [ranges, 5]: no OWN, and behind
+    the source the shift: a row there plus the shift is in the frame of the tile's rows. reach [rows, 3]: the interval
+    of each row, begin and end, in its frame, and where its document begins (query tiles) or ends (key tiles) in the
+    local tensor if several documents may share its tile, else 0.
     """
 
     table: np.ndarray
@@ -52,7 +58,7 @@ class Tiles:
         return int((waits[self.table[:, 3]] == waits[self.table[:, 4]]).sum())
 
 
-class _Blocks(NamedTuple):
+class RowBlocks(NamedTuple):
     """What is cut into tiles: rows that all read the same ranges. Columns as in Tiles, and the class in the order."""
 
     received: np.ndarray
@@ -71,18 +77,18 @@ def query_tiles(schedule: Schedule, rows: int, tile_rows: int, by_source: bool =
     by_source: rows of different sources stay different ranges and name theirs, for a kernel that waits for each.
     """
     query, received, masked = schedule.query, schedule.received, schedule.masked
-    start, stop = _small(schedule.row_start), _small(schedule.row_stop)
+    start, stop = small(schedule.row_start), small(schedule.row_stop)
 
     # Ranges that touch are one; nothing joins on behind the shard's own rows.
-    apart = _changes(query) | _changes(received)
+    apart = mark_changes(query) | mark_changes(received)
     apart[1:] |= (start[1:] != stop[:-1]) | masked[:-1]
     source = np.where(received & by_source, schedule.source, -1)
-    ranges, opens = _join(apart | _changes(source), np.where(masked, OWN, received), start, stop, source)
-    bounds = _small(np.searchsorted(opens, schedule.range_first))
+    ranges, opens = join_ranges(apart | mark_changes(source), np.where(masked, OWN, received), start, stop, source)
+    bounds = small(np.searchsorted(opens, schedule.range_first))
     arrival = np.zeros(len(bounds) - 1, dtype=np.int32)
     np.maximum.at(arrival, query, schedule.arrival)
-    shards = np.zeros_like(arrival), _small(schedule.query_start), _small(schedule.query_stop)
-    return _cut(_Blocks(*shards, bounds[:-1], bounds[1:], arrival), ranges, rows, tile_rows, keys=False)
+    shards = np.zeros_like(arrival), small(schedule.query_start), small(schedule.query_stop)
+    return _cut(RowBlocks(*shards, bounds[:-1], bounds[1:], arrival), ranges, rows, tile_rows, keys=False)
 
 
 def key_tiles(schedule: Schedule, rows: int, tile_rows: int, share: bool = True) -> Tiles:
@@ -92,34 +98,34 @@ def key_tiles(schedule: Schedule, rows: int, tile_rows: int, share: bool = True)
     share: whether several documents may lie in one tile.
     """
     behind = ~schedule.received * int(schedule.row_stop.max(initial=0))
-    sort = _order(schedule.row_start + behind)  # stable: the readers of a row stay in the order of their rows
+    sort = order_of(schedule.row_start + behind)  # stable: the readers of a row stay in the order of their rows
     query, received, masked = schedule.query[sort], schedule.received[sort], schedule.masked[sort]
-    row_start, row_stop = _small(schedule.row_start)[sort], _small(schedule.row_stop)[sort]
+    row_start, row_stop = small(schedule.row_start)[sort], small(schedule.row_stop)[sort]
 
     # A query shard reads all of a key shard or nothing: ranges over the same rows are one block with many readers.
-    head = _changes(row_start) | _changes(received)
-    assert head[_changes(row_stop)].all(), "ranges of a schedule overlap in part"
+    head = mark_changes(row_start) | mark_changes(received)
+    assert head[mark_changes(row_stop)].all(), "ranges of a schedule overlap in part"
 
     # Readers that touch are one; nothing joins on before the block's own rows.
-    start, stop = _small(schedule.query_start)[query], _small(schedule.query_stop)[query]
+    start, stop = small(schedule.query_start)[query], small(schedule.query_stop)[query]
     apart = head | masked
     apart[1:] |= start[1:] != stop[:-1]
-    readers, opens = _join(apart, np.where(masked, OWN, LOCAL), start, stop, np.full_like(start, -1))
-    bounds = _small(np.append(np.flatnonzero(head[opens]), len(opens)))
+    readers, opens = join_ranges(apart, np.where(masked, OWN, LOCAL), start, stop, np.full_like(start, -1))
+    bounds = small(np.append(np.flatnonzero(head[opens]), len(opens)))
     first = np.flatnonzero(head)
     block_received = received[first]
     arrival = schedule.arrival[sort[first]]
     order = np.where(block_received, arrival, arrival.max(initial=0) + 1)
     columns = block_received.astype(np.int32), row_start[first], row_stop[first]
-    return _cut(_Blocks(*columns, bounds[:-1], bounds[1:], order), readers, rows, tile_rows, keys=True, share=share)
+    return _cut(RowBlocks(*columns, bounds[:-1], bounds[1:], order), readers, rows, tile_rows, keys=True, share=share)
 
 
-def _small(column: np.ndarray) -> np.ndarray:
+def small(column: np.ndarray) -> np.ndarray:
     """As the tables hold it: a pack has fewer than 2^31 rows. A copy."""
     return column.astype(np.int32)
 
 
-def _order(numbers: np.ndarray) -> np.ndarray:
+def order_of(numbers: np.ndarray) -> np.ndarray:
     """The stable order of non-negative numbers, 16 bits at a time: numpy sorts those without comparing."""
     order = np.argsort(numbers.astype(np.uint16), kind="stable")
     for shift in range(16, int(numbers.max(initial=0)).bit_length(), 16):
@@ -128,13 +134,13 @@ def _order(numbers: np.ndarray) -> np.ndarray:
     return order
 
 
-def _changes(column: np.ndarray) -> np.ndarray:
+def mark_changes(column: np.ndarray) -> np.ndarray:
     """Mask of the entries that differ from the one before; the first one does."""
     return np.concatenate(([True], column[1:] != column[:-1]))[: len(column)]
 
 
-def _join(
-    apart: np.ndarray, place: np.ndarray, start: np.ndarray, stop: np.ndarray, source: np.ndarray
+def join_ranges(
+    apart: np.ndarray, place: np.ndarray, start: np.ndarray, stop: np.ndarray, *more: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Entries as ranges, each joined to the one before unless `apart`, and the entry that opens each range.
 
@@ -143,10 +149,11 @@ def _join(
     opens = np.flatnonzero(apart)
     stops = stop[np.append(opens[1:], len(apart))[: len(opens)] - 1]
     places = np.maximum.reduceat(place, opens) if len(opens) else opens
-    return np.stack((_small(places), start[opens], stops, _small(source)[opens]), axis=1), opens
+    columns = small(places), start[opens], stops, *(small(column)[opens] for column in more)
+    return np.stack(columns, axis=1), opens
 
 
-def _cut(blocks: _Blocks, ranges: np.ndarray, rows: int, tile_rows: int, keys: bool, share: bool = True) -> Tiles:
+def _cut(blocks: RowBlocks, ranges: np.ndarray, rows: int, tile_rows: int, keys: bool, share: bool = True) -> Tiles:
     """Cut blocks into tiles and sort them. keys: own runs follow a tile, else they lead up to it."""
     own = np.full(len(blocks.start), -1, dtype=np.int32)
     entry = np.flatnonzero(ranges[:, 0] == OWN)
@@ -159,23 +166,23 @@ def _cut(blocks: _Blocks, ranges: np.ndarray, rows: int, tile_rows: int, keys: b
 
     covered = np.bincount(blocks.received, blocks.stop - blocks.start, 2).astype(int)
     alone = (own == (blocks.stop if keys else blocks.start)) & (blocks.range_stop - blocks.range_first == 1)
-    shared = share and _share_tiles(blocks, ranges, alone, tile_rows)
+    shared = share and share_tiles(blocks, ranges, alone, tile_rows)
     count = -(-(blocks.stop - blocks.start) // tile_rows)
     block = np.repeat(np.arange(len(count), dtype=np.int32), count)
     received, start, block_stop, first, last, order = (column[block] for column in blocks)
-    row = _small(expand_ranges(np.zeros_like(count), count)) * tile_rows + start
+    row = small(expand_ranges(np.zeros_like(count), count)) * tile_rows + start
     stop = np.minimum(row + tile_rows, block_stop)
     to_read = np.concatenate(([0], np.cumsum(ranges[:, 2] - ranges[:, 1], dtype=np.int64)))
     work = to_read[last] - to_read[first]
     # An own run is read from the tile on, or up to it: tiles inside a block read less and less, or more and more.
     work -= (own[block] >= 0) * (row - start if keys else block_stop - stop)
     most = int(work.max(initial=0))
-    sort = _order((order.astype(np.int64) << most.bit_length()) + (most - work))
+    sort = order_of((order.astype(np.int64) << most.bit_length()) + (most - work))
     table = np.stack((received, row, stop, first, last), axis=1).take(sort, axis=0)
     return Tiles(table, ranges, reach, (int(covered[0]), int(covered[1])), shared)
 
 
-def _share_tiles(blocks: _Blocks, ranges: np.ndarray, alone: np.ndarray, tile_rows: int) -> bool:
+def share_tiles(blocks: RowBlocks, ranges: np.ndarray, alone: np.ndarray, tile_rows: int) -> bool:
     """Join short blocks that only their own rows read and that touch, as long as they fit in one tile together.
 
     The first of those that share a tile becomes all of them, in place, and the others become empty. Returns whether

@@ -14,7 +14,8 @@ from enum import Enum
 import numpy as np
 import torch
 
-from flashcp.kernels.schedule import Schedule
+from flashcp.kernels.schedule import Schedule, Seen
+from flashcp.sharding.documents import expand_ranges
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -241,6 +242,8 @@ def computed_pairs(which: Pass, schedule: Schedule, blocks: Blocks, heads: int =
     """Query-key pairs a head that the tiles of a pass compute, about, the masked ones included. heads: of a tile."""
     tile_rows = blocks.tile_rows(which) // heads
     step = blocks.block_m if which is Pass.BACKWARD_KV else blocks.block_n  # rows of a block of the other side
+    if schedule.seen is not None:
+        return _seen_pairs(schedule, schedule.seen, tile_rows, step)
     length = schedule.query_stop - schedule.query_start
     keys = schedule.row_stop - schedule.row_start
     to_read = schedule.range_totals(keys * ~schedule.masked)
@@ -251,4 +254,19 @@ def computed_pairs(which: Pass, schedule: Schedule, blocks: Blocks, heads: int =
     whole, rest = np.divmod(tiles, tiles_a_block)
     own_keys = max(step, tile_rows) * (tiles_a_block * whole * (whole + 1) // 2 + rest * (whole + 1))
     alone = tile_rows * (tiles * to_read + own * own_keys)
+    return int((length * max(step, tile_rows))[shared].sum() + alone[~shared].sum())
+
+
+def _seen_pairs(schedule: Schedule, seen: Seen, tile_rows: int, step: int) -> int:
+    """The same under masks: as if all keys were there that rows see, and queries whichever side tiles are of."""
+    start, length = schedule.query_position, schedule.query_stop - schedule.query_start
+    count = -(-length // tile_rows)
+    shard = np.repeat(np.arange(len(count)), count)
+    first = start[shard] + tile_rows * expand_ranges(np.zeros_like(count), count)
+    last = np.minimum(first + tile_rows, (start + length)[shard]) - 1
+    document = seen.document[shard]
+    keys = seen.masks.past(document, last) - seen.masks.lowest(document, first)
+    alone = np.bincount(shard, tile_rows * step * -(-keys // step), len(count))
+    own = schedule.range_totals(~schedule.received & (schedule.row_start == schedule.query_start[schedule.query]))
+    shared = (own == 1) & (np.diff(schedule.range_first) == 1) & (length <= tile_rows // 2)
     return int((length * max(step, tile_rows))[shared].sum() + alone[~shared].sum())

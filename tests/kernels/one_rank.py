@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -46,30 +48,32 @@ class Rank:
         parts = [self.received]
         if exchange == "sources":  # as a ring computes: block after block
             parts = [self.received.take(self.received.rank == rank) for rank in np.unique(self.received.rank)]
-        self.parts = [build_schedule(self.queries, received=part) for part in parts]
-        self.parts.insert(0, build_schedule(self.queries, local=self.queries))
-        self.whole = build_schedule(self.queries, local=self.queries, received=self.received)
+        self.parts = [build_schedule(self.queries, received=part, masks=plan.masks) for part in parts]
+        self.parts.insert(0, build_schedule(self.queries, local=self.queries, masks=plan.masks))
+        self.whole = build_schedule(self.queries, local=self.queries, received=self.received, masks=plan.masks)
 
-    def one_launch(self, kernel: AttentionKernel, scale: float) -> tuple[Tensor, Tensor, KV, Tensor]:
+    def one_launch(self, kernel: AttentionKernel, scale: float, **options: Any) -> tuple[Tensor, Tensor, KV, Tensor]:
         inputs = self.q, self.local, self.from_others
-        out, lse = kernel.attend(*inputs, self.whole, scale)
-        grads = [kernel.gradients(self.grad, *inputs, out, lse, self.whole, scale) for _ in range(2)]
+        flags = options.pop("flags", None)
+        out, lse = kernel.attend(*inputs, self.whole, scale, flags, **options)
+        grads = [kernel.gradients(self.grad, *inputs, out, lse, self.whole, scale, **options) for _ in range(2)]
         first, again = ([g.q, *g.local, g.received] for g in grads)
         assert all(map(torch.equal, first, again)), "two backward runs differ"
         return out, *grads[0]
 
-    def staged(self, kernel: AttentionKernel, scale: float) -> tuple[Tensor, Tensor, KV, Tensor]:
+    def staged(self, kernel: AttentionKernel, scale: float, **options: Any) -> tuple[Tensor, Tensor, KV, Tensor]:
         out = torch.zeros(self.q.shape)
         lse = torch.full(self.q.shape[:2], -torch.inf)
         for part in self.parts:
-            kernel.merge_into(out, lse, self.q, self.local, self.from_others, part, scale)
+            kernel.merge_into(out, lse, self.q, self.local, self.from_others, part, scale, **options)
         left: list[Tensor] = []
         state = self.grad, self.q, self.local, self.from_others, out, lse, self.whole, scale
-        grads = kernel.gradients(*state, torch.float32, lambda rows, source=None: left.append(rows.clone()))
+        on_received = lambda rows, source=None: left.append(rows.clone())  # noqa: E731
+        grads = kernel.gradients(*state, torch.float32, on_received, **options)
         both = left[-1].nan_to_num(), grads.received.nan_to_num()
         assert torch.equal(*both), "received rows' gradients left before they were complete"
         assert grads.local.k.dtype == torch.float32
         if self.q.dtype != torch.float32:
-            narrow = kernel.gradients(*state, torch.float32, None, self.q.dtype).received
+            narrow = kernel.gradients(*state, torch.float32, None, self.q.dtype, **options).received
             assert torch.equal(narrow.nan_to_num(), grads.received.to(self.q.dtype).nan_to_num()), "not rounded once"
         return out, *grads
