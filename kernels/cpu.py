@@ -200,7 +200,8 @@ def to_rows(x: Tensor) -> Tensor:
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Merge attention of the same rows over further keys, part [t, H, D] and part_lse [t, H], into fp32 out and lse."""
     merged = torch.logaddexp(lse, part_lse)
-    out.mul_(torch.exp(lse - merged)[..., None]).add_(part * torch.exp(part_lse - merged)[..., None])
+    whole = merged.masked_fill(merged == -torch.inf, 0.0)  # of a row that has seen nothing yet, -inf less -inf is none
+    out.mul_(torch.exp(lse - whole)[..., None]).add_(part * torch.exp(part_lse - whole)[..., None])
     lse.copy_(merged)
 
 
