@@ -44,9 +44,11 @@ class Header(NamedTuple):
     """What a rank is about to do, one int64 each.
 
     failed: 1 when it stopped with an error of its own; 2 when it did not come, as others say of it. step: which
-    exchange of the call, a `Step`. query_heads and scale: 0 while only KV leaves. dtype and scale: codes that differ
-    when the values do. oldest, oldest_inside: the oldest inbox between holders and inside the holder that the rank
-    still reads; they are passed on, not compared.
+    exchange of the call, a `Step`. query_heads and what follows from scores: 0 while only KV leaves. dtype, scale and
+    softcap: codes that differ when the values do. sinks: whether there are any. log_sums: whether they are
+    returned. gathers: whether rows of any kind travel, for nobody's queries yet.
+    oldest, oldest_inside: the oldest inbox between holders and inside the holder that the rank still reads; they are
+    passed on, not compared.
     """
 
     failed: int = 0
@@ -60,9 +62,13 @@ class Header(NamedTuple):
     row_bytes: int = 0
     dtype: int = 0
     scale: int = 0
+    softcap: int = 0
+    sinks: int = 0
+    log_sums: int = 0
     gradients: int = 0
     refetch: int = 0
     gradient_wire: int = 0
+    gathers: int = 0
     oldest: int = 0
     oldest_inside: int = 0
 

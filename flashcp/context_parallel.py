@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable
-from contextlib import suppress
+from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -13,32 +12,30 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from flashcp.comm.choice import TRANSPORTS, Connection, TransportOptions, connect
-from flashcp.comm.clock import Clock
-from flashcp.comm.errors import ExchangeError
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
-from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange
-from flashcp.comm.exchanges.heads import Heads
-from flashcp.comm.handshake import Header, PendingHeader, Step
-from flashcp.comm.transport import Transport
-from flashcp.kernels.inputs import check_inputs, default_scale
+from flashcp.comm.exchanges.exchange import AttentionSettings
+from flashcp.comm.handshake import Header
+from flashcp.gather import Gathering, Pairs, attend, check_pairs, check_receives
+from flashcp.joined_ranks import JoinedRanks, check_rows, header_codes
+from flashcp.kernels.inputs import check_inputs
 from flashcp.kernels.interface import AttentionKernel
+from flashcp.kernels.scores import Scores, read_scores
 from flashcp.kernels.selection import ATTENTION, select_attention, waits_inside
 from flashcp.kernels.tuning import Tuning, check_tuning
-from flashcp.operator import Call, Handle, scale_code
+from flashcp.operator import Call, Handle, query_codes
+from flashcp.reshard import Resharding
 from flashcp.sharding.documents import check_choice
-from flashcp.sharding.holders import positions_of_rank
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.reshard import check_same_pack
 from flashcp.sharding.route import GRADIENT_WIRES
-from flashcp.unshard import local_rows, unshard
 
 __all__ = ["ContextParallel", "Handle"]
 
 OVERLAPS = ("none", "staged", "fused")
 TIMEOUT_S, LONGEST_S = 60.0, 1e9  # the default; what clocks and sockets take
-_GRACE_S = 5.0  # a rank with an error of its own waits this long for the others to hear of it
 
 
-class ContextParallel:
+class ContextParallel(JoinedRanks):
     """Context-parallel attention over the ranks of a group.
 
     group: a torch.distributed group; None: the default one, or this rank alone where none is initialised. A
@@ -104,7 +101,6 @@ class ContextParallel:
         self.exchange = exchange
         self.attention_name, self.tuning = attention, tuning
         self.backward, self.gradient_wire = backward, gradient_wire
-        self.stats = Clock()
         if isinstance(group, Connection):
             given = (("transport", transport, "auto"), ("timeout_s", timeout_s, TIMEOUT_S), ("options", options, None),
                      ("head_ranks", head_ranks, 1))  # fmt: skip
@@ -113,184 +109,218 @@ class ContextParallel:
                     raise ValueError(f"{field}={value!r}: expected none beside a Connection, which has its own")
         else:
             group = connect(group, transport, timeout_s, options or TransportOptions(), head_ranks)
-        self._connection, self.transport = group, group.name
-        connection, stats = group, self.stats
-
-        def meet() -> None:
-            with stats.measure("wait_ms", "headers"):
-                connection.meet()
-
-        self._transport, self._handshake, self.transport_reason, inside = group
-        self.holders, self.head_ranks = self._transport.world_size, inside.world_size if inside else 1
-        self.world_size = self.holders * self.head_ranks
-        self.rank = self._transport.rank * self.head_ranks + (inside.rank if inside else 0)
-        self._exchange: Exchange = EXCHANGE_CLASSES[exchange if self.holders > 1 else "exact"](self._transport, meet)
+        super().__init__(group, exchange)
         self.overlap = self._choose_overlap(overlap)
-        if inside:
-            self._exchange = Heads(inside, self._exchange, meet)
         self.stages = stages
-        self._calls = 0
 
-    @property
-    def sent_bytes(self) -> int:
-        """What has left this rank for other ranks so far, all tensors of both passes, headers not counted."""
-        return sum(level.sent_bytes for level in self._levels)
-
-    @property
-    def throttle_gbps(self) -> float:
-        """GB/s at which rows leave this rank, all tensors of both passes; 0: at once. Two-sided transports and NVSHMEM
-        do not slow rows, whatever `options` say."""
-        return max(level.throttle_gbps for level in self._levels)
-
-    @property
-    def receive_bytes(self) -> int:
-        """Memory of this rank's receive buffers and gradient slots that stays allocated (one-sided transports)."""
-        return sum(level.receive_bytes for level in self._levels)
-
+    @overload
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: ShardingPlan, softmax_scale: float | None = None
-    ) -> Tensor:
-        """Causal attention inside each document, over all ranks, differentiable.
+        self, q: Tensor, k: Tensor, v: Tensor, plan: ShardingPlan, softmax_scale: float | None = None, *,
+        window: int | None = None, chunk: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+        return_lse: Literal[False] = False,
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: ShardingPlan, softmax_scale: float | None = None, *,
+        window: int | None = None, chunk: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+        return_lse: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: ShardingPlan,
+        softmax_scale: float | None = None,
+        *,
+        window: int | None = None,
+        chunk: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention inside each document, under the plan's masks, over all ranks, differentiable.
 
         q: [rank's tokens, query heads, head_dim], k and v: [rank's tokens, KV heads, head_dim], rows as `shard` gives
-        them; fp32, bf16 or fp16. softmax_scale: 1 / sqrt(head_dim) by default. Returns
-        [rank's tokens, query heads, head_dim] in q's dtype. Gradients of K and V rows that other ranks read come
-        home as `gradient_wire` says and are added in fp32 in a fixed order.
+        them; fp32, bf16 or fp16. softmax_scale: 1 / sqrt(head_dim) by default. window, chunk: this layer sees no more
+        of the past than so many keys, or than its chunk; only rows that it reads travel. softcap: scores become
+        softcap * tanh(score / softcap). sinks: [query heads], a logit more in the softmax of each row; its gradient is
+        of this rank's rows (with head ranks: heads), to be summed over ranks as any parameter's.
+        Returns [rank's tokens, query heads, head_dim] in q's dtype, with return_lse also the log-sum-exp, fp32 [rank's
+        tokens, query heads], sinks counted; it has no gradient, and a backward that brings one raises RuntimeError.
+        Gradients of K and V rows that other ranks read come home as `gradient_wire` says and are added in fp32 in a
+        fixed order.
         Raises ValueError for shapes, dtypes and plans that do not fit, ExchangeError as the class says.
         """
-        return self._begin(k, v, plan, q, softmax_scale).attention(q, softmax_scale)
 
-    def prefetch(self, k: Tensor, v: Tensor, plan: ShardingPlan) -> Handle:
-        """Let K and V rows leave now; `handle.attention(q)` computes later. Arguments as for `attention`.
+        def codes() -> dict[str, int]:
+            check_inputs(q, k, v, self._exchange.tokens(plan))
+            return query_codes(q, read_scores(q, softmax_scale, softcap, sinks), return_lse)
+
+        handle = self._begin(k, v, plan, window, chunk, codes)
+        return handle.attention(q, softmax_scale, softcap=softcap, sinks=sinks, return_lse=return_lse)  # type: ignore[call-overload]
+
+    def prefetch(
+        self, k: Tensor, v: Tensor, plan: ShardingPlan, *, window: int | None = None, chunk: int | None = None
+    ) -> Handle:
+        """Let K and V rows leave now; `handle.attention(q, softmax_scale, softcap=, sinks=, return_lse=)` computes
+        later. Arguments as for `attention`.
 
         With head ranks the ranks of a holder meet here, so that rows travel on to other holders.
         """
-        return self._begin(k, v, plan)
+        return self._begin(k, v, plan, window, chunk)
 
-    def shard(self, x: Tensor, plan: ShardingPlan, dim: int = 0) -> Tensor:
-        """This rank's rows of a tensor that holds the whole pack along `dim`, in local order."""
-        self._check_plan(plan)
-        _check_dim("x", x, dim)
-        if x.shape[dim] != plan.offsets[-1]:
-            raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}: expected the pack's {plan.offsets[-1]}")
-        return x.index_select(dim, local_rows(plan, self.rank, self.head_ranks, x.device).here())
+    def gather(self, x: Tensor, plan: ShardingPlan, *, window: int | None = None, chunk: int | None = None) -> Tensor:
+        """The rows that this rank's queries read and others hold, [rows, ...] in the order of the receive buffer.
 
-    def unshard(self, local: Tensor, plan: ShardingPlan, dim: int = 0) -> Tensor:
-        """The whole pack along `dim` on every rank, from each rank's rows; differentiable."""
+        x: this rank's rows [rank's tokens, ...], floating, any shape of a row: a latent, or KV that several layers
+        share. Over every exchange that brings rows to ranks. Differentiable: gradients return to the rows' owners as
+        `gradient_wire` says and are added in fp32. window, chunk: as for `attention`.
+        Raises as `attention` does, and ValueError for `ulysses` and head ranks.
+        """
+        return self.prefetch_gather(x, plan, window=window, chunk=chunk).rows()
+
+    def prefetch_gather(
+        self, x: Tensor, plan: ShardingPlan, *, window: int | None = None, chunk: int | None = None
+    ) -> Gathering:
+        """Let the rows of `gather` leave now; `.rows()` of what is returned waits for those that come."""
 
         def header() -> Header:
             self._check_plan(plan)
-            _check_dim("local", local, dim)
-            tokens = self._exchange.tokens(plan)
-            if local.shape[dim] != tokens:
-                raise ValueError(
-                    f"local has {local.shape[dim]} rows along dim {dim}: expected {tokens} on rank {self.rank}"
-                )
-            row = local.shape[:dim] + local.shape[dim:][1:]
-            gradients = torch.is_grad_enabled() and local.requires_grad
-            row_bytes = math.prod(row) * local.element_size()
-            return Header(**_codes(plan, local), exchange=-1, row_bytes=row_bytes, gradients=gradients)
+            check_receives(self._exchange)
+            check_rows("x", x, self._exchange.tokens(plan), self.rank)
+            if not x.dtype.is_floating_point:
+                raise ValueError(f"x is {x.dtype}: expected a floating-point dtype")
+            return Header(
+                **header_codes(plan.narrow(window, chunk), x),
+                exchange=list(EXCHANGE_CLASSES).index(self.exchange),
+                gradients=torch.is_grad_enabled() and x.requires_grad,
+                gradient_wire=GRADIENT_WIRES.index(self.gradient_wire),
+                gathers=1,
+            )
+
+        call = self._call(header, lambda: plan.narrow(window, chunk), x, lambda: 1)
+        with torch.no_grad(), call.watched():
+            return Gathering(call, x)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        received_k: Tensor,
+        received_v: Tensor,
+        plan: ShardingPlan,
+        softmax_scale: float | None = None,
+        *,
+        window: int | None = None,
+        chunk: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention over rows that are here; nobody is spoken to.
+
+        q, k, v: as for `attention`, but values may have a head_dim of their own. received_k, received_v: [rows, KV
+        heads, head_dim] each, made from rows as `gather` gives them, for the same window and chunk. Differentiable in
+        all five and in the sinks. The other arguments, what is returned and raised: as for `attention`.
+        """
+        self._check_plan(plan)
+        exchange = check_receives(self._exchange)
+        tensors = Pairs(q, k, v, received_k, received_v)
+        check_pairs(tensors, exchange.tokens(plan))
+        layout = exchange.layout(plan.narrow(window, chunk))
+        if len(received_k) < (rows := layout.schedule.extent[2]):
+            raise ValueError(f"received_k has {len(received_k)} rows: expected {rows}, as gather gives them")
+        kernel = select_attention(self.attention_name, q.device, self.tuning)
+        out, lse = attend(tensors, kernel, layout.schedule, read_scores(q, softmax_scale, softcap, sinks), self.stats)
+        return (out, lse) if return_lse else out
+
+    def reshard(self, x: Tensor, before: ShardingPlan, after: ShardingPlan) -> Tensor:
+        """This rank's rows under plan `after`, from its rows x [rank's tokens, ...] under plan `before`.
+
+        Only rows whose rank changes travel. The plans may cut other documents out of the same tokens: a plan of one
+        document of all tokens with `contiguous` gives linear attention the order of the pack. Differentiable.
+        Raises ValueError for plans of other tokens or ranks and for head ranks, ExchangeError as the class says.
+        """
+        return self.prefetch_reshard(x, before, after).rows()
+
+    def prefetch_reshard(self, x: Tensor, before: ShardingPlan, after: ShardingPlan) -> Resharding:
+        """Let the rows of `reshard` leave now; `.rows()` of what is returned waits for those that come."""
+
+        def header() -> Header:
+            for plan in (before, after):
+                self._check_plan(plan)
+            if self.head_ranks > 1:
+                raise ValueError(f"reshard with head_ranks={self.head_ranks}: expected 1")
+            check_rows("x", x, int(before.tokens[self.rank]), self.rank)
+            check_same_pack(before, after)
+            codes = header_codes(before, x)
+            codes["plan"] ^= header_codes(after, x)["plan"] >> 1
+            return Header(**codes, exchange=-2, row_bytes=math.prod(x.shape[1:]) * x.element_size(),
+                          gradients=torch.is_grad_enabled() and x.requires_grad)  # fmt: skip
 
         agreed, posted = self._agree(header)
         if posted is not None:
             posted.check()
-        rows = local.movedim(dim, 0).contiguous()
-        return unshard(rows, plan, self._connection, agreed).movedim(0, dim)
-
-    def synchronize(self) -> None:
-        """Wait for what is under way, both passes, and raise what went wrong on the way, on all ranks or on none.
-
-        On GPUs the host is ahead of the streams, and an error is known only when they come to it. Call this before an
-        optimizer step, on all ranks at the same point: gradients that were computed from rows which never came must not
-        be taken by any rank. Raises ExchangeError as the class says.
-        """
-        header = Header(call=self._calls, step=Step.SYNCHRONIZE)
-        try:
-            self._check_together()
-            for level in self._levels:
-                level.synchronize()
-        except ExchangeError as error:
-            if self._handshake is not None:
-                self._handshake.stopped = self._handshake.stopped or str(error)
-                with suppress(ExchangeError):
-                    self._handshake.compare(header._replace(failed=1), _GRACE_S)
-            raise
-        if self._handshake is not None:
-            self._handshake.compare(header._replace(**self._connection.oldest))
-
-    def position_ids(self, plan: ShardingPlan) -> Tensor:
-        """Position inside its document of each of this rank's rows, int64 [rank's tokens]."""
-        self._check_plan(plan)
-        return torch.from_numpy(positions_of_rank(plan, self.rank, self.head_ranks))
+        return Resharding(x, before, after, self._connection, agreed)
 
     def _begin(
-        self, k: Tensor, v: Tensor, plan: ShardingPlan, q: Tensor | None = None, softmax_scale: float | None = None
+        self,
+        k: Tensor,
+        v: Tensor,
+        plan: ShardingPlan,
+        window: int | None,
+        chunk: int | None,
+        codes: Callable[[], dict[str, int]] | None = None,
     ) -> Handle:
-        """Let rows leave. q: None where queries come later."""
-
-        def select() -> AttentionKernel:
-            return select_attention(self.attention_name, k.device, self.tuning)
+        """Let rows leave. codes: what the header says of queries and scores; None where they come later."""
 
         def header() -> Header:
             self._check_plan(plan)
-            check_inputs(k if q is None else q, k, v, self._exchange.tokens(plan))
-            query_heads, scale = (0, 0.0) if q is None else (q.shape[1], default_scale(q, softmax_scale))
-            self._exchange.check(query_heads, k.shape[1])
-            select()
+            of_queries = {"query_heads": 0}
+            if codes is None:
+                check_inputs(k, k, v, self._exchange.tokens(plan))
+            else:
+                of_queries = codes()
+            self._exchange.check(of_queries["query_heads"], k.shape[1])
             return Header(
-                **_codes(plan, k),
+                **header_codes(plan.narrow(window, chunk), k),
+                **of_queries,
                 exchange=list(EXCHANGE_CLASSES).index(self.exchange),
-                query_heads=query_heads,
                 kv_heads=k.shape[1],
                 head_dim=k.shape[2],
-                scale=scale_code(scale),
                 gradients=torch.is_grad_enabled(),
                 refetch=self.backward == "refetch",
                 gradient_wire=GRADIENT_WIRES.index(self.gradient_wire),
             )
 
-        with self.stats.measure("wait_ms", "headers"):
-            agreed, posted = self._agree(header)
-        refetch = self.backward == "refetch"
-        agree = posted.check if posted else lambda: None  # one rank alone has nobody to agree with
-        how = select(), self.overlap, self.stages, refetch, self.gradient_wire, k.shape[1]
-        settings = AttentionSettings(*how, self.stats, agree)
-        call = Call(plan, self._exchange, settings, agreed, self._connection)
-        sending = self.stats.measure("exposed_exchange_ms", f"attention {agreed.call}, send rows")
+        call = self._call(header, lambda: plan.narrow(window, chunk), k, lambda: k.shape[1])
+        sending = self.stats.measure("exposed_exchange_ms", f"attention {call.header.call}, send rows")
         with torch.no_grad(), sending, call.watched():
-            incoming = self._exchange.start(plan, k, v)
+            incoming = self._exchange.start(call.plan, k, v)
         return Handle(call, incoming, k, v)
 
-    def _agree(self, make_header: Callable[[], Header]) -> tuple[Header, PendingHeader | None]:
-        """Check this rank's arguments and tell the others, who also hear of an error here.
+    def _call(
+        self, header: Callable[[], Header], layer: Callable[[], ShardingPlan], rows: Tensor, kv_heads: Callable[[], int]
+    ) -> Call:
+        """A call that all ranks agree on. Its plan, and the heads of its rows, are known once the header is."""
 
-        What they tell is compared now, but under a one-sided transport only before this rank reads their rows.
-        """
-        self._check_together()
-        self._calls += 1
-        try:
-            header = make_header()._replace(call=self._calls, **self._connection.oldest)
-        except Exception:
-            if self._handshake is not None:
-                with suppress(ExchangeError):
-                    self._handshake.compare(Header(failed=1, call=self._calls), _GRACE_S)
-            raise
-        if self._handshake is None:
-            return header, None
-        posted = self._handshake.post(header)
-        if not self._exchange.transport.one_sided:
-            posted.check()
-        return header, posted
+        def checked() -> Header:
+            made = header()
+            self._kernel(rows)
+            return made
 
-    @property
-    def _levels(self) -> list[Transport]:
-        """The transports inside this rank's holder and between holders."""
-        return [level for level in (self._connection.inside, self._transport) if level is not None]
+        with self.stats.measure("wait_ms", "headers"):
+            agreed, posted = self._agree(checked)
+        refetch = self.backward == "refetch"
+        agree = posted.check if posted else lambda: None  # one rank alone has nobody to agree with
+        how = self._kernel(rows), self.overlap, self.stages, refetch, self.gradient_wire, kv_heads()
+        settings = AttentionSettings(*how, self.stats, agree, Scores(1.0))
+        return Call(layer(), self._exchange, settings, agreed, self._connection)
 
-    def _check_together(self) -> None:
-        """Raise where an earlier error left the ranks with different receive buffers."""
-        if self._exchange.puts and self._handshake is not None:
-            self._handshake.check_together()
+    def _kernel(self, rows: Tensor) -> AttentionKernel:
+        return select_attention(self.attention_name, rows.device, self.tuning)
 
     def _choose_overlap(self, asked: str) -> str:
         """What `auto` stands for. Raises ValueError for `fused` where rows do not arrive source by source, and with a
@@ -300,7 +330,7 @@ class ContextParallel:
                 f"overlap='fused' with attention={self.attention_name!r}: expected one of auto, none, staged; other "
                 "people's kernels do not wait for rows"
             )
-        at_once = self._exchange.moves_later or not self._transport.one_sided
+        at_once = self._between.moves_later or not self._transport.one_sided
         if asked == "fused" and at_once and self.holders > 1:
             raise ValueError(
                 f"overlap='fused' with exchange={self.exchange!r} over {self.transport}: expected one of auto, none, "
@@ -310,29 +340,3 @@ class ContextParallel:
         # it hides a transfer behind the tiles that are ready and one wave more, `staged` behind all local tiles. Which
         # is faster was never measured on a GPU; `python -m flashcp.experiments.campaign overlap` does.
         return "staged" if asked == "auto" else asked
-
-    def _check_plan(self, plan: ShardingPlan) -> None:
-        if not isinstance(plan, ShardingPlan):
-            raise ValueError(f"plan is a {type(plan).__name__}: expected a ShardingPlan")
-        if plan.world_size != self.holders:
-            whose = (
-                f"one for {self.holders} holders of {self.head_ranks} ranks"
-                if self.head_ranks > 1
-                else (f"the group's {self.holders}")
-            )
-            raise ValueError(f"plan for {plan.world_size} ranks: expected {whose}")
-
-
-def _check_dim(name: str, x: Tensor, dim: int) -> None:
-    if not isinstance(x, Tensor) or x.layout is not torch.strided:
-        raise ValueError(f"{name} is a {type(x).__name__}: expected a dense tensor")
-    if not isinstance(dim, int):
-        raise ValueError(f"dim={dim!r}: expected a whole number")
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim={dim}: expected an axis of {name}, which has {x.dim()}")
-
-
-def _codes(plan: ShardingPlan, x: Tensor) -> dict[str, int]:
-    """What a header says of both: the fingerprint as an int64, the same number for the same dtype on every rank."""
-    fingerprint = int.from_bytes(bytes.fromhex(plan.fingerprint), "big", signed=True)
-    return {"plan": fingerprint, "dtype": zlib.crc32(str(x.dtype).encode())}

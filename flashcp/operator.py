@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError, PeerFailedError, PlanMismatchError
 from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved
 from flashcp.comm.handshake import Handshake, Header, Step
-from flashcp.kernels.inputs import check_inputs, default_scale
+from flashcp.kernels.inputs import check_inputs
 from flashcp.kernels.interface import KV
+from flashcp.kernels.scores import Scores, read_scores
 from flashcp.sharding.plan import ShardingPlan
 
 
@@ -77,7 +78,25 @@ class Handle:
         self._incoming: IncomingKV | None = incoming
         self._versions = _versions(k, v)
 
-    def attention(self, q: Tensor, softmax_scale: float | None = None) -> Tensor:
+    @overload
+    def attention(
+        self, q: Tensor, softmax_scale: float | None = None, *, softcap: float | None = None,
+        sinks: Tensor | None = None, return_lse: Literal[False] = False,
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def attention(
+        self, q: Tensor, softmax_scale: float | None = None, *, softcap: float | None = None,
+        sinks: Tensor | None = None, return_lse: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    def attention(
+        self,
+        q: Tensor,
+        softmax_scale: float | None = None,
+        *,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """See ContextParallel.attention. Raises RuntimeError when called twice, or when k or v were written to."""
         call, plan, exchange = self._call, self._call.plan, self._call.exchange
         if self._incoming is None:
@@ -86,46 +105,70 @@ class Handle:
             raise RuntimeError("k or v were changed in place after prefetch: their rows have left already")
         check_inputs(q, self._k, self._v, exchange.tokens(plan))
         exchange.check(q.shape[1], self._k.shape[1])
-        scale = default_scale(q, softmax_scale)
-        header = call.header._replace(query_heads=q.shape[1], scale=scale_code(scale))
+        scores = read_scores(q, softmax_scale, softcap, sinks)
+        header = call.header._replace(**query_codes(q, scores, return_lse))
         later = exchange.moves_later and header != call.header
-        call = replace(call, header=header)
-        if torch.is_grad_enabled() and not header.gradients and any(x.requires_grad for x in (q, self._k, self._v)):
+        call = replace(call, header=header, settings=replace(call.settings, scores=scores))
+        inputs = [x for x in (q, self._k, self._v, sinks) if x is not None]
+        if torch.is_grad_enabled() and not header.gradients and any(x.requires_grad for x in inputs):
             raise RuntimeError("rows were prefetched without gradients: prefetch again where gradients are on")
         incoming, self._incoming = self._incoming, None
         with call.watched():
             if later:
                 call = call.say(Step.ATTENTION)
-            return _Attention.apply(q, self._k, self._v, call, incoming, scale)
+            out, lse = _Attention.apply(q, self._k, self._v, sinks, call, incoming)
+        return (out, lse) if return_lse else out
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, incoming: IncomingKV, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call, incoming: IncomingKV
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output, and the log-sum-exp where it is asked for."""
         with span(f"attention {call.header.call}, forward"):
             local = KV(_rows(k), _rows(v))
-            out, saved = call.exchange.forward(call.plan, _rows(q), local, incoming, call.settings, scale)
+            out, saved = call.exchange.forward(call.plan, _rows(q), local, incoming, call.settings)
+            lse = call.exchange.log_sums(call.plan, saved) if call.header.log_sums else None
         if not call.header.gradients:
             call.exchange.release(saved)
         elif any(ctx.needs_input_grad):
-            ctx.save_for_backward(*saved)
-            ctx.call, ctx.scale = call, scale
-        return out
+            ctx.set_materialize_grads(False)  # a gradient of the log-sum-exp is none, or one that nobody computes
+            ctx.save_for_backward(*saved, sinks)
+            ctx.call = call
+        return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        saved = Saved(*ctx.saved_tensors)
+        if grad_lse is not None:
+            raise RuntimeError("the log-sum-exp of attention has no gradient: expected it detached")
+        *of_call, sinks = ctx.saved_tensors
+        saved = Saved(*of_call)
+        if grad_out is None:
+            grad_out = torch.zeros_like(saved.q)
+        scores = call.settings.scores._replace(sinks=sinks)
         with call.watched(), span(f"attention {call.header.call}, backward"):
             call = call.say(Step.BACKWARD)
-            gradients = call.exchange.backward(call.plan, _rows(grad_out), saved, call.settings, ctx.scale)
-        return *(gradient.to(grad_out.dtype) for gradient in gradients), None, None, None
+            settings = replace(call.settings, scores=scores)
+            *gradients, of_sinks = call.exchange.backward(call.plan, _rows(grad_out), saved, settings)
+        if of_sinks is not None:
+            of_sinks = of_sinks.to(sinks.dtype)
+        return *(gradient.to(grad_out.dtype) for gradient in gradients), of_sinks, None, None
 
 
-def scale_code(scale: float) -> int:
-    """A float as the int64 of the same bits, for a header."""
-    return struct.unpack("<q", struct.pack("<d", scale))[0]
+def query_codes(q: Tensor, scores: Scores, return_lse: bool) -> dict[str, int]:
+    """What a header says of queries and their scores; floats as the int64 of the same bits."""
+    scale, softcap = (struct.unpack("<q", struct.pack("<d", number))[0] for number in scores[:2])
+    with_sinks = scores.sinks is not None
+    return {
+        "query_heads": q.shape[1],
+        "scale": scale,
+        "softcap": softcap,
+        "sinks": int(with_sinks),
+        "log_sums": int(return_lse),
+    }
 
 
 def _versions(*tensors: Tensor) -> list[int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from flashcp.clusters import clusters, read_cluster
 from flashcp.sharding.documents import read_document_lengths, read_world_size
+from flashcp.sharding.mask import Mask, read_layers
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.cost import ModelShape
 from flashcp.simulator.machine import Machine, check_machine
@@ -30,7 +31,7 @@ class Simulation:
     """A table: one `Summary` a method, in the order of `methods`. `print` shows it.
 
     machine: what was simulated. windows: packs that the numbers are means over. left_out: methods that these heads do
-    not allow, and why; empty where there are none. batch_windows: of a batch.
+    not allow, and why; empty where there are none. batch_windows: of a batch. model: whose layer it is.
     """
 
     methods: tuple[Summary, ...]
@@ -39,6 +40,7 @@ class Simulation:
     windows: int
     left_out: str = ""
     batch_windows: int = 1
+    model: ModelShape = field(default_factory=ModelShape)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -75,7 +77,7 @@ class Simulation:
 
     def __str__(self) -> str:
         windows = "1 window" if self.windows == 1 else f"{self.windows} windows"
-        head = f"{windows}, {self.world_size} ranks; simulated on {self.machine.name}"
+        head = f"{windows}, {self.world_size} ranks; simulated on {self.machine.name}; {self.model}"
         if self.batch_windows > 1:
             head = head.replace(",", f" in batches of {self.batch_windows},", 1)
         left_out = f"; left out: {self.left_out}" if self.left_out else ""
@@ -98,8 +100,9 @@ def simulate(
     kv_heads: int = 32,
     head_dim: int = 128,
     dtype_bytes: int = 2,
-    layers: int = 32,
+    layers: int | Sequence[tuple[Mask, int]] = 32,
     ffn_dim: int = 0,
+    mask: str = "causal",
     workers: int = 1,
 ) -> Simulation:
     """Simulate an attention layer, forward and backward, under each method; nothing is run and nothing measured.
@@ -118,7 +121,9 @@ def simulate(
         ranks, and the slowest counts; `flashcp` and pairs make one plan for all ranks.
     micro_batches: batches of a step. waits: for the slowest replica, every `micro_batch` (FSDP) or every `step` (DDP).
     query_heads, kv_heads, head_dim, dtype_bytes: of one attention layer.
-    layers, ffn_dim: of the model, for `step_ms` and for buffers; ffn_dim 0: 8/3 of the width.
+    layers, ffn_dim: of the model, for `step_ms` and for buffers; ffn_dim 0: 8/3 of the width. Layers may be a mix of
+        causal ones and of one kind with a window or chunk, as `flashcp.plan` takes it: numbers of a layer are then
+        means. mask: of all documents, `causal` or `full`. Plans bring masks and layers of their own.
     workers: processes that share the packs.
 
     Returns a table with a row for each method. Times are milliseconds, speedups over `llama3` as published.
@@ -127,7 +132,9 @@ def simulate(
     heads = read_head_ranks(head_ranks)
     read, ranks = _read_packs(packs, world_size, heads or 1)
     machine = read_cluster_or_machine(cluster)
-    model = ModelShape(query_heads, kv_heads, head_dim, dtype_bytes, layers, ffn_dim)
+    model = ModelShape(
+        "", query_heads, kv_heads, head_dim, dtype_bytes, ffn_dim=ffn_dim, mask=mask, **_read_mix(layers)
+    )
     setting = make_setting(machine, model, overlap, gradient_wire)
     named = [methods] if isinstance(methods, str) else list(methods)
     step, given = read_step(batch_windows, micro_batches, waits, ranks), isinstance(read[0], ShardingPlan)
@@ -136,7 +143,7 @@ def simulate(
     chosen = choose_variants(named, given, heads or 1)
     variants, left_out = that_share_heads(chosen, setting, ranks, step, heads)
     summaries = simulate_methods(read, variants, ranks, setting, model, step=step, head_ranks=heads, workers=workers)
-    return Simulation(tuple(summaries), machine, ranks, len(read), left_out, step.batch_windows)
+    return Simulation(tuple(summaries), machine, ranks, len(read), left_out, step.batch_windows, model)
 
 
 def read_cluster_or_machine(cluster: object) -> Machine:
@@ -147,6 +154,20 @@ def read_cluster_or_machine(cluster: object) -> Machine:
     if isinstance(cluster, str):
         return read_cluster(cluster)
     raise ValueError(f"cluster={cluster!r}: expected one of {', '.join(clusters())}, or a Machine")
+
+
+def _read_mix(layers: object) -> dict[str, int]:
+    """Layers as fields of a ModelShape. Raises ValueError for a mix of more than one kind beside causal ones."""
+    if not isinstance(layers, Sequence) or isinstance(layers, str):
+        return {"layers": layers}  # type: ignore[dict-item]  # checked with the model's other numbers
+    kinds = read_layers(layers)
+    narrowed = [kind for kind in kinds if kind.window or kind.chunk]
+    if len(narrowed) > 1:
+        raise ValueError(f"layers={layers!r}: expected causal layers and one kind of others; simulate a plan for more")
+    fields = {"layers": sum(kind.layers for kind in kinds)}
+    for kind in narrowed:
+        fields |= {"window": kind.window, "chunk": kind.chunk, "narrowed_layers": kind.layers}
+    return fields
 
 
 def _read_packs(packs: object, world_size: int | None, heads: int) -> tuple[list[Pack], int]:

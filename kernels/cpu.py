@@ -1,55 +1,80 @@
-"""Attention on a CPU by torch's own tiled operator, reading each query shard's KV ranges where they lie.
+"""Attention on a CPU: a schedule step by step (`kernels/cpu_steps.py`), each by torch's own tiled operator.
 
 No tokens x tokens matrix is ever made. Inputs are widened to fp32 range by range; partial outputs of the ranges are
 merged in fp32 by their log-sum-exp, so the result does not depend on how finely a document is cut.
 
-Shapes: T local rows, R received rows, H query heads, K KV heads, G = H / K query heads a KV head, D head_dim.
+Shapes: T local rows, R received rows, H query heads, K KV heads, G = H / K query heads a KV head, D head_dim; B short
+documents of L rows, padded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
+from flashcp.kernels.cpu_operator import attend_on_cpu, gradients_on_cpu
+from flashcp.kernels.cpu_steps import Batch, Seen, Tile, steps
 from flashcp.kernels.interface import KV, AttentionKernel, Gradients, OnReceived, WaitFlags
 from flashcp.kernels.schedule import Schedule
-
-_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class CpuAttention(AttentionKernel):
     """See the module."""
 
+    own_v_dim = True
+
     def attend(
-        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, flags: WaitFlags | None = None
+        self,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        schedule: Schedule,
+        scale: float,
+        flags: WaitFlags | None = None,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        out = q.new_zeros(q.shape, dtype=torch.float32)
+        out = q.new_zeros((*q.shape[:2], local.v.shape[2]), dtype=torch.float32)
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
         if flags is None:
-            self.merge_into(out, lse, q, local, received, schedule, scale)
+            self.merge_into(out, lse, q, local, received, schedule, scale, softcap)
         else:
-            self.merge_into(out, lse, q, local, received, schedule.part(~schedule.received), scale)
+            self.merge_into(out, lse, q, local, received, schedule.part(~schedule.received), scale, softcap)
             for source in np.unique(schedule.source[schedule.received]).tolist():
                 flags.wait(source)
                 part = schedule.part(schedule.received & (schedule.source == source))
-                self.merge_into(out, lse, q, local, received, part, scale)
+                self.merge_into(out, lse, q, local, received, part, scale, softcap)
         return out.to(q.dtype), lse
 
     def merge_into(
-        self, out: Tensor, lse: Tensor, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float
+        self,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        schedule: Schedule,
+        scale: float,
+        softcap: float = 0.0,
     ) -> None:
         group = q.shape[1] // local.k.shape[1]
-        for rows, ranges in _queries(schedule):
-            q_part = by_kv_head(q[rows], group)
-            for in_received, keys, masked in ranges:
+        for step in steps(schedule, holds_scores=softcap > 0):
+            if isinstance(step, Batch):
+                batch = _Padded(step)
+                k, v = (batch.shared(x, group) for x in local)
+                parts = attend_on_cpu(batch.of(q), k, v, batch.mask, scale, softcap)
+                rows, found = batch.rows, [batch.to_rows(x) for x in parts]
+                mine = out[rows], lse[rows]
+                merge(*mine, found[0], found[1])
+                if isinstance(rows, Tensor):
+                    out[rows], lse[rows] = mine
+                continue
+            q_part = by_kv_head(q[step.rows], group)
+            for in_received, keys, seen in step.pieces:
                 k_part, v_part = (shared(x[keys], group) for x in (received if in_received else local))
-                part, part_lse = attend_on_cpu(q_part, k_part, v_part, masked, scale)
-                merge(out[rows], lse[rows], to_rows(part), to_rows(part_lse))
+                part, part_lse = attend_on_cpu(q_part, k_part, v_part, _mask(seen, k_part), scale, softcap)
+                merge(out[step.rows], lse[step.rows], to_rows(part), to_rows(part_lse))
 
     def gradients(
         self,
@@ -64,25 +89,41 @@ class CpuAttention(AttentionKernel):
         local_dtype: torch.dtype | None = None,
         on_received: OnReceived | None = None,
         received_dtype: torch.dtype = torch.float32,
+        softcap: float = 0.0,
     ) -> Gradients:
         grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, *local))
         grad_received = q.new_zeros((len(received.k), 2, *received.k.shape[1:]), dtype=torch.float32)
         leaving = grad_received.to(received_dtype)
         group = q.shape[1] // local.k.shape[1]
 
+        def add_batch(step: Batch) -> None:
+            batch = _Padded(step)
+            k, v = (batch.shared(x, group) for x in local)
+            lse_part = batch.of(lse[..., None])[..., 0]
+            tensors = batch.of(grad_out), batch.of(q), k, v, batch.of(out), lse_part
+            of_q, *of_kv = gradients_on_cpu(*tensors, batch.mask, scale, softcap)
+            grad_q[batch.rows] += batch.to_rows(of_q)
+            for total, part in zip((grad_k, grad_v), of_kv, strict=True):
+                total[batch.rows] += batch.to_rows(reduce(part, "b (k g) l d -> b k l d", "sum", g=group))
+
+        def add_tile(tile: Tile, keys: KV, grad_keys: KV) -> None:
+            rows = tile.rows
+            q_part, out_part, grad_part = (by_kv_head(x[rows], group) for x in (q, out, grad_out))
+            lse_part = rearrange(lse[rows], "t (k g) -> g k t", g=group)
+            for _, place, seen in tile.pieces:
+                k_part, v_part = (shared(x[place], group) for x in keys)
+                tensors = grad_part, q_part, k_part, v_part, out_part, lse_part
+                of_q, *of_kv = gradients_on_cpu(*tensors, _mask(seen, k_part), scale, softcap)
+                grad_q[rows] += to_rows(of_q)
+                for total, part in zip(grad_keys, of_kv, strict=True):
+                    total[place] += rearrange(part.sum(0), "k t d -> t k d")
+
         def add_ranges(chosen: np.ndarray, keys: KV, grad_keys: KV) -> None:
-            for rows, ranges in _queries(schedule.part(chosen)):
-                if not ranges:
-                    continue
-                q_part, out_part, grad_part = (by_kv_head(x[rows], group) for x in (q, out, grad_out))
-                lse_part = rearrange(lse[rows], "t (k g) -> g k t", g=group)
-                for _, place, masked in ranges:
-                    k_part, v_part = (shared(x[place], group) for x in keys)
-                    tensors = grad_part, q_part, k_part, v_part, out_part, lse_part
-                    part, *parts = gradients_on_cpu(*tensors, masked, scale)
-                    grad_q[rows] += part
-                    for total, part in zip(grad_keys, parts, strict=True):
-                        total[place] += part
+            for step in steps(schedule.part(chosen), holds_scores=softcap > 0):
+                if isinstance(step, Batch):
+                    add_batch(step)
+                elif step.pieces:
+                    add_tile(step, keys, grad_keys)
 
         for source in _nearest_first(schedule):
             chosen = schedule.received & (schedule.source == source)
@@ -98,24 +139,47 @@ class CpuAttention(AttentionKernel):
         return Gradients(grad_q.to(q.dtype), KV(grad_k.to(dtype), grad_v.to(dtype)), leaving)
 
 
-def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """torch's operator on fp32 [G, K, t, D], and log-sum-exp [G, K, t]: what is no number in q stays none.
+class _Padded:
+    """A batch of short documents at work: rows that pad are zeros, which nobody reads and whose gradients are zero."""
 
-    The operator gives zeros for a query row of NaN or infinity, as if nothing were wrong with it.
-    """
-    out, lse = _attend(q, k, v, 0.0, causal, scale=scale)
-    nothing = 0.0 * q.sum(-1)  # NaN for such a row
-    return out + nothing[..., None], lse + nothing
+    def __init__(self, batch: Batch) -> None:
+        self._shape = batch.shards, batch.length
+        rows = batch.rows
+        one_behind_the_other = len(rows) == rows[-1] - rows[0] + 1 and (np.diff(rows) == 1).all()
+        self.rows = slice(int(rows[0]), int(rows[-1]) + 1) if one_behind_the_other else torch.from_numpy(rows)
+        full = len(rows) == batch.shards * batch.length
+        self._places = None if full else torch.from_numpy(batch.places)
+        self.mask: bool | Tensor = True
+        if batch.seen is not None:
+            self.mask = _mask(batch.seen, torch.empty(batch.length, 0))[:, None]  # type: ignore[index]
+
+    def of(self, x: Tensor) -> Tensor:
+        """[T, heads, D] -> fp32 [B, heads, L, D]."""
+        rows = x[self.rows].float()
+        if self._places is not None:
+            spread = rows.new_zeros((self._shape[0] * self._shape[1], *rows.shape[1:]))
+            spread[self._places] = rows
+            rows = spread
+        return rows.unflatten(0, self._shape).transpose(1, 2)
+
+    def shared(self, x: Tensor, group: int) -> Tensor:
+        """[T, K, D] -> fp32 [B, H, L, D]."""
+        x = self.of(x)
+        return x if group == 1 else repeat(x, "b k l d -> b (k g) l d", g=group)
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """[B, heads, L, ...] -> [R, heads, ...]."""
+        rows = x.transpose(1, 2).flatten(0, 1)
+        return rows if self._places is None else rows[self._places]
 
 
-def gradients_on_cpu(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend_on_cpu`, from fp32 [G, K, t, D] and lse [G, K, t], as rows: of q [t, H, D], k and v
-    [t, K, D]."""
-    grad_q, *grad_kv = _attend_backward(grad_out, q, k, v, out, lse, 0.0, causal, scale=scale)
-    grad_k, grad_v = (rearrange(x.sum(0), "k t d -> t k d") for x in grad_kv)
-    return to_rows(grad_q), grad_k, grad_v
+def _mask(seen: bool | Seen, k: Tensor) -> bool | Tensor:
+    """What rows see of k [..., n, D], bool [..., t, n]."""
+    if isinstance(seen, bool):
+        return seen
+    key = torch.arange(k.shape[-2])
+    lowest, past = (torch.from_numpy(x)[..., None] for x in seen)
+    return (key >= lowest) & (key < past)
 
 
 def by_kv_head(x: Tensor, group: int) -> Tensor:
@@ -144,15 +208,3 @@ def _nearest_first(schedule: Schedule) -> list[int]:
     """The sources, the rank before this one first and the next one last: no rank is everybody's first."""
     own = int(schedule.source[~schedule.received].max(initial=0))
     return sorted(schedule.sources, key=lambda source: (source > own, -source))
-
-
-def _queries(schedule: Schedule) -> Iterator[tuple[slice, list[tuple[bool, slice, bool]]]]:
-    """Per query shard its rows and its ranges, as slices: (rows, [(in received?, rows there, masked?), ...])."""
-    if schedule.seen is not None:
-        raise ValueError("attention='cpu' with masks: expected causal documents")
-    first = schedule.range_first.tolist()
-    places = map(slice, schedule.row_start.tolist(), schedule.row_stop.tolist())
-    ranges = list(zip(schedule.received.tolist(), places, schedule.masked.tolist(), strict=True))
-    rows = map(slice, schedule.query_start.tolist(), schedule.query_stop.tolist())
-    for i, query in enumerate(rows):
-        yield query, ranges[first[i] : first[i + 1]]

@@ -10,18 +10,20 @@ from torch import Tensor
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_heads(q: Tensor, k: Tensor, v: Tensor, own_v_dim: bool = False) -> None:
     """Raises ValueError unless q is [tokens, query heads, head_dim] and k, v [tokens, KV heads, head_dim] of one
-    floating dtype and device, query heads being a multiple of KV heads."""
+    floating dtype and device, query heads being a multiple of KV heads. own_v_dim: v's head_dim may be another one."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is a {type(tensor).__name__}: expected a tensor [tokens, heads, head_dim]")
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 3:
         raise ValueError(f"{shapes}: expected [tokens, heads, head_dim] each")
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
-        raise ValueError(f"{shapes}: expected equal tokens and head_dim, and k and v of one shape")
-    if min(q.shape[1:]) < 1 or min(k.shape[1:]) < 1 or q.shape[1] % k.shape[1]:
+    if k.shape[:2] != v.shape[:2] or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        raise ValueError(f"{shapes}: expected equal tokens and head_dim, and k and v of as many heads")
+    if not own_v_dim and k.shape[2] != v.shape[2]:
+        raise ValueError(f"{shapes}: expected k and v of one head_dim")
+    if min(*q.shape[1:], *k.shape[1:], v.shape[2]) < 1 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{shapes}: expected query heads to be a multiple of KV heads")
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
         raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}: expected one floating-point dtype")
@@ -29,10 +31,10 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q on {q.device}, k on {k.device}, v on {v.device}: expected one device")
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, rows: int | None = None) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, rows: int | None = None, own_v_dim: bool = False) -> None:
     """What every fast implementation asks of its arguments: `check_heads`, `rows` rows if
     that is known, a dtype it computes in."""
-    check_heads(q, k, v)
+    check_heads(q, k, v, own_v_dim)
     if rows is not None and len(q) != rows:
         raise ValueError(f"q has {len(q)} rows: expected {rows}, one for each token held here")
     if q.dtype not in _COMPUTED:
@@ -46,3 +48,23 @@ def default_scale(q: Tensor, softmax_scale: float | None) -> float:
     if not (isinstance(softmax_scale, int | float) and math.isfinite(softmax_scale) and softmax_scale > 0):
         raise ValueError(f"softmax_scale={softmax_scale!r}: expected a positive number")
     return float(softmax_scale)
+
+
+def read_softcap(softcap: float | None) -> float:
+    """The cap on the scores, 0.0 for none. Raises ValueError unless None, or finite and positive."""
+    if softcap is None:
+        return 0.0
+    if not (isinstance(softcap, int | float) and math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap={softcap!r}: expected a positive number, or None")
+    return float(softcap)
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    """Raises ValueError unless sinks are None, or one floating-point logit for each query head of q, beside it."""
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor) or sinks.shape != q.shape[1:2] or not sinks.dtype.is_floating_point:
+        what = f"{sinks.dtype} {list(sinks.shape)}" if isinstance(sinks, Tensor) else f"a {type(sinks).__name__}"
+        raise ValueError(f"sinks is {what}: expected floating-point [{q.shape[1]}], one for each query head")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks on {sinks.device}, q on {q.device}: expected one device")

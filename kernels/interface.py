@@ -5,7 +5,7 @@ activation checkpointing and FSDP know it, and its inputs are plain tensors that
 an `autograd.Function` for context parallelism: its forward and backward send rows, wait for other ranks and compute
 tiles in between. An operator that the compiler may reorder, repeat or drop must not talk to other ranks.
 
-Shapes: T local rows, R received rows, H query heads, K KV heads, D head_dim.
+Shapes: T local rows, R received rows, H query heads, K KV heads, D head_dim (of v another one where a kernel can).
 """
 
 from __future__ import annotations
@@ -71,11 +71,23 @@ class WaitFlags(NamedTuple):
 class AttentionKernel(ABC):
     """An implementation. q: [T, H, D]. local, received: keys and values of the local tensor, [T, K, D] each, and of the
     receive buffer, [R, K, D] each. schedule: the ranges of both that each query shard reads. scale: of the scores.
+    softcap: scaled scores s become softcap * tanh(s / softcap); 0: none.
+
+    own_v_dim: whether v's head_dim may differ from that of q and k; outputs then have v's.
     """
+
+    own_v_dim = False
 
     @abstractmethod
     def attend(
-        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, flags: WaitFlags | None = None
+        self,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        schedule: Schedule,
+        scale: float,
+        flags: WaitFlags | None = None,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Attention over all of a schedule's ranges at once: out [T, H, D] in q's dtype, log-sum-exp fp32 [T, H].
 
@@ -85,7 +97,15 @@ class AttentionKernel(ABC):
 
     @abstractmethod
     def merge_into(
-        self, out: Tensor, lse: Tensor, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float
+        self,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        schedule: Schedule,
+        scale: float,
+        softcap: float = 0.0,
     ) -> None:
         """Merge what the schedule's ranges contribute into `out` and `lse`, part after part.
 
@@ -107,6 +127,7 @@ class AttentionKernel(ABC):
         local_dtype: torch.dtype | None = None,
         on_received: OnReceived | None = None,
         received_dtype: torch.dtype = torch.float32,
+        softcap: float = 0.0,
     ) -> Gradients:
         """Gradients of `attend`: q's in its dtype, local ones in local_dtype (None: the inputs'), those of received
         rows in received_dtype, summed in fp32 and rounded once.

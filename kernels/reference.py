@@ -1,38 +1,77 @@
-"""The specification: causal attention inside each document, in float64, written to be read."""
+"""The specification: attention inside each document, in float64, written to be read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from einops import einsum, repeat
 from torch import Tensor
 
-from flashcp.kernels.inputs import check_heads, default_scale
+from flashcp.kernels.inputs import check_heads, check_sinks, default_scale, read_softcap
 from flashcp.sharding.documents import read_document_lengths
+from flashcp.sharding.mask import Mask
+from flashcp.sharding.masks import read_masks
 
 
 def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, document_lengths: Iterable[int], softmax_scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    document_lengths: Iterable[int],
+    softmax_scale: float | None = None,
+    *,
+    masks: Mask | Sequence[Mask] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention over a whole pack: every row attends to the rows of its own document up to itself.
+    """Attention over a whole pack: every row attends to the rows of its own document that its mask lets it see.
 
-    q: [tokens, query heads, head_dim], k and v: [tokens, KV heads, head_dim], query heads a multiple of KV heads.
-    softmax_scale: 1 / sqrt(head_dim) by default. Returns float64 [tokens, query heads, head_dim], differentiable.
-    Raises ValueError for shapes that do not fit and lengths that do not add up to the tokens.
+    q: [tokens, query heads, head_dim], k and v: [tokens, KV heads, head_dim], query heads a multiple of KV heads; v's
+    head_dim may be another one. softmax_scale: 1 / sqrt(head_dim) by default. masks: one for all documents or one each,
+    causal by default. softcap: scaled scores s become softcap * tanh(s / softcap). sinks: [query heads], logits that
+    join the softmax of every row and have no value. Returns float64 [tokens, query heads, v's head_dim].
+    Differentiable in q, k, v and sinks.
+    Raises ValueError for shapes, masks and numbers that do not fit and lengths that do not add up to the tokens.
     """
-    check_heads(q, k, v)
-    lengths = read_document_lengths(document_lengths).tolist()
+    check_heads(q, k, v, own_v_dim=True)
+    check_sinks(sinks, q)
+    read_lengths = read_document_lengths(document_lengths)
+    read_masks(masks, read_lengths)
+    lengths = read_lengths.tolist()
     if sum(lengths) != len(q):
         raise ValueError(f"document_lengths add up to {sum(lengths)}: expected the {len(q)} tokens of q")
-    scale = default_scale(q, softmax_scale)
+    scale, cap = default_scale(q, softmax_scale), read_softcap(softcap)
     group = q.shape[1] // k.shape[1]
     q64, k64, v64 = (x.double().split(lengths) for x in (q, k, v))
-    return torch.cat([_document(*rows, group, scale) for rows in zip(q64, k64, v64, strict=True)])
+    kinds = [masks or Mask()] * len(lengths) if masks is None or isinstance(masks, Mask) else masks
+    documents = zip(q64, k64, v64, kinds, strict=True)
+    return torch.cat([_document(*rows, mask, group, scale, cap, sinks) for *rows, mask in documents])
 
 
-def _document(q: Tensor, k: Tensor, v: Tensor, group: int, scale: float) -> Tensor:
+def sees(mask: Mask, rows: int) -> Tensor:
+    """Which keys (second axis) each row of a document sees, as `Mask` says it. bool [rows, rows]."""
+    row, key = torch.arange(rows)[:, None], torch.arange(rows)
+    seen = key <= row
+    if mask.kind == "window":
+        seen &= key > row - mask.size
+    if mask.kind == "chunk":
+        seen &= key >= row // mask.size * mask.size
+    if mask.kind == "full":
+        seen = torch.ones_like(seen)
+    for start, stop in [(0, mask.size)] if mask.kind == "prefix" else mask.blocks:
+        seen |= (start <= row) & (row < stop) & (start <= key) & (key < stop)
+    return seen
+
+
+def _document(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, group: int, scale: float, cap: float, sinks: Tensor | None
+) -> Tensor:
     k, v = (repeat(x, "t h d -> t (h g) d", g=group) for x in (k, v))
     scores = einsum(q, k, "i h d, j h d -> h i j") * scale
-    future = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).triu(1)
-    return einsum(scores.masked_fill(future, -torch.inf).softmax(-1), v, "h i j, j h d -> i h d")
+    if cap:
+        scores = cap * torch.tanh(scores / cap)
+    scores = scores.masked_fill(~sees(mask, len(q)).to(q.device), -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, repeat(sinks.double(), "h -> h i 1", i=len(q))), dim=-1)
+    return einsum(scores.softmax(-1)[..., : len(k)], v, "h i j, j h d -> i h d")

@@ -108,3 +108,6 @@ def _read_blocks(kind: str, blocks: Iterable[Sequence[int]]) -> tuple[tuple[int,
         if start < stop:
             raise ValueError(f"Mask({kind!r}, blocks={pairs}): expected blocks that do not overlap")
     return tuple((int(start), int(stop)) for start, stop in pairs)
+
+
+CAUSAL = Mask()

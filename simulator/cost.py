@@ -209,22 +209,48 @@ class Links:
 
 @dataclass
 class ModelShape:
-    """What of a model decides a layer's time. ffn_dim 0: 8/3 of the width, rounded up to a multiple of 64 (SwiGLU)."""
+    """What of a model decides a layer's time.
 
+    width 0: query_heads x head_dim. ffn_dim 0: 8/3 of the width, rounded up to a multiple of 64 (SwiGLU).
+
+    mask: of all documents, `causal` or `full`. narrowed_layers: how many of the layers look back no further than over
+    `window` keys, or to the start of their chunk of so many; 0: no limit.
+    """
+
+    name: str = ""
     query_heads: int = 32
     kv_heads: int = 32
     head_dim: int = 128
     dtype_bytes: int = 2
     layers: int = 32
+    width: int = 0
     ffn_dim: int = 0
+    mask: str = "causal"
+    window: int = 0
+    chunk: int = 0
+    narrowed_layers: int = 0
+
+    def __str__(self) -> str:
+        """For captions: nobody shall read numbers of a model that he did not choose."""
+        named = f"{self.name}, " if self.name else ""
+        text = (
+            f"{named}{self.layers} layers of {self.query_heads} query and {self.kv_heads} KV heads of {self.head_dim}"
+        )
+        if self.mask != "causal":
+            text += f", {self.mask} attention"
+        limits = [f"{size} keys {where}" for size, where in ((self.window, "back"), (self.chunk, "a chunk")) if size]
+        if limits:
+            text += f", {self.narrowed_layers} of them with {' and '.join(limits)}"
+        return text
 
 
-def layer_flops(shape: AttentionShape, ffn_dim: int, rows: float) -> float:
+def layer_flops(shape: AttentionShape, ffn_dim: int, rows: float, width: int = 0) -> float:
     """Operations of a layer's projections and its SwiGLU on so many rows, forward and backward.
 
-    The width is query_heads x head_dim; ffn_dim 0: 8/3 of it, rounded up to a multiple of 64. A weight costs two
+    width 0: query_heads x head_dim. ffn_dim 0: 8/3 of the width, rounded up to a multiple of 64. A weight costs two
     operations a row forward and four backward.
     """
-    dim, kv_dim = shape.query_heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    width = ffn_dim or -(-8 * dim // 3 // 64) * 64
-    return 6 * (2 * dim * dim + 2 * dim * kv_dim + 3 * dim * width) * rows
+    heads_dim, kv_dim = shape.query_heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    width = width or heads_dim
+    ffn_dim = ffn_dim or -(-8 * width // 3 // 64) * 64
+    return 6 * (2 * width * heads_dim + 2 * width * kv_dim + 3 * width * ffn_dim) * rows

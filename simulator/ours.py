@@ -116,7 +116,7 @@ def _fused(planned: Planned, timeline: Timeline, arrived: np.ndarray) -> None:
     order = np.argsort(arrived, axis=0, kind="stable")  # [place, destination] -> source
     place = 1 + np.argsort(order, axis=0).T
     np.fill_diagonal(place, 0)  # local rows are there
-    last = np.where(reads.before > 0, place[reads.rank], 0).max(axis=1)
+    last = np.where(reads.others > 0, place[reads.rank], 0).max(axis=1)
     shard_us = planned.own_us(False) + planned.read_us(False).sum(axis=1)
     us = np.bincount(reads.rank * (ranks + 1) + last, shard_us, ranks * (ranks + 1))
     groups = us.reshape(ranks, ranks + 1).T

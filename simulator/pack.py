@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashcp.sharding.holders import rows_between_and_inside
+from flashcp.sharding.mask import LayerKind
+from flashcp.sharding.masks import Workload, read_masks
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.sharding.shards import shard_work
-from flashcp.sharding.strategies import plan
+from flashcp.sharding.strategies import plan_workload
 from flashcp.simulator.best_effort import best_effort
 from flashcp.simulator.heads import COPIES, share_heads
 from flashcp.simulator.ours import ours
@@ -71,16 +72,28 @@ class Batch:
         self._setting, self._options, self._price = setting, options or {}, price
         self._plan, self._priced = cache(self._make_plan), cache(self._make_price)
 
-    def planned(self, variant: Variant, windows: tuple[int, ...] = (0,), replicas: int = 1) -> Planned:
-        """These windows behind one another, on the ranks of one of so many replicas."""
-        holders = self.ranks // replicas // variant.head_ranks
-        return self._priced(
-            windows, variant.sharding, holders, variant.head_ranks, variant.wire(self._setting.gradient_wire)
-        )
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kinds of layers of the model."""
+        return self._setting.layers or (LayerKind(0, 0, 1),)
 
-    def _make_price(self, windows: tuple[int, ...], sharding: str, holders: int, head_ranks: int, wire: str) -> Planned:
+    def plan(self, variant: Variant, windows: tuple[int, ...] = (0,), replicas: int = 1) -> ShardingPlan:
+        """Of these windows behind one another, for the ranks of one of so many replicas."""
+        return self._plan(windows, variant.sharding, self.ranks // replicas // variant.head_ranks)
+
+    def planned(
+        self, variant: Variant, windows: tuple[int, ...] = (0,), replicas: int = 1, kind: LayerKind | None = None
+    ) -> Planned:
+        """That plan with its prices in a layer of one kind; None: the first."""
+        holders, wire = self.ranks // replicas // variant.head_ranks, variant.wire(self._setting.gradient_wire)
+        return self._priced(windows, variant.sharding, holders, variant.head_ranks, wire, (kind or self.kinds[0])[:2])
+
+    def _make_price(
+        self, windows: tuple[int, ...], sharding: str, holders: int, head_ranks: int, wire: str, limits: tuple[int, int]
+    ) -> Planned:
         own = replace(self._setting, head_ranks=head_ranks, gradient_wire=wire)
-        return self._price(self._plan(windows, sharding, holders), own)
+        window, chunk = (limit or None for limit in limits)
+        return self._price(self._plan(windows, sharding, holders).narrow(window, chunk), own)
 
     def _make_plan(self, windows: tuple[int, ...], sharding: str, holders: int) -> ShardingPlan:
         (first, *others) = (self.packs[window] for window in windows)
@@ -89,19 +102,25 @@ class Batch:
                 return first
             first, sharding = first.document_lengths, "contiguous" if sharding == GIVEN_PLAN else sharding
         lengths = np.concatenate([first, *others]) if others else first
+        workload = self.workload(lengths)
         if sharding in RIVALS:
-            return RIVALS[sharding](lengths, holders)
-        return plan(lengths, holders, sharding, **self._options.get(sharding, {}))
+            return RIVALS[sharding](lengths, holders, workload)
+        return plan_workload(workload, holders, sharding, **self._options.get(sharding, {}))
+
+    def workload(self, pack: Pack) -> Workload:
+        """What is computed on a pack."""
+        if isinstance(pack, ShardingPlan):
+            return pack.workload
+        return Workload(read_masks(self._setting.mask, pack), self._setting.layers)
 
 
 def simulate_batch(batch: Batch, variants: Iterable[Variant], step: Step = WINDOW) -> dict[Variant, Outcome]:
     """The outcome of each method on the windows of one step."""
-    work, found = np.array([_work(pack) for pack in batch.packs]), {}
+    work, found = np.array([_work(batch.workload(pack)) for pack in batch.packs]), {}
     for variant in variants:
         placed = place(work, variant, step)
         outcomes = [
-            [_outcome(batch.planned(variant, tuple(map(int, own)), len(replicas)), variant) for own in replicas]
-            for replicas in placed
+            [_of_mix(batch, variant, tuple(map(int, own)), len(replicas)) for own in replicas] for replicas in placed
         ]
         found[variant] = _slowest(outcomes, work[placed].sum(axis=2), step.waits)
     return found
@@ -134,9 +153,9 @@ def simulate_module(planned: Planned, variant: Variant) -> Module:
     return share_heads(planned, inner, COPIES[variant.implementation])
 
 
-def _work(pack: Pack) -> float:
-    lengths = pack.document_lengths if isinstance(pack, ShardingPlan) else pack
-    return float(shard_work(0, lengths).sum())
+def _work(workload: Workload) -> float:
+    lengths = workload.masks.length
+    return float(workload.pairs(np.arange(len(lengths)), np.zeros_like(lengths), lengths).sum())
 
 
 def _slowest(outcomes: Sequence[Sequence[Outcome]], work: np.ndarray, waits: str) -> Outcome:
@@ -157,6 +176,18 @@ def _slowest(outcomes: Sequence[Sequence[Outcome]], work: np.ndarray, waits: str
         saving=float(np.mean(np.min(every.saving, axis=1))),
         kept_mib=float(np.max(every.kept_mib)),
         working_mib=float(np.max(every.working_mib)),
+    )
+
+
+def _of_mix(batch: Batch, variant: Variant, windows: tuple[int, ...], replicas: int) -> Outcome:
+    """The mean over the model's layers; buffers for one layer's pass are those of the kind that needs most."""
+    outcomes = [_outcome(batch.planned(variant, windows, replicas, kind), variant) for kind in batch.kinds]
+    if len(outcomes) == 1:
+        return outcomes[0]
+    mean = Outcome(*np.average(np.array(outcomes), axis=0, weights=[kind.layers for kind in batch.kinds]).tolist())
+    return mean._replace(
+        imbalance=batch.plan(variant, windows, replicas).imbalance,
+        working_mib=max(outcome.working_mib for outcome in outcomes),
     )
 
 

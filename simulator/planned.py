@@ -9,11 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from flashcp.sharding.exchanges import traffic
+from flashcp.sharding.mask import CAUSAL, LayerKind, Mask
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.route import wire_bytes
-from flashcp.simulator.cost import AttentionCost, AttentionShape, ReadFeatures, read_features
+from flashcp.simulator.cost import AttentionCost, AttentionShape
 from flashcp.simulator.machine import Machine
 from flashcp.simulator.members import member_links, member_shape
+from flashcp.simulator.reads import plan_reads
 from flashcp.simulator.timeline import Timeline
 
 MERGE_BYTES = 12
@@ -24,13 +26,16 @@ MERGE_BYTES = 12
 class Setting:
     """Where and how a plan runs. overlap: of our implementation, `none`, `staged` or `fused`. gradient_wire: what our
     gradients of K and V travel in (`flashcp.sharding.route`). head_ranks: of a holder; the plan's ranks are holders,
-    see `flashcp.simulator.heads`."""
+    see `flashcp.simulator.heads`. mask: of all documents. layers: the model's mix, whose mean is a layer's time; ():
+    each layer is like the mask."""
 
     machine: Machine
     shape: AttentionShape = field(default_factory=AttentionShape)
     overlap: str = "staged"
     gradient_wire: str = "auto"
     head_ranks: int = 1
+    mask: Mask = CAUSAL
+    layers: tuple[LayerKind, ...] = ()
 
     def wire_bytes(self, roundings: int) -> int:
         """Of a number of those gradients."""
@@ -51,35 +56,6 @@ class Module(NamedTuple):
     working_bytes: float
 
 
-class Reads(NamedTuple):
-    """Per shard [S], in the plan's order, what its queries read of the document before it, by owner [S, N].
-
-    rank, start, rows: int64 [S]. before: rows that each rank holds of the shard's document before the shard.
-    ranges: how many shards those are.
-    """
-
-    rank: np.ndarray
-    start: np.ndarray
-    rows: np.ndarray
-    before: np.ndarray
-    ranges: np.ndarray
-
-
-def plan_reads(plan: ShardingPlan) -> Reads:
-    """The reads of every shard of a plan; memory and time grow with shards x ranks."""
-    document, start, _, rank = plan.table
-    every, first = np.arange(len(rank)), np.searchsorted(document, document)
-
-    def before(amount: np.ndarray | int) -> np.ndarray:
-        """Sum over earlier shards of the document, by owner."""
-        total = np.zeros((len(rank) + 1, plan.world_size), dtype=np.int64)
-        total[every + 1, rank] = amount
-        np.cumsum(total, axis=0, out=total)
-        return total[:-1] - total[first]
-
-    return Reads(rank, start, plan.table.rows, before(plan.table.rows), before(1))
-
-
 class Planned:
     """A plan under a setting; times in us, of the forward or the backward. Its arrays are not to be written to.
 
@@ -90,15 +66,12 @@ class Planned:
     def __init__(self, plan: ShardingPlan, setting: Setting) -> None:
         self.plan, self.setting = plan, setting
         self.ranks = plan.world_size
-        self.reads = plan_reads(plan)
         self.machine, self.shape = setting.machine, member_shape(setting.shape, setting.head_ranks)
         self.cost, self.copies = self.machine.attention, self.machine.copies
         self.links = member_links(self.machine.links, setting.head_ranks)
         self.overlap = "none" if self.ranks == 1 < setting.head_ranks else setting.overlap
-        reads, tiles = self.reads, self.cost.tiles
-        self._own = read_features(reads.rows, reads.rows, tiles, masked=True)
-        self._prefix = read_features(reads.rows, reads.start, tiles)
-        self._holds = (np.arange(self.ranks)[:, None] == reads.rank).astype(np.float64)
+        self.reads = plan_reads(plan, self.cost.tiles)
+        self._holds = (np.arange(self.ranks)[:, None] == self.reads.rank).astype(np.float64)
         self.own_us, self.read_us, self.source_us = map(cache, (self._own_us, self._read_us, self._source_us))
         self.whole_us, self.step_us, self.remote_us = map(cache, (self._whole_us, self._step_us, self._remote_us))
 
@@ -109,11 +82,11 @@ class Planned:
     def _own_us(self, backward: bool) -> np.ndarray:
         """Each shard's queries on its own rows, with its Q in and its O out [S]."""
         query_us = self.cost.query_us(self.reads.rows, self.shape, backward)
-        return self.cost.read_us(self._own, self.shape, backward) + query_us
+        return self.cost.read_us(self.reads.own, self.shape, backward) + query_us
 
     def _read_us(self, backward: bool) -> np.ndarray:
-        """Each shard's queries on the rows before it, by the rank that holds them [S, N]."""
-        return self.cost.read_us(self._read, self.shape, backward)
+        """Each shard's queries on other rows that they see, by the rank that holds them [S, N]."""
+        return self.cost.read_us(self.reads.by_owner, self.shape, backward)
 
     def _source_us(self, backward: bool) -> np.ndarray:
         """Each rank's queries on the rows of each other rank and on earlier ones of its own [N, N]."""
@@ -151,7 +124,7 @@ class Planned:
 
     def priced(self, cost: AttentionCost, backward: bool) -> np.ndarray:
         """What one kernel over everything would cost under other prices for the same tiles [N]."""
-        reads = (cost.read_us(features, self.shape, backward) for features in (self._prefix, self._own))
+        reads = (cost.read_us(features, self.shape, backward) for features in (self.reads.together, self.reads.own))
         query = cost.query_us(self.reads.rows, self.shape, backward)
         return self.by_rank(sum(reads) + query) + cost.launch_us(backward)
 
@@ -179,10 +152,6 @@ class Planned:
         return float(self.plan.route(exchange).block_rows) * self.shape.kv_bytes
 
     @cached_property
-    def _read(self) -> ReadFeatures:
-        return read_features(self.reads.rows[:, None], self.reads.before, self.cost.tiles, ranges=self.reads.ranges)
-
-    @cached_property
     def traffic(self) -> np.ndarray:
         """Rows that the exact exchange carries from source to destination, int64 [N, N]."""
         return traffic(self.plan)
@@ -190,11 +159,11 @@ class Planned:
     @cached_property
     def reading_rows(self) -> np.ndarray:
         """Rows of each rank's shards that read any row of each rank, [N, N]."""
-        return self.by_rank((self.reads.before > 0) * self.reads.rows[:, None])
+        return self.by_rank((self.reads.others > 0) * self.reads.rows[:, None])
 
     @cached_property
     def remote_rows(self) -> np.ndarray:
         """Rows of each rank's shards that read any row of another rank [N]."""
         reads = self.reads
-        others = reads.before.sum(axis=1) > reads.before[np.arange(len(reads.rank)), reads.rank]
+        others = reads.others.sum(axis=1) > reads.others[np.arange(len(reads.rank)), reads.rank]
         return self.by_rank(others * reads.rows)

@@ -19,13 +19,14 @@ from collections.abc import Callable
 
 import numpy as np
 
+from flashcp.sharding.masks import Workload, read_workload
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import ShardTable, shard_work
 
 
-def dynamic_cp(document_lengths: np.ndarray, ranks: int) -> ShardingPlan:
+def dynamic_cp(document_lengths: np.ndarray, ranks: int, workload: Workload | None = None) -> ShardingPlan:
     """Groups of 1, 2, 4, ... neighbours, each as large as its longest document asks for."""
-    lengths, work = document_lengths, shard_work(0, document_lengths)
+    lengths, work = document_lengths, _work(document_lengths, workload)
     share, rows = work.sum() / ranks, -(-int(lengths.sum()) // ranks)
     wanted = np.maximum(np.maximum(lengths / rows, work / share), 1)
     sizes = np.minimum(2 ** np.ceil(np.log2(wanted)), 2 ** np.floor(np.log2(ranks))).astype(np.int64)
@@ -36,12 +37,12 @@ def dynamic_cp(document_lengths: np.ndarray, ranks: int) -> ShardingPlan:
         group = int(np.argmin(groups.max(axis=1)))
         groups[group] += work[document] / size
         first[document] = group * size
-    return in_groups(lengths, ranks, first, sizes)
+    return in_groups(lengths, ranks, first, sizes, workload)
 
 
-def flexible_cp(document_lengths: np.ndarray, ranks: int) -> ShardingPlan:
+def flexible_cp(document_lengths: np.ndarray, ranks: int, workload: Workload | None = None) -> ShardingPlan:
     """Groups of any size for documents with more work than a rank's share, one rank each for the packs of others."""
-    work = shard_work(0, document_lengths)
+    work = _work(document_lengths, workload)
     low, high = work.sum() / ranks, max(float(work.max()), work.sum() / ranks)
     for _ in range(50):  # the least work of a rank with which all groups find their ranks
         middle = (low + high) / 2
@@ -56,7 +57,14 @@ def flexible_cp(document_lengths: np.ndarray, ranks: int) -> ShardingPlan:
         rank = int(np.argmin(load))
         load[rank] += work[document]
         first[document] = ranks - len(load) + rank
-    return in_groups(document_lengths, ranks, first, size)
+    return in_groups(document_lengths, ranks, first, size, workload)
+
+
+def _work(lengths: np.ndarray, workload: Workload | None) -> np.ndarray:
+    """Of each document; without a workload all is causal."""
+    if workload is None:
+        return shard_work(0, lengths)
+    return workload.pairs(np.arange(len(lengths)), np.zeros_like(lengths), lengths)
 
 
 def _groups(work: np.ndarray, most: float) -> np.ndarray:
@@ -66,7 +74,9 @@ def _groups(work: np.ndarray, most: float) -> np.ndarray:
     return np.append(sizes, np.ceil(work[~long].sum() / most)).astype(np.int64)
 
 
-def in_groups(document_lengths: np.ndarray, ranks: int, first: np.ndarray, size: np.ndarray) -> ShardingPlan:
+def in_groups(
+    document_lengths: np.ndarray, ranks: int, first: np.ndarray, size: np.ndarray, workload: Workload | None = None
+) -> ShardingPlan:
     """Each document on `size` neighbours from rank `first` on, two chunks each: one from either end (zigzag)."""
     document = np.repeat(np.arange(len(size)), 2 * size)
     chunk = np.arange(len(document)) - np.repeat(np.cumsum(2 * size) - 2 * size, 2 * size)
@@ -74,7 +84,10 @@ def in_groups(document_lengths: np.ndarray, ranks: int, first: np.ndarray, size:
     start, stop = chunk * rows // chunks, (chunk + 1) * rows // chunks
     rank = first[document] + np.minimum(chunk, chunks - 1 - chunk)
     table = ShardTable(document, start, stop, rank).take(stop > start)
-    return ShardingPlan(document_lengths, ranks, table, "groups")
+    return ShardingPlan(document_lengths, ranks, table, "groups", workload=workload or read_workload(document_lengths))
 
 
-RIVALS: dict[str, Callable[[np.ndarray, int], ShardingPlan]] = {"dynamic_cp": dynamic_cp, "flexible_cp": flexible_cp}
+RIVALS: dict[str, Callable[[np.ndarray, int, Workload | None], ShardingPlan]] = {
+    "dynamic_cp": dynamic_cp,
+    "flexible_cp": flexible_cp,
+}

@@ -98,7 +98,9 @@ def simulate_methods(
     found = list(watch(map_ordered(partial(_simulate, variants=trials, step=step, **told), steps, workers)))
     outcomes = {trial: Outcome(*np.array([one[trial] for one in found]).T) for trial in trials}  # [steps] each
     tokens = [pack.offsets[-1] if isinstance(pack, ShardingPlan) else pack.sum() for one in steps for pack in one]
-    flops = layer_flops(setting.shape, model.ffn_dim, float(np.mean(tokens)) * step.batch_windows / world_size)
+    flops = layer_flops(
+        setting.shape, model.ffn_dim, float(np.mean(tokens)) * step.batch_windows / world_size, model.width
+    )
     gemm_ms = flops / (1e9 * setting.machine.gemm_tflops)
     best = {name: min(some, key=lambda trial: np.mean(outcomes[trial].module_ms)) for name, some in named.items()}
     base = outcomes[best[BASELINE]]

@@ -20,6 +20,7 @@ from flashcp.comm.clock import Clock
 from flashcp.comm.transport import Inbox, Transfer, Transport
 from flashcp.kernels.interface import KV, AttentionKernel
 from flashcp.kernels.schedule import Schedule, build_schedule
+from flashcp.kernels.scores import Scores
 from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.route import is_fp32
@@ -32,7 +33,7 @@ class AttentionSettings:
     whether KV is fetched twice, what gradients travel in (`wire`).
 
     kv_heads: of the rows that the exchange is given. agree: returns when all ranks said that they do the same; called
-    before others' rows are read.
+    before others' rows are read. scores: known when queries come.
     """
 
     kernel: AttentionKernel
@@ -43,6 +44,7 @@ class AttentionSettings:
     kv_heads: int
     clock: Clock
     agree: Callable[[], None]
+    scores: Scores
 
     def wire(self, model: torch.dtype, roundings: int) -> torch.dtype:
         """What gradients travel in (`flashcp.sharding.route.is_fp32`)."""
@@ -84,6 +86,15 @@ class Saved(NamedTuple):
     lse: Tensor  # [T, H]
     received: Tensor | None  # [R, 2, K, D]
     tickets: Tensor | None
+
+
+class InputGradients(NamedTuple):
+    """Of a rank's q [T, H, D], k and v [T, K, D]; and what its queries add to the gradient of the sinks, fp32 [H]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sinks: Tensor | None
 
 
 class Layout:
@@ -172,15 +183,19 @@ class Exchange(ABC):
 
     @abstractmethod
     def forward(
-        self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings, scale: float
+        self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings
     ) -> tuple[Tensor, Saved]:
         """Attention of this rank's queries, [T, H, D] in q's dtype, and what the backward needs."""
 
     @abstractmethod
     def backward(
-        self, plan: ShardingPlan, grad_out: Tensor, saved: Saved, settings: AttentionSettings, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of this rank's q, k and v."""
+        self, plan: ShardingPlan, grad_out: Tensor, saved: Saved, settings: AttentionSettings
+    ) -> InputGradients:
+        """Gradients of this rank's q, k and v, and its part of the sinks'."""
+
+    def log_sums(self, plan: ShardingPlan, saved: Saved) -> Tensor:
+        """Log-sum-exp of this rank's queries, fp32 [T, H]. All ranks ask together."""
+        return saved.lse
 
     def is_open(self, saved: Saved) -> bool:
         """Whether the rows that were received still lie where they were."""

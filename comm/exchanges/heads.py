@@ -24,14 +24,22 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Layout, Saved, as_kv
+from flashcp.comm.exchanges.exchange import (
+    AttentionSettings,
+    Exchange,
+    IncomingKV,
+    InputGradients,
+    Layout,
+    Saved,
+    as_kv,
+)
 from flashcp.comm.exchanges.receiving import GradientReturn, ReceivingExchange
 from flashcp.comm.transport import Alone, Inbox, OutgoingRows, Transfer, Transport
 from flashcp.kernels.interface import KV
 from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.holders import inner_roundings, members_heads, members_rows
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.sharding.strategies import plan as make_plan
+from flashcp.sharding.shards import ShardTable
 
 
 class Heads(Exchange):
@@ -70,28 +78,27 @@ class Heads(Exchange):
         return IncomingKV(onward.inbox, onward.transfer, onward=(local, onward))
 
     def forward(
-        self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings, scale: float
+        self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings
     ) -> tuple[Tensor, Saved]:
         with settings.clock.measure("exposed_exchange_ms", "send queries"):
             asked = self._to_heads(plan, (q,), "queries")
             local, onward = incoming.onward or self._travel_on(plan, incoming)
             self.meet()
             queries = self._landed(plan, asked)[:, 0]  # [C, H / h, D]
-        out, saved = self.between.forward(plan, queries, local, onward, settings, scale)
+        out, saved = self.between.forward(plan, queries, local, onward, self._of_rank(settings))
         with settings.clock.measure("exposed_exchange_ms", "send outputs"):
             (outputs,) = self._to_rows(plan, out, [out.shape[1]], "outputs")
         return outputs, saved
 
     def backward(
-        self, plan: ShardingPlan, grad_out: Tensor, saved: Saved, settings: AttentionSettings, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, plan: ShardingPlan, grad_out: Tensor, saved: Saved, settings: AttentionSettings
+    ) -> InputGradients:
         with settings.clock.measure("exposed_exchange_ms", "send gradients of outputs"):
             pulled = self._to_heads(plan, (grad_out,), "gradients")
             self.meet()
             grad_heads = self._landed(plan, pulled, kept=False)[:, 0]  # [C, H / h, D]
         ranks = self.transport.world_size
-        of_rank = replace(settings, kv_heads=max(1, settings.kv_heads // ranks))
-        of_q, *of_kv = self.between.backward(plan, grad_heads, saved, of_rank, scale)
+        of_q, *of_kv, own = self.between.backward(plan, grad_heads, saved, self._of_rank(settings))
         self.transport.free(pulled.inbox.ticket)
         with settings.clock.measure("exposed_exchange_ms", "gradients home"):
             model = grad_out.dtype
@@ -104,7 +111,17 @@ class Heads(Exchange):
                     part.copy_(gradient)
                 found += self._to_rows(plan, leaving, widths, "gradients")
         grad_q, grad_k, grad_v = found
-        return grad_q, _sum_parts(grad_k, settings.kv_heads), _sum_parts(grad_v, settings.kv_heads)
+        grad_k, grad_v = (_sum_parts(part, settings.kv_heads) for part in (grad_k, grad_v))
+        of_sinks = None
+        if own is not None:  # of this rank's heads, over all rows of the holder; other ranks have the others'
+            of_sinks = own.new_zeros(ranks, len(own))
+            of_sinks[self.transport.rank] = own
+            of_sinks = of_sinks.flatten()
+        return InputGradients(grad_q, grad_k, grad_v, of_sinks)
+
+    def log_sums(self, plan: ShardingPlan, saved: Saved) -> Tensor:
+        (home,) = self._to_rows(plan, saved.lse[..., None], [saved.lse.shape[1]], "log-sum-exp")
+        return home[..., 0]
 
     def release(self, saved: Saved) -> None:
         self.between.release(saved)
@@ -112,6 +129,13 @@ class Heads(Exchange):
     def order(self, plan: ShardingPlan, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Where in the order of attention the rows lie as they arrive, and the inverse; None: they arrive in it."""
         return None
+
+    def _of_rank(self, settings: AttentionSettings) -> AttentionSettings:
+        """For this rank's share of the heads."""
+        scores, ranks = settings.scores, self.transport.world_size
+        if scores.sinks is not None:
+            scores = scores._replace(sinks=scores.sinks.unflatten(0, (ranks, -1))[self.transport.rank])
+        return replace(settings, kv_heads=max(1, settings.kv_heads // ranks), scores=scores)
 
     def _travel_on(self, plan: ShardingPlan, incoming: IncomingKV) -> tuple[KV, IncomingKV]:
         self.meet()
@@ -188,7 +212,7 @@ class WholePack(ReceivingExchange):
     def __init__(self, transport: Alone, meet: Callable[[], None]) -> None:
         super().__init__(transport, meet)
         self.layout = lru_cache(maxsize=4)(
-            lambda plan: Layout("exact", make_plan(plan.document_lengths, 1, "contiguous"), 0)
+            lambda plan: Layout("exact", replace(plan, world_size=1, table=_on_one(plan)), 0)
         )
 
     def tokens(self, plan: ShardingPlan) -> int:
@@ -199,6 +223,11 @@ class WholePack(ReceivingExchange):
 
     def return_gradients(self, plan: ShardingPlan, like: Tensor) -> GradientReturn:
         return GradientReturn(like.dtype, lambda gradients, source=None: None, lambda: None, lambda local: None)
+
+
+def _on_one(plan: ShardingPlan) -> ShardTable:
+    """The shards of a plan, all on one rank."""
+    return plan.table._replace(rank=np.zeros_like(plan.table.rank))
 
 
 def _pack_order(plan: ShardingPlan, device: torch.device) -> tuple[Uploaded, Uploaded]:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from flashcp.comm.clock import span
-from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved, as_kv
+from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, InputGradients, Saved, as_kv
 from flashcp.kernels.interface import KV, OnReceived
 from flashcp.kernels.schedule import Schedule
+from flashcp.kernels.sinks import add_sinks, sink_gradients
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.plan import ShardingPlan
 
@@ -46,20 +47,23 @@ class ReceivingExchange(Exchange):
     """Exchanges that bring others' KV rows into a receive buffer; queries stay where they are."""
 
     def forward(
-        self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings, scale: float
+        self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings
     ) -> tuple[Tensor, Saved]:
         """`none` waits for all rows and computes in one launch, `staged` computes local rows meanwhile and merges part
         by part in fp32, `fused` waits inside its one launch."""
         alone = self.transport.world_size == 1  # nothing arrives that a part could wait for
         attend = self._staged if settings.overlap == "staged" and not alone else self._at_once
-        out, lse = attend(plan, q, local, incoming, settings, scale)
+        out, lse = attend(plan, q, local, incoming, settings)
+        if settings.scores.sinks is not None:
+            out, lse = add_sinks(out, lse, settings.scores.sinks)
+        out = out.to(q.dtype)
         with settings.clock.measure("exposed_exchange_ms"):
             incoming.transfer.finish()  # rows that nobody reads here, too: the region is free only when all landed
         rows, ticket = incoming.inbox
         return out, self.held(Saved(q, *local, out, lse, rows, torch.tensor([ticket])), settings)
 
     def _at_once(
-        self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings, scale: float
+        self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings
     ) -> tuple[Tensor, Tensor]:
         """Output [T, H, D] in q's dtype and log-sum-exp [T, H], by one launch."""
         settings.meet()
@@ -69,22 +73,26 @@ class ReceivingExchange(Exchange):
                 incoming.transfer.wait()
         with settings.clock.measure("attention_ms", "all tiles, waits inside" if flags else "all tiles"):
             received, schedule = as_kv(incoming.inbox.rows), self.layout(plan).schedule
-            out, lse = settings.kernel.attend(q, local, received, schedule, scale, flags)
+            out, lse = settings.kernel.attend(
+                q, local, received, schedule, settings.scores.scale, flags, settings.scores.softcap
+            )
         if flags:
             self.transport.check(flags)
         return out, lse
 
     def _staged(
-        self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings, scale: float
+        self, plan: ShardingPlan, q: Tensor, local: KV, incoming: IncomingKV, settings: AttentionSettings
     ) -> tuple[Tensor, Tensor]:
-        """The same, by one launch for the local rows and one for each part as it arrives."""
+        """The same in fp32, by one launch for the local rows and one for each part as it arrives."""
         out = q.new_zeros(q.shape, dtype=torch.float32)
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
         received = as_kv(incoming.inbox.rows)
 
         def add(schedule: Schedule, tiles: str) -> None:
             with settings.clock.measure("attention_ms", tiles):
-                settings.kernel.merge_into(out, lse, q, local, received, schedule, scale)
+                settings.kernel.merge_into(
+                    out, lse, q, local, received, schedule, settings.scores.scale, settings.scores.softcap
+                )
 
         add(self.layout(plan).local_schedule, "local tiles")
         settings.meet()
@@ -93,12 +101,12 @@ class ReceivingExchange(Exchange):
             with settings.clock.measure("exposed_exchange_ms"):
                 schedule = next(parts, None)
             if schedule is None:
-                return out.to(q.dtype), lse
+                return out, lse
             add(schedule, f"remote tiles (from {', '.join(map(str, schedule.sources)) or 'nobody'})")
 
     def backward(
-        self, plan: ShardingPlan, grad_out: Tensor, saved: Saved, settings: AttentionSettings, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, plan: ShardingPlan, grad_out: Tensor, saved: Saved, settings: AttentionSettings
+    ) -> InputGradients:
         """Gradients of received rows first: they travel while the local ones are computed."""
         if not self.is_open(saved):
             with settings.clock.measure("exposed_exchange_ms", "send rows"):
@@ -124,15 +132,31 @@ class ReceivingExchange(Exchange):
         with settings.clock.measure("attention_ms"), ExitStack() as tiles:
             tiles.enter_context(span("gradients of remote tiles"))
             local, received, schedule = KV(saved.k, saved.v), as_kv(saved.received), self.layout(plan).schedule
+            scale, softcap, sinks = settings.scores
             gradients = settings.kernel.gradients(
                 grad_out, saved.q, local, received, saved.out, saved.lse, schedule, scale, torch.float32, send_home,
-                returned.dtype,
+                returned.dtype, softcap,
             )  # fmt: skip
         self.release(saved)
         settings.meet()
         with settings.clock.measure("exposed_exchange_ms", "gradients home"):
             returned.add_to(gradients.local)
-        return gradients.q, *gradients.local
+        of_sinks = None if sinks is None else sink_gradients(saved.out, grad_out, saved.lse, sinks)
+        return InputGradients(gradients.q, *gradients.local, of_sinks)
+
+    def send_home(self, plan: ShardingPlan, gradients: Tensor, settings: AttentionSettings) -> KV:
+        """Gradients of the receive buffer [R, 2, K, D] to the rows' owners: what came for this rank's own rows, in
+        fp32 [T, K, D] each."""
+        wire = settings.wire(gradients.dtype, EXCHANGES[self.name].roundings)
+        shape, wide = gradients.shape[1:], torch.promote_types(gradients.dtype, torch.float32)
+        tokens = self.tokens(plan)
+        local = KV(*(gradients.new_zeros((tokens, *shape[1:]), dtype=wide) for _ in range(2)))
+        with settings.clock.measure("exposed_exchange_ms", "gradients home"):
+            returned = self.return_gradients(plan, gradients.new_empty((0, *shape), dtype=wire))
+            returned.leave(gradients.to(returned.dtype))
+            settings.meet()
+            returned.add_to(local)
+        return local
 
     @abstractmethod
     def return_gradients(self, plan: ShardingPlan, like: Tensor) -> GradientReturn:

@@ -83,6 +83,7 @@ def show_methods(job: Job) -> None:
         drawn = [one._replace(head_ranks=heads[one.name]) for one in found.variants]
         modules = {one.name: simulate_module(batch.planned(one), one) for one in drawn}
         title = f"{len(pack)} documents, {pack.sum()} tokens, {ranks} ranks, simulated on {setting.machine.name}"
+        title += f"\n{read_model(settings)}"
         draw_timelines(modules, title, figure)
         print(f"wrote {figure}", file=sys.stderr)
     document = {
@@ -100,7 +101,7 @@ def show_methods(job: Job) -> None:
         "methods": [one._asdict() for one in found.summaries],
     }
     kernels = f", its kernels measured on {found.device}" if found.device else ""
-    head = f"{heading(settings, found.packs)}; simulated on {setting.machine.name}{kernels}"
+    head = f"{heading(settings, found.packs)}; simulated on {setting.machine.name}{kernels}; {read_model(settings)}"
     show(document, f"{head}\n{summary_table(found.summaries)}\n\n{best}")
 
 
@@ -140,9 +141,14 @@ def simulate(settings: Mapping[str, Any], label: str = "") -> Simulated:
 def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
     """Machine, heads and overlap. Raises ValueError naming value, field and what is legal."""
     read_ranks(settings["world_size"])
-    model = read_dataclass(ModelShape, settings["model"], "model")
+    model = read_model(settings)
     machine = chosen_machine(settings)
     return make_setting(machine, model, settings["overlap"], settings["gradient_wire"], prefix="model."), model
+
+
+def read_model(settings: Mapping[str, Any]) -> ModelShape:
+    """Raises ValueError naming value, field and what is legal."""
+    return read_dataclass(ModelShape, settings["model"], "model")
 
 
 def step_of(settings: Mapping[str, Any]) -> Step:

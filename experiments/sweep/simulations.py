@@ -125,8 +125,11 @@ def case_name(settings: Mapping[str, Any]) -> str:
         name += f"-w{data['long_document_weight']:g}"
     size = f"{context // 1024}k" if context % 1024 == 0 else str(context)
     heads = ":".join(dict.fromkeys((str(model["query_heads"]), str(model["kv_heads"]))))
+    mask = "" if model["mask"] == "causal" else f"-{model['mask']}"
+    if model["narrowed_layers"]:
+        mask += f"-w{model['window']}.{model['chunk']}x{model['narrowed_layers']}.{model['layers']}"
     step = step_of(settings)
     batch = f"-b{step.batch_windows}" if step.windows > 1 else ""
     batch += f"x{step.micro_batches}.{step.waits}" if step.micro_batches > 1 else ""
     overlap = "" if settings["overlap"] == "auto" else f"-{settings['overlap']}"
-    return f"{name}-c{size}-n{settings['world_size']}-h{heads}{batch}-{chosen_machine(settings).name}{overlap}"
+    return f"{name}-c{size}-n{settings['world_size']}-h{heads}{mask}{batch}-{chosen_machine(settings).name}{overlap}"

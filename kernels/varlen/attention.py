@@ -33,15 +33,30 @@ class VarlenAttention(AttentionKernel):
         self._prepared: WeakKeyDictionary[Schedule, dict[torch.device, list[_Prepared]]] = WeakKeyDictionary()
 
     def merge_into(
-        self, out: Tensor, lse: Tensor, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float
+        self,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        schedule: Schedule,
+        scale: float,
+        softcap: float = 0.0,
     ) -> None:
-        self.kernel.check(q)
+        self._check(q, softcap)
         for call in self._calls(schedule, q.device):
             part, part_lse = self._run(call, q, (local, received)[call.received], scale)
             call.queries.merge(out, lse, part, part_lse)
 
     def attend(
-        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, flags: WaitFlags | None = None
+        self,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        schedule: Schedule,
+        scale: float,
+        flags: WaitFlags | None = None,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Where one call computes all rows its results are taken as they are.
 
@@ -49,7 +64,7 @@ class VarlenAttention(AttentionKernel):
         """
         if flags is not None:
             raise ValueError(f"attention='varlen:{self.kernel.name}': expected all rows before the call, not flags")
-        self.kernel.check(q)
+        self._check(q, softcap)
         calls = self._calls(schedule, q.device)
         if len(calls) == 1 and calls[0].queries.are_all(len(q)):
             out, lse = self._run(calls[0], q, (local, received)[calls[0].received], scale)
@@ -72,8 +87,10 @@ class VarlenAttention(AttentionKernel):
         local_dtype: torch.dtype | None = None,
         on_received: OnReceived | None = None,
         received_dtype: torch.dtype = torch.float32,
+        softcap: float = 0.0,
     ) -> Gradients:
         """Raises ValueError where the kernel has no backward."""
+        self._check(q, softcap)
         if reason := self.kernel.no_backward():
             raise ValueError(f"attention='varlen:{self.kernel.name}' has no gradients: {reason}")
         grad_received = q.new_zeros((len(received.k), 2, *received.k.shape[1:]), dtype=torch.float32)
@@ -95,6 +112,13 @@ class VarlenAttention(AttentionKernel):
                     on_received(grad_received)
         dtype = local_dtype or local.k.dtype
         return Gradients(grad_q.read(q.dtype), KV(grad_k.read(dtype), grad_v.read(dtype)), grad_received)
+
+    def _check(self, q: Tensor, softcap: float) -> None:
+        if softcap:
+            raise ValueError(
+                f"attention='varlen:{self.kernel.name}' with softcap={softcap}: expected none, or attention='cpu'"
+            )
+        self.kernel.check(q)
 
     def _calls(self, schedule: Schedule, device: torch.device) -> list[_Prepared]:
         if schedule.seen is not None:

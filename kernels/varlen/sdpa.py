@@ -8,7 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from flashcp.kernels.cpu import attend_on_cpu, by_kv_head, gradients_on_cpu, shared, to_rows
+from flashcp.kernels.cpu import by_kv_head, shared, to_rows
+from flashcp.kernels.cpu_operator import attend_on_cpu, gradients_on_cpu
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel
 
 
@@ -42,8 +43,9 @@ class Sdpa(VarlenKernel):
             grad_part, q_part, out_part = (by_kv_head(x[queries], group) for x in (grad_out, q, out))
             lse_part = rearrange(lse[queries], "t (k g) -> g k t", g=group)
             inputs = grad_part, q_part, shared(k[keys], group), shared(v[keys], group), out_part, lse_part
-            parts = gradients_on_cpu(*inputs, seqs.causal, scale)
-            grad_q[queries], grad_k[keys], grad_v[keys] = parts
+            of_q, *of_kv = gradients_on_cpu(*inputs, seqs.causal, scale)
+            grad_k[keys], grad_v[keys] = (rearrange(x.sum(0), "k t d -> t k d") for x in of_kv)
+            grad_q[queries] = to_rows(of_q)
         return grad_q, grad_k, grad_v
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from flashcp.sharding.documents import check_choice, read_document_lengths, read_world_size
 from flashcp.sharding.mask import Mask
-from flashcp.sharding.masks import read_workload
+from flashcp.sharding.masks import Workload, read_workload
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies.equal_pieces import contiguous, per_document, per_sequence
@@ -17,7 +17,7 @@ from flashcp.sharding.strategies.flashcp import flashcp
 from flashcp.sharding.strategies.flashcp_paper import flashcp_paper
 from flashcp.sharding.strategies.wlb_adaptive import wlb_adaptive
 
-__all__ = ["STRATEGIES", "plan", "strategies"]
+__all__ = ["STRATEGIES", "plan", "plan_workload", "strategies"]
 
 STRATEGIES: dict[str, Callable[..., ShardTable]] = {
     "contiguous": contiguous,
@@ -53,6 +53,13 @@ def plan(
     fit.
     """
     lengths = read_document_lengths(document_lengths)
+    read_world_size(world_size, int(lengths.sum()))
+    return plan_workload(read_workload(lengths, masks, layers), world_size, strategy, **options)
+
+
+def plan_workload(workload: Workload, world_size: int, strategy: str = "flashcp", **options: object) -> ShardingPlan:
+    """As `plan`, for masks and layers that were read before."""
+    lengths = workload.masks.length
     ranks = read_world_size(world_size, int(lengths.sum()))
     check_choice("strategy", strategy, STRATEGIES)
     function = STRATEGIES[strategy]
@@ -60,7 +67,6 @@ def plan(
     for name in options:
         if name not in legal:
             raise ValueError(f"option {name!r} of strategy {strategy!r}: expected {', '.join(legal) or 'no options'}")
-    workload = read_workload(lengths, masks, layers)
     if "workload" in inspect.signature(function).parameters:
         options["workload"] = workload
     return ShardingPlan(lengths, ranks, function(lengths, ranks, **options), strategy, workload=workload)

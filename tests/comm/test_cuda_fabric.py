@@ -31,13 +31,13 @@ from tests.packs import random_qkv
 
 ONE_TRANSFER = ("exact", "compacted", "all_gather")
 LENGTHS = (61, 5, 30)
-SCHEDULES, PARTS = 1000, 20
+SCHEDULES, EVERY, PARTS = 1000, 4, 5
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_a_thousand_random_schedules(part: int) -> None:
-    seeds = range(part * SCHEDULES // PARTS, (part + 1) * SCHEDULES // PARTS)
-    for seed in seeds:
+def test_random_schedules(part: int) -> None:
+    """Every fourth of the thousand that `make emulate` runs."""
+    for seed in range(part * EVERY, SCHEDULES, PARTS * EVERY):
         program, error = worst_of_one(seed)
         assert error < LIMIT, (seed, program)
 

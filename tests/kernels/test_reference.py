@@ -25,9 +25,10 @@ def test_reference_is_softmax_under_a_document_mask(lengths: tuple[int, ...]) ->
     ("shapes", "says"),
     [
         (((4, 2, 8), (4, 2, 8), (4, 2)), "expected .tokens, heads, head_dim."),
-        (((4, 2, 8), (4, 2, 8), (4, 1, 8)), "one shape"),
+        (((4, 2, 8), (4, 2, 8), (4, 1, 8)), "as many heads"),
         (((4, 2, 8), (5, 2, 8), (5, 2, 8)), "equal tokens"),
         (((4, 2, 8), (4, 2, 4), (4, 2, 4)), "equal tokens and head_dim"),
+        (((4, 2, 8), (4, 2, 8), (4, 2, 0)), "multiple of KV heads"),
         (((4, 3, 8), (4, 2, 8), (4, 2, 8)), "multiple of KV heads"),
         (((4, 2, 8), (4, 0, 8), (4, 0, 8)), "multiple of KV heads"),
     ],

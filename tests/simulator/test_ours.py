@@ -92,7 +92,7 @@ def test_tiles_of_a_fused_kernel_run_as_their_last_source_arrives(machine: Machi
     for rank in range(RANKS):
         shards = np.flatnonzero(reads.rank == rank)
         ready = {
-            shard: max([arrived[s, rank] for s in range(RANKS) if s != rank and reads.before[shard, s]], default=0.0)
+            shard: max([arrived[s, rank] for s in range(RANKS) if s != rank and reads.others[shard, s]], default=0.0)
             for shard in shards
         }
         now = start[rank] + planned.cost.launch_us()

@@ -126,7 +126,7 @@ def test_a_fused_kernel_is_as_good_as_its_tiles_in_order_of_arrival(machine: Mac
     for rank in range(RANKS):
         mine = reads.rank == rank
         busy = us[mine].sum() + planned.cost.launch_us() + module.forward.busy["copies"][rank]
-        remote = mine & (reads.before.sum(axis=1) > reads.before[np.arange(len(mine)), rank])
+        remote = mine & (reads.others.sum(axis=1) > reads.others[np.arange(len(mine)), rank])
         latest = next(span.stop[rank] for span in module.forward.spans if span.kind == "exchange")
         end = module.forward.now[rank]
         assert busy - 1e-9 <= end <= max(busy, latest + us[remote].sum()) + 1e-9
