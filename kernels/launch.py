@@ -76,6 +76,8 @@ class TritonAttention(AttentionKernel):
     The tables of a schedule are built once per pass and live as long as the schedule does.
     """
 
+    own_v_dim = True
+
     def __init__(self, tuning: Tuning | None = None, asked: bool = True) -> None:
         self.tuning, self.asked = tuning or Tuning(), asked
         self._prepared: WeakKeyDictionary[Schedule, dict[tuple[object, ...], _Prepared]] = WeakKeyDictionary()
@@ -261,7 +263,7 @@ class TritonAttention(AttentionKernel):
                 tiles = key_tiles(schedule, len(q), blocks.tile_rows(which), share=not any_order)
             table, ranges = (to_device(x, q.device) for x in (tiles.table, tiles.ranges))
             uploaded = Uploaded(tiles.reach, q.device)  # the last: what waits for it waits for all
-            first_kind = np.count_nonzero(tiles.table[:, 0]) if which is Pass.BACKWARD_KV else tiles.ready
+            first_kind = int(np.count_nonzero(tiles.table[:, 0])) if which is Pass.BACKWARD_KV else tiles.ready
             on_hopper = on_hopper and _no_empty_tiles(tiles)
             assert on_hopper or not any_order, "keys that no query reads: dQ would lack what the other kernel adds"
             kept[key] = _Prepared(

