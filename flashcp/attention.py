@@ -81,6 +81,7 @@ def varlen_attention(
     check_inputs(q, k, v, own_v_dim=True)
     check_sinks(sinks, q)
     check_tuning(tuning)
+    attention_name(attention, q.device)  # raises; the operator reads `auto` itself, for what that refuses
     lengths = document_lengths if isinstance(document_lengths, Tensor) else _tensor(document_lengths)
     empty = k.new_empty((0, 2, *k.shape[1:]))
     out, lse = attention_operator(
@@ -90,7 +91,7 @@ def varlen_attention(
         empty,
         whole_pack(lengths, len(q), mask_tensor(masks)),
         default_scale(q, softmax_scale),
-        attention_name(attention, q.device),
+        attention,
         "" if tuning is None else tuning.to_text(),
         read_softcap(softcap),
         sinks,

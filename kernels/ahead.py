@@ -79,14 +79,16 @@ def build(
     apart: bool = False,
     intervals: bool = False,
     softcap: bool = False,
+    v_dim: int | None = None,
 ) -> Build:
     """Compile one kernel. target: a key of TARGETS. dtype: a name of `kernels/tuning.py`'s DTYPES.
 
     group: query heads a KV head. tile_heads: how many of them share a query tile. parallel: the variant under context
     parallelism: a forward that goes on from earlier ranges, dK and dV in fp32. fused: the forward that waits for rows.
     apart: the second launch over tiles that documents share. intervals: for schedules with masks.
+    v_dim: head_dim of the values where it is another.
     """
-    chosen = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_M": blocks.block_m,
+    chosen = {"GROUP": group, "HEAD_DIM": head_dim, "V_DIM": v_dim or head_dim, "BLOCK_M": blocks.block_m,
               "BLOCK_N": blocks.block_n, "PRECISION": blocks.precision, "MERGE": parallel,
               "FUSED": fused, "APART": apart, "INTERVALS": intervals, "TILE_HEADS": tile_heads}  # fmt: skip
     if not fused:

@@ -31,8 +31,8 @@ def backward_q_kernel(
     q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, grad_q, table, ranges, reach, mixed, scale, soften,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
     grad_row, grad_head, head_rows, gq_row, gq_head, tiles, heads,
-    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, APART: tl.constexpr, INTERVALS: tl.constexpr,
+    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, APART: tl.constexpr, INTERVALS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, TILE_HEADS query heads of one KV head). APART: the second launch that `kernels/blocks.py` speaks
     of, by a few programs."""
@@ -43,12 +43,12 @@ def backward_q_kernel(
                 _, row, stop, range_first, range_stop = load_tile(table, tile)
                 past = stop
                 while past > row:
-                    first = own_end(reach, past - 1, INTERVALS)
+                    first = own_end(reach, past, INTERVALS, True)
                     acc = _sums(
                         q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale, soften,
                         q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
                         grad_row, grad_head, head_rows, row, stop, range_first, range_stop, first, past, head,
-                        GROUP, TILE_HEADS, HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION, INTERVALS,
+                        GROUP, TILE_HEADS, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, PRECISION, INTERVALS,
                     )  # fmt: skip
                     into = place(grad_q, row, gq_row, head, gq_head)
                     acc = times(acc, product_scale(scale, soften))
@@ -61,9 +61,9 @@ def backward_q_kernel(
             q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale, soften,
             q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
             grad_row, grad_head, head_rows, row, stop, range_first, range_stop, None, stop, head,
-            GROUP, TILE_HEADS, HEAD_DIM, BLOCK_M, BLOCK_N, PRECISION, INTERVALS,
+            GROUP, TILE_HEADS, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, PRECISION, INTERVALS,
         )  # fmt: skip
-        if own_end(reach, stop - 1, INTERVALS) > row:  # several documents share the tile
+        if own_end(reach, stop, INTERVALS, True) > row:  # several documents share the tile
             note_mixed(mixed, tile, head, heads, sum_columns(acc))
         into = place(grad_q, row, gq_row, head, gq_head)
         acc = times(acc, product_scale(scale, soften))
@@ -75,8 +75,8 @@ def _sums(
     q, k, v, k_received, v_received, grad_out, log_sum, minus_delta, ranges, reach, scale, soften,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
     grad_row, grad_head, head_rows, row, stop, range_first, range_stop, first, past, head,
-    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, INTERVALS: tl.constexpr,
+    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, INTERVALS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the scores times keys [M, D]; of its own rows the tile reads those from `first` (None: from where
     its ranges begin) below `past`."""
@@ -87,7 +87,7 @@ def _sums(
         place(q, row, q_row, head, q_head), q_row, stop - row, BLOCK_M, HEAD_DIM, True, None, q_head, TILE_HEADS
     )
     grad_at = place(grad_out, row, grad_row, head, grad_head)
-    grad_tile = load_rows(grad_at, grad_row, stop - row, BLOCK_M, HEAD_DIM, True, None, grad_head, TILE_HEADS)
+    grad_tile = load_rows(grad_at, grad_row, stop - row, BLOCK_M, V_DIM, True, None, grad_head, TILE_HEADS)
     of_head = (head + i % TILE_HEADS).to(tl.int64) * head_rows
     log_sum_rows = tl.load(log_sum + of_head + rows, mask=rows < stop, other=float("inf"))
     minus_delta_rows = tl.load(minus_delta + of_head + rows, mask=rows < stop, other=0.0)
@@ -102,12 +102,12 @@ def _sums(
         acc = _gather(
             acc, q_tile, grad_tile, log_sum_rows, minus_delta_rows, k_at, v_at, row_k, row_v,
             start, full, full, gap, first, end, first_key, last_key, scale, soften,
-            HEAD_DIM, BLOCK_N, False, PRECISION, INTERVALS,
+            HEAD_DIM, V_DIM, BLOCK_N, False, PRECISION, INTERVALS,
         )  # fmt: skip
         acc = _gather(
             acc, q_tile, grad_tile, log_sum_rows, minus_delta_rows, k_at, v_at, row_k, row_v,
             edge, end, full, gap, first, end, first_key, last_key, scale, soften,
-            HEAD_DIM, BLOCK_N, True, PRECISION, INTERVALS,
+            HEAD_DIM, V_DIM, BLOCK_N, True, PRECISION, INTERVALS,
         )  # fmt: skip
     return acc
 
@@ -116,7 +116,7 @@ def _sums(
 def _gather(
     acc, q_tile, grad_tile, log_sum_rows, minus_delta_rows, k_at, v_at, row_k, row_v, start, stop, full, gap,
     first, end, first_key, last_key, scale, soften,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, INTERVALS: tl.constexpr,
 ):  # fmt: skip
     """Blocks of keys from `start` below `stop`; MASKED: only first_key <= key <= last_key count, rows begin at
@@ -127,7 +127,7 @@ def _gather(
         if first is not None:
             above = first - n
         k_tile = load_rows(place(k_at, n, row_k, 0, 0), row_k, end - n, BLOCK_N, HEAD_DIM, MASKED, above)
-        v_tile = load_rows(place(v_at, n, row_v, 0, 0), row_v, end - n, BLOCK_N, HEAD_DIM, MASKED, above)
+        v_tile = load_rows(place(v_at, n, row_v, 0, 0), row_v, end - n, BLOCK_N, V_DIM, MASKED, above)
         scores = rows_dot(q_tile, k_tile, None, PRECISION)  # [M, N]
         if soften is not None:
             scores = squash(scores, soften)

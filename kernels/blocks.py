@@ -50,12 +50,16 @@ def range_entry(ranges, index, INTERVALS: tl.constexpr):
 
 
 @triton.jit
-def own_end(reach, row, INTERVALS: tl.constexpr):
-    """Where the document of a row whose tile it shares begins (query tiles) or ends (key tiles)."""
+def own_end(reach, row, INTERVALS: tl.constexpr, BEFORE: tl.constexpr = False):
+    """Where the document of a row (BEFORE: of the row before) begins (query tiles) or ends (key tiles), if the row
+    shares its tile with other documents."""
     if INTERVALS:
-        return tl.load(reach + REACH_COLUMNS * row + 2)
+        return tl.load(reach + REACH_COLUMNS * (row - BEFORE) + 2)
     else:
-        return tl.load(reach + row)
+        if BEFORE:
+            return tl.load(reach + row - 1)
+        else:
+            return tl.load(reach + row)
 
 
 @triton.jit
@@ -83,10 +87,11 @@ def key_range(
     not None where that is where one of several documents ends.
     """
     kind = tl.load(entry)
+    start = tl.load(entry + 1)
     if INTERVALS:
         lowest_key, past_key, first_low, first_past, last_low, last_past = bounds
         shift = tl.load(entry + 4)
-        begin = tl.maximum(tl.load(entry + 1), first_low - shift)
+        begin = tl.maximum(start, first_low - shift)
         end = tl.minimum(tl.load(entry + 2), last_past - shift)
         if first is not None:
             end = tl.minimum(end, stop)
@@ -94,21 +99,22 @@ def key_range(
         full = start + tl.maximum(tl.minimum(first_past - shift, end) - start, 0) // BLOCK_N * BLOCK_N
         gap = full - start
         edge = begin + gap
-        first_key = lowest_key - shift  # [M]
-        last_key = tl.minimum(past_key - shift, end) - 1  # [M]; a row sees of other ranges too
     else:
-        start = tl.load(entry + 1)
         seen_by_all = tl.where(kind == OWN, row, tl.load(entry + 2))
         end = tl.where(kind == OWN, stop, seen_by_all)
         full = start + (seen_by_all - start) // BLOCK_N * BLOCK_N
         gap, edge = 0, full
-        first_key = tl.where(kind == OWN, bounds[0], 0)  # [M]
-        last_key = tl.where(kind == OWN, rows, end - 1)  # [M]
     received = kind == RECEIVED
     row_k = tl.where(received, kr_row, k_row)
     row_v = tl.where(received, vr_row, v_row)
     k_at = place(tl.where(received, k_received, k), 0, 0, kv_head, tl.where(received, kr_head, k_head))
     v_at = place(tl.where(received, v_received, v), 0, 0, kv_head, tl.where(received, vr_head, v_head))
+    if INTERVALS:
+        first_key = lowest_key - shift  # [M]
+        last_key = tl.minimum(past_key - shift, end) - 1  # [M]; a row sees of other ranges too
+    else:
+        first_key = tl.where(kind == OWN, bounds[0], 0)  # [M]
+        last_key = tl.where(kind == OWN, rows, end - 1)  # [M]
     return k_at, v_at, row_k, row_v, start, full, edge, gap, end, first_key, last_key
 
 

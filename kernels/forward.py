@@ -47,8 +47,9 @@ def forward_kernel(
     q, k, v, k_received, v_received, out, lse, table, ranges, reach, mixed, scale, soften,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row, out_head, lse_row,
     tiles, ready_tiles, heads, flags, epoch, stuck, spins,
-    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MERGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr, APART: tl.constexpr, INTERVALS: tl.constexpr,
+    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr, APART: tl.constexpr,
+    INTERVALS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, TILE_HEADS query heads of one KV head).
 
@@ -78,7 +79,7 @@ def forward_kernel(
                     q, k, v, k_received, v_received, out, lse, table, ranges, reach, mixed, scale, soften,
                     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
                     out_row, out_head, lse_row, tile, head, heads, flags, epoch, stuck, spins,
-                    GROUP, TILE_HEADS, HEAD_DIM, BLOCK_M, BLOCK_N, MERGE, PRECISION, FUSED, APART, INTERVALS,
+                    GROUP, TILE_HEADS, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, MERGE, PRECISION, FUSED, APART, INTERVALS,
                 )  # fmt: skip
     else:
         _tile(
@@ -86,7 +87,7 @@ def forward_kernel(
             q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head,
             out_row, out_head, lse_row, tl.program_id(0), tl.program_id(1) * TILE_HEADS, heads,
             flags, epoch, stuck, spins,
-            GROUP, TILE_HEADS, HEAD_DIM, BLOCK_M, BLOCK_N, MERGE, PRECISION, False, False, INTERVALS,
+            GROUP, TILE_HEADS, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, MERGE, PRECISION, False, False, INTERVALS,
         )  # fmt: skip
 
 
@@ -95,8 +96,9 @@ def _tile(
     q, k, v, k_received, v_received, out, lse, table, ranges, reach, mixed, scale, soften,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row, out_head, lse_row,
     tile, head, heads, flags, epoch, stuck, spins,
-    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MERGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr, APART: tl.constexpr, INTERVALS: tl.constexpr,
+    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr, APART: tl.constexpr,
+    INTERVALS: tl.constexpr,
 ):  # fmt: skip
     """One tile and TILE_HEADS query heads from `head` on."""
     _, row, stop, range_first, range_stop = load_tile(table, tile)
@@ -107,27 +109,27 @@ def _tile(
         noted = tl.load(mixed + 1 + tile * heads + head)  # 1: all of the tile; of the forward on Hopper a half, or both
         past = stop
         while past > row:
-            first = own_end(reach, past - 1, INTERVALS)
+            first = own_end(reach, past, INTERVALS, True)
             acc, total, maximum = _sums(
                 q, k, v, k_received, v_received, out_at, lse_at, ranges, reach, scale, soften,
                 q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row, out_head,
                 row, stop, range_first, range_stop, first, past, head, flags, epoch, stuck, spins,
-                GROUP, TILE_HEADS, HEAD_DIM, BLOCK_M, BLOCK_N, MERGE, PRECISION, FUSED, INTERVALS,
+                GROUP, TILE_HEADS, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, MERGE, PRECISION, FUSED, INTERVALS,
             )  # fmt: skip
             # The other half, if it is well, was stored, and must not be merged twice.
             begin = tl.maximum(first - row, tl.where((noted & 3) != 0, 0, BLOCK_M // 2 // TILE_HEADS))
             end = tl.minimum(past - row, tl.where((noted & 5) != 0, BLOCK_M, BLOCK_M // 2) // TILE_HEADS)
-            _finish(out_at, lse_at, acc, total, maximum, out_row, out_head, begin, end, TILE_HEADS, HEAD_DIM, INTERVALS)
+            _finish(out_at, lse_at, acc, total, maximum, out_row, out_head, begin, end, TILE_HEADS, V_DIM, INTERVALS)
             past = first
     else:
         acc, total, maximum = _sums(
             q, k, v, k_received, v_received, out_at, lse_at, ranges, reach, scale, soften,
             q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row, out_head,
             row, stop, range_first, range_stop, None, stop, head, flags, epoch, stuck, spins,
-            GROUP, TILE_HEADS, HEAD_DIM, BLOCK_M, BLOCK_N, MERGE, PRECISION, FUSED, INTERVALS,
+            GROUP, TILE_HEADS, HEAD_DIM, V_DIM, BLOCK_M, BLOCK_N, MERGE, PRECISION, FUSED, INTERVALS,
         )  # fmt: skip
         spoilt = False
-        if own_end(reach, stop - 1, INTERVALS) > row:  # several documents share the tile
+        if own_end(reach, stop, INTERVALS, True) > row:  # several documents share the tile
             sums = sum_columns(acc)
             note_mixed(mixed, tile, head, heads, sums)
             if MERGE:  # what is to be merged again has to stay
@@ -135,7 +137,7 @@ def _tile(
         if not spoilt:
             _finish(
                 out_at, lse_at, acc, total, maximum, out_row, out_head, None, stop - row,
-                TILE_HEADS, HEAD_DIM, INTERVALS,
+                TILE_HEADS, V_DIM, INTERVALS,
             )  # fmt: skip
 
 
@@ -144,8 +146,8 @@ def _sums(
     q, k, v, k_received, v_received, out_at, lse_at, ranges, reach, scale, soften,
     q_row, q_head, k_row, k_head, v_row, v_head, kr_row, kr_head, vr_row, vr_head, out_row, out_head,
     row, stop, range_first, range_stop, first, past, head, flags, epoch, stuck, spins,
-    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MERGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr, INTERVALS: tl.constexpr,
+    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, MERGE: tl.constexpr, PRECISION: tl.constexpr, FUSED: tl.constexpr, INTERVALS: tl.constexpr,
 ):  # fmt: skip
     """Weighted values [M, D], sums of weights and largest scores [M]; of its own rows the tile reads those from `first`
     (None: from where its ranges begin) below `past`."""
@@ -155,12 +157,12 @@ def _sums(
         place(q, row, q_row, head, q_head), q_row, stop - row, BLOCK_M, HEAD_DIM, True, None, q_head, TILE_HEADS
     )
     if MERGE:
-        acc = load_rows(out_at, out_row, stop - row, BLOCK_M, HEAD_DIM, True, None, out_head, TILE_HEADS)
+        acc = load_rows(out_at, out_row, stop - row, BLOCK_M, V_DIM, True, None, out_head, TILE_HEADS)
         before = tl.load(lse_at, mask=rows < stop, other=float("-inf"))
         total = tl.where(before == float("-inf"), 0.0, 1.0)
         maximum = tl.maximum(before * LOG2E, LOWEST)
     else:
-        acc = zero_rows(BLOCK_M, HEAD_DIM)
+        acc = zero_rows(BLOCK_M, V_DIM)
         total = tl.zeros([BLOCK_M], tl.float32)
         maximum = tl.full([BLOCK_M], LOWEST, tl.float32)
 
@@ -176,18 +178,18 @@ def _sums(
         )  # fmt: skip
         acc, total, maximum = _attend(
             acc, total, maximum, q_tile, k_at, v_at, row_k, row_v, start, full, full, gap, first, end,
-            first_key, last_key, scale, soften, HEAD_DIM, BLOCK_N, False, PRECISION, INTERVALS,
+            first_key, last_key, scale, soften, HEAD_DIM, V_DIM, BLOCK_N, False, PRECISION, INTERVALS,
         )  # fmt: skip
         acc, total, maximum = _attend(
             acc, total, maximum, q_tile, k_at, v_at, row_k, row_v, edge, end, full, gap, first, end,
-            first_key, last_key, scale, soften, HEAD_DIM, BLOCK_N, True, PRECISION, INTERVALS,
+            first_key, last_key, scale, soften, HEAD_DIM, V_DIM, BLOCK_N, True, PRECISION, INTERVALS,
         )  # fmt: skip
     return acc, total, maximum
 
 
 @triton.jit
 def _finish(out_at, lse_at, acc, total, maximum, out_row, out_head, first, past, TILE_HEADS: tl.constexpr,
-            HEAD_DIM: tl.constexpr, INTERVALS: tl.constexpr):  # fmt: skip
+            V_DIM: tl.constexpr, INTERVALS: tl.constexpr):  # fmt: skip
     """Store output and log-sum-exp of rows `first` (None: 0) to `past` of the tile."""
     row = tl.arange(0, acc[0].shape[0]) // TILE_HEADS
     there = row < past
@@ -196,14 +198,15 @@ def _finish(out_at, lse_at, acc, total, maximum, out_row, out_head, first, past,
     share = 1.0 / total
     if INTERVALS:  # a row may see nothing of what its tile reads: it keeps what it has
         share = tl.where(total == 0.0, 0.0, share)
-    store_rows(out_at, out_row, past, times(acc, share[:, None]), HEAD_DIM, first, out_head, TILE_HEADS)
+    store_rows(out_at, out_row, past, times(acc, share[:, None]), V_DIM, first, out_head, TILE_HEADS)
     tl.store(lse_at, (maximum + tl.log2(total)) * LN2, mask=there)
 
 
 @triton.jit
 def _attend(
     acc, total, maximum, q_tile, k_at, v_at, row_k, row_v, start, stop, full, gap, first, end,
-    first_key, last_key, scale, soften, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    first_key, last_key, scale, soften,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, INTERVALS: tl.constexpr,
 ):  # fmt: skip
     """Blocks of keys from `start` below `stop`; MASKED: only first_key <= key <= last_key count, rows begin at
@@ -225,6 +228,6 @@ def _attend(
         fade = tl.exp2(maximum - new_maximum)
         total = total * fade + tl.sum(weights, 1)
         maximum = new_maximum
-        v_tile = load_rows(place(v_at, n, row_v, 0, 0), row_v, end - n, BLOCK_N, HEAD_DIM, MASKED, above)
+        v_tile = load_rows(place(v_at, n, row_v, 0, 0), row_v, end - n, BLOCK_N, V_DIM, MASKED, above)
         acc = outer(weights, v_tile, times(acc, fade[:, None]), PRECISION)
     return acc, total, maximum

@@ -76,6 +76,8 @@ class TritonAttention(AttentionKernel):
     The tables of a schedule are built once per pass and live as long as the schedule does.
     """
 
+    own_v_dim = True
+
     def __init__(self, tuning: Tuning | None = None, asked: bool = True) -> None:
         self.tuning, self.asked = tuning or Tuning(), asked
         self._prepared: WeakKeyDictionary[Schedule, dict[tuple[object, ...], _Prepared]] = WeakKeyDictionary()
@@ -107,7 +109,7 @@ class TritonAttention(AttentionKernel):
     ) -> tuple[Tensor, Tensor]:
         """One launch for all ranges, nothing in memory but the results."""
         prepared = self._prepare(Pass.FORWARD, schedule, q, local, softcap, by_source=flags is not None)
-        out = _empty(q.shape, q.dtype, q.device, prepared.rows[0] == len(q))
+        out = _empty((*q.shape[:2], local.v.shape[2]), q.dtype, q.device, prepared.rows[0] == len(q))
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
         self._forward(prepared, q, local, received, _numbers(scale, softcap), out, lse, merge=False, flags=flags)
         return out, lse
@@ -142,8 +144,9 @@ class TritonAttention(AttentionKernel):
         dtype, device = local_dtype or local.k.dtype, q.device
         filled = [sum(prepared.rows[place] for prepared in keys) for place in (0, 1)]
         grad_local = KV(*(_empty(x.shape, dtype, device, filled[0] == len(x)) for x in local))
-        shape = (len(received.k), 2, *received.k.shape[1:])
-        grad_received = _empty(shape, received_dtype, device, filled[1] == shape[0])
+        dims = [x.shape[2] for x in received]
+        shape = (len(received.k), 2, received.k.shape[1], max(dims))
+        grad_received = _empty(shape, received_dtype, device, filled[1] == shape[0] and dims[0] == dims[1])
         outputs = (*grad_local, *grad_received.unbind(1))
         sums_q = None if in_any_order is None else torch.zeros(q.shape, dtype=torch.float32, device=device)
 
@@ -187,7 +190,8 @@ class TritonAttention(AttentionKernel):
         """What Hopper's one backward kernel computes, and what the two portable ones do: short documents, several of
         which share a tile there, or all of it."""
         tuning = self.tuning
-        if tuning.deterministic or tuning.backward_kv or tuning.backward_q or not _is_hopper(q, schedule, softcap):
+        portable = tuning.deterministic or tuning.backward_kv or tuning.backward_q
+        if portable or not _is_hopper(q, local, schedule, softcap):
             return None, schedule
         from flashcp.kernels.hopper_backward import BLOCK_N, takes
 
@@ -246,9 +250,10 @@ class TritonAttention(AttentionKernel):
             )
         kept = self._prepared.setdefault(schedule, {})
         group = q.shape[1] // local.k.shape[1]
-        key = (which, softcap != 0, by_source, any_order, len(q), group, q.shape[2], q.dtype, q.device)
+        kind = which, softcap != 0, by_source, any_order
+        key = (*kind, len(q), group, q.shape[2], local.v.shape[2], q.dtype, q.device)
         if key not in kept:
-            blocks, heads, on_hopper = self._shape(which, schedule, q, group, softcap, by_source, any_order)
+            blocks, heads, on_hopper = self._shape(which, schedule, q, local, softcap, by_source, any_order)
             if which is not Pass.BACKWARD_KV:
                 make_queries = interval_query_tiles if intervals else query_tiles
                 tiles = make_queries(schedule, len(q), blocks.tile_rows(which) // heads, by_source)
@@ -258,7 +263,7 @@ class TritonAttention(AttentionKernel):
                 tiles = key_tiles(schedule, len(q), blocks.tile_rows(which), share=not any_order)
             table, ranges = (to_device(x, q.device) for x in (tiles.table, tiles.ranges))
             uploaded = Uploaded(tiles.reach, q.device)  # the last: what waits for it waits for all
-            first_kind = np.count_nonzero(tiles.table[:, 0]) if which is Pass.BACKWARD_KV else tiles.ready
+            first_kind = int(np.count_nonzero(tiles.table[:, 0])) if which is Pass.BACKWARD_KV else tiles.ready
             on_hopper = on_hopper and _no_empty_tiles(tiles)
             assert on_hopper or not any_order, "keys that no query reads: dQ would lack what the other kernel adds"
             kept[key] = _Prepared(
@@ -279,7 +284,7 @@ class TritonAttention(AttentionKernel):
         which: Pass,
         schedule: Schedule,
         q: Tensor,
-        group: int,
+        local: KV,
         softcap: float,
         by_source: bool,
         any_order: bool,
@@ -289,20 +294,21 @@ class TritonAttention(AttentionKernel):
             from flashcp.kernels.hopper_backward import BLOCK_M, BLOCK_N
 
             return Blocks(BLOCK_M, BLOCK_N, 4, 2), 1, True
-        forward = (
-            which is Pass.FORWARD and not by_source and self.tuning.forward is None and _is_hopper(q, schedule, softcap)
-        )
+        forward = which is Pass.FORWARD and not by_source and self.tuning.forward is None
+        forward = forward and _is_hopper(q, local, schedule, softcap)
         gain = HOPPER_GAIN if forward else 1.0
+        group, head_dim = q.shape[1] // local.k.shape[1], max(q.shape[2], local.v.shape[2])
         blocks = self.tuning.of(which) or choose(
-            which, architecture(q.device), q.shape[2], q.dtype, schedule, group, gain
+            which, architecture(q.device), head_dim, q.dtype, schedule, group, gain
         )
         heads = tile_heads(which, blocks, schedule, group, gain if blocks.block_m == HOPPER_ROWS else 1.0)
         return blocks, heads, forward and heads == 1 and blocks.block_m == HOPPER_ROWS
 
 
-def _is_hopper(q: Tensor, schedule: Schedule, softcap: float) -> bool:
-    """Whether Hopper's own kernels may run: they know causal documents and no softcap."""
-    return architecture(q.device) == "sm_90" and schedule.seen is None and not softcap and _hopper_takes(q)
+def _is_hopper(q: Tensor, local: KV, schedule: Schedule, softcap: float) -> bool:
+    """Whether Hopper's own kernels may run: they know causal documents, no softcap and one head_dim."""
+    plain = schedule.seen is None and not softcap and local.v.shape == local.k.shape
+    return plain and architecture(q.device) == "sm_90" and _hopper_takes(q)
 
 
 def _numbers(scale: float, softcap: float) -> tuple[float, float | None]:
@@ -361,7 +367,7 @@ def _launch(
     Where programs wait, as many as fit beside each other share the tiles, and some of the device stays free.
     first: a launch in the place of the first one, if it returns that it could; it notes tiles in what it is given.
     """
-    tiles, blocks, head_dim = len(prepared.tables[0]), prepared.blocks, q.shape[2]
+    tiles, blocks = len(prepared.tables[0]), prepared.blocks
     if tiles == 0:
         return
     # Where no documents share a tile nothing is noted, and any int32 will do.
@@ -376,7 +382,7 @@ def _launch(
         together = {} if kernel is backward_kv_kernel else {"TILE_HEADS": prepared.heads}
         kernel[grid](
             *tensors, *prepared.tables, mixed, *numbers, *counts, GROUP=q.shape[1] // local.k.shape[1],
-            HEAD_DIM=head_dim, BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
+            HEAD_DIM=q.shape[2], V_DIM=local.v.shape[2], BLOCK_M=blocks.block_m, BLOCK_N=blocks.block_n,
             PRECISION=blocks.precision, APART=apart, INTERVALS=prepared.intervals, **fused, **together, **constants,
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip

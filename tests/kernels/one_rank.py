@@ -42,9 +42,12 @@ class Rank:
         self.q, k, v, self.grad = (surrounded(x[self.rows], i + 1) for i, x in enumerate((*qkv, grad)))
         self.local = KV(k, v)
         size = int(self.slots.max()) + 1 if len(self.slots) else 0
-        buffer = torch.full((size, 2, *k.shape[1:]), torch.nan, dtype=k.dtype)
-        buffer[self.slots] = torch.stack((qkv[1], qkv[2]), dim=1)[self.sent]
-        self.buffer, self.from_others = buffer, KV(surrounded(buffer[:, 0], 2), surrounded(buffer[:, 1], 3))
+        dims = k.shape[2], v.shape[2]
+        self.buffer = torch.full((size, 2, k.shape[1], max(dims)), torch.nan, dtype=k.dtype)
+        for half, (x, dim) in enumerate(zip(qkv[1:], dims, strict=True)):
+            self.buffer[self.slots, half, :, :dim] = x[self.sent]
+        k, v = (self.buffer[:, half, :, :dim] for half, dim in enumerate(dims))
+        self.from_others = KV(surrounded(k, 2), surrounded(v, 3))
         parts = [self.received]
         if exchange == "sources":  # as a ring computes: block after block
             parts = [self.received.take(self.received.rank == rank) for rank in np.unique(self.received.rank)]
@@ -62,7 +65,7 @@ class Rank:
         return out, *grads[0]
 
     def staged(self, kernel: AttentionKernel, scale: float, **options: Any) -> tuple[Tensor, Tensor, KV, Tensor]:
-        out = torch.zeros(self.q.shape)
+        out = torch.zeros((*self.q.shape[:2], self.local.v.shape[2]))
         lse = torch.full(self.q.shape[:2], -torch.inf)
         for part in self.parts:
             kernel.merge_into(out, lse, self.q, self.local, self.from_others, part, scale, **options)

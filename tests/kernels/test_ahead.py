@@ -96,6 +96,24 @@ def test_the_second_launch_over_shared_tiles_compiles(which: Pass) -> None:
     assert found.wgmma > 0
 
 
+MASKS = {
+    "masks": {"intervals": True},
+    "masks and softcap": {"intervals": True, "softcap": True, "parallel": True, "group": 4},
+    "second launch, 192 and 128": {"intervals": True, "softcap": True, "apart": True, "v_dim": 128},
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize(("arch", "which"), list(product(("sm_90", "sm_80"), Pass)))
+def test_masks_softcap_and_two_head_dims_compile(arch: str, which: Pass, kind: str) -> None:
+    """dK and dV spill a little to mask; the second launch ends before its first tile without a NaN."""
+    head_dim = 192 if "v_dim" in MASKS[kind] else 128
+    found = build(which, arch, head_dim, "bfloat16", TABLE[arch, table_dim(head_dim), 2, which][0], **MASKS[kind])
+    assert 0 < found.shared_bytes <= SHARED_BYTES[arch]
+    assert found.wgmma + found.mma > 0
+    assert "apart" in MASKS[kind] or found.spilled_bytes <= 64 * (which is KV)
+
+
 def test_the_log_sum_exp_of_the_key_gradients_is_loaded_a_block_ahead() -> None:
     """Beside K, V and two stages of Q and dO tiles shared memory holds a block of it: no product waits for it."""
     blocks = TABLE["sm_90", 128, 2, KV][0]

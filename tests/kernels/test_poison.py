@@ -17,9 +17,11 @@ from flashcp.kernels.selection import select_attention
 from flashcp.kernels.tiles import query_tiles
 from flashcp.kernels.tuning import Blocks, Pass, Tuning, tile_heads
 from flashcp.sharding.documents import document_offsets
+from flashcp.sharding.mask import Mask
 from tests.interpreter import interpreted
 from tests.kernels.one_rank import Rank
 from tests.packs import random_qkv
+from tests.sharding.test_masks import dense
 
 SMALL = "forward=32x16x4x1xieee,backward_kv=16x32x4x1xieee,backward_q=32x16x4x1xieee"
 WIDE = "forward=64x32x4x1xieee,backward_kv=32x64x4x1xieee,backward_q=16x64x4x1xieee"
@@ -42,6 +44,7 @@ class Case(NamedTuple):
     how: str = "one launch"  # or "staged", "fused"
     attention: str = "triton"
     exchange: str = "exact"
+    masks: tuple[Mask, ...] | None = None
 
 
 Found = dict[str, list[tuple[Tensor, Tensor]]]
@@ -49,7 +52,7 @@ Found = dict[str, list[tuple[Tensor, Tensor]]]
 
 
 def compute(case: Case, tensors: list[Tensor]) -> Found:
-    plan = flashcp.plan(case.lengths, case.ranks, case.strategy)
+    plan = flashcp.plan(case.lengths, case.ranks, case.strategy, masks=case.masks)
     kernel = select_attention(case.attention, torch.device("cpu"), Tuning.from_text(case.tuning))
     scale = case.head_dim**-0.5
     found: Found = {name: [] for name in ("out", "q", "k", "v")}
@@ -74,12 +77,12 @@ def compute(case: Case, tensors: list[Tensor]) -> Found:
     return found
 
 
-def seen_alone(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> dict[str, Tensor]:
+def seen_alone(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mask: Mask) -> dict[str, Tensor]:
     """Output and gradients of one document in float64, every sum over what is seen: nothing is multiplied by 0."""
     group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
     q, k, v, grad = (x.double().transpose(0, 1) for x in (q, k, v, grad))  # [H or K, t, D]
     k, v = (x.repeat_interleave(group, 0) for x in (k, v))
-    seen = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
+    seen = torch.from_numpy(dense(mask, q.shape[1]))
     scores = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
     weights = scores.softmax(-1)
 
@@ -112,7 +115,7 @@ def check(case: Case, seed: int) -> int:
         target = tensors[INPUTS.index(name)]
         at = tuple(random.integers((start, 0, 0), (stop, *target.shape[1:])).tolist())
         target[at] = value
-        expected = seen_alone(*(x[start:stop] for x in tensors))
+        expected = seen_alone(*(x[start:stop] for x in tensors), case.masks[document] if case.masks else Mask())
         what = f"{name}{list(at)} = {value} in document {document}, rows {start} to {stop}"
         for key, parts in compute(case, tensors).items():
             sums = torch.zeros(sum(case.lengths), *parts[0][1].shape[1:], dtype=torch.float64)
@@ -136,6 +139,8 @@ def test_heads_share_a_tile_where_a_case_says_so() -> None:
 
 fp32, fp16 = torch.float32, torch.float16
 MANY, FEW = (3, 9, 1, 7, 12, 2, 5), (3, 9, 1, 7, 5)
+WINDOW = Mask("window", 5)
+MASKS = Mask("full"), WINDOW, Mask(), Mask("chunk", 3), Mask("prefix", 7), Mask("window", 1), Mask(blocks=[(1, 4)])
 CASES = {
     "shared tiles": Case(MANY, 1, "contiguous", (2, 1), 16, fp32, SMALL, ALL),
     "shared tiles fp16, odd dim": Case(MANY, 1, "contiguous", (1, 1), 24, fp16, WIDE),
@@ -144,6 +149,9 @@ CASES = {
     "cut everywhere": Case((13, 1, 31, 2, 5), 2, "per_document", (1, 1), 16, fp16, SMALL, exchange="all_gather"),
     "staged": Case((*MANY, 29), 2, "per_sequence", (1, 1), 16, fp32, SMALL, how="staged"),
     "fused": Case((*MANY, 29), 2, "per_sequence", (2, 1), 16, fp32, SMALL, how="fused"),
+    "masks, shared tiles": Case(MANY, 1, "contiguous", (2, 1), 16, fp32, SMALL, masks=MASKS),
+    "masks, cut documents": Case((*MANY, 29), 2, "per_sequence", (1, 1), 16, fp32, SMALL, masks=(*MASKS, Mask("full"))),
+    "masks, fused": Case((*MANY, 29), 2, "per_sequence", (2, 1), 16, fp32, SMALL, how="fused", masks=(*MASKS, WINDOW)),
     "heads share a tile": Case(FEW, 1, "contiguous", (8, 2), 16, fp32, TOGETHER, tuple(product("kv", NOT_NUMBERS))),
     "heads share a tile, fused, 80": Case((*FEW, 17), 2, "per_sequence", (4, 1), 80, fp32, TOGETHER, how="fused"),
 }
@@ -154,6 +162,9 @@ def test_other_documents_keep_every_bit(case: Case) -> None:
     assert interpreted(check, case, 1) > 20
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+ON_CPU = {name: case for name, case in CASES.items() if case.masks is None}
+
+
+@pytest.mark.parametrize("case", ON_CPU.values(), ids=ON_CPU)
 def test_other_documents_keep_every_bit_on_the_cpu(case: Case) -> None:
     assert check(case._replace(attention="cpu"), 1) > 20
