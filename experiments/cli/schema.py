@@ -86,6 +86,7 @@ class PlanSettings:
     data: Any = None
     sharding: Any = None
     exchange: Any = None
+    model: Any = None
 
 
 @dataclass
