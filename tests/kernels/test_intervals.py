@@ -251,6 +251,35 @@ def test_what_no_row_of_a_tile_sees_is_not_read() -> None:
     interpreted(hidden_rows)
 
 
+def beside_nothing() -> None:
+    """Rows that see nothing of the ranges given, in a tile with others that do."""
+    mask = Mask("window", 4)
+    plan = ShardingPlan.from_shards([48], 2, [(0, 0, 20, 0), (0, 20, 48, 1)], mask)
+    *qkv, grad = random_qkv(48, 2, 1, 16, fp32, seed=5)
+    state = Rank(plan, "exact", 1, qkv, grad)
+    seen = torch.from_numpy(whole([48], [mask]))[20:23].clone()
+    seen[:, 20:] = False
+    leaves = [x.double().requires_grad_() for x in (qkv[0][20:23], *qkv[1:])]
+    expected = dense(*leaves, seen, 0.25, 0.0)
+    wanted = torch.autograd.grad(expected, leaves, grad[20:23].double())
+
+    kernel, received = select_attention("triton", torch.device("cpu"), Tuning.from_text(SMALL)), state.parts[1]
+    inputs = state.q, state.local, state.from_others
+    out, lse = kernel.attend(*inputs, received, 0.25)
+    assert relative_error(out[:3], expected.detach()) < 1e-5
+    assert out[3:].count_nonzero() == 0
+    assert (lse[3:] == -torch.inf).all()
+    grads = kernel.gradients(state.grad, *inputs, out, lse, received, 0.25)
+    assert relative_error(grads.q[:3], wanted[0]) < 1e-5
+    assert grads.q[3:].count_nonzero() == grads.local.k.count_nonzero() == grads.local.v.count_nonzero() == 0
+    for half, of in enumerate(wanted[1:]):
+        assert relative_error(grads.received[state.slots, half], of[state.sent]) < 1e-5
+
+
+def test_rows_that_see_nothing_beside_rows_that_do() -> None:
+    interpreted(beside_nothing)
+
+
 def test_auto_on_a_gpu_refuses_what_never_ran_there() -> None:
     from flashcp.kernels.launch import TritonAttention
 
