@@ -156,7 +156,8 @@ class _Padded:
         self._places = None if full else torch.from_numpy(batch.places)
         self.mask: bool | Visible = True
         if batch.seen is not None:
-            self.mask = Visible.between(*(torch.from_numpy(x)[:, None] for x in batch.seen), batch.length)
+            lowest, past = (torch.from_numpy(x)[:, None] for x in batch.seen)
+            self.mask = Visible.between(lowest, past, batch.length)
 
     def of(self, x: Tensor) -> Tensor:
         """[T, heads, D] -> fp32 [B, heads, L, D]."""
@@ -185,8 +186,8 @@ def _mask(seen: bool | Seen, k: Tensor) -> bool | Visible:
 
 @lru_cache(maxsize=2)  # a window has two edges, the same in every tile
 def _visible(lowest: bytes, past: bytes, keys: int) -> Visible:
-    rows = (torch.from_numpy(np.frombuffer(x, dtype=np.int64).copy()) for x in (lowest, past))
-    return Visible.between(*rows, keys)
+    first, end = (torch.from_numpy(np.frombuffer(x, dtype=np.int64).copy()) for x in (lowest, past))
+    return Visible.between(first, end, keys)
 
 
 def _all_numbers(*tensors: Tensor) -> bool:
