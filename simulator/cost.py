@@ -220,7 +220,6 @@ class ModelShape:
     `window` keys, or to the start of their chunk of so many; 0: no limit.
     """
 
-    name: str = ""
     query_heads: int = 32
     kv_heads: int = 32
     head_dim: int = 128
@@ -232,6 +231,7 @@ class ModelShape:
     window: int = 0
     chunk: int = 0
     narrowed_layers: int = 0
+    name: str = "mha-7b"
 
     def mix(self) -> tuple[Mask, list[tuple[Mask, int]] | None]:
         """Mask and layers as `flashcp.plan` takes them; None where no layer is narrowed. Raises ValueError for masks
