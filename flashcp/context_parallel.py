@@ -127,7 +127,7 @@ class ContextParallel:
         self._exchange: Exchange = EXCHANGE_CLASSES[exchange if self.holders > 1 else "exact"](self._transport, meet)
         self.overlap = self._choose_overlap(overlap)
         if inside:
-            self._exchange = Heads(inside, self._exchange, meet)
+            self._exchange = Heads(inside, self._exchange, meet, backward == "refetch")
         self.stages = stages
         self._calls = 0
 
