@@ -168,7 +168,7 @@ def check_tables(tiles: Tiles, state: Rank, seen: np.ndarray, keys: bool, step: 
     of_tiles = visited_blocks(tiles, step)
     for (received, row, stop, first, last), visits in zip(tiles.table.tolist(), of_tiles.tolist(), strict=True):
         mine = held(state, bool(received))[row:stop]
-        needed = np.zeros(2, dtype=int)
+        needed, holds = np.zeros(2, dtype=int), []
         for place, start, end, _, shift in tiles.ranges[first:last].tolist():
             others = held(state, place == RECEIVED)[start:end]
             at = np.arange(start, end) + shift
@@ -177,8 +177,10 @@ def check_tables(tiles: Tiles, state: Rank, seen: np.ndarray, keys: bool, step: 
             where = np.ix_(others, mine) if keys else np.ix_(mine, others)
             pairs[where] += there.T if keys else there
             needed += count_blocks(there, step)
+            holds.append(there.any())
         assert visits == needed.tolist()
-        assert sum(visits) > 0
+        assert holds[0], "a tile without work, or one that lists a range before those that it reads"
+        assert holds[-1]
     return pairs
 
 
@@ -193,16 +195,17 @@ def test_tables_hold_every_pair_once_and_no_block_without_one(case: Case) -> Non
         for each in total.values():
             each[:] = 0
         for _, state in shares(case):
-            queries = interval_query_tiles(state.whole, len(state.q), tile_rows, by_source=True)
-            keys = interval_key_tiles(state.whole, len(state.q), tile_rows)
-            total[False] += check_tables(queries, state, seen, False, step)
-            total[True] += check_tables(keys, state, seen, True, step)
-            waits = [bool((queries.ranges[a:b, 3] >= 0).any()) for *_, a, b in queries.table.tolist()]
-            assert waits == sorted(waits)
-            assert queries.ready == waits.count(False)
-            assert (np.diff(keys.table[:, 0]) <= 0).all()  # received rows' tiles first
+            for schedule in (state.whole, *state.parts):
+                queries = interval_query_tiles(schedule, len(state.q), tile_rows, by_source=True)
+                keys = interval_key_tiles(schedule, len(state.q), tile_rows)
+                total[False] += check_tables(queries, state, seen, False, step)
+                total[True] += check_tables(keys, state, seen, True, step)
+                waits = [bool((queries.ranges[a:b, 3] >= 0).any()) for *_, a, b in queries.table.tolist()]
+                assert waits == sorted(waits)
+                assert queries.ready == waits.count(False)
+                assert (np.diff(keys.table[:, 0]) <= 0).all()  # received rows' tiles first
         for each in total.values():
-            assert np.array_equal(each, seen)
+            assert np.array_equal(each, 2 * seen), "all of it, and its parts together"
 
 
 def test_work_grows_with_the_window() -> None:
