@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flashcp.sharding.assignment import Assignment
+from flashcp.sharding.documents import expand_ranges
 from flashcp.sharding.exchanges import Exact
+from flashcp.sharding.masks import Workload, read_workload
 from flashcp.sharding.shards import shard_work
 
 LONGEST = 4  # documents whose tail is bounded
@@ -106,15 +108,19 @@ def study_ceiling(document_lengths: np.ndarray, world_size: int, tolerance: floa
     return float(1 - critical / (rank_tokens * (world_size - 1)))
 
 
-def least_largest_work(lengths: np.ndarray, world_size: int) -> int:
-    """Some rank works at least this much: the mean, or k + 1 of the k N + 1 heaviest rows and the lightest rest."""
-    bound = -(-int(shard_work(0, lengths).sum()) // world_size)
+def least_largest_work(lengths: np.ndarray, world_size: int, workload: Workload | None = None) -> int:
+    """Some rank works at least this much: the mean, or k + 1 of the k N + 1 heaviest rows and the lightest rest.
+
+    workload: masks and layer mix; None is causal.
+    """
+    workload = read_workload(lengths) if workload is None else workload
+    bound = -(-int(workload.document_pairs.sum()) // world_size)
     tokens = int(lengths.sum())
     fewest = tokens // world_size
-    if fewest > FEW_ROWS or int(lengths.max()) * fewest <= bound:
+    if fewest > FEW_ROWS or (workload.is_causal and int(lengths.max()) * fewest <= bound):
         return bound
-    work = np.arange(1, lengths.max() + 1)  # of a row; each document that is long enough has one
-    rows = np.repeat(work, len(lengths) - np.searchsorted(np.sort(lengths), work))
+    document, position = np.repeat(np.arange(len(lengths)), lengths), expand_ranges(0 * lengths, lengths)
+    rows = np.sort(workload.pairs(document, position, position + 1))
     lightest = np.concatenate(([0], np.cumsum(rows[:fewest])))
     k = np.arange(fewest)
     return max(bound, int(((k + 1) * rows[tokens - 1 - k * world_size] + lightest[fewest - 1 - k]).max()))
