@@ -21,6 +21,7 @@ from flashcp.sharding.exchanges import rows_of_layers
 from flashcp.sharding.masks import Workload, read_workload
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import ShardTable
+from flashcp.sharding.strategies.flashcp.blocks import keep_blocks_whole
 from flashcp.sharding.strategies.flashcp.density import HELPERS as COUNTING
 from flashcp.sharding.strategies.flashcp.density import density_of
 from flashcp.sharding.strategies.flashcp.fill import HELPERS as FILLING
@@ -103,6 +104,10 @@ def flashcp(
     found, critical, limit = search(tolerance)
     if largest_work(found, world_size, workload) > limit and document_lengths.sum() <= FEW_ROWS * world_size:
         found = exchange_rows(document_lengths, world_size, found, limit, workload)
+        critical = rows_of_layers(ShardingPlan(document_lengths, world_size, found, workload=workload)).critical
+    whole = keep_blocks_whole(document_lengths, world_size, found, limit, workload)
+    if whole is not found:
+        found = whole
         critical = rows_of_layers(ShardingPlan(document_lengths, world_size, found, workload=workload)).critical
     if granularity > 1 or max_split is not None or multicast:
         return found  # the other strategies know nothing of these

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flashcp.sharding.masks import Workload
+from flashcp.sharding.strategies.flashcp.blocks import kept_blocks
 
 STEPS = 12  # at most, to find a tail: lines and kinks take two or three
 
@@ -68,7 +69,7 @@ def density_of(workload: Workload, documents: np.ndarray, rank_rows: int) -> Den
     blocks[:, START], blocks[:, STOP] = start, stop
     blocks[:, ROW], blocks[:, REST] = np.divmod(beyond - blocks[:, BELOW], stop - start)
     blocks[:, ADDED] += beyond
-    blocks[:, KEPT] = (stop - start <= rank_rows) & (stop - start < masks.length[document])
+    blocks[:, KEPT] = kept_blocks(masks, rank_rows)
     return Density(np.array([count for _, count in kinds], dtype=np.int64), columns, blocks)
 
 

@@ -13,6 +13,7 @@ from flashcp.sharding.masks import Workload
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies.equal_pieces import contiguous, per_document, per_sequence
+from flashcp.sharding.strategies.flashcp.blocks import cut_blocks, kept_blocks
 from flashcp.sharding.strategies.flashcp_paper import SINGLE_STEPS, TARGET_IMBALANCE, flashcp_paper, try_cut
 
 
@@ -38,9 +39,11 @@ def best_member(
     if key == (limit, 0):
         return None
     counted = workload.is_causal
+    kept = kept_blocks(workload.masks, int(lengths.sum()) // world_size)
+    cuts = cut_blocks(workload.masks, kept, found)
     for table in _candidates(lengths, world_size, limit, key, workload):
         most = max(largest_work(table, world_size, workload), limit)
-        if most > key[0]:
+        if most > key[0] or cut_blocks(workload.masks, kept, table) > cuts:
             continue
         if not counted:  # layers wait for their own busiest ranks, the search for one of all
             key, counted = (key[0], rows(found)), True
