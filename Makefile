@@ -65,7 +65,7 @@ lint: $(STAMP) ## ruff and mypy
 
 paper: $(STAMP) ## the paper's figures from the simulator: rows, pictures, experiments/PAPER_RESULTS.md (some 15 min)
 	for figure in paper_fig3 paper_fig5 paper_fig6 paper_fig7 paper_table2 demo_predicted speedup_parts \
-		beyond_paper whole_batch whole_batch_1024 whole_batch_steps; do \
+		beyond_paper whole_batch whole_batch_1024 whole_batch_steps mixes; do \
 		$(BIN)/flashcp sweep experiment=$$figure out=experiments/results/paper/$$figure workers=2 $(ARGS); done
 	$(BIN)/flashcp sweep experiment=demo_hybrid out=experiments/results/paper/demo_hybrid $(ARGS)
 	$(BIN)/flashcp report experiments/results/paper page=experiments/PAPER_RESULTS.md

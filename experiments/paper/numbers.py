@@ -14,6 +14,7 @@ from flashcp.experiments.sweep.results import Row
 
 NAME = re.compile(
     r"(?P<data>[^-]+)(-w(?P<weight>[\d.]+))?-c(?P<context>\d+k?)-n(?P<ranks>\d+)-h(?P<heads>[\d:]+)"
+    r"(-(?P<mask>full|w[\d.]+x[\d.]+))?"
     r"(-b(?P<batch>\d+)(x(?P<micro>\d+)\.(?P<waits>micro_batch|step))?)?"
     r"-(?P<cluster>.+?)(-(?P<overlap>none|staged|fused))?"
 )
@@ -46,8 +47,8 @@ BREAKDOWN: dict[str, dict[str, Breakdown]] = {
 def read_case(name: str) -> SimpleNamespace | None:
     """The columns of a case by the name that `sweep.simulations.case_name` made; None for other names.
 
-    name, data, weight, context, ranks, heads (of queries, and of keys where they are fewer: `32:8`), batch (its
-    windows), micro (micro-batches), waits, cluster, overlap.
+    name, data, weight, context, ranks, heads (of queries, and of keys where they are fewer: `32:8`), mask (of models
+    whose layers are not all causal), batch (its windows), micro (micro-batches), waits, cluster, overlap.
     """
     if not (found := NAME.fullmatch(name)):
         return None
