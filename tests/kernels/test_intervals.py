@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashcp.kernels.interface import KV, WaitFlags
 from flashcp.kernels.intervals import interval_key_tiles, interval_query_tiles, visited_blocks
-from flashcp.kernels.schedule import whole_pack_schedule
+from flashcp.kernels.schedule import build_schedule, whole_pack_schedule
 from flashcp.kernels.selection import select_attention
 from flashcp.kernels.tiles import RECEIVED, Tiles
 from flashcp.kernels.tuning import Blocks, Pass, Tuning, computed_pairs
@@ -226,6 +226,19 @@ def test_work_grows_with_the_window() -> None:
     assert counted[1024] == [sum(min(i, 7) for i in range(256)), 256 + 248]
     assert counted[2048] == [sum(min(i, 15) for i in range(256)), 256 + 240]
     assert counted[40_000] == [256 * 255 // 2, 256]
+
+
+def test_a_tile_lists_and_waits_for_what_its_rows_see_alone() -> None:
+    plan = ShardingPlan.from_shards([96], 2, [(0, 0, 48, 0), (0, 48, 96, 1)], Mask("window", 9))
+    local, received = plan.local(1), plan.route("all_gather").received(1)
+    tiles = interval_query_tiles(build_schedule(local, local, received, plan.masks), 48, 16, by_source=True)
+    assert tiles.table[:, 1].tolist() == [16, 32, 0]
+    assert tiles.ready == 2
+    others = build_schedule(local, received=received, masks=plan.masks)
+    assert interval_query_tiles(others, 48, 16).table.tolist() == [[0, 0, 16, 0, 1]]
+    keys = interval_key_tiles(others, 48, 16)
+    assert keys.table.tolist() == [[48, 32, 48, 0, 1]]
+    assert keys.rows == (0, 16)
 
 
 def hidden_rows() -> None:
