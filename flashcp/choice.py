@@ -125,7 +125,7 @@ def choose(
     read_world_size(ranks, windows * min(int(lengths.sum()) for batch in read for lengths in batch))
     setting = make_setting(
         read_cluster_or_machine(cluster),
-        ModelShape("", query_heads, kv_heads, head_dim, dtype_bytes),
+        ModelShape(query_heads, kv_heads, head_dim, dtype_bytes),
         overlap,
         gradient_wire,
     )

@@ -109,7 +109,7 @@ class ContextParallel(JoinedRanks):
                     raise ValueError(f"{field}={value!r}: expected none beside a Connection, which has its own")
         else:
             group = connect(group, transport, timeout_s, options or TransportOptions(), head_ranks)
-        super().__init__(group, exchange)
+        super().__init__(group, exchange, backward == "refetch")
         self.overlap = self._choose_overlap(overlap)
         self.stages = stages
 

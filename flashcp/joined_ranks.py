@@ -28,10 +28,10 @@ _GRACE_S = 5.0  # a rank with an error of its own waits this long for the others
 class JoinedRanks:
     """A rank among those that share packs. `ContextParallel` says what its attributes mean.
 
-    exchange: the name of what carries KV between holders.
+    exchange: the name of what carries KV between holders. refetch: whether received KV is not kept for the backward.
     """
 
-    def __init__(self, connection: Connection, exchange: str) -> None:
+    def __init__(self, connection: Connection, exchange: str, refetch: bool) -> None:
         self._connection, self.transport = connection, connection.name
         self.stats = stats = Clock()
 
@@ -44,7 +44,7 @@ class JoinedRanks:
         self.world_size = self.holders * self.head_ranks
         self.rank = self._transport.rank * self.head_ranks + (inside.rank if inside else 0)
         self._between: Exchange = EXCHANGE_CLASSES[exchange if self.holders > 1 else "exact"](self._transport, meet)
-        self._exchange = Heads(inside, self._between, meet) if inside else self._between
+        self._exchange = Heads(inside, self._between, meet, refetch) if inside else self._between
         self._calls = 0
 
     @property

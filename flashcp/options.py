@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 
 from flashcp.schema import read_options
 from flashcp.sharding.documents import check_choice
+from flashcp.sharding.mask import Mask
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import STRATEGIES, plan
 
@@ -23,15 +24,22 @@ def read_sharding(sharding: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": name, **read_options(STRATEGIES[str(name)], options, "sharding")}
 
 
-def planner(sharding: Mapping[str, Any], world_size: int) -> Callable[[np.ndarray], ShardingPlan]:
+def planner(
+    sharding: Mapping[str, Any], world_size: int, layers: Sequence[tuple[Mask, int]] | None = None
+) -> Callable[[np.ndarray], ShardingPlan]:
     """Document lengths of a pack -> its plan: what the loader calls ahead of each step (it can be pickled)."""
-    return partial(_make_plan, dict(sharding), world_size)
+    return partial(_make_plan, dict(sharding), world_size, layers)
 
 
-def _make_plan(sharding: Mapping[str, Any], world_size: int, document_lengths: np.ndarray) -> ShardingPlan:
+def _make_plan(
+    sharding: Mapping[str, Any],
+    world_size: int,
+    layers: Sequence[tuple[Mask, int]] | None,
+    document_lengths: np.ndarray,
+) -> ShardingPlan:
     options = {key: value for key, value in sharding.items() if key != "name"}
     with naming_options(options):
-        return plan(document_lengths, world_size, sharding["name"], **options)
+        return plan(document_lengths, world_size, sharding["name"], layers=layers, **options)
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def simulate(
     read, ranks = _read_packs(packs, world_size, heads or 1)
     machine = read_cluster_or_machine(cluster)
     model = ModelShape(
-        "", query_heads, kv_heads, head_dim, dtype_bytes, ffn_dim=ffn_dim, mask=mask, **_read_mix(layers)
+        query_heads, kv_heads, head_dim, dtype_bytes, ffn_dim=ffn_dim, mask=mask, name="", **_read_mix(layers)
     )
     setting = make_setting(machine, model, overlap, gradient_wire)
     named = [methods] if isinstance(methods, str) else list(methods)

@@ -9,12 +9,14 @@ documents of L rows, padded.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from flashcp.kernels.cpu_operator import attend_on_cpu, gradients_on_cpu
+from flashcp.kernels.cpu_operator import Visible, attend_on_cpu, gradients_on_cpu
 from flashcp.kernels.cpu_steps import Batch, Seen, Tile, steps
 from flashcp.kernels.interface import KV, AttentionKernel, Gradients, OnReceived, WaitFlags
 from flashcp.kernels.schedule import Schedule
@@ -59,11 +61,12 @@ class CpuAttention(AttentionKernel):
         softcap: float = 0.0,
     ) -> None:
         group = q.shape[1] // local.k.shape[1]
+        how = scale, softcap, _all_numbers(*local, *received)
         for step in steps(schedule, holds_scores=softcap > 0):
             if isinstance(step, Batch):
                 batch = _Padded(step)
                 k, v = (batch.shared(x, group) for x in local)
-                parts = attend_on_cpu(batch.of(q), k, v, batch.mask, scale, softcap)
+                parts = attend_on_cpu(batch.of(q), k, v, batch.mask, *how)
                 rows, found = batch.rows, [batch.to_rows(x) for x in parts]
                 mine = out[rows], lse[rows]
                 merge(*mine, found[0], found[1])
@@ -73,7 +76,7 @@ class CpuAttention(AttentionKernel):
             q_part = by_kv_head(q[step.rows], group)
             for in_received, keys, seen in step.pieces:
                 k_part, v_part = (shared(x[keys], group) for x in (received if in_received else local))
-                part, part_lse = attend_on_cpu(q_part, k_part, v_part, _mask(seen, k_part), scale, softcap)
+                part, part_lse = attend_on_cpu(q_part, k_part, v_part, _mask(seen, k_part), *how)
                 merge(out[step.rows], lse[step.rows], to_rows(part), to_rows(part_lse))
 
     def gradients(
@@ -95,13 +98,15 @@ class CpuAttention(AttentionKernel):
         grad_received = q.new_zeros((len(received.k), 2, *received.k.shape[1:]), dtype=torch.float32)
         leaving = grad_received.to(received_dtype)
         group = q.shape[1] // local.k.shape[1]
+        numbers = _all_numbers(grad_out, q, *local, *received, out, lse.masked_fill(lse == -torch.inf, 0.0))
+        how = scale, softcap, numbers
 
         def add_batch(step: Batch) -> None:
             batch = _Padded(step)
             k, v = (batch.shared(x, group) for x in local)
             lse_part = batch.of(lse[..., None])[..., 0]
             tensors = batch.of(grad_out), batch.of(q), k, v, batch.of(out), lse_part
-            of_q, *of_kv = gradients_on_cpu(*tensors, batch.mask, scale, softcap)
+            of_q, *of_kv = gradients_on_cpu(*tensors, batch.mask, *how)
             grad_q[batch.rows] += batch.to_rows(of_q)
             for total, part in zip((grad_k, grad_v), of_kv, strict=True):
                 total[batch.rows] += batch.to_rows(reduce(part, "b (k g) l d -> b k l d", "sum", g=group))
@@ -113,7 +118,7 @@ class CpuAttention(AttentionKernel):
             for _, place, seen in tile.pieces:
                 k_part, v_part = (shared(x[place], group) for x in keys)
                 tensors = grad_part, q_part, k_part, v_part, out_part, lse_part
-                of_q, *of_kv = gradients_on_cpu(*tensors, _mask(seen, k_part), scale, softcap)
+                of_q, *of_kv = gradients_on_cpu(*tensors, _mask(seen, k_part), *how)
                 grad_q[rows] += to_rows(of_q)
                 for total, part in zip(grad_keys, of_kv, strict=True):
                     total[place] += rearrange(part.sum(0), "k t d -> t k d")
@@ -149,9 +154,10 @@ class _Padded:
         self.rows = slice(int(rows[0]), int(rows[-1]) + 1) if one_behind_the_other else torch.from_numpy(rows)
         full = len(rows) == batch.shards * batch.length
         self._places = None if full else torch.from_numpy(batch.places)
-        self.mask: bool | Tensor = True
+        self.mask: bool | Visible = True
         if batch.seen is not None:
-            self.mask = _mask(batch.seen, torch.empty(batch.length, 0))[:, None]  # type: ignore[index]
+            lowest, past = (torch.from_numpy(x)[:, None] for x in batch.seen)
+            self.mask = Visible.between(lowest, past, batch.length)
 
     def of(self, x: Tensor) -> Tensor:
         """[T, heads, D] -> fp32 [B, heads, L, D]."""
@@ -173,13 +179,20 @@ class _Padded:
         return rows if self._places is None else rows[self._places]
 
 
-def _mask(seen: bool | Seen, k: Tensor) -> bool | Tensor:
-    """What rows see of k [..., n, D], bool [..., t, n]."""
-    if isinstance(seen, bool):
-        return seen
-    key = torch.arange(k.shape[-2])
-    lowest, past = (torch.from_numpy(x)[..., None] for x in seen)
-    return (key >= lowest) & (key < past)
+def _mask(seen: bool | Seen, k: Tensor) -> bool | Visible:
+    """What the rows of a tile see of k [..., n, D]."""
+    return seen if isinstance(seen, bool) else _visible(seen.lowest.tobytes(), seen.past.tobytes(), k.shape[-2])
+
+
+@lru_cache(maxsize=2)  # a window has two edges, the same in every tile
+def _visible(lowest: bytes, past: bytes, keys: int) -> Visible:
+    first, end = (torch.from_numpy(np.frombuffer(x, dtype=np.int64).copy()) for x in (lowest, past))
+    return Visible.between(first, end, keys)
+
+
+def _all_numbers(*tensors: Tensor) -> bool:
+    """Whether there is no NaN and no infinity. False also where a sum is too long for fp32, which does no harm."""
+    return all(bool(x.sum(dtype=torch.float32).isfinite()) for x in tensors)
 
 
 def by_kv_head(x: Tensor, group: int) -> Tensor:
@@ -200,7 +213,8 @@ def to_rows(x: Tensor) -> Tensor:
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Merge attention of the same rows over further keys, part [t, H, D] and part_lse [t, H], into fp32 out and lse."""
     merged = torch.logaddexp(lse, part_lse)
-    out.mul_(torch.exp(lse - merged)[..., None]).add_(part * torch.exp(part_lse - merged)[..., None])
+    base = merged.masked_fill(merged == -torch.inf, 0.0)  # rows that have read nothing yet
+    out.mul_(torch.exp(lse - base)[..., None]).add_(part * torch.exp(part_lse - base)[..., None])
     lse.copy_(merged)
 
 

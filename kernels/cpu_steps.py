@@ -87,7 +87,8 @@ def steps(schedule: Schedule, holds_scores: bool) -> Iterator[Batch | Tile]:
                 position = np.repeat(schedule.query_position[chosen], rows)
                 seen = Seen(np.zeros((len(chosen), length), dtype=np.int64), np.ones((len(chosen), length), np.int64))
                 seen.lowest.reshape(-1)[places] = lowest[at] - position
-                seen.past.reshape(-1)[places] = past[at] - position
+                # A shard of a longer document may see keys that are not among its own, where others pad.
+                seen.past.reshape(-1)[places] = np.minimum(past[at] - position, np.repeat(rows, rows))
             yield Batch(len(chosen), length, expand_ranges(start, rows), places, seen)
 
     alone = np.flatnonzero(padded == 0)

@@ -80,10 +80,10 @@ def whole_pack(document_lengths: Tensor, tokens: int, masks: Tensor | None = Non
 @whole_pack.register_fake
 def _(document_lengths: Tensor, tokens: int, masks: Tensor | None = None) -> Tensor:
     documents = document_lengths.shape[0]
-    size = Schedule.array_size(documents, documents)
-    if masks is not None:  # those that set no limit in any document leave no trace
-        size = torch.library.get_ctx().new_dynamic_size(min=5)
-    return torch.empty(size, dtype=torch.int64)
+    if masks is None:
+        return torch.empty(Schedule.array_size(documents, documents), dtype=torch.int64)
+    # Masks that set no limit in any document leave no trace.
+    return torch.empty(torch.library.get_ctx().new_dynamic_size(min=Schedule.array_size(0, 0)), dtype=torch.int64)
 
 
 @torch.library.custom_op("flashcp::attention", mutates_args=())

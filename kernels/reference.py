@@ -46,7 +46,7 @@ def reference_attention(
     q64, k64, v64 = (x.double().split(lengths) for x in (q, k, v))
     kinds = [masks or Mask()] * len(lengths) if masks is None or isinstance(masks, Mask) else masks
     documents = zip(q64, k64, v64, kinds, strict=True)
-    return torch.cat([_document(*rows, mask, group, scale, cap, sinks) for *rows, mask in documents])
+    return torch.cat([_document(*document, group, scale, cap, sinks) for document in documents])
 
 
 def sees(mask: Mask, rows: int) -> Tensor:

@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flashcp.sharding.assignment import Assignment
-from flashcp.sharding.exchanges import Exact
+from flashcp.sharding.documents import expand_ranges
+from flashcp.sharding.exchanges import rows_of_layers
+from flashcp.sharding.mask import NO_LIMIT
+from flashcp.sharding.masks import Workload, read_workload
 from flashcp.sharding.shards import shard_work
 
 LONGEST = 4  # documents whose tail is bounded
@@ -22,8 +25,9 @@ _NEVER = np.int64(1) << 60
 class Certificate:
     """Proven lower bounds for one window, and what a plan reached.
 
-    No plan whose ranks differ by at most one token has a smaller `largest_work` (causal pairs); none of those
+    No plan whose ranks differ by at most one token has a smaller `largest_work` (pairs); none of those
     with imbalance at most `tolerance` has fewer `critical_rows` or `total_rows` (KV rows, exact exchange).
+    With a layer mix all are sums over its layers.
     `reached_*` are a plan's own numbers, None on a certificate of the window alone.
     """
 
@@ -37,7 +41,7 @@ class Certificate:
 
     @property
     def gaps(self) -> tuple[int, int, int] | None:
-        """The plan's distance to each bound: causal pairs, critical rows, total rows; 0 is proven optimal."""
+        """The plan's distance to each bound: pairs, critical rows, total rows; 0 is proven optimal."""
         if self.reached_work is None or self.reached_critical is None or self.reached_total is None:
             return None
         return (
@@ -62,27 +66,46 @@ class Certificate:
 
 def certify(plan: Assignment) -> Certificate:
     """The window's bounds at the imbalance this plan reached (at least 1.01), with the plan's own numbers."""
-    route = Exact(plan)
+    rows, tolerance = rows_of_layers(plan), max(TOLERANCE, plan.imbalance)
     return replace(
-        certificate(plan.document_lengths, plan.world_size, max(TOLERANCE, plan.imbalance)),
+        certificate(plan.document_lengths, plan.world_size, tolerance, plan.workload),
         reached_work=int(plan.work.max()),
-        reached_critical=int(route.critical_rows),
-        reached_total=int(route.received_rows.sum()),
+        reached_critical=rows.critical,
+        reached_total=int(rows.received.sum()),
     )
 
 
-def certificate(document_lengths: np.ndarray, world_size: int, tolerance: float = TOLERANCE) -> Certificate:
+def certificate(
+    document_lengths: np.ndarray, world_size: int, tolerance: float = TOLERANCE, workload: Workload | None = None
+) -> Certificate:
     """Lower bounds for every plan of this window whose ranks differ by at most one token.
 
-    document_lengths: int64 [documents]. tolerance: imbalance up to which the bounds on rows hold.
+    document_lengths: int64 [documents]. tolerance: imbalance up to which the bounds on rows hold. workload: masks and
+    layer mix (None: causal); the bounds are then on the sums over all layers, and weaker: rows are bounded for layers
+    and documents that look back to the document's start, as if these layers alone could fill a rank's work.
     """
     lengths = np.asarray(document_lengths, dtype=np.int64)
-    work_bound = least_largest_work(lengths, world_size)
-    mean = int(shard_work(0, lengths).sum()) / world_size
+    workload = read_workload(lengths) if workload is None else workload
+    work_bound = least_largest_work(lengths, world_size, workload)
+    mean = int(workload.document_pairs.sum()) / world_size
     work_limit = int(max(tolerance * mean * (1 + 1e-12), work_bound))  # the factor keeps rounding on the safe side
     rank_tokens = -(-int(lengths.sum()) // world_size)
-    total = least_total_rows(lengths, world_size, work_limit, rank_tokens)
-    critical = max(-(-total // world_size), least_tail_rows(lengths, world_size, work_limit, rank_tokens))
+    critical = total = 0
+    for masks, count in workload.kinds:
+        to_start = (masks.window == NO_LIMIT) & (masks.chunk == NO_LIMIT)
+        whole = np.zeros(len(lengths), dtype=bool)  # documents whose rows all see each other
+        whole[masks.block_document[masks.block_stop - masks.block_start == lengths[masks.block_document]]] = True
+        ends, read = lengths[to_start & ~whole], lengths[whole]
+        limit = max(work_limit // count, 1)
+        # Each holder of these reads all that it does not hold, and it takes so many to hold them.
+        holders = np.minimum(np.maximum(-(-read // rank_tokens), -(-read * read // limit)), world_size)
+        rows = int(((holders - 1) * read).sum())
+        tail = int(read[holders > 1].max(initial=0)) - rank_tokens
+        if len(ends):
+            rows += least_total_rows(ends, world_size, limit, rank_tokens)
+            tail = max(tail, least_tail_rows(ends, world_size, limit, rank_tokens))
+        total += count * rows
+        critical += count * max(-(-rows // world_size), tail)
     return Certificate(tolerance, work_bound, critical, total)
 
 
@@ -106,15 +129,19 @@ def study_ceiling(document_lengths: np.ndarray, world_size: int, tolerance: floa
     return float(1 - critical / (rank_tokens * (world_size - 1)))
 
 
-def least_largest_work(lengths: np.ndarray, world_size: int) -> int:
-    """Some rank works at least this much: the mean, or k + 1 of the k N + 1 heaviest rows and the lightest rest."""
-    bound = -(-int(shard_work(0, lengths).sum()) // world_size)
+def least_largest_work(lengths: np.ndarray, world_size: int, workload: Workload | None = None) -> int:
+    """Some rank works at least this much: the mean, or k + 1 of the k N + 1 heaviest rows and the lightest rest.
+
+    workload: masks and layer mix; None is causal.
+    """
+    workload = read_workload(lengths) if workload is None else workload
+    bound = -(-int(workload.document_pairs.sum()) // world_size)
     tokens = int(lengths.sum())
     fewest = tokens // world_size
-    if fewest > FEW_ROWS or int(lengths.max()) * fewest <= bound:
+    if fewest > FEW_ROWS or (workload.is_causal and int(lengths.max()) * fewest <= bound):
         return bound
-    work = np.arange(1, lengths.max() + 1)  # of a row; each document that is long enough has one
-    rows = np.repeat(work, len(lengths) - np.searchsorted(np.sort(lengths), work))
+    document, position = np.repeat(np.arange(len(lengths)), lengths), expand_ranges(0 * lengths, lengths)
+    rows = np.sort(workload.pairs(document, position, position + 1))
     lightest = np.concatenate(([0], np.cumsum(rows[:fewest])))
     k = np.arange(fewest)
     return max(bound, int(((k + 1) * rows[tokens - 1 - k * world_size] + lightest[fewest - 1 - k]).max()))

@@ -5,6 +5,7 @@ An exchange is one `Route`, listed once in `EXCHANGES`. `comm/exchanges` moves t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from flashcp.sharding.assignment import Assignment
 from flashcp.sharding.documents import expand_ranges, sum_by
 from flashcp.sharding.holders import inner_roundings, members_heads
+from flashcp.sharding.masks import Workload
 from flashcp.sharding.route import Route
 from flashcp.sharding.shards import Segments, ShardTable
 
@@ -176,6 +178,28 @@ class Ulysses(Route):
 
 
 EXCHANGES: dict[str, type[Route]] = {route.exchange: route for route in (Exact, Compacted, AllGather, Ring, Ulysses)}
+
+
+class LayerRows(NamedTuple):
+    """Rows of the exact exchange in all layers of the plan's mix together, int64 [world_size]; and the sum of the
+    layers' critical rows: layers take turns, so each waits for its own busiest rank."""
+
+    sent: np.ndarray
+    received: np.ndarray
+    critical: int
+
+
+def rows_of_layers(plan: Assignment) -> LayerRows:
+    """What a plan moves under the exact exchange, forward; of a plan without a mix, in one layer."""
+    routes = []
+    for masks, count in plan.workload.kinds:
+        same = plan if masks is plan.masks else replace(plan, workload=Workload(masks))
+        routes.append((Exact(same), count))
+    return LayerRows(
+        sum(count * route.sent_rows for route, count in routes),  # type: ignore[arg-type]
+        sum(count * route.received_rows for route, count in routes),  # type: ignore[arg-type]
+        sum(count * int(route.critical_rows) for route, count in routes),
+    )
 
 
 def traffic(plan: Assignment) -> np.ndarray:

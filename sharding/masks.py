@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -234,6 +235,23 @@ class Workload:
     def kinds(self) -> tuple[tuple[Masks, int], ...]:
         """The masks of each kind of layer, and how many layers have them."""
         return tuple((self.masks.narrow(*kind[:2]), kind.layers) for kind in self.layers) or ((self.masks, 1),)
+
+    @cached_property
+    def reduced(self) -> Workload:
+        """The same shares of work in the fewest kinds and layers: what a plan is made for."""
+        found: dict[bytes, LayerKind] = {}
+        for kind, (masks, count) in zip(self.layers, self.kinds, strict=False):
+            key = masks.window.tobytes() + masks.chunk.tobytes()
+            found[key] = kind._replace(layers=count + (found[key].layers if key in found else 0))
+        if len(found) < 2:
+            return Workload(self.kinds[0][0])
+        divisor = gcd(*(kind.layers for kind in found.values()))
+        return Workload(self.masks, tuple(kind._replace(layers=kind.layers // divisor) for kind in found.values()))
+
+    @cached_property
+    def document_pairs(self) -> np.ndarray:
+        """Query-key pairs of each document, in all layers together, int64 [documents]."""
+        return self.pairs(np.arange(len(self.masks.length)), np.zeros_like(self.masks.length), self.masks.length)
 
     def pairs_below(self, document: np.ndarray, row: np.ndarray) -> np.ndarray:
         """Query-key pairs of all rows of the document below `row`, in all layers together."""

@@ -68,6 +68,12 @@ class ShardingPlan(Assignment):
             self._narrowed[key] = self._of_layer(*key)
         return self._narrowed[key]
 
+    @property
+    def of_kinds(self) -> list[tuple[ShardingPlan, int]]:
+        """The plan as each kind of layers of its mix sees it, and how many those are; without a mix, itself once."""
+        kinds = [(self.narrow(kind.window or None, kind.chunk or None), kind.layers) for kind in self.layers]
+        return kinds or [(self, 1)]
+
     @cached_property
     def _narrowed(self) -> dict[tuple[int, int], ShardingPlan]:
         """Layers are asked for again in every step."""

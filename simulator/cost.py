@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flashcp.sharding.documents import check_choice
+from flashcp.sharding.mask import Mask
+
 FORWARD_FLOPS, BACKWARD_FLOPS = 4, 10
 """Useful operations of attention: a query-key pair, query head and dimension of the head."""
 
@@ -217,7 +220,6 @@ class ModelShape:
     `window` keys, or to the start of their chunk of so many; 0: no limit.
     """
 
-    name: str = ""
     query_heads: int = 32
     kv_heads: int = 32
     head_dim: int = 128
@@ -229,6 +231,26 @@ class ModelShape:
     window: int = 0
     chunk: int = 0
     narrowed_layers: int = 0
+    name: str = "mha-7b"
+
+    def mix(self) -> tuple[Mask, list[tuple[Mask, int]] | None]:
+        """Mask and layers as `flashcp.plan` takes them; None where no layer is narrowed. Raises ValueError for masks
+        and numbers of layers that do not go together, and for both a window and a chunk."""
+        check_choice("mask", self.mask, ("causal", "full"))
+        narrowed = f"narrowed_layers={self.narrowed_layers}"
+        if self.narrowed_layers > self.layers:
+            raise ValueError(f"{narrowed}: expected at most layers={self.layers}")
+        if bool(self.narrowed_layers) != bool(self.window or self.chunk) or (self.window and self.chunk):
+            raise ValueError(
+                f"{narrowed} with window={self.window}, chunk={self.chunk}: expected one of the two, or none"
+            )
+        if self.mask != "causal" and self.narrowed_layers:
+            raise ValueError(f"{narrowed} with mask={self.mask}: expected causal documents")
+        if not self.narrowed_layers:
+            return Mask(self.mask), None
+        limited = Mask("window", self.window) if self.window else Mask("chunk", self.chunk)
+        kinds = ((Mask(), self.layers - self.narrowed_layers), (limited, self.narrowed_layers))
+        return Mask(self.mask), [(mask, layers) for mask, layers in kinds if layers]
 
     def __str__(self) -> str:
         """For captions: nobody shall read numbers of a model that he did not choose."""

@@ -19,15 +19,18 @@ from flashcp.simulator.timeline import Timeline
 
 
 class Copies(NamedTuple):
-    """Times that what an all-to-all moves is copied: Q, K, V and their gradients; the output and its gradient."""
+    """Times that what an all-to-all moves is copied: Q, K and V; the output and its gradient; the gradient of Q; those
+    of K and V."""
 
-    moved: int
+    rows: int
     output: int
+    query_gradient: int
+    key_gradients: int
 
 
-COPIES = {"published": Copies(2, 2), "best effort": Copies(0, 0), "ours": Copies(2, 1)}
-"""As published an all-to-all packs what it sends and unpacks what it gets; our output leaves as
-the kernel wrote it, and its gradient is read where it arrives."""
+COPIES = {"published": Copies(2, 2, 2, 2), "best effort": Copies(0, 0, 0, 0), "ours": Copies(1, 1, 1, 2)}
+"""As published an all-to-all packs what it sends and unpacks what it gets. Of ours Q, K and V are read where they
+arrive, and so is the gradient of the output; the output and the gradient of Q leave as the kernel wrote them."""
 
 
 def share_heads(planned: Planned, inner: Module, copies: Copies) -> Module:
@@ -52,18 +55,18 @@ def share_heads(planned: Planned, inner: Module, copies: Copies) -> Module:
         alone += exchange
 
     forward, backward = Timeline(planned.ranks), Timeline(planned.ranks)
-    swap(forward, queries + keys, copies.moved)
+    swap(forward, queries + keys, copies.rows)
     forward.follow(inner.forward)
     swap(forward, queries, copies.output)
     swap(backward, queries, copies.output)
     backward.follow(inner.backward)
     wire = planned.setting.wire_bytes(inner_roundings(head_ranks, planned.setting.shape.kv_heads))
     home = keys * wire / shape.dtype_bytes
-    if wire == shape.dtype_bytes:
-        swap(backward, queries + home, copies.moved)
-    else:  # each dtype by itself
-        swap(backward, queries, copies.moved)
-        swap(backward, home, copies.moved)
+    if wire == shape.dtype_bytes and copies.query_gradient == copies.key_gradients:
+        swap(backward, queries + home, copies.key_gradients)
+    else:  # each dtype by itself, and what leaves as it is
+        swap(backward, queries, copies.query_gradient)
+        swap(backward, home, copies.key_gradients)
     if head_ranks > planned.setting.shape.kv_heads:
         backward.run("copies", planned.sum_us(head_ranks * home, wire))
     held = float(planned.plan.tokens.max()) * shape.kv_bytes

@@ -11,7 +11,7 @@ import numpy as np
 
 from flashcp.sharding.documents import check_choice
 from flashcp.sharding.exchanges import EXCHANGES
-from flashcp.sharding.mask import LayerKind, Mask
+from flashcp.sharding.mask import read_layers
 from flashcp.sharding.methods import METHODS
 from flashcp.sharding.route import GRADIENT_WIRES, wire_bytes
 from flashcp.sharding.strategies import STRATEGIES
@@ -207,23 +207,14 @@ def make_setting(
         raise ValueError(
             f"{prefix}query_heads={model.query_heads}: expected a multiple of {prefix}kv_heads={model.kv_heads}"
         )
-    check_choice(f"{prefix}mask", model.mask, ("causal", "full"))
-    narrowed = f"{prefix}narrowed_layers={model.narrowed_layers}"
-    if model.narrowed_layers > model.layers:
-        raise ValueError(f"{narrowed}: expected at most {prefix}layers={model.layers}")
-    if bool(model.narrowed_layers) != bool(model.window or model.chunk):
-        raise ValueError(
-            f"{narrowed} with {prefix}window={model.window}, {prefix}chunk={model.chunk}: expected all or none"
-        )
-    if model.mask != "causal" and model.narrowed_layers:
-        raise ValueError(f"{narrowed} with {prefix}mask={model.mask}: expected causal documents")
-    kinds = (LayerKind(0, 0, model.layers - model.narrowed_layers),
-             LayerKind(model.window, model.chunk, model.narrowed_layers))  # fmt: skip
-    layers = tuple(kind for kind in kinds if kind.layers) if model.narrowed_layers else ()
+    try:
+        mask, layers = model.mix()
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error
     shape = AttentionShape(model.query_heads, model.kv_heads, model.head_dim, model.dtype_bytes)
     # As in `ContextParallel`: `fused` is taken by name alone until a GPU has shown that it is faster.
     way = "staged" if overlap == "auto" else overlap
-    return Setting(machine, shape, way, gradient_wire, mask=Mask(model.mask), layers=layers)
+    return Setting(machine, shape, way, gradient_wire, mask=mask, layers=read_layers(layers))
 
 
 def choose_variants(names: Iterable[str], given_plan: bool = False, given_heads: int = 1) -> list[Variant]:

@@ -17,11 +17,13 @@ from torch.utils.checkpoint import checkpoint
 
 from flashcp.limits import Count, Limit, Natural
 from flashcp.schema import read_dataclass
+from flashcp.sharding.mask import Mask
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.train.data.windows import NO_LABEL
 
 INIT_STD = 0.02
 Finite = Annotated[float, Limit(lambda value: 0 < value < math.inf, "a finite number > 0")]
+NotNegative = Annotated[float, Limit(lambda value: 0 <= value < math.inf, "a finite number >= 0")]
 
 
 @dataclass
@@ -38,10 +40,38 @@ class ModelConfig:
     norm_eps: Finite = 1e-5
     tied_embeddings: bool = False
     checkpoint_activations: bool = False
+    window: Natural = 0
+    chunk: Natural = 0
+    full_every: Natural = 0
+    softcap: NotNegative = 0.0
+    sinks: bool = False
+
+    def limits(self, layer: int) -> dict[str, int | None]:
+        """How far a layer looks back, as `flashcp.ContextParallel.attention` takes it."""
+        sees_all = self.full_every and (layer + 1) % self.full_every == 0
+        return (
+            {"window": None, "chunk": None}
+            if sees_all
+            else {"window": self.window or None, "chunk": self.chunk or None}
+        )
+
+    def mix(self) -> list[tuple[Mask, int]] | None:
+        """The layers as `flashcp.plan` takes them; None where all see all that is before them."""
+        limited = Mask("window", self.window) if self.window else Mask("chunk", self.chunk) if self.chunk else Mask()
+        if limited.is_causal:
+            return None
+        few = sum(any(self.limits(layer).values()) for layer in range(self.layers))
+        return [(mask, count) for mask, count in ((Mask(), self.layers - few), (limited, few)) if count]
 
     def check(self) -> None:
         """Raise ValueError for sizes that make no model."""
         read_dataclass(ModelConfig, vars(self), "model")  # each by itself
+        if self.window and self.chunk:
+            raise ValueError(f"model.window={self.window} and model.chunk={self.chunk}: expected one of them to be 0")
+        if self.full_every and not (self.window or self.chunk):
+            raise ValueError(
+                f"model.full_every={self.full_every}: expected model.window or model.chunk for the other layers"
+            )
         if self.dim % self.heads or self.dim // self.heads % 2:
             raise ValueError(f"model.dim={self.dim}: expected an even multiple of model.heads={self.heads}")
         if self.heads % self.kv_heads:
@@ -51,7 +81,7 @@ class ModelConfig:
 class AttentionHandle(Protocol):
     """Keys and values under way."""
 
-    def attention(self, q: Tensor) -> Tensor:
+    def attention(self, q: Tensor, *, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
         """Queries [T, H, E] to outputs [T, H, E]."""
         ...
 
@@ -59,7 +89,9 @@ class AttentionHandle(Protocol):
 class ContextParallelAttention(Protocol):
     """What the decoder needs of `flashcp.ContextParallel`."""
 
-    def prefetch(self, k: Tensor, v: Tensor, plan: ShardingPlan) -> AttentionHandle:
+    def prefetch(
+        self, k: Tensor, v: Tensor, plan: ShardingPlan, *, window: int | None = None, chunk: int | None = None
+    ) -> AttentionHandle:
         """Send keys and values, both [T, K, E], to the ranks that read them."""
         ...
 
@@ -89,9 +121,10 @@ def rotate(x_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention. Keys and values leave before the queries are computed."""
 
-    def __init__(self, model: ModelConfig, cp: ContextParallelAttention) -> None:
+    def __init__(self, model: ModelConfig, cp: ContextParallelAttention, layer: int) -> None:
         super().__init__()
-        self.cp = cp
+        self.cp, self.limits, self.softcap = cp, model.limits(layer), model.softcap or None
+        self.sinks = nn.Parameter(torch.zeros(model.heads)) if model.sinks else None
         self.head_dim = model.dim // model.heads
         kv_dim = model.kv_heads * self.head_dim
         self.wq = nn.Linear(model.dim, model.dim, bias=False)
@@ -102,9 +135,9 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], plan: ShardingPlan) -> Tensor:
         k_TKE = rotate(self.wk(x_TD).unflatten(-1, (-1, self.head_dim)), rotary)
         v_TKE = self.wv(x_TD).unflatten(-1, (-1, self.head_dim))
-        sent = self.cp.prefetch(k_TKE, v_TKE, plan)
+        sent = self.cp.prefetch(k_TKE, v_TKE, plan, **self.limits)
         q_THE = rotate(self.wq(x_TD).unflatten(-1, (-1, self.head_dim)), rotary)
-        return self.wo(sent.attention(q_THE).flatten(1))
+        return self.wo(sent.attention(q_THE, softcap=self.softcap, sinks=self.sinks).flatten(1))
 
 
 class FeedForward(nn.Module):
@@ -124,10 +157,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each added to the stream after an RMS norm of its input."""
 
-    def __init__(self, model: ModelConfig, cp: ContextParallelAttention) -> None:
+    def __init__(self, model: ModelConfig, cp: ContextParallelAttention, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(model.dim, eps=model.norm_eps)
-        self.attention = Attention(model, cp)
+        self.attention = Attention(model, cp, layer)
         self.feed_forward_norm = nn.RMSNorm(model.dim, eps=model.norm_eps)
         self.feed_forward = FeedForward(model)
 
@@ -145,7 +178,7 @@ class Decoder(nn.Module):
         self.checkpoint_activations = model.checkpoint_activations
         self.embedding = nn.Embedding(model.vocab_size, model.dim)
         self.rotary = Rotary(model.dim // model.heads, model.rope_theta)
-        self.blocks = nn.ModuleList(Block(model, cp) for _ in range(model.layers))
+        self.blocks = nn.ModuleList(Block(model, cp, layer) for layer in range(model.layers))
         self.norm = nn.RMSNorm(model.dim, eps=model.norm_eps)
         self.output = nn.Linear(model.dim, model.vocab_size, bias=False)
         if model.tied_embeddings:

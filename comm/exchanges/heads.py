@@ -46,14 +46,17 @@ class Heads(Exchange):
     """transport: inside the holder. between: the exchange between holders, whose transport joins the ranks of the same
     place. meet: returns when this rank's holder agrees, and all ranks where that must be before rows leave it.
 
-    What arrived inside the holder is kept for the backward in place of q, k and v, whatever `backward` says.
+    What arrived inside the holder is kept for the backward in place of q, k and v: where it lies, or, with `refetch`,
+    which is for small receive buffers, as a copy.
     """
 
     moves_later = True
 
-    def __init__(self, transport: Transport, between: Exchange, meet: Callable[[], None]) -> None:
+    def __init__(
+        self, transport: Transport, between: Exchange, meet: Callable[[], None], refetch: bool = False
+    ) -> None:
         super().__init__(transport, meet)
-        self.name, self.between = between.name, between
+        self.name, self.between, self.refetch = between.name, between, refetch
 
     @property
     def puts(self) -> bool:
@@ -103,14 +106,13 @@ class Heads(Exchange):
         with settings.clock.measure("exposed_exchange_ms", "gradients home"):
             model = grad_out.dtype
             wire = settings.wire(model, inner_roundings(ranks, settings.kv_heads))
-            found = list[Tensor]()
-            for dtype, together in [(model, [of_q, *of_kv])] if wire == model else [(model, [of_q]), (wire, of_kv)]:
-                widths = [gradient.shape[1] for gradient in together]  # H / h, and K / h or 1 twice
-                leaving = grad_out.new_empty((len(grad_heads), sum(widths), grad_out.shape[2]), dtype=dtype)
-                for part, gradient in zip(leaving.split(widths, dim=1), together, strict=True):
-                    part.copy_(gradient)
-                found += self._to_rows(plan, leaving, widths, "gradients")
-        grad_q, grad_k, grad_v = found
+            widths = [gradient.shape[1] for gradient in of_kv]  # K / h, or 1, twice
+            leaving = grad_out.new_empty((len(grad_heads), sum(widths), grad_out.shape[2]), dtype=wire)
+            for part, gradient in zip(leaving.split(widths, dim=1), of_kv, strict=True):
+                part.copy_(gradient)
+            # Queries' leave as the kernel wrote them: side by side with the others they would be copied.
+            (grad_q,) = self._to_rows(plan, of_q.to(model), [of_q.shape[1]], "gradients")
+            grad_k, grad_v = self._to_rows(plan, leaving, widths, "gradients")
         grad_k, grad_v = (_sum_parts(part, settings.kv_heads) for part in (grad_k, grad_v))
         of_sinks = None
         if own is not None:  # of this rank's heads, over all rows of the holder; other ranks have the others'
@@ -171,13 +173,16 @@ class Heads(Exchange):
 
     def _landed(self, plan: ShardingPlan, incoming: IncomingKV, kept: bool = True) -> Tensor:
         """The rows of an inbox, once they are there and this rank's have left, in the order of attention. kept: for the
-        backward, in memory that nobody else writes to; else the caller frees the inbox when it has read them."""
+        backward; an inbox in which they lie until then is free when nothing holds its memory any more. Else the caller
+        frees it when it has read them."""
         rows, ticket = incoming.inbox
         incoming.transfer.finish()
         if (order := self.order(plan, rows.device)) is not None:
             rows = rows[order[1]]
-        elif kept and ticket:
+        elif kept and ticket and self.refetch:
             rows = rows.clone()
+        else:
+            return rows
         if kept:
             self.transport.free(ticket)
         return rows

@@ -179,7 +179,7 @@ def layer_tflops(
     dim = shape.query_heads * shape.head_dim
     model = ModelConfig(dim=dim, heads=shape.query_heads, kv_heads=shape.kv_heads)
     dtype = DTYPES[shape.dtype_bytes]
-    block = Block(model, _NoAttention()).to(device, dtype)
+    block = Block(model, _NoAttention(), 0).to(device, dtype)
     x = torch.randn(rows, dim, device=device, dtype=dtype, requires_grad=True)
     rotary = Rotary(shape.head_dim, model.rope_theta).to(device)(torch.arange(rows, device=device))
     one = plan([rows], 1)
@@ -190,12 +190,14 @@ def layer_tflops(
 class _NoAttention:
     """Leaves queries as they are: what a layer takes without its attention."""
 
-    def prefetch(self, k: Tensor, v: Tensor, plan: ShardingPlan) -> _NoAttention:
+    def prefetch(
+        self, k: Tensor, v: Tensor, plan: ShardingPlan, *, window: int | None = None, chunk: int | None = None
+    ) -> _NoAttention:
         """Both are part of the output, so that their gradients are computed."""
         self._share = (k.sum() + v.sum()) * 0
         return self
 
-    def attention(self, q: Tensor) -> Tensor:
+    def attention(self, q: Tensor, *, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
         return q + self._share
 
 

@@ -67,7 +67,7 @@ def bench_planner(bench: PlannerBench) -> Iterator[Row]:
             ceilings = np.array([study_ceiling(pack, world_size) for pack in packs])
             for strategy in bench.strategies:
                 for number in _numbers(strategy, packs, world_size, ceilings):
-                    yield _row(f"{data} {bench.context // 1024}K N={world_size}", number)
+                    yield case_row(f"{data} {bench.context // 1024}K N={world_size}", number)
 
 
 def _numbers(strategy: str, packs: Sequence[np.ndarray], world_size: int, ceilings: np.ndarray) -> Iterator[Number]:
@@ -118,8 +118,8 @@ def bench_awkward(bench: AwkwardBench) -> Iterator[Row]:
                 ("flashcp", made.imbalance, made.route("exact").critical_rows),
                 ("certificate", bounds.largest_work * world_size / int(made.work.sum()), bounds.critical_rows),
             ):
-                yield _row(case, Number(provider, "imbalance", "max/mean", None, imbalance, None))
-                yield _row(case, Number(provider, "critical_rows", "rows", None, rows, None))
+                yield case_row(case, Number(provider, "imbalance", "max/mean", None, imbalance, None))
+                yield case_row(case, Number(provider, "critical_rows", "rows", None, rows, None))
 
     random = np.random.default_rng(bench.seed)
     worse = 0
@@ -128,7 +128,7 @@ def bench_awkward(bench: AwkwardBench) -> Iterator[Row]:
         world_size = min(int(random.choice([2, 3, 4, 8, 16])), int(pack.sum()))
         worse += _a_member_is_better(pack, world_size)
     case = f"random windows, six kinds, {bench.random_windows}"
-    yield _row(case, Number("flashcp", "worse_than_a_member", "windows", None, worse, None))
+    yield case_row(case, Number("flashcp", "worse_than_a_member", "windows", None, worse, None))
 
 
 def hard_windows(context: int, world_size: int, seed: int) -> dict[str, list[int]]:
@@ -194,7 +194,8 @@ def write_planner_rows(path: Path, rows: list[Row]) -> None:
     write_rows(path.parent, rows, path.name)
 
 
-def _row(case: str, number: Number) -> Row:
+def case_row(case: str, number: Number) -> Row:
+    """A number with its provenance."""
     return Row(case, *number[:3], None, *number[3:], *provenance(), "measured")
 
 

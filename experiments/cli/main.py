@@ -157,7 +157,10 @@ def verb_usage(verb: str, arguments: Sequence[str] = ()) -> str:
             parts.append("Groups; method= sets sharding= and exchange=, which may follow to replace a part:")
             parts.append("\n".join(_wrapped(f"  {name + '=':<12}", ", ".join(names)) for name, names in taken.items()))
         parts.append(f"Keys and their defaults (conf/{config}.yaml):\n\n{_body(config)}")
-        for member in (f"{group}/{name}" for group in ("data", "sharding") for name in taken.get(group, ())):
+        members = [f"{group}/{name}" for group in ("data", "sharding") for name in taken.get(group, ())]
+        if "model" in taken:
+            members.append("model/mha-7b")  # all of them have the same keys
+        for member in members:
             if "defaults:" not in _text(member) and _body(member).count(": ") > 1:
                 parts.append(f"Keys of {member.replace('/', '=')} (conf/{member}.yaml):\n\n{_body(member)}")
     if (about := Path(str(module.__file__)).with_suffix(".txt")).is_file():

@@ -16,6 +16,7 @@ from flashcp.files import read_bounded
 from flashcp.schema import read_dataclass
 from flashcp.sharding.lengths import length_stream
 from flashcp.sharding.packing import Window, pack_lengths
+from flashcp.simulator.cost import ModelShape
 from flashcp.train.data.documents import read_documents
 from flashcp.train.data.sources import DataConfig, open_source
 from flashcp.train.data.tokenizer import load_tokenizer
@@ -56,6 +57,11 @@ def planned_packs(settings: Mapping[str, Any]) -> list[np.ndarray]:
         print(f"left out: a last window of {packs[-1].sum()} tokens, fewer than {ranks} ranks", file=sys.stderr)
         return packs[:-1]
     return packs
+
+
+def read_model(settings: Mapping[str, Any]) -> ModelShape:
+    """The chosen model's heads and layers. Raises ValueError naming value, field and what is legal."""
+    return read_dataclass(ModelShape, settings["model"], "model")
 
 
 def heading(settings: Mapping[str, Any], packs: Sequence[np.ndarray]) -> str:

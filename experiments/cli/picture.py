@@ -18,6 +18,7 @@ from flashcp.sharding.holders import rows_between_and_inside
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.route import Route
 
+OUTLINE = 256  # steps of a shard's edges under masks
 LEGEND_RANKS = 16  # more ranks than this are told apart by their order alone
 
 
@@ -83,12 +84,16 @@ def draw_methods(
 
 
 def _draw_pairs(axes: Any, plan: ShardingPlan, whose: str, window_ends: Sequence[int]) -> None:
-    """A shard's pairs are a trapezoid: its queries down, from the document's first key to the query itself across."""
-    document, start, stop, rank = plan.table
-    colours, size, first = _colours(plan), int(plan.offsets[-1]), plan.offsets[document]
-    begin, end = first + start, first + stop
-    corners = np.stack([first, begin, begin, begin, end, end, first, end], axis=1).reshape(-1, 4, 2)
-    axes.add_collection(PolyCollection(list(corners), facecolors=colours[rank], linewidths=0))
+    """A shard's pairs: its queries down, the keys that each sees across. Of a causal document they are a trapezoid.
+
+    Of layers that differ, those that see more are drawn paler, behind the others.
+    """
+    colours, size = _colours(plan), int(plan.offsets[-1])
+    kinds = sorted((kind for kind, _ in plan.of_kinds), key=lambda kind: -int(kind.work.sum()))
+    for kind, strength in zip(kinds, np.linspace(1, 0.35, len(kinds))[::-1], strict=True):
+        axes.add_collection(
+            PolyCollection(_corners(kind), facecolors=colours[plan.table.rank], linewidths=0, alpha=strength)
+        )
     axes.set(xlim=(0, size), ylim=(size, 0), aspect="equal", title="who computes what")
     axes.set(xlabel="key (row of the pack)", ylabel="query (row of the pack)")
     if plan.world_size <= LEGEND_RANKS:
@@ -96,6 +101,27 @@ def _draw_pairs(axes: Any, plan: ShardingPlan, whose: str, window_ends: Sequence
         axes.legend(handles=named, loc="upper right")
     for end in window_ends:
         axes.axhline(end, color=INK, lw=0.8, ls=(0, (4, 3)))
+
+
+def _corners(plan: ShardingPlan) -> list[np.ndarray]:
+    """Corners (key, query) of what each shard computes."""
+    document, start, stop, _ = plan.table
+    if not plan.masks.is_causal:
+        return [_outline(plan, *shard) for shard in zip(document, start, stop, strict=True)]
+    first = plan.offsets[document]
+    begin, end = first + start, first + stop
+    return list(np.stack([first, begin, begin, begin, end, end, first, end], axis=1).reshape(-1, 4, 2))
+
+
+def _outline(plan: ShardingPlan, document: int, start: int, stop: int) -> np.ndarray:
+    """Corners (key, query) of the keys that rows of a shard see, down one edge and up the other."""
+    rows = np.unique(np.linspace(start, stop, min(stop - start, OUTLINE) + 1).astype(np.int64))
+    every, below = np.repeat(rows, 2)[1:-1], np.repeat(rows[:-1], 2)  # each step of the edges has two corners
+    of = np.full(len(below), document)
+    first = int(plan.offsets[document])
+    left, right = (first + seen(of, below) for seen in (plan.masks.lowest, plan.masks.past))
+    down, up = np.stack([left, first + every], axis=1), np.stack([right, first + every], axis=1)
+    return np.concatenate([down, up[::-1]])
 
 
 def _draw_rows(axes: Any, plan: ShardingPlan, whose: str, window_ends: Sequence[int]) -> None:

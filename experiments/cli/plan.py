@@ -15,7 +15,7 @@ import numpy as np
 import flashcp
 from flashcp.experiments.cli import show
 from flashcp.experiments.cli.compose import Job, run
-from flashcp.experiments.cli.packs import described, heading, planned_packs
+from flashcp.experiments.cli.packs import described, heading, planned_packs, read_model
 from flashcp.experiments.cli.schema import GROUPS
 from flashcp.options import naming_options
 from flashcp.sharding.holders import rows_between_and_inside
@@ -40,9 +40,10 @@ def show_plans(job: Job) -> None:
     batches = [np.concatenate(windows[i : i + count]) for i in range(0, len(windows) - count + 1, count)]
     if not batches:
         raise ValueError(f"batch_windows={count}: expected at most the {len(windows)} windows of windows= and the data")
+    mix = read_mix(settings)
     with naming_options(options):
-        first = flashcp.plan(batches[0], holders, methods[0].sharding, **options)
-    planned = [measure(method, batches, holders, head_ranks, options) for method in methods]
+        first = flashcp.plan(batches[0], holders, methods[0].sharding, **mix, **options)
+    planned = [measure(method, batches, holders, head_ranks, {**mix, **options}) for method in methods]
     if settings["figure"]:
         from flashcp.experiments.cli.picture import draw_methods, draw_plan
 
@@ -50,7 +51,7 @@ def show_plans(job: Job) -> None:
         if len(methods) == 1:
             file = draw_plan(first, methods[0].exchange, file, head_ranks, ends)
         else:
-            each = {m.name: (flashcp.plan(batches[0], holders, m.sharding), m.exchange) for m in methods}
+            each = {m.name: (flashcp.plan(batches[0], holders, m.sharding, **mix), m.exchange) for m in methods}
             file = draw_methods(each, file, head_ranks, ends)
         print(f"wrote {file}", file=sys.stderr)
     used = windows[: count * len(batches)]
@@ -62,6 +63,9 @@ def show_plans(job: Job) -> None:
         "methods": planned,
     }
     head = heading(settings, used) + (f", {holders} holders of {head_ranks}" if head_ranks > 1 else "")
+    if settings["model"] is not None:
+        document["model"] = settings["model"]
+        head += f"; {read_model(settings)}: rows are means over its layers"
     text = f"{head}\n{table(HEAD, [LINE.format(**one).split() for one in planned], text=3)}"
     if len(methods) == 1:
         document["plan"] = json.loads(first.to_json())
@@ -72,17 +76,20 @@ def show_plans(job: Job) -> None:
 def measure(
     method: Method, packs: Sequence[np.ndarray], holders: int, head_ranks: int, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Plan every pack: means, but for `imbalance_max`; ms: median time of one plan. options: of the strategy.
+    """Plan every pack: means, but for `imbalance_max`; ms: median time of one plan. options: of `flashcp.plan`.
 
-    Rows are those of a rank, all-to-alls inside its holder counted, where head ranks divide the KV heads.
+    Rows are those of a rank, all-to-alls inside its holder counted, where head ranks divide the KV heads; of a mix,
+    means over the layers.
     """
     found = []
     for lengths in packs:
         started = time.perf_counter()
         plan = flashcp.plan(lengths, holders, method.sharding, **options)
         ms = 1e3 * (time.perf_counter() - started)
-        route = plan.route(method.exchange)
-        found.append((route.imbalance, *rows_between_and_inside(route, head_ranks, 1 / head_ranks), ms))
+        kinds = [(one.route(method.exchange), layers) for one, layers in plan.of_kinds]
+        rows = [rows_between_and_inside(route, head_ranks, 1 / head_ranks) for route, _ in kinds]
+        balance = plan.imbalance if kinds[0][0].imbalance > 1 else 1.0  # of a route that shares out heads: 1
+        found.append((balance, *np.average(rows, axis=0, weights=[layers for _, layers in kinds]), ms))
     imbalance, critical, saving, times = np.array(found).T.tolist()
     return {
         **method._asdict(),
@@ -92,6 +99,17 @@ def measure(
         "saving": float(np.mean(saving)),
         "ms": float(np.median(times)),
     }
+
+
+def read_mix(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """masks and layers of the chosen model, as `flashcp.plan` takes them. Raises ValueError as ModelShape does."""
+    if settings["model"] is None:
+        return {}
+    try:
+        mask, layers = read_model(settings).mix()
+    except ValueError as error:
+        raise ValueError(f"model.{error}") from error
+    return {"masks": mask, "layers": layers}
 
 
 def chosen_methods(settings: Mapping[str, Any]) -> list[Method]:

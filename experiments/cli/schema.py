@@ -36,6 +36,7 @@ GROUPS = {
     "exchange": tuple(EXCHANGES),
     "data": (*_REGISTERED, *(name for name in committed("data") if name not in _REGISTERED)),
     "cluster": committed("cluster"),
+    "model": committed("model"),
 }
 """Groups and their legal values; a configuration has those it names (`experiment` is the sweeps' own)."""
 
@@ -86,6 +87,7 @@ class PlanSettings:
     data: Any = None
     sharding: Any = None
     exchange: Any = None
+    model: Any = None
 
 
 @dataclass

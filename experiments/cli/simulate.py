@@ -13,12 +13,11 @@ import numpy as np
 from flashcp.clusters import read_cluster_file, read_machine
 from flashcp.experiments.cli import show
 from flashcp.experiments.cli.compose import Job, run
-from flashcp.experiments.cli.packs import described, heading, planned_packs
+from flashcp.experiments.cli.packs import described, heading, planned_packs, read_model
 from flashcp.experiments.cli.plan import chosen_methods, strategy_options
 from flashcp.experiments.progress import bar
 from flashcp.experiments.provenance import commit
 from flashcp.options import naming_options
-from flashcp.schema import read_dataclass
 from flashcp.sharding.strategies import plan
 from flashcp.simulation import summary_table
 from flashcp.simulator.cost import AttentionShape, ModelShape
@@ -144,11 +143,6 @@ def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
     model = read_model(settings)
     machine = chosen_machine(settings)
     return make_setting(machine, model, settings["overlap"], settings["gradient_wire"], prefix="model."), model
-
-
-def read_model(settings: Mapping[str, Any]) -> ModelShape:
-    """Raises ValueError naming value, field and what is legal."""
-    return read_dataclass(ModelShape, settings["model"], "model")
 
 
 def step_of(settings: Mapping[str, Any]) -> Step:

@@ -17,7 +17,7 @@ from flashcp.simulator.variants import VARIANTS
 PLANNERS = ("dynamic_cp_best_effort", "flexible_cp_best_effort", "block_placement_best_effort")
 """Rivals that plan the batch; all other best efforts give a window to each replica."""
 REPLICAS = ("llama3", "per_document", "per_document_best_effort", "ulysses_best_effort", "flashcp:d0")
-STUDY = (*REPLICAS, "flashcp:h1", "flashcp:h2", "flashcp:h4", "flashcp:h8", "flashcp:h8:w2")
+STUDY = (*REPLICAS, "flashcp:h1", "flashcp:h2", "flashcp:h4", "flashcp:h8")
 ISLANDS = ("flashcp:h8", "flashcp:h8:d2", "flashcp:h8:d4", "flashcp:h8:d8")
 KINDS = ("llama3 as published", "best effort, a window a replica", "best effort, the batch planned", "flashcp")
 

@@ -1,7 +1,8 @@
 """`flashcp_paper`: Algorithm 1 of the FlashCP paper (arXiv 2606.08476), whole documents first.
 
 Place documents whole, longest first, each on the rank with the least work; move rows until tokens are equal; if the
-imbalance exceeds the target, cut the longest remaining document 2N ways (PerDoc) and start again.
+imbalance exceeds the target, cut the longest remaining document 2N ways (PerDoc) and start again. Under masks or a
+layer mix, which the paper does not have, the one with most work stands for the longest.
 
 The paper leaves these open; here is what we chose:
 
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flashcp.sharding.documents import sum_by
+from flashcp.sharding.masks import Workload, read_workload
 from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies.equal_pieces import per_document
 
@@ -48,9 +50,13 @@ class Attempt(NamedTuple):
 
 
 def flashcp_paper(
-    document_lengths: np.ndarray, world_size: int, target_imbalance: float = TARGET_IMBALANCE, leaves: str = "head"
+    document_lengths: np.ndarray,
+    world_size: int,
+    target_imbalance: float = TARGET_IMBALANCE,
+    leaves: str = "head",
+    workload: Workload | None = None,
 ) -> ShardTable:
-    """The paper's heuristic. leaves: which end of a cut document moves, `head` or `tail`.
+    """The paper's heuristic. leaves: which end of a cut document moves, `head` or `tail`. workload: None is causal.
 
     Raises ValueError for a target below 1 and for other ends.
     """
@@ -58,11 +64,12 @@ def flashcp_paper(
         raise ValueError(f"target_imbalance={target_imbalance}: expected a number >= 1")
     if leaves not in ("head", "tail"):
         raise ValueError(f"leaves={leaves!r}: expected head or tail")
-    longest_first = np.argsort(-document_lengths, kind="stable")
+    workload = read_workload(document_lengths) if workload is None else workload.reduced
+    heaviest_first = np.argsort(-workload.document_pairs, kind="stable")
     best: Attempt | None = None
     cut = restarts = 0
     while True:
-        attempt = try_cut(document_lengths, longest_first, cut, world_size, leaves)
+        attempt = try_cut(document_lengths, heaviest_first, cut, world_size, workload, leaves)
         if best is None or attempt.imbalance < best.imbalance:
             best = attempt
         if best.imbalance <= target_imbalance or cut == len(document_lengths):
@@ -71,32 +78,44 @@ def flashcp_paper(
         cut = min(len(document_lengths), cut + (1 if restarts <= SINGLE_STEPS else max(1, cut // 8)))
 
 
-def try_cut(lengths: np.ndarray, longest_first: np.ndarray, cut: int, world_size: int, leaves: str = "head") -> Attempt:
-    """Cut the `cut` longest documents 2N ways, place the others whole, equalise tokens."""
-    chosen = longest_first[:cut]
+def try_cut(
+    lengths: np.ndarray,
+    heaviest_first: np.ndarray,
+    cut: int,
+    world_size: int,
+    workload: Workload,
+    leaves: str = "head",
+) -> Attempt:
+    """Cut the `cut` heaviest documents 2N ways, place the others whole, equalise tokens."""
+    chosen = heaviest_first[:cut]
     striped = ShardTable(*np.empty((4, 0), dtype=np.int64))
     if cut:
         striped = per_document(lengths[chosen], world_size)
         striped = striped._replace(document=chosen[striped.document])
-    tokens, work = (sum_by(striped.rank, amount, world_size).tolist() for amount in (striped.rows, striped.work))
+    amounts = (striped.rows, workload.pairs(*striped[:3]))
+    tokens, work = (sum_by(striped.rank, amount, world_size).tolist() for amount in amounts)
 
     pieces: list[list[Piece]] = [[] for _ in range(world_size)]
     least = [(amount, rank) for rank, amount in enumerate(work)]
     heapq.heapify(least)
-    for document in longest_first[cut:].tolist():
+    pairs = workload.document_pairs.tolist()
+    for document in heaviest_first[cut:].tolist():
         length = int(lengths[document])
         amount, rank = least[0]
         pieces[rank].append((document, 0, length))
         tokens[rank] += length
-        work[rank] = amount + length * (length + 1) // 2
+        work[rank] = amount + pairs[document]
         heapq.heapreplace(least, (work[rank], rank))
 
     _equalise_tokens(pieces, tokens, work, leaves == "tail")
+    if not workload.is_causal:
+        table = Attempt(pieces, striped, 0.0).table()
+        work = sum_by(table.rank, workload.pairs(*table[:3]), world_size).tolist()
     return Attempt(pieces, striped, max(work) * world_size / sum(work))
 
 
 def _equalise_tokens(pieces: list[list[Piece]], tokens: list[int], work: list[int], tails: bool) -> None:
-    """Move heads (or tails) from ranks with too many tokens to ranks with too few, in place."""
+    """Move heads (or tails) from ranks with too many tokens to ranks with too few, in place; work is the causal one."""
     world_size = len(tokens)
     share, longer = divmod(sum(tokens), world_size)
     surplus = [count - share for count in tokens]

@@ -216,6 +216,30 @@ def test_layers_and_steps_leave_no_stale_row() -> None:
     assert max(max(errors) for errors in run_cases(layers_and_steps, 4, CALLS)) < 1e-5
 
 
+def buffers_after_steps(backward: str) -> list[int]:
+    """Bytes of all receive buffers after each step of three layers and a call without gradients."""
+    cp = flashcp.ContextParallel(transport="shm", head_ranks=2, backward=backward, timeout_s=20)
+    plan, sizes = flashcp.plan([4000], cp.holders), []
+    for _ in range(5):
+        layers = [sharded(cp, plan, seed=layer) for layer in range(3)]
+        graphs = [cp.attention(*leaves[:3], plan) for leaves in layers]
+        while graphs:
+            *leaves, grad = layers[len(graphs) - 1]
+            torch.autograd.grad(graphs.pop(), leaves, grad)
+        with torch.no_grad():
+            cp.attention(*leaves, plan)
+        sizes.append(cp.receive_bytes)
+    return sizes
+
+
+def test_q_k_and_v_wait_in_their_inboxes_unless_buffers_are_to_be_small() -> None:
+    """Those of three layers, not of one at a time; inboxes of a step that is over are taken again."""
+    (keep, *_), (refetch, *_) = (run_ranks(buffers_after_steps, 2, backward) for backward in ("keep", "refetch"))
+    assert len(set(keep[1:])) == 1, keep
+    assert len(set(refetch[1:])) == 1, refetch
+    assert keep[-1] > 2 * refetch[-1], (keep, refetch)
+
+
 def rows_go_where_they_are_said_to(holders: int) -> None:
     cp = flashcp.ContextParallel(head_ranks=dist.get_world_size() // holders, timeout_s=20)
     assert (cp.world_size, cp.holders, cp.rank) == (dist.get_world_size(), holders, dist.get_rank())

@@ -61,7 +61,7 @@ def errors_on_rank(
     )
     plan = flashcp.plan(lengths, cp.holders, strategy, masks=masks_of(kind, lengths))
     q, k, v, grad = random_qkv(sum(lengths), 12, 12 if exchange == "ulysses" else 6, 16, dtype, 5)
-    q[::11] *= 30  # spikes: a wrong rescale hides behind small scores
+    q[::11] *= 12  # spikes: a wrong rescale hides behind small scores
     sinks = torch.linspace(-3, 6, 12).requires_grad_() if with_sinks else None
     local = [cp.shard(x, plan).requires_grad_() for x in (q, k, v)]
     out, lse = cp.attention(*local, plan, window=window, softcap=softcap, sinks=sinks, return_lse=True)
@@ -78,7 +78,11 @@ def errors_on_rank(
     wanted = [*whole, *([sinks64] if sinks64 is not None else [])]
     expected = torch.autograd.grad(reference, wanted, grad.double())
     got = [cp.unshard(x.detach(), plan) for x in (out, *gradients[:3])]
-    errors = dict(zip(("out", "q", "k", "v"), map(relative_error, got, (reference, *expected)), strict=False))
+    size = float(grad.norm() * q.abs().max() * v.abs().max())  # of the terms of gradients that cancel: a row alone
+    errors = {
+        name: relative_error(found, wanted) if wanted.norm() > 1e-9 * size else float(found.norm()) / size
+        for name, found, wanted in zip(("out", "q", "k", "v"), got, (reference, *expected), strict=False)
+    }
     if sinks is not None:  # each rank has its rows' part, or its heads'
         parts = [torch.zeros(12) for _ in range(cp.world_size)]
         if cp.world_size > 1:
@@ -244,7 +248,7 @@ def ranks_that_differ(what: str) -> str:
 
 
 @pytest.mark.parametrize(("what", "named"), [
-    ("window", "plan"), ("softcap", "softcap"), ("lse", "log_sums"), ("sinks", "sinks"),
+    ("window", "plan"), ("softcap", "softcap"), ("lse", "log sums"), ("sinks", "sinks"),
 ])  # fmt: skip
 def test_ranks_that_ask_for_different_layers_are_named(what: str, named: str) -> None:
     for said in run_ranks(ranks_that_differ, 2, what):

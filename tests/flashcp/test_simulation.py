@@ -77,8 +77,8 @@ def test_the_table() -> None:
     table = flashcp.simulate(LENGTHS, 4, query_heads=2, kv_heads=1)
     head, names, _, *lines = str(table).splitlines()
     assert head == (
-        "1 window, 4 ranks; simulated on h100-nvlink; left out: ulysses, for query_heads=2, kv_heads=1 cannot be "
-        "shared out among 4 ranks"
+        "1 window, 4 ranks; simulated on h100-nvlink; 32 layers of 2 query and 1 KV heads of 128; left out: ulysses, "
+        "for query_heads=2, kv_heads=1 cannot be shared out among 4 ranks"
     )
     assert names.split()[:2] == ["method", "imbalance"]
     assert (

@@ -12,8 +12,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import flashcp
-from flashcp.kernels.library import attention, dynamic, schedule_tensor, whole_pack
+from flashcp import Mask
+from flashcp.kernels.library import attention, dynamic, mask_tensor, schedule_tensor, whole_pack
 from flashcp.kernels.schedule import Schedule, build_schedule, whole_pack_schedule
+from flashcp.sharding.masks import read_masks
 from tests.packs import random_lengths, random_qkv, relative_error
 
 TOKENS = 96
@@ -173,3 +175,73 @@ def test_the_operator_refuses_what_does_not_fit(changed: dict[str, object], said
     fitting |= {"received": torch.zeros(0, 2, 2, 16), "schedule": whole_pack(torch.tensor([3, 4]), 7)}
     with pytest.raises(ValueError, match=said):
         attention(**{**fitting, "softmax_scale": SCALE, "implementation": "cpu", **changed})  # type: ignore[arg-type]
+
+
+SEEN = [Mask("window", 7), Mask("prefix", 5), Mask(blocks=[(3, 20)])]
+
+
+def test_masks_softcap_and_sinks_compile_and_lengths_stay_dynamic() -> None:
+    """Masks are constants of the graph, given as an argument or not."""
+    sinks = torch.randn(4, requires_grad=True)
+
+    def layer(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, mask: Mask | list[Mask]) -> Tensor:
+        return flashcp.varlen_attention(2 * q, k, v, lengths, "cpu", masks=mask, softcap=5.0, sinks=sinks).sin()
+
+    fast, counter = compiled(layer)
+    for lengths in ([96], [50, 46], [30, 40, 26]):
+        qkv, grad = whole_inputs(lengths)
+        for mask in SEEN:
+            out = fast(*qkv, dynamic(torch.tensor(lengths)), mask)
+            wanted = flashcp.reference_attention(
+                2 * qkv[0], *qkv[1:], lengths, masks=mask, softcap=5.0, sinks=sinks
+            ).sin()
+            assert relative_error(out, wanted) < 1e-5
+            leaves = [*qkv, sinks]
+            found = torch.autograd.grad(out, leaves, grad)
+            assert all(
+                relative_error(a, b) < 1e-5
+                for a, b in zip(found, torch.autograd.grad(wanted, leaves, grad.double()), strict=True)
+            )
+    assert counter.frame_count <= len(SEEN)
+    qkv, _ = whole_inputs([50, 46])
+    each = [Mask("full"), Mask("window", 3)]
+    wanted = flashcp.reference_attention(2 * qkv[0], *qkv[1:], [50, 46], masks=each, softcap=5.0, sinks=sinks).sin()
+    assert relative_error(fast(*qkv, dynamic(torch.tensor([50, 46])), each), wanted) < 1e-5
+
+
+def test_operators_with_masks_softcap_and_sinks_keep_torchs_rules() -> None:
+    q, k, v, _ = random_qkv(40, 2, 1, 16, torch.float32, seed=0)
+    inputs = [x.requires_grad_() for x in (q, k, v[..., :8])]
+    lengths, masks = torch.tensor([30, 10]), mask_tensor(SEEN[:2])
+    schedule = whole_pack(lengths, 40, masks)
+    rest = torch.zeros(0, 2, 1, 16), schedule, SCALE, "cpu", "", 3.0, torch.randn(2).requires_grad_()
+    torch.library.opcheck(torch.ops.flashcp.attention, (*inputs, *rest))
+    torch.library.opcheck(torch.ops.flashcp.whole_pack, (lengths, 40, masks))
+
+
+def test_whole_pack_reads_masks_back() -> None:
+    lengths = np.array([30, 40, 26])
+    for masks in (*SEEN, SEEN, [Mask(), Mask("chunk", 4), Mask("window", 3, [(0, 2), (5, 9)])], Mask("full"), Mask()):
+        made = whole_pack(torch.from_numpy(lengths), 96, mask_tensor(masks)).numpy()
+        assert np.array_equal(made, whole_pack_schedule(lengths, read_masks(masks, lengths)).array)
+
+
+def test_a_gradient_for_the_log_sum_exp_raises() -> None:
+    qkv, grad = whole_inputs([50, 46])
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return flashcp.varlen_attention(q, k, v, [50, 46], masks=Mask("window", 9), return_lse=True)
+
+    fast, _ = compiled(layer)  # type: ignore[arg-type]
+    for run in (layer, fast):
+        out, lse = run(*qkv)
+        assert relative_error(out, flashcp.reference_attention(*qkv, [50, 46], masks=Mask("window", 9))) < 1e-5
+        torch.autograd.grad(out, qkv, grad)
+        for loss in (lambda o, s: s.sum(), lambda o, s: o.mean() + s.square().mean()):
+            with pytest.raises(RuntimeError, match="a gradient arrived for the log-sum-exp, which carries none"):
+                torch.autograd.grad(loss(*run(*qkv)), qkv)
+        out, lse = run(*qkv)
+        ours = torch.autograd.grad(out * lse.detach()[..., None], qkv, grad)
+        assert all(x.isfinite().all() for x in ours)
+    scores = 0.25 * torch.einsum("qhd,khd->qhk", qkv[0], qkv[1].repeat_interleave(2, 1))
+    assert torch.allclose(lse[60], scores[60, :, 52:61].logsumexp(-1), atol=1e-5)

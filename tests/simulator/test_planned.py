@@ -124,10 +124,11 @@ def test_a_mix_costs_the_mean_of_its_layers() -> None:
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"mask": "prefix"}, "model.mask='prefix': expected one of causal, full"),
-    ({"window": 5}, "model.narrowed_layers=0 with model.window=5, model.chunk=0: expected all or none"),
-    ({"narrowed_layers": 3}, "model.narrowed_layers=3 with model.window=0, model.chunk=0: expected all or none"),
-    ({"narrowed_layers": 99, "window": 4}, "model.narrowed_layers=99: expected at most model.layers=32"),
-    ({"narrowed_layers": 1, "window": 4, "mask": "full"}, "narrowed_layers=1 with model.mask=full: expected causal"),
+    ({"window": 5}, "model.narrowed_layers=0 with window=5, chunk=0: expected one of the two, or none"),
+    ({"window": 5, "chunk": 5, "narrowed_layers": 1}, "narrowed_layers=1 with window=5, chunk=5: expected one"),
+    ({"narrowed_layers": 3}, "model.narrowed_layers=3 with window=0, chunk=0: expected one of the two, or none"),
+    ({"narrowed_layers": 99, "window": 4}, "model.narrowed_layers=99: expected at most layers=32"),
+    ({"narrowed_layers": 1, "window": 4, "mask": "full"}, "narrowed_layers=1 with mask=full: expected causal"),
     ({"window": -1}, "model.window=-1: expected a whole number >= 0"),
 ])  # fmt: skip
 def test_mixes_that_no_model_has_are_refused(changes: dict[str, object], said: str) -> None:

@@ -18,9 +18,10 @@ import torch
 
 from flashcp.kernels.uploads import to_device
 from flashcp.sharding.holders import positions_of_rank, rows_of_rank
+from flashcp.sharding.mask import LayerKind
+from flashcp.sharding.masks import Workload, read_masks
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.route import Route
-from flashcp.sharding.shards import shard_work
 from flashcp.train.data.documents import Position
 from flashcp.train.data.windows import TokenWindow, join_windows
 
@@ -32,7 +33,8 @@ class Batch:
     """Some windows, one pack for each replica, as one rank sees them.
 
     tokens, labels, position_ids: this rank's rows in the plan's local order, of its holder's its share, int64 [rank's
-    tokens]; positions count from 0 in each document of the pack. plan, route: of the replica's whole pack.
+    tokens]; positions count from 0 in each document of the pack. plan, route: of the replica's whole pack; the route of
+    a layer that sees most.
     The others are of all replicas together. size: tokens. documents: their number.
     labelled: labelled tokens, the loss's denominator. heaviness: the replica's work over the mean of the replicas.
     dropped, carried, skipped, position: see TokenWindow. digest: CRC-32 of all tokens and lengths, of all replicas.
@@ -82,7 +84,10 @@ class Share(NamedTuple):
 def make_batch(windows: Sequence[TokenWindow], share: Share, plan: ShardingPlan) -> Batch:
     """A rank's rows of its replica's share of the windows, under the replica's plan."""
     whole, window = join_windows(windows), share.of(windows)
-    work = int(shard_work(0, whole.document_lengths).sum())
+    every = np.arange(len(whole.document_lengths))
+    workload = Workload(read_masks(None, whole.document_lengths), plan.layers)
+    work = int(workload.pairs(every, np.zeros_like(every), whole.document_lengths).sum())
+    widest = plan.layers[0] if plan.layers else LayerKind(0, 0, 1)
     rows = rows_of_rank(plan, share.rank, share.head_ranks)
     _ = plan.certificate  # made here, ahead of the step, for the metrics
     return Batch(
@@ -90,7 +95,7 @@ def make_batch(windows: Sequence[TokenWindow], share: Share, plan: ShardingPlan)
         labels=torch.from_numpy(window.labels[rows]),
         position_ids=torch.from_numpy(positions_of_rank(plan, share.rank, share.head_ranks)),
         plan=plan,
-        route=plan.route(share.exchange),
+        route=plan.route(share.exchange, widest.window or None, widest.chunk or None),
         size=len(whole.tokens),
         documents=len(whole.document_lengths),
         labelled=whole.labelled,

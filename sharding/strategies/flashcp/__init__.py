@@ -1,8 +1,8 @@
 """`flashcp`: equal tokens, work within a tolerance, and as few KV rows on the busiest rank as a search finds.
 
 The algorithm, with its derivations and a worked example, is in docs/planner.md: `fill` makes a first plan that is
-exact in tokens and work, `improve` searches from there (both compiled by numba when the window is big), `members`
-compares it with the plans of the other strategies.
+exact in tokens and work, `improve` searches from there (both compiled by numba when the window is big), `blocks` keeps
+bidirectional blocks whole, `members` compares with the plans of the other strategies.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ import numpy as np
 from flashcp.sharding.bounds import FEW_ROWS, TOLERANCE, least_largest_work
 from flashcp.sharding.compiled import compiled_twins
 from flashcp.sharding.documents import sum_by
+from flashcp.sharding.exchanges import rows_of_layers
+from flashcp.sharding.masks import Workload, read_workload
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.sharding.shards import ShardTable, shard_work
+from flashcp.sharding.shards import ShardTable
+from flashcp.sharding.strategies.flashcp.blocks import keep_blocks_whole
+from flashcp.sharding.strategies.flashcp.density import HELPERS as COUNTING
+from flashcp.sharding.strategies.flashcp.density import density_of
 from flashcp.sharding.strategies.flashcp.fill import HELPERS as FILLING
-from flashcp.sharding.strategies.flashcp.fill import fill
+from flashcp.sharding.strategies.flashcp.fill import fill, fill_mix
 from flashcp.sharding.strategies.flashcp.members import best_member, largest_work, members
 from flashcp.sharding.strategies.flashcp.rows import exchange_rows
 from flashcp.sharding.strategies.flashcp.search import HELPERS as SEARCHING
-from flashcp.sharding.strategies.flashcp.search import Holders, improve, no_holders
+from flashcp.sharding.strategies.flashcp.search import improve
+from flashcp.sharding.strategies.flashcp.state import HELPERS as HOLDING
+from flashcp.sharding.strategies.flashcp.state import Holders, no_holders
 
 __all__ = ["Cost", "flashcp"]
 
@@ -51,17 +58,19 @@ def flashcp(
     max_split: int | None = None,
     multicast: bool = False,
     cost: Cost | None = None,
+    workload: Workload | None = None,
 ) -> ShardTable:
     """Plan a window: first imbalance within the tolerance, then critical rows of the exact exchange.
 
     tolerance: imbalance (largest work over mean) that is as good as balance.
     budget: changes to try; None is 400 up to 4,096 tokens, 44,000 + 250 per rank above, 200,000 + 250 where documents
-        times ranks exceed 2^17.
+        times ranks exceed 2^17; two thirds of that with masks or a mix, where a change takes longer.
     total_weight: critical rows that one row less on average over the ranks is worth, to the search.
     granularity: tails begin on multiples of this many rows; heads, which equalise tokens to the row, do not.
     max_split: ranks that one document may be on, where the tolerance allows it; None for all.
     multicast: count a row that several ranks read as sent once (a relay or multicast sends it on).
     cost: chooses between plans for three tolerances and the other strategies' instead of critical rows.
+    workload: masks and layer mix; work and rows are then those of all layers together. None is causal.
 
     The same input gives the same plan on any machine: whole numbers, budgets in changes, choices from a fixed seed.
     Raises ValueError for options out of range.
@@ -79,57 +88,87 @@ def flashcp(
         nothing = np.zeros_like(document_lengths)
         return ShardTable(np.arange(len(document_lengths)), nothing, document_lengths, nothing)
 
-    pairs = int(shard_work(0, document_lengths).sum())
-    least = least_largest_work(document_lengths, world_size)
+    workload = read_workload(document_lengths) if workload is None else workload.reduced
+    pairs = int(workload.document_pairs.sum())
+    least = least_largest_work(document_lengths, world_size, workload)
 
     def search(tolerance: float) -> tuple[ShardTable, int, int]:
         limit = max(int(tolerance * pairs / world_size), least)
         settings = (limit, round(64 * total_weight), max_split or world_size, granularity, multicast)
-        return *_search(document_lengths, world_size, budget, settings), limit
+        return *_search(document_lengths, world_size, budget, settings, workload), limit
 
     if cost is not None:
         plans = [search(1 + (tolerance - 1) * slack)[0] for slack in (1, 0.25, 4)]
-        plans += members(document_lengths, world_size)
-        return min(plans, key=lambda table: _predict(document_lengths, world_size, table, cost))
+        plans += members(document_lengths, world_size, workload)
+        return min(plans, key=lambda table: _predict(document_lengths, world_size, table, cost, workload))
     found, critical, limit = search(tolerance)
-    if largest_work(found, world_size) > limit and document_lengths.sum() <= FEW_ROWS * world_size:
-        found = exchange_rows(document_lengths, world_size, found, limit)
-        critical = int(ShardingPlan(document_lengths, world_size, found).route("exact").critical_rows)
+    if largest_work(found, world_size, workload) > limit and document_lengths.sum() <= FEW_ROWS * world_size:
+        found = exchange_rows(document_lengths, world_size, found, limit, workload)
+        critical = rows_of_layers(ShardingPlan(document_lengths, world_size, found, workload=workload)).critical
+    whole = keep_blocks_whole(document_lengths, world_size, found, limit, workload)
+    if whole is not found:
+        found = whole
+        critical = rows_of_layers(ShardingPlan(document_lengths, world_size, found, workload=workload)).critical
     if granularity > 1 or max_split is not None or multicast:
         return found  # the other strategies know nothing of these
-    better = best_member(document_lengths, world_size, limit, largest_work(found, world_size), critical)
+    better = best_member(document_lengths, world_size, limit, found, critical, workload)
     return found if better is None else better
 
 
 @cache
 def loops(compiled: bool) -> Sequence[Callable[..., Any]]:
-    """`fill` and `improve`, or their compiled twins: the same whole numbers, the same plan.
+    """`fill`, `fill_mix` and `improve`, or their compiled twins: the same whole numbers, the same plan.
 
     The plain ones, with a warning, where numba is not installed: the same plan, after seconds for a big window.
     """
     if compiled:
         try:
-            pairs = ((fill, FILLING), (improve, SEARCHING))
-            return [compiled_twins([loop], helpers, error_model="numpy")[0] for loop, helpers in pairs]
+            helpers, inlined = (*FILLING, *SEARCHING), (*COUNTING, *HOLDING)
+            return compiled_twins([fill, fill_mix, improve], helpers, inlined, error_model="numpy")
         except ModuleNotFoundError:
             warnings.warn("numba is not installed: big windows are planned uncompiled, slowly", stacklevel=2)
-    return fill, improve
+    return fill, fill_mix, improve
 
 
 def _search(
-    lengths: np.ndarray, world_size: int, budget: int | None, settings: tuple[int, int, int, int, bool]
+    lengths: np.ndarray,
+    world_size: int,
+    budget: int | None,
+    settings: tuple[int, int, int, int, bool],
+    workload: Workload,
 ) -> tuple[ShardTable, int]:
     """Fill, then search from several seeds, the better half going on each time. Returns the critical rows too."""
     small = int(lengths.sum()) <= SMALL_WINDOW
-    run_fill, run_improve = loops(compiled=not small)
-    order = np.argsort(-lengths, kind="stable")
-    first, bundle, divisible = _first_plan(lengths[order], world_size, run_fill, False)
+    run_fill, run_fill_mix, run_improve = loops(compiled=not small)
+    # Of very many documents the longest are planned one by one; the others are dealt into 8 bundles a rank, which
+    # differ by one document's length at most and leave every rank room: the 16 N longest have as many tokens a rank.
+    divisible = 16 * world_size + 256
+    if len(lengths) <= divisible + 8 * world_size:
+        divisible = len(lengths)
+    order, pairs = np.argsort(-lengths, kind="stable"), workload.document_pairs
+    density = None
+    if not workload.is_causal:
+        alone = order[:divisible]
+        order[:divisible] = alone[np.argsort(-pairs[alone] / lengths[alone], kind="stable")]  # densest first
+        density = density_of(workload, order[:divisible], int(lengths.sum()) // world_size)
+
+    def first_plan(look: bool) -> tuple[Holders, np.ndarray]:
+        holders, bundle, room, target = _bundled(lengths[order], pairs[order], divisible, world_size)
+        if density is None:
+            run_fill(holders, divisible, room, target, look)
+        else:
+            run_fill_mix(holders, divisible, room, target, density)
+        return holders, bundle
+
+    first, bundle = first_plan(look=False)
     many = len(first.length) * world_size > MANY
     if many:  # lengths of few kinds, far apart, are better filled as they come
-        plans = [_first_plan(lengths[order], world_size, run_fill, True)[0], first]
+        plans = [first_plan(look=True)[0], first]
         first = plans[0]
     if budget is None:
         budget = 400 if small else (200_000 if many else 44_000) + 250 * world_size
+        if density is not None:
+            budget = budget * 2 // 3  # a change takes longer
     whole = many and int(first.number.max()) == 1  # no document is cut: nothing travels
     trial = no_holders(np.zeros(3, dtype=np.int64), world_size + 2)
     starts = 2 if many else min(STARTS, max(1, budget // LEAST_MOVES))
@@ -139,33 +178,30 @@ def _search(
     rounds = starts.bit_length()
     for _ in range(rounds):
         moves = 0 if whole else budget // rounds // len(running)
-        reached = [run_improve(one, trial, divisible, world_size, moves, seed, *settings) for one, seed in running]
+        reached = [
+            run_improve(one, trial, divisible, world_size, moves, seed, *settings, density) for one, seed in running
+        ]
         ranked = sorted(range(len(running)), key=lambda i: (reached[i], i))
         running = [running[i] for i in ranked[: max(1, len(running) // 2)]]
     (excess, critical), (holders, seed) = reached[ranked[0]], running[0]
     for _ in range(EXTENSIONS):
         if excess == 0:
             break
-        excess, critical = run_improve(holders, trial, divisible, world_size, budget // rounds, seed, *settings)
+        moves = budget // rounds
+        excess, critical = run_improve(holders, trial, divisible, world_size, moves, seed, *settings, density)
     return _table(holders, lengths[order], order, bundle, divisible), int(critical)
 
 
-def _first_plan(
-    length: np.ndarray, world_size: int, run_fill: Callable[..., None], look: bool
-) -> tuple[Holders, np.ndarray, int]:
-    """The plan that `fill` makes of documents sorted longest first; which bundle each later one is in; how many are
-    alone. look: see `fill`.
-
-    Of very many documents the longest are planned one by one; the others are dealt into 8 bundles a rank, which
-    differ by one document's length at most and leave every rank room: the 16 N longest have as many tokens a rank.
+def _bundled(
+    length: np.ndarray, pairs: np.ndarray, alone: int, world_size: int
+) -> tuple[Holders, np.ndarray, np.ndarray, np.ndarray]:
+    """Documents in order, those after the first `alone` ones in bundles, which ranks hold; which bundle each later one
+    is in; and the rows and pairs that each rank lacks of an equal share of all, to the whole number.
     """
-    alone = 16 * world_size + 256
-    if len(length) <= alone + 8 * world_size:
-        alone = len(length)
     rest = length[alone:]
     bundle = np.arange(len(rest)) % (8 * world_size)
     bundles = min(len(rest), 8 * world_size)
-    bundle_rows, bundle_work = (sum_by(bundle, amount, bundles) for amount in (rest, shard_work(0, rest)))
+    bundle_rows, bundle_work = (sum_by(bundle, amount, bundles) for amount in (rest, pairs[alone:]))
 
     holders = no_holders(np.concatenate((length[:alone], bundle_rows)), world_size + 1)
     rank = np.arange(bundles) % world_size
@@ -174,12 +210,10 @@ def _first_plan(
         column[0, alone:] = values
 
     def missing(amounts: np.ndarray, bundled: np.ndarray) -> np.ndarray:
-        """What each rank lacks of an equal share of all, to the whole number."""
         share, left = divmod(int(amounts.sum()), world_size)
         return share + (np.arange(world_size) < left) - sum_by(rank, bundled, world_size)
 
-    run_fill(holders, alone, missing(length, bundle_rows), missing(shard_work(0, length), bundle_work), look)
-    return holders, bundle, alone
+    return holders, bundle, missing(length, bundle_rows), missing(pairs, bundle_work)
 
 
 def _table(holders: Holders, length: np.ndarray, order: np.ndarray, bundle: np.ndarray, divisible: int) -> ShardTable:
@@ -205,8 +239,8 @@ def _table(holders: Holders, length: np.ndarray, order: np.ndarray, bundle: np.n
     return pieces.take(pieces.rows > 0)
 
 
-def _predict(lengths: np.ndarray, world_size: int, table: ShardTable, cost: Cost) -> float:
-    plan = ShardingPlan(lengths, world_size, table)
-    route = plan.route("exact")
+def _predict(lengths: np.ndarray, world_size: int, table: ShardTable, cost: Cost, workload: Workload) -> float:
+    plan = ShardingPlan(lengths, world_size, table, workload=workload)
+    rows = rows_of_layers(plan)
     tiles = sum_by(plan.table.rank, -(-plan.table.rows // TILE), world_size)
-    return cost(plan.work, route.sent_rows, route.received_rows, tiles)
+    return cost(plan.work, rows.sent, rows.received, tiles)

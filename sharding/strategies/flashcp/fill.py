@@ -1,14 +1,14 @@
 """A first plan of `flashcp`: rank after rank is filled, to the row and to the pair.
 
-It runs as it stands, or compiled by numba: whole numbers only. What `fill` calls is in this file, because numba looks
-for changes in the file of the function that it compiles and in no other.
+It runs as it stands, or compiled by numba: whole numbers only.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from flashcp.sharding.strategies.flashcp.search import Holders
+from flashcp.sharding.strategies.flashcp.density import Density, below, split
+from flashcp.sharding.strategies.flashcp.state import Holders
 
 
 def hold(holders: Holders, document: int, rank: int, rows: int, work: int) -> None:
@@ -115,5 +115,55 @@ def fill(holders: Holders, documents: int, room: np.ndarray, target: np.ndarray,
             work -= pairs
 
 
+def fill_mix(holders: Holders, documents: int, room: np.ndarray, target: np.ndarray, density: Density) -> None:
+    """The same for any density, documents sorted densest first: whole if it fits, else tail and head, after as many
+    rows of the least dense documents as bring the mean down; as wanted to within what a row more or less changes.
+    """
+    low = np.zeros(documents, dtype=np.int64)
+    high = holders.length[:documents].copy()
+    densest, lightest = 0, documents - 1
+    for rank in range(len(room)):
+        rows, work = room[rank], target[rank]
+        last = rank == len(room) - 1
+        while rows > 0:
+            while high[densest] == low[densest]:
+                densest += 1
+            while high[lightest] == low[lightest]:
+                lightest -= 1
+            left = high[densest] - low[densest]
+            before = below(density, densest, low[densest])
+            pairs = below(density, densest, high[densest]) - before
+            if left <= rows and (pairs <= work or last):
+                hold(holders, densest, rank, left, pairs)
+                rows -= left
+                work -= pairs
+                low[densest] = high[densest]
+                continue
+            dense = pairs // left
+            below_light = below(density, lightest, low[lightest])
+            light = below(density, lightest, high[lightest]) - below_light
+            if dense > light // (high[lightest] - low[lightest]) and rows * dense > work:
+                first = below(density, lightest, low[lightest] + 1) - below_light
+                taken = max(1, (rows * dense - work) // max(dense - first, 1))
+                taken = min(taken, rows, high[lightest] - low[lightest])
+                pairs = below(density, lightest, low[lightest] + taken) - below_light
+                hold(holders, lightest, rank, taken, pairs)
+                low[lightest] += taken
+                rows -= taken
+                work -= pairs
+                continue
+            taken = min(rows, left)
+            tail = taken
+            if taken < left:
+                tail = split(density, densest, low[densest], high[densest], taken, work, before, before + pairs)
+            pairs = below(density, densest, low[densest] + taken - tail) - before
+            pairs += below(density, densest, high[densest]) - below(density, densest, high[densest] - tail)
+            hold(holders, densest, rank, taken, pairs)
+            high[densest] -= tail
+            low[densest] += taken - tail
+            rows -= taken
+            work -= pairs
+
+
 HELPERS = (hold, first_whole, last_to_close)
-"""What `fill` calls."""
+"""What `fill` and `fill_mix` call in this file."""

@@ -7,64 +7,85 @@ from collections.abc import Iterator
 import numpy as np
 
 from flashcp.sharding.documents import sum_by
+from flashcp.sharding.exchanges import rows_of_layers
+from flashcp.sharding.mask import NO_LIMIT
+from flashcp.sharding.masks import Workload
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies.equal_pieces import contiguous, per_document, per_sequence
+from flashcp.sharding.strategies.flashcp.blocks import cut_blocks, kept_blocks
 from flashcp.sharding.strategies.flashcp_paper import SINGLE_STEPS, TARGET_IMBALANCE, flashcp_paper, try_cut
 
 
-def members(lengths: np.ndarray, world_size: int) -> list[ShardTable]:
-    return [member(lengths, world_size) for member in (contiguous, per_document, per_sequence, flashcp_paper)]
+def members(lengths: np.ndarray, world_size: int, workload: Workload | None = None) -> list[ShardTable]:
+    tables = [member(lengths, world_size) for member in (contiguous, per_document, per_sequence)]
+    return [*tables, flashcp_paper(lengths, world_size, workload=workload)]
 
 
-def best_member(lengths: np.ndarray, world_size: int, limit: int, work: int, critical: int) -> ShardTable | None:
-    """The member's plan that beats (largest work above the limit, critical rows), None if there is none.
+def best_member(
+    lengths: np.ndarray, world_size: int, limit: int, found: ShardTable, critical: int, workload: Workload
+) -> ShardTable | None:
+    """The member's plan that beats the found one's (largest work above the limit, critical rows); None: none does.
 
-    Most members are not even built: what their rule says about the longest documents already rules them out.
+    critical: the found plan's, as the search counts them. Most members are not even built: what their rule says about
+    the longest documents already rules them out.
     """
+
+    def rows(table: ShardTable) -> int:
+        return rows_of_layers(ShardingPlan(lengths, world_size, table, workload=workload)).critical
+
     best = None
-    key = (max(work, limit), critical)
+    key = (max(largest_work(found, world_size, workload), limit), critical)
     if key == (limit, 0):
         return None
-    for table in _candidates(lengths, world_size, limit, key):
-        most = max(largest_work(table, world_size), limit)
-        if most > key[0]:
+    counted = workload.is_causal
+    kept = kept_blocks(workload.masks, int(lengths.sum()) // world_size)
+    cuts = cut_blocks(workload.masks, kept, found)
+    for table in _candidates(lengths, world_size, limit, key, workload):
+        most = max(largest_work(table, world_size, workload), limit)
+        if most > key[0] or cut_blocks(workload.masks, kept, table) > cuts:
             continue
-        rows = int(ShardingPlan(lengths, world_size, table).route("exact").critical_rows)
-        if (most, rows) < key:
-            key, best = (most, rows), table
+        if not counted:  # layers wait for their own busiest ranks, the search for one of all
+            key, counted = (key[0], rows(found)), True
+        if (most, rows(table)) < key:
+            key, best = (most, rows(table)), table
     return best
 
 
-def _candidates(lengths: np.ndarray, world_size: int, limit: int, key: tuple[int, int]) -> Iterator[ShardTable]:
+def _candidates(
+    lengths: np.ndarray, world_size: int, limit: int, key: tuple[int, int], workload: Workload
+) -> Iterator[ShardTable]:
     """The members' plans that may beat the key."""
     critical = key[1]
-    tokens, pairs = int(lengths.sum()), int((lengths * (lengths + 1) // 2).sum())
+    tokens, pairs = int(lengths.sum()), int(workload.document_pairs.sum())
+    # Layers in which the last row of a document reads all of it.
+    layers = sum(count * ((m.window == NO_LIMIT) & (m.chunk == NO_LIMIT)) for m, count in workload.kinds)
     # Else a member may win by its work, whatever its rows.
     balanced = key[0] <= limit and limit * world_size <= TARGET_IMBALANCE * pairs
     most = -(-tokens // world_size)
 
     # One rank holds the last rows of every document with at least 2N: it receives all of their other rows.
-    striped = int(lengths[lengths >= 2 * world_size].sum()) - most
+    long = lengths >= 2 * world_size
+    striped = int((layers * lengths)[long].sum()) - most * int(layers.max())
     if not balanced or striped < critical:
         yield contiguous(lengths, world_size)
         yield per_document(lengths, world_size)
     yield per_sequence(lengths, world_size)
 
-    # The paper's heuristic cuts the longest documents 2N ways, one more until its target is reached; the rank with
+    # The paper's heuristic cuts the heaviest documents 2N ways, one more until its target is reached; the rank with
     # their last rows holds two chunks of each.
-    longest_first = np.argsort(-lengths, kind="stable")
-    foreign = lengths[longest_first] - 2 * (lengths[longest_first] // (2 * world_size) + 1)
+    heaviest_first = np.argsort(-workload.document_pairs, kind="stable")
+    foreign = (layers * (lengths - 2 * (lengths // (2 * world_size) + 1)))[heaviest_first]
     received = np.concatenate(([0], np.cumsum(np.maximum(foreign, 0))))
     for cut in range(min(len(lengths), SINGLE_STEPS) + 1):
         if balanced and received[cut] >= critical:
             return
-        attempt = try_cut(lengths, longest_first, cut, world_size)
+        attempt = try_cut(lengths, heaviest_first, cut, world_size, workload)
         if attempt.imbalance <= TARGET_IMBALANCE:
             yield attempt.table()
             return
-    yield flashcp_paper(lengths, world_size)
+    yield flashcp_paper(lengths, world_size, workload=workload)
 
 
-def largest_work(table: ShardTable, world_size: int) -> int:
-    return int(sum_by(table.rank, table.work, world_size).max())
+def largest_work(table: ShardTable, world_size: int, workload: Workload) -> int:
+    return int(sum_by(table.rank, workload.pairs(*table[:3]), world_size).max())

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashcp.sharding.documents import document_offsets, expand_ranges
+from flashcp.sharding.documents import document_offsets, expand_ranges, sum_by
+from flashcp.sharding.masks import Workload
 from flashcp.sharding.shards import ShardTable
 
 
-def exchange_rows(lengths: np.ndarray, world_size: int, table: ShardTable, limit: int) -> ShardTable:
+def exchange_rows(
+    lengths: np.ndarray, world_size: int, table: ShardTable, limit: int, workload: Workload
+) -> ShardTable:
     """Swap rows of the rank with most work against lighter rows of others until all are within the limit.
 
     Rows that both ranks read anyhow come first: such a swap adds nothing to what they receive. Stops where no swap
@@ -18,11 +21,12 @@ def exchange_rows(lengths: np.ndarray, world_size: int, table: ShardTable, limit
     owner = np.empty(offsets[-1], dtype=np.int64)
     owner[expand_ranges(offsets[table.document] + table.start, table.rows)] = np.repeat(table.rank, table.rows)
     document = np.repeat(np.arange(len(lengths)), lengths)
-    pairs = np.arange(offsets[-1]) - offsets[document] + 1  # work of each row, and its position + 1
-    work = np.bincount(owner, weights=pairs, minlength=world_size).astype(np.int64)
+    position = np.arange(offsets[-1]) - offsets[document]
+    pairs = workload.pairs(document, position, position + 1)
+    work = sum_by(owner, pairs, world_size)
     while work.max() > limit:
         giver = int(work.argmax())
-        swap = _best_swap(owner, document, pairs, work, giver, limit)
+        swap = _best_swap(owner, document, position, pairs, work, giver, limit)
         if swap is None:
             break
         mine, theirs, taker = swap
@@ -40,7 +44,13 @@ def exchange_rows(lengths: np.ndarray, world_size: int, table: ShardTable, limit
 
 
 def _best_swap(
-    owner: np.ndarray, document: np.ndarray, pairs: np.ndarray, work: np.ndarray, giver: int, limit: int
+    owner: np.ndarray,
+    document: np.ndarray,
+    position: np.ndarray,
+    pairs: np.ndarray,
+    work: np.ndarray,
+    giver: int,
+    limit: int,
 ) -> tuple[int, int, int] | None:
     """The rows (the giver's, another's) and the other rank whose swap takes most of what the giver has too much.
 
@@ -56,13 +66,13 @@ def _best_swap(
         theirs = np.flatnonzero(owner == taker)
         gain = pairs[mine][:, None] - pairs[theirs][None, :]
         same = document[mine][:, None] == document[theirs][None, :]
-        reach = np.where(same, pairs[theirs], 0).max(axis=1, initial=0)  # where its last piece of each document ends
+        reach = np.where(same, position[theirs], -1).max(axis=1, initial=-1)  # the last row it holds of each document
         if len(mine) > len(theirs):
             theirs = np.append(theirs, -1)
             gain = np.column_stack((gain, pairs[mine]))
             same = np.column_stack((same, np.full(len(mine), True)))
         # A row above the end of the other rank would make it read more.
-        free = same & (pairs[mine] <= reach)[:, None]
+        free = same & (position[mine] <= reach)[:, None]
         useful = np.where((gain > 0) & (gain <= limit - work[taker]), np.minimum(gain, over), 0)
         for is_free, value in ((1, np.where(free, useful, 0)), (0, useful)):
             at = int(value.argmax())

@@ -1,8 +1,7 @@
 """The local search of `flashcp` that improves a first plan.
 
 Two ranks exchange documents and divide one of them anew; the change stays if it is not worse. All of it runs as it
-stands, or compiled by numba: whole numbers only. It is one file because numba looks for changes in the file
-of the function that it compiles and in no other.
+stands, or compiled by numba: whole numbers only.
 """
 
 from __future__ import annotations
@@ -11,90 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-
-class Holders(NamedTuple):
-    """Who holds how much of each document, int64. Documents are sorted, longest first; bundles come last.
-
-    A bundle is several whole short documents that move together; its length is their tokens.
-    The pieces follow from the holders' order (`layout`). Few documents have many holders, and those are the first:
-    with slots outermost only the beginning of most pages is ever touched, or none of them.
-    """
-
-    length: np.ndarray  # [documents]
-    number: np.ndarray  # [documents] holders of each
-    rank: np.ndarray  # [slots, documents] the holders, in the order in which they take their tails
-    rows: np.ndarray  # [slots, documents]
-    work: np.ndarray  # [slots, documents]
-    tail: np.ndarray  # [slots, documents] rows taken from the end; the others are taken from the start
-
-
-def no_holders(length: np.ndarray, slots: int) -> Holders:
-    """Documents that nobody holds yet, with room for `slots` holders each."""
-    return Holders(length, np.zeros_like(length), *np.zeros((4, slots, len(length)), dtype=np.int64))
-
-
-def find(holders: Holders, document: int, rank: int) -> int:
-    """Slot of a rank among the holders of a document, -1 if it holds nothing."""
-    for slot in range(holders.number[document]):
-        if holders.rank[slot, document] == rank:
-            return slot
-    return -1
-
-
-def layout(holders: Holders, document: int, granularity: int) -> None:
-    """Find the tails that give every holder its work, to the nearest row; write down the work that results.
-
-    In order, each holder takes a tail from the end of what is left of the document and its other rows from the
-    start; the last takes what remains. Moving one of its `rows` from the head to the tail of the interval
-    [low, high) adds high - low - rows to its work: one division. What one holder gets too much or too little is
-    asked of the next, so that the sum stays.
-    """
-    last = holders.number[document] - 1
-    low, high, owed = 0, holders.length[document], 0
-    for slot in range(last):
-        rows = holders.rows[slot, document]
-        heads_only = rows * low + rows * (rows + 1) // 2
-        span = high - low - rows  # > 0: later holders have rows too
-        wanted = holders.work[slot, document] + owed
-        tail = (wanted - heads_only + span // 2) // span
-        if granularity > 1:  # the tail begins on a multiple where the rows allow it
-            tail = high - (high - tail + granularity // 2) // granularity * granularity
-        tail = min(max(tail, 0), rows)
-        work = heads_only + tail * span
-        owed = wanted - work
-        holders.work[slot, document] = work
-        holders.tail[slot, document] = tail
-        high -= tail
-        low += rows - tail
-    holders.tail[last, document] = high - low
-    if last > 0:
-        holders.work[last, document] = (low + high + 1) * (high - low) // 2
-
-
-def charge(holders: Holders, document: int, sign: int, multicast: bool, sent: np.ndarray, received: np.ndarray) -> None:
-    """Add (sign 1) or take away (-1) what a document makes each rank send and receive under the exact exchange.
-
-    A rank receives the rows below its end that it does not hold. A row of a tail is read by the holders before,
-    a head by all others; a holder without a tail ends with its heads and reads only the heads below them.
-    With multicast a row leaves its owner once, however many ranks read it.
-    """
-    last = holders.number[document] - 1
-    low, high, tailless = 0, holders.length[document], 0
-    for slot in range(last + 1):
-        rank = holders.rank[slot, document]
-        rows = holders.rows[slot, document]
-        tail = holders.tail[slot, document]
-        tail_readers, head_readers = slot - tailless, last - tailless
-        if multicast:
-            tail_readers, head_readers = min(tail_readers, 1), min(head_readers, 1)
-        sent[rank] += sign * (tail * tail_readers + (rows - tail) * head_readers)
-        if tail > 0:
-            received[rank] += sign * (high - rows)
-        else:
-            received[rank] += sign * low
-            tailless += 1
-        high -= tail
-        low += rows - tail
+from flashcp.sharding.strategies.flashcp.density import Density, below
+from flashcp.sharding.strategies.flashcp.state import Holders, charge, find, layout
 
 
 def put(holders: Holders, document: int, rank: int, rows: int, work: int) -> None:
@@ -266,11 +183,13 @@ def improve(
     max_split: int,
     granularity: int,
     multicast: bool,
+    density: Density | None,
 ) -> tuple[int, int]:
     """Try `moves` changes on `holders`, in place. Returns the work above the limit and the critical rows.
 
     trial: three documents' worth of scratch. divisible: documents from here on are bundles and stay whole.
     limit: largest work a rank should have. weight: of the mean of sent and received rows, in 1/64.
+    density: of the documents that are no bundles; None: causal.
     """
     documents = len(holders.length)
     number = np.zeros(world_size, dtype=np.int64)
@@ -280,9 +199,9 @@ def improve(
     held = Held(number, np.empty((world_size, documents), dtype=np.int64))
     wide = 0  # holders beyond max_split, over all documents
     for document in range(documents):
-        layout(holders, document, granularity)
+        layout(holders, document, document, granularity, density)
         weigh(holders, document, 1, work)
-        charge(holders, document, 1, multicast, loads.sent, loads.received)
+        charge(holders, document, document, 1, multicast, density, loads.sent, loads.received)
         wide += max(0, holders.number[document] - max_split)
         for slot in range(holders.number[document]):
             note(held, document, holders.rank[slot, document])
@@ -355,7 +274,10 @@ def improve(
             moved, moved_work = holders.rows[slot, from_a], holders.work[slot, from_a]
             if kind >= 32 - parts and moved > 1 and from_a < divisible:
                 moved = 1 + draw(seed, moved - 1)
-                moved_work = min(moved_work, moved * (moved + 1) // 2)
+                if density is None:
+                    moved_work = min(moved_work, moved * (moved + 1) // 2)
+                else:
+                    moved_work = min(moved_work, below(density, from_a, moved))
             need += moved
             work_a -= moved_work
             work_b += moved_work
@@ -410,7 +332,7 @@ def improve(
         # Only the ranks that hold a changed document have other loads then.
         count, new_wide = 0, wide
         for i in range(changes):
-            layout(trial, i, granularity)
+            layout(trial, i, changed[i], granularity, density)
             count = touch(touched, count, loads, holders, changed[i])
             count = touch(touched, count, loads, trial, i)
             new_wide += max(0, trial.number[i] - max_split) - max(0, holders.number[changed[i]] - max_split)
@@ -430,8 +352,8 @@ def improve(
         for i in range(count):
             new_energy -= energy_of(loads, touched.rank[i], weight, shift)
         for i in range(changes):
-            charge(holders, changed[i], -1, multicast, loads.sent, loads.received)
-            charge(trial, i, 1, multicast, loads.sent, loads.received)
+            charge(holders, changed[i], changed[i], -1, multicast, density, loads.sent, loads.received)
+            charge(trial, i, changed[i], 1, multicast, density, loads.sent, loads.received)
         for i in range(count):
             new_energy += energy_of(loads, touched.rank[i], weight, shift)
         if new_excess == excess and new_energy > energy:
@@ -449,8 +371,5 @@ def improve(
     return excess, max(loads.sent[busiest], loads.received[busiest])
 
 
-HELPERS = (
-    *(find, layout, charge, put, note, forget),
-    *(propose_split, propose_moved, adopt, draw, energy_of, weigh, touch, worst),
-)
-"""What `improve` calls."""
+HELPERS = (put, note, forget, propose_split, propose_moved, adopt, draw, energy_of, weigh, touch, worst)
+"""What `improve` calls in this file."""

@@ -188,3 +188,45 @@ def test_short_last_window_is_left_out_when_ranks_outnumber_its_tokens(capsys: p
     out, err = capsys.readouterr()
     assert json.loads(out)["windows"] == 1
     assert err == "left out: a last window of 2 tokens, fewer than 4 ranks\n"
+
+
+def test_a_model_is_planned_for_by_its_mix(plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Means over the layers, of the sum of their work; narrowed layers read less."""
+    overrides = ["windows=2", "context=16384", "world_size=4", "method=per_document"]
+    (causal,), (mixed,) = (plan(*overrides, *more)["methods"] for more in ([], ["model=gemma3-27b"]))
+    packs = read_packs({"source": "wlb_llm"}, 16384, 2, 0)
+    layers = [(flashcp.Mask(), 10), (flashcp.Mask("window", 1024), 52)]
+    made = [flashcp.plan(pack, 4, "per_document", layers=layers) for pack in packs]
+    assert mixed["imbalance"] == pytest.approx(np.mean([one.imbalance for one in made]))
+    assert mixed["critical_rows"] == causal["critical_rows"]  # every row goes to everybody
+    exact = plan(*overrides, "exchange=exact", "model=gemma3-27b")["methods"][0]
+    rows = [[one.route("exact", window=w).critical_rows for w in (None, 1024)] for one in made]
+    assert exact["critical_rows"] == pytest.approx(np.mean([(10 * a + 52 * b) / 62 for a, b in rows]))
+    assert main(["plan", *overrides, "model=gemma3-27b"]) == 0
+    head = "gemma3-27b, 62 layers of 32 query and 16 KV heads of 128, 52 of them with 1024 keys back"
+    assert f"; {head}: rows are means over its layers" in capsys.readouterr().out
+
+
+def test_a_picture_of_a_mix_shows_what_every_kind_of_layer_sees(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[np.ndarray] = []
+    monkeypatch.setattr(
+        picture, "_corners", lambda one, corners=picture._corners: drawn.extend(corners(one)) or corners(one)
+    )
+    layers = [(flashcp.Mask(), 1), (flashcp.Mask("chunk", 40), 1)]
+    made = flashcp.plan([100, 28], 2, "contiguous", layers=layers)
+    picture.draw_plan(made, "exact", tmp_path / "mix.png")
+    areas = [
+        0.5 * abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) for x, y in (c.astype(float).T for c in drawn)
+    ]
+    causal, chunks = sum(areas[: len(made.table.rank)]), sum(areas[len(made.table.rank) :])
+    assert causal == (100**2 + 28**2) / 2  # trapezoids go through the middle of rows
+    assert chunks == made.narrow(chunk=40).work.sum()
+
+
+def test_models_that_no_layer_fits_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "model=gemma3-27b", "model.chunk=5"]) == 2
+    assert capsys.readouterr().err == (
+        "flashcp: error: model.narrowed_layers=52 with window=1024, chunk=5: expected one of the two, or none\n"
+    )

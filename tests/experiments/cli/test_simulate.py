@@ -238,3 +238,21 @@ def test_a_batch_says_who_has_its_windows(simulate: Any) -> None:
     placed = {one["name"]: (one["data_parallel"], one["head_ranks"]) for one in document["methods"]}
     assert placed.pop("flashcp")[0] == 1
     assert placed == {"llama3": (4, 1), "ulysses_best_effort": (4, 4), "flashcp:d4:h2": (4, 2)}
+
+
+def test_every_model_is_simulated_as_it_is_published(simulate: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Heads divide, mixes fit, and a window makes a layer cheaper than none."""
+    names = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))
+    assert {"llama3-8b", "gemma3-27b", "gpt-oss-120b", "qwen3-32b"} <= set(names)
+    small = ["windows=1", "context=32768", "world_size=8", "methods=[llama3,flashcp]"]
+    for name in names:
+        document = simulate(*small, f"model={name}")
+        assert document["model"]["name"] == name
+        assert all(one["module_ms"] > 0 for one in document["methods"])
+    mixed, causal = (
+        simulate(*small, "model=gpt-oss-120b", *more)["methods"][0]["attention_ms"]
+        for more in ([], ["model.window=0", "model.narrowed_layers=0"])
+    )
+    assert mixed < 0.7 * causal
+    assert main(["simulate", *small, "model=bert-large"]) == 0
+    assert "; bert-large, 24 layers of 16 query and 16 KV heads of 64, full attention\n" in capsys.readouterr().out

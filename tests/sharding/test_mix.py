@@ -1,0 +1,197 @@
+"""Plans for masks and layer mixes: balanced as counted pair by pair, bounds that nothing beats, whole blocks."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+import flashcp
+from flashcp.sharding.bounds import certificate
+from flashcp.sharding.exchanges import rows_of_layers
+from flashcp.sharding.lengths import windows
+from flashcp.sharding.mask import Mask
+from flashcp.sharding.masks import read_workload
+from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.strategies import STRATEGIES
+from flashcp.sharding.strategies.flashcp.blocks import cut_blocks, kept_blocks
+from flashcp.sharding.strategies.flashcp.density import below, density_of
+from flashcp.sharding.strategies.flashcp.members import members
+from flashcp.sharding.strategies.flashcp.state import charge, layout, no_holders
+from tests.sharding.test_masks import dense, random_mask
+
+GEMMA = [(Mask("causal"), 8), (Mask("window", 1024), 40)]
+GPT_OSS = [(Mask("causal"), 18), (Mask("window", 128), 18)]
+MIXES = [None, [(Mask("causal"), 2), (Mask("window", 7), 5)], [(Mask("window", 3), 1)], [(Mask("causal"), 4)]]
+PACKS = 1000  # for each of the seeds
+
+
+def random_pack(rng: random.Random) -> tuple[list[int], list[Mask], list[tuple[Mask, int]] | None, int]:
+    lengths = [rng.randint(1, rng.choice([3, 40])) for _ in range(rng.randint(1, 6))]
+    masks = [random_mask(rng, rows) for rows in lengths]
+    return lengths, masks, rng.choice(MIXES), rng.randint(1, min(6, sum(lengths)))
+
+
+def dense_work(plan: ShardingPlan, masks: list[Mask], layers: list[tuple[Mask, int]] | None) -> list[int]:
+    """Pairs of each rank, counted one by one in every layer."""
+    work = [0] * plan.world_size
+    for window, count in [(mask.size, count) for mask, count in layers or [(Mask(), 1)]]:
+        for document, start, stop, rank in plan.shards:
+            seen = dense(masks[document], int(plan.document_lengths[document]), window)
+            work[rank] += count * int(seen[start:stop].sum())
+    return work
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_random_packs_are_covered_balanced_in_tokens_and_above_their_bounds(strategy: str) -> None:
+    rng = random.Random(strategy)
+    for _ in range(PACKS if strategy != "flashcp" else PACKS // 2):
+        lengths, masks, layers, ranks = random_pack(rng)
+        options = {"budget": 60} if strategy == "flashcp" else {}
+        plan = flashcp.plan(lengths, ranks, strategy, masks=masks, layers=layers, **options)
+        what = f"{lengths} {masks} {layers} {ranks}"
+        assert np.ptp(plan.tokens) <= 1, what  # the plan itself checks that every row is on one rank
+        assert plan.work.tolist() == dense_work(plan, masks, layers), what
+        gaps = plan.certificate.gaps
+        assert gaps is not None
+        assert min(gaps) >= 0, what
+        assert plan == flashcp.plan(lengths, ranks, strategy, masks=masks, layers=layers, **options), what
+
+
+def test_bounds_hold_for_plans_made_for_something_else() -> None:
+    """A plan may cut where no strategy would for these masks."""
+    rng = random.Random(5)
+    for _ in range(PACKS):
+        lengths, masks, layers, ranks = random_pack(rng)
+        workload = read_workload(np.array(lengths), masks, layers)
+        table = STRATEGIES[rng.choice(["per_document", "contiguous", "per_sequence"])](np.array(lengths), ranks)
+        gaps = ShardingPlan(np.array(lengths), ranks, table, workload=workload).certificate.gaps
+        assert gaps is not None
+        assert min(gaps) >= 0, f"{lengths} {masks} {layers} {ranks}"
+
+
+def test_bounds_of_masks_are_not_all_nothing() -> None:
+    lengths = np.array([100_000, 31_072])
+    causal, gemma = (certificate(lengths, 8, workload=read_workload(lengths, None, mix)) for mix in (None, GEMMA))
+    assert 0.5 * 8 * causal.critical_rows < gemma.critical_rows <= 8 * causal.critical_rows
+    full = certificate(lengths, 8, workload=read_workload(lengths, Mask("full")))
+    assert full.total_rows > 5 * 100_000
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_density_counts_what_the_workload_counts(seed: int) -> None:
+    """Exactly outside blocks, and at their ends; inside, for those that start with the document."""
+    rng = random.Random(seed)
+    lengths, masks, _, _ = random_pack(rng)
+    workload = read_workload(np.array(lengths), masks, MIXES[1])
+    order = np.argsort(-np.array(lengths), kind="stable")
+    density = density_of(workload, order, 10)
+    start, stop = workload.masks.block_start, workload.masks.block_stop
+    for at, document in enumerate(order.tolist()):
+        for row in range(lengths[document] + 1):
+            of = workload.masks.block_document == document
+            if not (of & (start > 0) & (start < row) & (row < stop)).any():
+                expected = int(workload.pairs_below(np.array([document]), np.array([row]))[0])
+                assert below(density, at, row) == expected
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask("full"), Mask("window", 40), Mask("chunk", 64), Mask("prefix", 30)])
+def test_the_search_charges_what_the_routes_count(mask: Mask) -> None:
+    """Of one document on four ranks whose pieces are longer than the windows."""
+    workload = read_workload(np.array([1000]), mask, [(Mask(), 2), (Mask("window", 20), 3)])
+    density = density_of(workload, np.array([0]), 250)
+    holders = no_holders(np.array([1000]), 5)
+    holders.number[0] = 4
+    holders.rank[:4, 0], holders.rows[:4, 0], holders.work[:4, 0] = (
+        (2, 0, 3, 1),
+        250,
+        int(workload.document_pairs[0] / 4),
+    )
+    layout(holders, 0, 0, 1, density)
+    sent, received = np.zeros((2, 4), dtype=np.int64)
+    charge(holders, 0, 0, 1, False, density, sent, received)
+    assert int(holders.work[:4, 0].sum()) == workload.document_pairs[0]
+    shards, low, high = [], 0, 1000
+    for slot in range(4):
+        rank, tail = int(holders.rank[slot, 0]), int(holders.tail[slot, 0])
+        head = 250 - tail
+        shards += [(0, low, low + head, rank)] if head else []
+        shards += [(0, high - tail, high, rank)] if tail else []
+        low, high = low + head, high - tail
+    plan = ShardingPlan.from_shards([1000], 4, shards, mask, [(Mask(), 2), (Mask("window", 20), 3)])
+    rows = rows_of_layers(plan)
+    assert plan.work[holders.rank[:4, 0]].tolist() == holders.work[:4, 0].tolist()
+    assert sent.tolist() == rows.sent.tolist()
+    assert received.tolist() == rows.received.tolist()
+
+
+@pytest.mark.parametrize("layers", [GEMMA, GPT_OSS], ids=["gemma", "gpt_oss"])
+@pytest.mark.parametrize("data", ["wlb_llm", "pile", "redpajama"])
+@pytest.mark.parametrize("world_size", [8, 64])
+def test_a_mix_is_balanced_where_a_causal_plan_is_not(
+    data: str, layers: list[tuple[Mask, int]], world_size: int
+) -> None:
+    for lengths in windows(data, 131_072, 2, seed=11):
+        plan = flashcp.plan(lengths, world_size, layers=layers)
+        assert np.ptp(plan.tokens) <= 1
+        assert plan.imbalance <= 1.01
+        causal = flashcp.plan(lengths, world_size)
+        same = ShardingPlan(lengths, world_size, causal.table, workload=plan.workload)
+        assert plan.imbalance < same.imbalance + 0.0005
+        if same.imbalance <= 1.01:  # two searches, neither of which finds the best
+            assert rows_of_layers(plan).critical <= 1.15 * rows_of_layers(same).critical
+
+
+def test_layers_that_are_all_causal_make_the_causal_plan() -> None:
+    lengths = next(windows("pile", 131_072, 1, seed=3))
+    causal = flashcp.plan(lengths, 8)
+    for layers in ([(Mask(), 48)], [(Mask(), 8), (Mask("window", 131_072), 40)]):
+        assert all(map(np.array_equal, flashcp.plan(lengths, 8, layers=layers).table, causal.table))
+
+
+@pytest.mark.parametrize("world_size", [3, 8, 64])
+@pytest.mark.parametrize("mask", [Mask("full"), Mask("window", 500), Mask("chunk", 8192), Mask("prefix", 300)])
+def test_one_mask_for_all_documents(mask: Mask, world_size: int) -> None:
+    lengths = next(windows("wlb_llm", 131_072, 1, seed=4))
+    plan = flashcp.plan(lengths, world_size, masks=mask)
+    assert np.ptp(plan.tokens) <= 1
+    assert plan.imbalance <= 1.01
+
+
+def test_a_window_is_cut_into_pieces_side_by_side() -> None:
+    """All that a cut costs is its halo: nobody should receive much more than two."""
+    plan = flashcp.plan([131_072], 8, masks=Mask("window", 1024))
+    assert plan.imbalance <= 1.01
+    assert plan.route("exact").critical_rows <= 2 * 1023
+
+
+@pytest.mark.parametrize("layers", [None, [(Mask("causal"), 1), (Mask("window", 256), 5)]], ids=["causal", "mix"])
+@pytest.mark.parametrize("world_size", [4, 16])
+def test_cuts_spare_blocks_that_fit_on_a_rank(world_size: int, layers: list[tuple[Mask, int]] | None) -> None:
+    rng = random.Random(world_size)
+    for _ in range(6):
+        lengths, masks = [], []
+        while sum(lengths) < 60_000:
+            blocks, row = [], 0
+            for _ in range(rng.randint(0, 30)):
+                row += rng.randint(0, 400)
+                blocks.append((row, row + 256))
+                row += 256
+            lengths.append(row + rng.randint(1, 3000))
+            masks.append(Mask("causal", blocks=blocks))
+        plan = flashcp.plan(lengths, world_size, masks=masks, layers=layers)
+        kept = kept_blocks(plan.masks, sum(lengths) // world_size)
+        assert kept.all()
+        assert cut_blocks(plan.masks, kept, plan.table) == 0
+        assert np.ptp(plan.tokens) <= 1
+        assert plan.imbalance <= 1.01
+        cuts = [cut_blocks(plan.masks, kept, table) for table in members(plan.document_lengths, world_size)]
+        assert min(cuts) > 0  # so there was something to spare
+
+
+def test_blocks_that_leave_no_rows_are_cut_and_ranks_stay_equal() -> None:
+    """Whole blocks would leave one rank with 80 rows."""
+    plan = flashcp.plan([121], 2, masks=Mask("causal", blocks=[(0, 40), (40, 80), (80, 120)]))
+    assert np.ptp(plan.tokens) <= 1
+    assert cut_blocks(plan.masks, kept_blocks(plan.masks, 60), plan.table) > 0
