@@ -299,8 +299,9 @@ def test_rows_that_see_nothing_beside_rows_that_do() -> None:
 def test_auto_on_a_gpu_refuses_what_never_ran_there() -> None:
     from flashcp.kernels.launch import TritonAttention
 
-    q = torch.empty(8, 1, 16, device="meta")
+    q, wide = (torch.empty(8, 1, dim, device="meta") for dim in (16, 32))
     masked = whole_pack_schedule(np.array([8]), read_masks(Mask("window", 2), np.array([8])))
-    for schedule, softcap in ((masked, 0.0), (whole_pack_schedule(np.array([8])), 50.0)):
-        with pytest.raises(ValueError, match=r"attention=.auto. with masks or softcap on a GPU.*attention=.triton."):
-            TritonAttention(asked=False).attend(q, KV(q, q), KV(q, q), schedule, 0.25, softcap=softcap)
+    causal = whole_pack_schedule(np.array([8]))
+    for schedule, softcap, v in ((masked, 0.0, q), (causal, 50.0, q), (causal, 0.0, wide)):
+        with pytest.raises(ValueError, match=r"attention=.auto. with masks, softcap or .* expected attention=.triton."):
+            TritonAttention(asked=False).attend(q, KV(q, v), KV(q, v), schedule, 0.25, softcap=softcap)
