@@ -70,8 +70,8 @@ class _Prepared(NamedTuple):
 
 class TritonAttention(AttentionKernel):
     """Attention by the kernels of this folder. tuning: block shapes that replace the table's (`kernels/tuning.py`).
-    asked: whether the user named it, else masks and softcap, which were compiled for GPUs and never ran on one, are
-    refused there.
+    asked: whether the user named it, else masks, softcap and values of another head_dim are refused on a GPU: they were
+    compiled for GPUs and never ran on one.
 
     The tables of a schedule are built once per pass and live as long as the schedule does.
     """
@@ -244,9 +244,10 @@ class TritonAttention(AttentionKernel):
                 "torch.float32 or torch.float16, or attention='cpu'"
             )
         intervals = schedule.seen is not None
-        if not self.asked and q.device.type != "cpu" and (intervals or softcap):
+        if not self.asked and q.device.type != "cpu" and not _is_plain(q, local, schedule, softcap):
             raise ValueError(
-                "attention='auto' with masks or softcap on a GPU, where they never ran: expected attention='triton'"
+                "attention='auto' with masks, softcap or another head_dim of v on a GPU, where they never ran: "
+                "expected attention='triton'"
             )
         kept = self._prepared.setdefault(schedule, {})
         group = q.shape[1] // local.k.shape[1]
@@ -305,10 +306,13 @@ class TritonAttention(AttentionKernel):
         return blocks, heads, forward and heads == 1 and blocks.block_m == HOPPER_ROWS
 
 
+def _is_plain(q: Tensor, local: KV, schedule: Schedule, softcap: float) -> bool:
+    """Whether documents are causal, without softcap and of one head_dim: what ran on GPUs, and what Hopper knows."""
+    return schedule.seen is None and not softcap and local.v.shape[2] == q.shape[2]
+
+
 def _is_hopper(q: Tensor, local: KV, schedule: Schedule, softcap: float) -> bool:
-    """Whether Hopper's own kernels may run: they know causal documents, no softcap and one head_dim."""
-    plain = schedule.seen is None and not softcap and local.v.shape == local.k.shape
-    return plain and architecture(q.device) == "sm_90" and _hopper_takes(q)
+    return _is_plain(q, local, schedule, softcap) and architecture(q.device) == "sm_90" and _hopper_takes(q)
 
 
 def _numbers(scale: float, softcap: float) -> tuple[float, float | None]:

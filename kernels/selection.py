@@ -32,7 +32,7 @@ def attention_name(name: str, device: torch.device) -> str:
 def select_attention(name: str, device: torch.device, tuning: Tuning | None = None) -> AttentionKernel:
     """The implementation for a device. tuning: block shapes that replace the table's (`triton` alone has any).
 
-    What `auto` selects on a GPU refuses masks and softcap when it meets them, for there they never ran. Raises
+    What `auto` selects on a GPU refuses masks, softcap and another head_dim of v, which never ran there. Raises
     ValueError for an unknown name, a device it does not run on, and `triton` on a CPU without the interpreter.
     """
     asked, name = name != "auto", attention_name(name, device)

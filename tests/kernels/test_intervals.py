@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashcp.kernels.interface import KV, WaitFlags
 from flashcp.kernels.intervals import interval_key_tiles, interval_query_tiles, visited_blocks
-from flashcp.kernels.schedule import whole_pack_schedule
+from flashcp.kernels.schedule import build_schedule, whole_pack_schedule
 from flashcp.kernels.selection import select_attention
 from flashcp.kernels.tiles import RECEIVED, Tiles
 from flashcp.kernels.tuning import Blocks, Pass, Tuning, computed_pairs
@@ -228,6 +228,19 @@ def test_work_grows_with_the_window() -> None:
     assert counted[40_000] == [256 * 255 // 2, 256]
 
 
+def test_a_tile_lists_and_waits_for_what_its_rows_see_alone() -> None:
+    plan = ShardingPlan.from_shards([96], 2, [(0, 0, 48, 0), (0, 48, 96, 1)], Mask("window", 9))
+    local, received = plan.local(1), plan.route("all_gather").received(1)
+    tiles = interval_query_tiles(build_schedule(local, local, received, plan.masks), 48, 16, by_source=True)
+    assert tiles.table[:, 1].tolist() == [16, 32, 0]
+    assert tiles.ready == 2
+    others = build_schedule(local, received=received, masks=plan.masks)
+    assert interval_query_tiles(others, 48, 16).table.tolist() == [[0, 0, 16, 0, 1]]
+    keys = interval_key_tiles(others, 48, 16)
+    assert keys.table.tolist() == [[48, 32, 48, 0, 1]]
+    assert keys.rows == (0, 16)
+
+
 def hidden_rows() -> None:
     """NaN in all keys that no row of a tile sees: they are not read, not even to be multiplied by 0."""
     rows, window = 96, 20
@@ -286,8 +299,9 @@ def test_rows_that_see_nothing_beside_rows_that_do() -> None:
 def test_auto_on_a_gpu_refuses_what_never_ran_there() -> None:
     from flashcp.kernels.launch import TritonAttention
 
-    q = torch.empty(8, 1, 16, device="meta")
+    q, wide = (torch.empty(8, 1, dim, device="meta") for dim in (16, 32))
     masked = whole_pack_schedule(np.array([8]), read_masks(Mask("window", 2), np.array([8])))
-    for schedule, softcap in ((masked, 0.0), (whole_pack_schedule(np.array([8])), 50.0)):
-        with pytest.raises(ValueError, match=r"attention=.auto. with masks or softcap on a GPU.*attention=.triton."):
-            TritonAttention(asked=False).attend(q, KV(q, q), KV(q, q), schedule, 0.25, softcap=softcap)
+    causal = whole_pack_schedule(np.array([8]))
+    for schedule, softcap, v in ((masked, 0.0, q), (causal, 50.0, q), (causal, 0.0, wide)):
+        with pytest.raises(ValueError, match=r"attention=.auto. with masks, softcap or .* expected attention=.triton."):
+            TritonAttention(asked=False).attend(q, KV(q, v), KV(q, v), schedule, 0.25, softcap=softcap)
