@@ -24,7 +24,7 @@ from tests.sharding.test_masks import dense, random_mask
 GEMMA = [(Mask("causal"), 8), (Mask("window", 1024), 40)]
 GPT_OSS = [(Mask("causal"), 18), (Mask("window", 128), 18)]
 MIXES = [None, [(Mask("causal"), 2), (Mask("window", 7), 5)], [(Mask("window", 3), 1)], [(Mask("causal"), 4)]]
-PACKS = 1000  # for each of the seeds
+PACKS = 500  # for each strategy
 
 
 def random_pack(rng: random.Random) -> tuple[list[int], list[Mask], list[tuple[Mask, int]] | None, int]:
@@ -36,17 +36,18 @@ def random_pack(rng: random.Random) -> tuple[list[int], list[Mask], list[tuple[M
 def dense_work(plan: ShardingPlan, masks: list[Mask], layers: list[tuple[Mask, int]] | None) -> list[int]:
     """Pairs of each rank, counted one by one in every layer."""
     work = [0] * plan.world_size
+    lengths = plan.document_lengths.tolist()
     for window, count in [(mask.size, count) for mask, count in layers or [(Mask(), 1)]]:
+        seen = [dense(mask, rows, window).sum(axis=1) for mask, rows in zip(masks, lengths, strict=True)]
         for document, start, stop, rank in plan.shards:
-            seen = dense(masks[document], int(plan.document_lengths[document]), window)
-            work[rank] += count * int(seen[start:stop].sum())
+            work[rank] += count * int(seen[document][start:stop].sum())
     return work
 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 def test_random_packs_are_covered_balanced_in_tokens_and_above_their_bounds(strategy: str) -> None:
     rng = random.Random(strategy)
-    for _ in range(PACKS if strategy != "flashcp" else PACKS // 2):
+    for _ in range(PACKS):
         lengths, masks, layers, ranks = random_pack(rng)
         options = {"budget": 60} if strategy == "flashcp" else {}
         plan = flashcp.plan(lengths, ranks, strategy, masks=masks, layers=layers, **options)
