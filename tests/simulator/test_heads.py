@@ -134,7 +134,7 @@ def test_copies_of_our_all_to_alls_are_the_operator_s() -> None:
     moved = 2 * (4 * query_bytes + 3 * kv_bytes) / (1e6 * machine.copies.gbps)
     assert table["flashcp:h4"].copies_ms == pytest.approx(moved + 6 * machine.copies.launch_us / 1e3)
     assert table["ulysses"].copies_ms == pytest.approx(
-        moved + (2 * 2 * query_bytes / (1e6 * machine.copies.gbps)) + 8 * machine.copies.launch_us / 1e3
+        moved + 2 * (4 * query_bytes + kv_bytes) / (1e6 * machine.copies.gbps) + 8 * machine.copies.launch_us / 1e3
     )
 
 

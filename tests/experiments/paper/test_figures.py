@@ -7,7 +7,9 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,6 +60,10 @@ SMALL = {
 }
 
 
+FEWER = {"beyond_paper": ["world_size=8,64", "context=65536,1048576"]}
+"""Of a sweep whose jobs take a minute to compose."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every sweep run once, small."""
@@ -79,13 +85,26 @@ def test_every_sweep_that_simulates_has_a_figure_and_a_note() -> None:
 def test_committed_sweeps_compose_and_could_run(name: str) -> None:
     first, second = (ROOT / f"conf/simulation/{name}.yaml").read_text().splitlines()[:2]
     assert (first, second) == ("# @package _global_", f"# flashcp sweep experiment={name}")
-    jobs = expand("simulations", [f"simulation={name}"])
+    jobs = expand("simulations", [f"simulation={name}", *FEWER.get(name, [])])
     assert len({case_name(job.settings) for job in jobs}) == len(jobs) >= 1
     for job in jobs:
         setting, _ = read_setting(job.settings)
         assert chosen_variants(job.settings, setting, step_of(job.settings), 0)
         assert job.settings["name"] == name
+        _check_columns(job.settings)
     assert sum(job.settings["windows"] for job in jobs) <= 2_040
+
+
+def _check_columns(settings: Mapping[str, Any]) -> None:
+    """The columns of a case are those that its name was made of."""
+    case = read_case(case_name(settings))
+    assert case, case_name(settings)
+    assert (case.ranks, case.context) == (settings["world_size"], settings["context"])
+    assert case.weight == settings["data"].get("long_document_weight", 1)
+    assert int(case.heads.split(":")[0]) == settings["model"]["query_heads"]
+    assert bool(case.mask) == bool(settings["model"]["narrowed_layers"] or settings["model"]["mask"] == "full")
+    assert case.cluster == settings["cluster"]["name"]
+    assert case.overlap == settings["overlap"].replace("auto", "")
 
 
 def test_paper_settings_are_the_paper_s() -> None:
@@ -196,20 +215,8 @@ def test_within_fifteen_percent_or_the_distance_that_is_allowed() -> None:
     assert verdict(cells) == "1 of 2 numbers that should come out do; farthest: b: 1, ours 2 (+100.0%); outside: b"
 
 
-def test_columns_of_a_case_are_those_its_name_was_made_of() -> None:
-    for name in committed("simulation"):
-        for job in expand("simulations", [f"simulation={name}"]):
-            settings, case = job.settings, read_case(case_name(job.settings))
-            assert case, case_name(settings)
-            assert (case.ranks, case.context) == (settings["world_size"], settings["context"])
-            assert case.weight == settings["data"].get("long_document_weight", 1)
-            assert int(case.heads.split(":")[0]) == settings["model"]["query_heads"]
-            assert case.cluster == settings["cluster"]["name"]
-            assert case.overlap == settings["overlap"].replace("auto", "")
-    assert read_case("stdlib-c8k-n2") is None
-
-
 def test_a_case_without_rows_is_named() -> None:
+    assert read_case("stdlib-c8k-n2") is None
     numbers = Numbers([])
     with pytest.raises(ValueError, match="0 cases of data=pile, ranks=8"):
         numbers.case(data="pile", ranks=8)

@@ -88,7 +88,10 @@ def test_a_table_without_the_data_as_sampled_keeps_its_rows(tmp_path: Path, caps
         ("paper_fig3 name=..", "name='..': expected the name of a folder below outputs/"),
         ("paper_fig3 figure=x.png", "figure='x.png': a sweep draws its own beside its rows"),
         ("paper_fig3 cluster_file=x.yaml cluster.gemm_tflops=3", "cluster_file='x.yaml' and cluster.gemm_tflops=3"),
-        ("beyond_paper cluster_file=x.yaml", "cluster_file='x.yaml' and cluster=h100-nvlink: expected one or the"),
+        (
+            "beyond_paper world_size=8 context=65536 data=pile cluster_file=x.yaml",
+            "cluster_file='x.yaml' and cluster=h100-nvlink: expected one or the",
+        ),
     ],
 )
 def test_refused_before_the_first_job(refused: Callable[..., str], words: str, message: str) -> None:
