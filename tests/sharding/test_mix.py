@@ -122,6 +122,8 @@ def test_the_search_charges_what_the_routes_count(mask: Mask) -> None:
         low, high = low + head, high - tail
     plan = ShardingPlan.from_shards([1000], 4, shards, mask, [(Mask(), 2), (Mask("window", 20), 3)])
     rows = rows_of_layers(plan)
+    layers = ((None, 2), (20, 3))
+    assert rows.critical == sum(count * plan.route(window=window).critical_rows for window, count in layers)
     assert plan.work[holders.rank[:4, 0]].tolist() == holders.work[:4, 0].tolist()
     assert sent.tolist() == rows.sent.tolist()
     assert received.tolist() == rows.received.tolist()

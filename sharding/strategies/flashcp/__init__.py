@@ -64,7 +64,7 @@ def flashcp(
 
     tolerance: imbalance (largest work over mean) that is as good as balance.
     budget: changes to try; None is 400 up to 4,096 tokens, 44,000 + 250 per rank above, 200,000 + 250 where documents
-        times ranks exceed 2^17; two thirds of that with masks or a mix, where a change takes longer.
+        times ranks exceed 2^17; half of that with masks or a mix, where a change takes longer.
     total_weight: critical rows that one row less on average over the ranks is worth, to the search.
     granularity: tails begin on multiples of this many rows; heads, which equalise tokens to the row, do not.
     max_split: ranks that one document may be on, where the tolerance allows it; None for all.
@@ -168,7 +168,7 @@ def _search(
     if budget is None:
         budget = 400 if small else (200_000 if many else 44_000) + 250 * world_size
         if density is not None:
-            budget = budget * 2 // 3  # a change takes longer
+            budget //= 2  # a change takes longer
     whole = many and int(first.number.max()) == 1  # no document is cut: nothing travels
     trial = no_holders(np.zeros(3, dtype=np.int64), world_size + 2)
     starts = 2 if many else min(STARTS, max(1, budget // LEAST_MOVES))

@@ -73,8 +73,8 @@ def keep_blocks_whole(
             (workload.pairs(document, start, start + rows), workload.pairs(document, stop - rows, stop))
         )
         reach = np.zeros(len(lengths), dtype=np.int64)
-        theirs = pieces.take(pieces.rank == taker)
-        np.maximum.at(reach, theirs.document, theirs.stop)
+        takers = pieces.take(pieces.rank == taker)
+        np.maximum.at(reach, takers.document, takers.stop)
         both, evens_out = np.tile(rows, 2), (work[giver] - work[taker]) / 2 / wanted
         read = np.tile(reach[document], 2) >= np.append(start + rows, stop)
         best = int(np.lexsort((np.abs(pairs / both - evens_out), ~read, -both))[0])
