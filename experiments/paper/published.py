@@ -15,6 +15,7 @@ import numpy as np
 from flashcp.experiments.paper.numbers import BREAKDOWN, DATA, PAPER, Breakdown, Cell, Numbers, PaperFigure
 from flashcp.experiments.plots import PARTS, Panel, bars, stacks
 from flashcp.experiments.progress import bar
+from flashcp.sharding.methods import METHODS
 from flashcp.sharding.solver import SolvedPlan, solve_plan
 from flashcp.sharding.strategies import plan
 
@@ -133,9 +134,15 @@ def _cells_6(numbers: Numbers) -> list[Cell]:
     return found
 
 
+def _methods(numbers: Numbers, data: str) -> list[str]:
+    """Those of one window and one head rank, as published and at their best."""
+    providers = numbers.providers(numbers.case(data=data, ranks=8, heads="32"))
+    return [name for name in providers if name.removesuffix("_best_effort") in METHODS]
+
+
 def _totals(numbers: Numbers) -> dict[str, Any]:
     """totals: ms of every method by data set. best: of methods at their best over `flashcp`'s."""
-    providers = numbers.providers(numbers.case(data="pile", ranks=8, heads="32"))
+    providers = _methods(numbers, "pile")
     totals = {data: {name: breakdown(numbers, data, name).total for name in providers} for data in BREAKDOWN}
     best = {}
     for data, times in totals.items():
@@ -152,7 +159,7 @@ def _draw_6(numbers: Numbers, path: Path) -> None:
         for method, theirs in methods.items():
             columns[f"{method}\npaper"] = theirs
             columns[f"{method}\nours"] = breakdown(numbers, data, method)
-        for provider in numbers.providers(numbers.case(data=data, ranks=8, heads="32")):
+        for provider in _methods(numbers, data):
             if provider not in methods and not provider.startswith(("ring", "wlb")):
                 columns[provider.replace("_best_effort", "\nbest effort")] = breakdown(numbers, data, provider)
         role = "fitted" if data == FITTED else "the check"
