@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 
@@ -29,8 +28,9 @@ def compiled_twins(
     functions = [register_jitable(function) for function in functions]
     helpers = [register_jitable(helper) for helper in helpers]
     helpers += [register_jitable(forceinline=True)(helper) for helper in inlined]
-    files = sorted({inspect.getfile(each) for each in (*functions, *helpers)})
-    source = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    modules = {each.__module__: inspect.getmodule(each) for each in (*functions, *helpers)}
+    text = "".join(inspect.getsource(modules[name]) for name in sorted(modules))  # type: ignore[arg-type]
+    source = hashlib.sha256(text.encode()).hexdigest()
     entries = [_entry(function, source) for function in functions]
     try:
         return [njit(cache=True, nogil=True, **options)(entry) for entry in entries]
