@@ -203,6 +203,18 @@ class ContextParallel(JoinedRanks):
         with torch.no_grad(), call.watched():
             return Gathering(call, x)
 
+    @overload
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, received_k: Tensor, received_v: Tensor, plan: ShardingPlan,
+        softmax_scale: float | None = None, *, window: int | None = None, chunk: int | None = None,
+        softcap: float | None = None, sinks: Tensor | None = None, return_lse: Literal[False] = False,
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, received_k: Tensor, received_v: Tensor, plan: ShardingPlan,
+        softmax_scale: float | None = None, *, window: int | None = None, chunk: int | None = None,
+        softcap: float | None = None, sinks: Tensor | None = None, return_lse: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
     def attend(
         self,
         q: Tensor,

@@ -18,7 +18,7 @@ from flashcp.train.checksums import parse_json
 from flashcp.train.data.sources import DataConfig
 from flashcp.train.data.windows import LONGEST_CONTEXT
 from flashcp.train.loop import LoopConfig
-from flashcp.train.model import ModelConfig
+from flashcp.train.model_config import ModelConfig
 from flashcp.train.optimizer import OptimizerConfig
 from flashcp.train.parallel import ExchangeConfig, ParallelConfig
 from flashcp.train.tracker import TrackerConfig
@@ -92,4 +92,9 @@ class TrainConfig:
         self.model.check()
         self.parallel.check_heads(ranks, self.model.heads, self.model.kv_heads, self.exchange)
         self.parallel.check()
+        if self.model.latent and (self.exchange.name == "ulysses" or self.parallel.head_ranks != 1):
+            raise ValueError(
+                f"model.latent={self.model.latent} with exchange={self.exchange.name} and parallel.head_ranks="
+                f"{self.parallel.head_ranks}: expected another exchange and 1"
+            )
         planner(read_sharding(self.sharding), ranks)(np.array([ranks]))  # checks the options by using them

@@ -6,138 +6,17 @@ V vocabulary. There is no batch dimension: a pack is one row of documents.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Annotated, Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flashcp.limits import Count, Limit, Natural
-from flashcp.schema import read_dataclass
-from flashcp.sharding.mask import Mask
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.train.attention import Attention, ContextParallelAttention, LatentAttention, Rotary
 from flashcp.train.data.windows import NO_LABEL
+from flashcp.train.model_config import ModelConfig
 
 INIT_STD = 0.02
-Finite = Annotated[float, Limit(lambda value: 0 < value < math.inf, "a finite number > 0")]
-NotNegative = Annotated[float, Limit(lambda value: 0 <= value < math.inf, "a finite number >= 0")]
-
-
-@dataclass
-class ModelConfig:
-    """Size and shape of the decoder, as `conf/train.yaml` explains them."""
-
-    layers: Count = 4
-    dim: Count = 256
-    heads: Count = 8
-    kv_heads: Count = 4
-    ffn_dim: Natural = 0
-    vocab_size: Natural = 0
-    rope_theta: Finite = 500_000.0
-    norm_eps: Finite = 1e-5
-    tied_embeddings: bool = False
-    checkpoint_activations: bool = False
-    window: Natural = 0
-    chunk: Natural = 0
-    full_every: Natural = 0
-    softcap: NotNegative = 0.0
-    sinks: bool = False
-
-    def limits(self, layer: int) -> dict[str, int | None]:
-        """How far a layer looks back, as `flashcp.ContextParallel.attention` takes it."""
-        sees_all = self.full_every and (layer + 1) % self.full_every == 0
-        return (
-            {"window": None, "chunk": None}
-            if sees_all
-            else {"window": self.window or None, "chunk": self.chunk or None}
-        )
-
-    def mix(self) -> list[tuple[Mask, int]] | None:
-        """The layers as `flashcp.plan` takes them; None where all see all that is before them."""
-        limited = Mask("window", self.window) if self.window else Mask("chunk", self.chunk) if self.chunk else Mask()
-        if limited.is_causal:
-            return None
-        few = sum(any(self.limits(layer).values()) for layer in range(self.layers))
-        return [(mask, count) for mask, count in ((Mask(), self.layers - few), (limited, few)) if count]
-
-    def check(self) -> None:
-        """Raise ValueError for sizes that make no model."""
-        read_dataclass(ModelConfig, vars(self), "model")  # each by itself
-        if self.window and self.chunk:
-            raise ValueError(f"model.window={self.window} and model.chunk={self.chunk}: expected one of them to be 0")
-        if self.full_every and not (self.window or self.chunk):
-            raise ValueError(
-                f"model.full_every={self.full_every}: expected model.window or model.chunk for the other layers"
-            )
-        if self.dim % self.heads or self.dim // self.heads % 2:
-            raise ValueError(f"model.dim={self.dim}: expected an even multiple of model.heads={self.heads}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"model.heads={self.heads}: expected a multiple of model.kv_heads={self.kv_heads}")
-
-
-class AttentionHandle(Protocol):
-    """Keys and values under way."""
-
-    def attention(self, q: Tensor, *, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
-        """Queries [T, H, E] to outputs [T, H, E]."""
-        ...
-
-
-class ContextParallelAttention(Protocol):
-    """What the decoder needs of `flashcp.ContextParallel`."""
-
-    def prefetch(
-        self, k: Tensor, v: Tensor, plan: ShardingPlan, *, window: int | None = None, chunk: int | None = None
-    ) -> AttentionHandle:
-        """Send keys and values, both [T, K, E], to the ranks that read them."""
-        ...
-
-
-class Rotary(nn.Module):
-    """Rotary position embedding, pairs (i, i + E/2), computed in fp32 (RoFormer, arXiv 2104.09864)."""
-
-    def __init__(self, head_dim: int, theta: float) -> None:
-        super().__init__()
-        exponent_e = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        self.frequency: Tensor
-        self.register_buffer("frequency", theta**-exponent_e, persistent=False)  # [E/2]
-
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [T, 1, E/2] of positions [T]."""
-        angle_T1e = position_ids[:, None, None].float() * self.frequency
-        return angle_T1e.cos(), angle_T1e.sin()
-
-
-def rotate(x_THE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Queries or keys [T, H, E] turned by their positions."""
-    cos, sin = rotary
-    first, second = x_THE.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x_THE)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention. Keys and values leave before the queries are computed."""
-
-    def __init__(self, model: ModelConfig, cp: ContextParallelAttention, layer: int) -> None:
-        super().__init__()
-        self.cp, self.limits, self.softcap = cp, model.limits(layer), model.softcap or None
-        self.sinks = nn.Parameter(torch.zeros(model.heads)) if model.sinks else None
-        self.head_dim = model.dim // model.heads
-        kv_dim = model.kv_heads * self.head_dim
-        self.wq = nn.Linear(model.dim, model.dim, bias=False)
-        self.wk = nn.Linear(model.dim, kv_dim, bias=False)
-        self.wv = nn.Linear(model.dim, kv_dim, bias=False)
-        self.wo = nn.Linear(model.dim, model.dim, bias=False)
-
-    def forward(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], plan: ShardingPlan) -> Tensor:
-        k_TKE = rotate(self.wk(x_TD).unflatten(-1, (-1, self.head_dim)), rotary)
-        v_TKE = self.wv(x_TD).unflatten(-1, (-1, self.head_dim))
-        sent = self.cp.prefetch(k_TKE, v_TKE, plan, **self.limits)
-        q_THE = rotate(self.wq(x_TD).unflatten(-1, (-1, self.head_dim)), rotary)
-        return self.wo(sent.attention(q_THE, softcap=self.softcap, sinks=self.sinks).flatten(1))
 
 
 class FeedForward(nn.Module):
@@ -160,7 +39,7 @@ class Block(nn.Module):
     def __init__(self, model: ModelConfig, cp: ContextParallelAttention, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(model.dim, eps=model.norm_eps)
-        self.attention = Attention(model, cp, layer)
+        self.attention = (LatentAttention if model.latent else Attention)(model, cp, layer)
         self.feed_forward_norm = nn.RMSNorm(model.dim, eps=model.norm_eps)
         self.feed_forward = FeedForward(model)
 

@@ -33,7 +33,8 @@ from flashcp.train.lineage import Lineage
 from flashcp.train.link import SlowedLink, slowed_link
 from flashcp.train.lock import only_writer
 from flashcp.train.loop import Trainer
-from flashcp.train.model import Decoder, ModelConfig
+from flashcp.train.model import Decoder
+from flashcp.train.model_config import ModelConfig
 from flashcp.train.optimizer import build_optimizer
 from flashcp.train.ranks import Ranks, launched_rank, world
 from flashcp.train.summary import summarise, versions, write_json

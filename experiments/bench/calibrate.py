@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,9 @@ from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan, strategies
 from flashcp.simulator.cost import AttentionShape, CopyCost, Link, Links, layer_flops
 from flashcp.simulator.machine import Machine, PublishedCopies
-from flashcp.train.model import Block, ModelConfig, Rotary
+from flashcp.train.attention import Rotary
+from flashcp.train.model import Block
+from flashcp.train.model_config import ModelConfig
 from flashcp.train.ranks import Ranks
 
 PUBLISHED = PublishedCopies(
@@ -179,7 +181,7 @@ def layer_tflops(
     dim = shape.query_heads * shape.head_dim
     model = ModelConfig(dim=dim, heads=shape.query_heads, kv_heads=shape.kv_heads)
     dtype = DTYPES[shape.dtype_bytes]
-    block = Block(model, _NoAttention(), 0).to(device, dtype)
+    block = Block(model, cast(Any, _NoAttention()), 0).to(device, dtype)
     x = torch.randn(rows, dim, device=device, dtype=dtype, requires_grad=True)
     rotary = Rotary(shape.head_dim, model.rope_theta).to(device)(torch.arange(rows, device=device))
     one = plan([rows], 1)

@@ -17,7 +17,7 @@ from flashcp.simulator.summary import BASELINE
 from flashcp.simulator.variants import choose_variants
 from flashcp.train.config import TrainConfig
 from flashcp.train.loop import LoopConfig
-from flashcp.train.model import ModelConfig
+from flashcp.train.model_config import ModelConfig
 from flashcp.train.parallel import ExchangeConfig, ParallelConfig
 from flashcp.train.summary import write_json
 

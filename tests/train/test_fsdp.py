@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 import flashcp
-from flashcp.train.model import Decoder, ModelConfig
+from flashcp.train.model import Decoder
+from flashcp.train.model_config import ModelConfig
 from flashcp.train.ranks import Ranks
 from tests.packs import relative_error
 from tests.ranks import run_cases, run_ranks

@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 import flashcp
 from flashcp.train.data.windows import NO_LABEL
-from flashcp.train.model import Decoder, ModelConfig
+from flashcp.train.model import Decoder
+from flashcp.train.model_config import ModelConfig
 from tests.ranks import run_ranks
 
 SIZE = {"layers": 4, "dim": 32, "heads": 4, "kv_heads": 2, "vocab_size": 64}
@@ -17,6 +18,8 @@ KINDS = {
     "gpt-oss": {"window": 4, "full_every": 2, "sinks": True},
     "llama 4": {"chunk": 16, "full_every": 4},
     "mistral": {"window": 20},
+    "deepseek": {"latent": 24, "kv_heads": 4},
+    "latents and windows": {"latent": 8, "kv_heads": 4, "window": 12, "full_every": 2, "sinks": True, "softcap": 9.0},
     "gemma 2": {"window": 12, "full_every": 2, "softcap": 20.0},
 }
 LENGTHS = (61, 5, 30)
@@ -25,7 +28,7 @@ LENGTHS = (61, 5, 30)
 def learns(kind: str) -> tuple[list[float], int]:
     """Losses of three steps, the sum over ranks, and the bytes that left this rank."""
     cp = flashcp.ContextParallel(timeout_s=20)
-    model = ModelConfig(**SIZE, **KINDS[kind])
+    model = ModelConfig(**{**SIZE, **KINDS[kind]})
     decoder = Decoder(model, cp, seed=3)
     plan = flashcp.plan(LENGTHS, cp.world_size, layers=model.mix())
     tokens = torch.randint(0, 64, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
@@ -79,6 +82,7 @@ def test_which_layers_see_all() -> None:
 @pytest.mark.parametrize(("changes", "said"), [
     ({"window": 4, "chunk": 4}, "model.window=4 and model.chunk=4: expected one of them to be 0"),
     ({"full_every": 2}, "model.full_every=2: expected model.window or model.chunk for the other layers"),
+    ({"latent": 8}, "model.latent=8 with model.kv_heads=2: expected model.heads"),
     ({"softcap": -1.0}, "model.softcap=-1.0: expected a finite number >= 0"),
 ])  # fmt: skip
 def test_layers_that_no_model_has_are_refused(changes: dict[str, float], said: str) -> None:

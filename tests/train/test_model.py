@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 import flashcp
+from flashcp.train.attention import Rotary, rotate
 from flashcp.train.data.windows import NO_LABEL
-from flashcp.train.model import Decoder, ModelConfig, Rotary, rotate
+from flashcp.train.model import Decoder
+from flashcp.train.model_config import ModelConfig
 
 SMALL = ModelConfig(layers=2, dim=32, heads=4, kv_heads=2, vocab_size=50)
 
