@@ -27,15 +27,30 @@ class EmulatedAttention(AttentionKernel):
         self.device = device
 
     def merge_into(
-        self, out: Tensor, lse: Tensor, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float
+        self,
+        out: Tensor,
+        lse: Tensor,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        schedule: Schedule,
+        scale: float,
+        softcap: float = 0.0,
     ) -> None:
         def run(q: Tensor, k: Tensor, v: Tensor, rk: Tensor, rv: Tensor, out: Tensor, lse: Tensor) -> None:
-            CPU.merge_into(out, lse, q, KV(k, v), KV(rk, rv), schedule, scale)
+            CPU.merge_into(out, lse, q, KV(k, v), KV(rk, rv), schedule, scale, softcap)
 
         self._launch("attention", run, (q, *local, *received, out, lse))
 
     def attend(
-        self, q: Tensor, local: KV, received: KV, schedule: Schedule, scale: float, flags: WaitFlags | None = None
+        self,
+        q: Tensor,
+        local: KV,
+        received: KV,
+        schedule: Schedule,
+        scale: float,
+        flags: WaitFlags | None = None,
+        softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """With flags: a kernel that spins."""
         out, lse = self._empty(q.shape, q.dtype), self._empty(q.shape[:2], torch.float32)
@@ -43,7 +58,8 @@ class EmulatedAttention(AttentionKernel):
         if flags is None:
 
             def run(q: Tensor, k: Tensor, v: Tensor, rk: Tensor, rv: Tensor, out: Tensor, lse: Tensor) -> None:
-                for target, value in zip((out, lse), CPU.attend(q, KV(k, v), KV(rk, rv), schedule, scale), strict=True):
+                found = CPU.attend(q, KV(k, v), KV(rk, rv), schedule, scale, softcap=softcap)
+                for target, value in zip((out, lse), found, strict=True):
                     target.copy_(value)
 
             self._launch("attention", run, tensors)
@@ -51,7 +67,7 @@ class EmulatedAttention(AttentionKernel):
             epoch = flags.epoch
             self._launch(
                 "attention that spins",
-                lambda *x: _spin(*x, schedule=schedule, scale=scale, epoch=epoch),
+                lambda *x: _spin(*x, schedule=schedule, how=(scale, softcap), epoch=epoch),
                 (*tensors, flags.flags, flags.stuck),
             )
         return out, lse
@@ -69,6 +85,7 @@ class EmulatedAttention(AttentionKernel):
         local_dtype: torch.dtype | None = None,
         on_received: OnReceived | None = None,
         received_dtype: torch.dtype = torch.float32,
+        softcap: float = 0.0,
     ) -> Gradients:
         """One launch for what goes home, one for the rest."""
         back = self._empty((len(received.k), 2, *received.k.shape[1:]), received_dtype)
@@ -77,7 +94,10 @@ class EmulatedAttention(AttentionKernel):
         inputs = (grad_out, q, *local, *received, out, lse)
 
         def all_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Gradients:
-            return CPU.gradients(grad, q, KV(k, v), KV(*rest[:2]), rest[2], rest[3], schedule, scale, local_dtype)
+            received, out, lse = KV(*rest[:2]), rest[2], rest[3]
+            return CPU.gradients(
+                grad, q, KV(k, v), received, out, lse, schedule, scale, local_dtype, softcap=softcap
+            )
 
         def first(*x: Tensor) -> None:
             x[-1].copy_(all_gradients(*x[:-1]).received)
@@ -108,13 +128,13 @@ class EmulatedAttention(AttentionKernel):
 
 def _spin(
     q: Tensor, k: Tensor, v: Tensor, rk: Tensor, rv: Tensor, out: Tensor, lse: Tensor, flags: Tensor, stuck: Tensor,
-    *, schedule: Schedule, scale: float, epoch: int,
+    *, schedule: Schedule, how: tuple[float, float], epoch: int,
 ) -> Generator[Wait, bool, None]:  # fmt: skip
     """Local ranges, then those of each source once its flag is up; after a time-out nobody waits any more."""
     total = torch.zeros(q.shape)
     sums = torch.full(q.shape[:2], -torch.inf)
     local, received = KV(k, v), KV(rk, rv)
-    CPU.merge_into(total, sums, q, local, received, schedule.part(~schedule.received), scale)
+    CPU.merge_into(total, sums, q, local, received, schedule.part(~schedule.received), *how)
     for source in np.unique(schedule.source[schedule.received]).tolist():
         if not stuck[0]:
             came = yield (
@@ -125,6 +145,6 @@ def _spin(
                 stuck[0] = source + 1
         part = schedule.part(schedule.received & (schedule.source == source))
         with torch.no_grad():
-            CPU.merge_into(total, sums, q, local, received, part, scale)
+            CPU.merge_into(total, sums, q, local, received, part, *how)
     out.copy_(total)
     lse.copy_(sums)
