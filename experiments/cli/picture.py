@@ -98,7 +98,7 @@ def _draw_pairs(axes: Any, plan: ShardingPlan, whose: str, window_ends: Sequence
             PolyCollection(_corners(kind), facecolors=colours[plan.table.rank], linewidths=0, alpha=strength)
         )
     axes.set(xlim=(0, size), ylim=(size, 0), aspect="equal", title="who computes what")
-    paler = "" if len(kinds) == 1 else "; pale: seen by some layers only"
+    paler = "" if len(kinds) == 1 else "; pale: some layers"
     axes.set(xlabel=f"key (row of the pack){paler}", ylabel="query (row of the pack)")
     if plan.world_size <= LEGEND_RANKS:
         named = [Patch(color=c, label=f"{whose.split()[0]} {rank}") for rank, c in enumerate(colours)]
@@ -151,7 +151,7 @@ def _rows(plan: ShardingPlan, exchange: str) -> np.ndarray:
 
 
 def _of_layers(plan: ShardingPlan) -> str:
-    return ", mean of the layers" if len(plan.of_kinds) > 1 else ""
+    return ", layers' mean" if len(plan.of_kinds) > 1 else ""
 
 
 def _draw_traffic(axes: Any, plan: ShardingPlan, exchange: str, whose: str) -> None:

@@ -239,9 +239,9 @@ def test_pictures_of_a_mix_say_what_the_table_says(monkeypatch: pytest.MonkeyPat
     above, below = saved[1].axes
     assert made.imbalance != routes[0].imbalance
     assert above.get_title("left") == f"flashcp: busiest rank {made.imbalance:.2f} x the mean"
-    assert "pale: seen by some layers only" in above.get_xlabel()
+    assert "pale: some layers" in above.get_xlabel()
     assert [bar.get_height() for bar in below.patches] == mean.tolist()
-    assert below.get_title("left") == f"KV rows received, mean of the layers: {mean.sum():,.0f}"
+    assert below.get_title("left") == f"KV rows received, layers' mean: {mean.sum():,.0f}"
 
 
 def test_a_mix_is_uneven_where_its_causal_layers_alone_are_even() -> None:
