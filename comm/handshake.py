@@ -11,6 +11,7 @@ said nothing, and has sent h - 1 + N / h - 1 messages instead of N - 1.
 
 from __future__ import annotations
 
+import struct
 import time
 from collections import deque
 from contextlib import suppress
@@ -44,9 +45,9 @@ class Header(NamedTuple):
     """What a rank is about to do, one int64 each.
 
     failed: 1 when it stopped with an error of its own; 2 when it did not come, as others say of it. step: which
-    exchange of the call, a `Step`. query_heads and what follows from scores: 0 while only KV leaves. dtype, scale and
-    softcap: codes that differ when the values do. sinks: whether there are any. log_sums: whether they are
-    returned. gathers: whether rows of any kind travel, for nobody's queries yet.
+    exchange of the call, a `Step`. plan: as this layer narrows it. query_heads and what follows from scores: 0 while
+    only KV leaves. dtype, scale and softcap: codes that differ when the values do. sinks: whether there are any.
+    log_sums: whether they are returned. gathers: whether rows of any kind travel, for nobody's queries yet.
     oldest, oldest_inside: the oldest inbox between holders and inside the holder that the rank still reads; they are
     passed on, not compared.
     """
@@ -259,11 +260,18 @@ def _judge(headers: Tensor, mine: Header) -> None:
     for field, values in zip(_COMPARED, headers.T.tolist(), strict=False):
         if len(set(values)) > 1:
             said = "; ".join(
-                f"{_named([rank for rank, value in enumerate(values) if value == each])} "
-                f"{f'{each % (1 << 64):016x}' if field == 'plan' else each}"
+                f"{_named([rank for rank, value in enumerate(values) if value == each])} {_shown(field, each)}"
                 for each in sorted(set(values), key=lambda value: (values.count(value), value))
             )
-            raise PlanMismatchError(f"ranks disagree on {field.replace('_', ' ')} (call {mine.call}): {said}")
+            what = "plan or the layer's window or chunk" if field == "plan" else field.replace("_", " ")
+            raise PlanMismatchError(f"ranks disagree on {what} (call {mine.call}): {said}")
+
+
+def _shown(field: str, code: int) -> str:
+    """What a header's field says, as users write it."""
+    if field in ("scale", "softcap"):
+        return repr(struct.unpack("<d", struct.pack("<q", code))[0])
+    return f"{code % (1 << 64):016x}" if field == "plan" else str(code)
 
 
 def _named(ranks: list[int]) -> str:

@@ -13,10 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from flashcp.experiments.cli.plan import over_layers
 from flashcp.experiments.plots import INK, PALETTE, PARTS, save, styled
-from flashcp.sharding.holders import rows_between_and_inside
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.sharding.route import Route
 
 OUTLINE = 256  # steps of a shard's edges under masks
 LEGEND_RANKS = 16  # more ranks than this are told apart by their order alone
@@ -35,8 +34,9 @@ def draw_plan(
 
     Left: the causal pairs of the pack, coloured by the rank that computes them (for `ulysses`, which splits heads,
     by the rank that holds the query). Right: the rows each rank holds; its work, and the rows it sends and receives.
+    Where layers differ, work is the sum over them, and rows and saving are means.
     """
-    figure, route = Figure(figsize=(13, 6.2)), plan.route(exchange)
+    figure = Figure(figsize=(13, 6.2))
     whose = "rank" if head_ranks == 1 else f"holder of {head_ranks}"
     grid = figure.add_gridspec(2, 2, width_ratios=(1.0, 1.25), height_ratios=(1.4, 1.0))
     below = grid[1, 1].subgridspec(1, 2)
@@ -46,11 +46,12 @@ def draw_plan(
     work.bar(range(plan.world_size), plan.work * plan.world_size / plan.work.sum(), color=_colours(plan))
     work.axhline(1, color=INK, lw=1, ls=(0, (4, 3)))
     work.set(xlabel=whose, title="work / mean")
-    _draw_traffic(figure.add_subplot(below[1]), route, whose)
+    _draw_traffic(figure.add_subplot(below[1]), plan, exchange, whose)
+    imbalance, _, saving = over_layers(plan, exchange, head_ranks)
     figure.suptitle(
         f"{plan.strategy}, {exchange}: {len(plan.document_lengths)} documents, {plan.offsets[-1]} tokens, "
-        f"{plan.world_size * head_ranks} ranks; imbalance {plan.imbalance:.3f}, "
-        f"saving {rows_between_and_inside(route, head_ranks, 1 / head_ranks)[1]:.3f}"
+        f"{plan.world_size * head_ranks} ranks; imbalance {imbalance:.3f}, "
+        f"saving {saving:.3f}"
     )
     return _save(figure, path)
 
@@ -62,7 +63,8 @@ def draw_methods(
     """Write one picture of several methods on the same pack, each a plan and its exchange, side by side; head_ranks and
     window_ends as `draw_plan` has them.
 
-    Above: who computes what. Below: the KV rows that each rank receives, all to one scale. Returns the file written.
+    Above: who computes what. Below: the KV rows that each rank receives, all to one scale; where layers differ, means
+    over them. Returns the file written.
     Raises ValueError when it cannot be written.
     """
     whose = "rank" if head_ranks == 1 else f"holder of {head_ranks}"
@@ -70,16 +72,17 @@ def draw_methods(
     lines = -(-len(plans) // columns)
     figure = Figure(figsize=(4.1 * columns, 5.4 * lines))
     grid = figure.add_gridspec(2 * lines, columns, height_ratios=(3.4, 1.0) * lines)
-    routes = {name: plan.route(exchange) for name, (plan, exchange) in plans.items()}
-    most = max(int(route.received_rows.max()) for route in routes.values())
-    for number, (name, route) in enumerate(routes.items()):
+    most = max(_rows(plan, exchange)[1].max() for plan, exchange in plans.values())
+    for number, (name, (plan, exchange)) in enumerate(plans.items()):
         line, column = divmod(number, columns)
         above, below = (figure.add_subplot(grid[2 * line + half, column]) for half in (0, 1))
-        _draw_pairs(above, plans[name][0], whose, window_ends)
-        above.set_title(f"{name}: busiest {whose.split()[0]} {route.imbalance:.2f} x the mean")
-        received = route.received_rows
-        below.bar(range(len(received)), received, color=_colours(plans[name][0]))
-        below.set(ylim=(0, 1.1 * max(1, most)), xlabel=whose, title=f"KV rows received: {received.sum():,.0f}")
+        _draw_pairs(above, plan, whose, window_ends)
+        imbalance = over_layers(plan, exchange)[0]
+        above.set_title(f"{name}: busiest {whose.split()[0]} {imbalance:.2f} x the mean")
+        received = _rows(plan, exchange)[1]
+        below.bar(range(len(received)), received, color=_colours(plan))
+        title = f"KV rows received{_of_layers(plan)}: {received.sum():,.0f}"
+        below.set(ylim=(0, 1.1 * max(1, most)), xlabel=whose, title=title)
     return _save(figure, path)
 
 
@@ -95,7 +98,8 @@ def _draw_pairs(axes: Any, plan: ShardingPlan, whose: str, window_ends: Sequence
             PolyCollection(_corners(kind), facecolors=colours[plan.table.rank], linewidths=0, alpha=strength)
         )
     axes.set(xlim=(0, size), ylim=(size, 0), aspect="equal", title="who computes what")
-    axes.set(xlabel="key (row of the pack)", ylabel="query (row of the pack)")
+    paler = "" if len(kinds) == 1 else "; pale: some layers"
+    axes.set(xlabel=f"key (row of the pack){paler}", ylabel="query (row of the pack)")
     if plan.world_size <= LEGEND_RANKS:
         named = [Patch(color=c, label=f"{whose.split()[0]} {rank}") for rank, c in enumerate(colours)]
         axes.legend(handles=named, loc="upper right")
@@ -140,12 +144,22 @@ def _draw_rows(axes: Any, plan: ShardingPlan, whose: str, window_ends: Sequence[
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _draw_traffic(axes: Any, route: Route, whose: str) -> None:
-    sent, received = route.sent_rows, route.received_rows
+def _rows(plan: ShardingPlan, exchange: str) -> np.ndarray:
+    """Rows that each rank sends and receives, [2, world_size]: means over the layers."""
+    routes, layers = zip(*((one.route(exchange), count) for one, count in plan.of_kinds), strict=True)
+    return np.average([(route.sent_rows, route.received_rows) for route in routes], axis=0, weights=layers)
+
+
+def _of_layers(plan: ShardingPlan) -> str:
+    return ", layers' mean" if len(plan.of_kinds) > 1 else ""
+
+
+def _draw_traffic(axes: Any, plan: ShardingPlan, exchange: str, whose: str) -> None:
+    sent, received = _rows(plan, exchange)
     ranks = np.arange(len(sent))
     axes.bar(ranks - 0.2, sent, width=0.4, color=PARTS["exchange"], label="sent")
     axes.bar(ranks + 0.2, received, width=0.4, color=PARTS["rest"], label="received")
-    axes.set(xlabel=whose, title="KV rows", ylim=(0, 1.25 * max(1, sent.max(), received.max())))
+    axes.set(xlabel=whose, title=f"KV rows{_of_layers(plan)}", ylim=(0, 1.25 * max(1, sent.max(), received.max())))
     axes.legend(loc="upper right", ncols=2)
 
 

@@ -122,7 +122,9 @@ class VarlenAttention(AttentionKernel):
 
     def _calls(self, schedule: Schedule, device: torch.device) -> list[_Prepared]:
         if schedule.seen is not None:
-            raise ValueError(f"attention='varlen:{self.kernel.name}' with masks: expected causal documents")
+            raise ValueError(
+                f"attention='varlen:{self.kernel.name}' with masks: expected causal documents, or attention='cpu'"
+            )
         kept = self._prepared.setdefault(schedule, {})
         if device not in kept:
             kept[device] = [_Prepared(call, device) for call in varlen_calls(schedule)]

@@ -75,11 +75,14 @@ def other_settings_on_rank_0(what: str, exchange: str) -> str:
         q, k, v = (x.to(torch.float16 if odd else torch.bfloat16) for x in (q, k, v))
     k.requires_grad_(what != "gradients" or odd)
     scale = 1.0 if what == "scale" and odd else None
+    window = 5 if what == "plan or the layer's window or chunk" and odd else None
+    softcap = 4.0 if what == "softcap" and odd else None
 
     def call() -> None:
         with torch.set_grad_enabled(what != "gradients" or odd):
             handle = cp.prefetch(k, v, plan) if what == "query heads" else None
-            out = handle.attention(q, scale) if handle else cp.attention(q, k, v, plan, scale)
+            of_layer = {"window": window, "softcap": softcap}
+            out = handle.attention(q, scale) if handle else cp.attention(q, k, v, plan, scale, **of_layer)
         out.sum().backward()
 
     return message(PlanMismatchError, call)
@@ -87,15 +90,15 @@ def other_settings_on_rank_0(what: str, exchange: str) -> str:
 
 @pytest.mark.parametrize("exchange", ["exact", "ring", "ulysses"])
 def test_other_exchanges_shapes_dtypes_scales_and_settings_are_named(exchange: str) -> None:
-    cases = [
-        (what, exchange)
-        for what in ("exchange", "kv heads", "query heads", "dtype", "scale", "gradients", "refetch", "gradient wire")
-    ]
+    names = ["exchange", "kv heads", "query heads", "dtype", "scale", "gradients", "refetch", "gradient wire"]
+    cases = [(what, exchange) for what in (*names, "softcap", "plan or the layer's window or chunk")]
     for (what, _), ranks in zip(cases, run_cases(other_settings_on_rank_0, 2, cases), strict=True):
         for said in ranks:
             assert f"disagree on {what} " in said
             assert "rank 0" in said
             assert "rank 1" in said
+            assert what != "scale" or "rank 0 1.0" in said
+            assert what != "softcap" or "rank 0 4.0" in said
 
 
 def handles_out_of_order(exchange: str) -> str:

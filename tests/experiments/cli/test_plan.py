@@ -14,6 +14,7 @@ import flashcp
 from flashcp.experiments.cli import picture
 from flashcp.experiments.cli.main import main
 from flashcp.experiments.cli.packs import read_packs
+from flashcp.experiments.cli.plan import over_layers
 from flashcp.sharding.lengths import windows
 from flashcp.sharding.methods import METHODS
 
@@ -223,6 +224,31 @@ def test_a_picture_of_a_mix_shows_what_every_kind_of_layer_sees(
     causal, chunks = sum(areas[: len(made.table.rank)]), sum(areas[len(made.table.rank) :])
     assert causal == (100**2 + 28**2) / 2  # trapezoids go through the middle of rows
     assert chunks == made.narrow(chunk=40).work.sum()
+
+
+def test_pictures_of_a_mix_say_what_the_table_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    saved: list[Figure] = []
+    monkeypatch.setattr(picture, "save", lambda figure, path: (saved.append(figure), path)[1])
+    made = flashcp.plan([100, 28], 2, "contiguous", layers=[(flashcp.Mask(), 1), (flashcp.Mask("window", 10), 3)])
+    routes = [made.route("exact"), made.route("exact", window=10)]
+    mean = (routes[0].received_rows + 3 * routes[1].received_rows) / 4
+    picture.draw_plan(made, "exact", tmp_path / "one.png")
+    picture.draw_methods({"flashcp": (made, "exact")}, tmp_path / "all.png")
+    saving = (routes[0].saving + 3 * routes[1].saving) / 4
+    assert f"imbalance {made.imbalance:.3f}, saving {saving:.3f}" in saved[0].get_suptitle()
+    above, below = saved[1].axes
+    assert made.imbalance != routes[0].imbalance
+    assert above.get_title("left") == f"flashcp: busiest rank {made.imbalance:.2f} x the mean"
+    assert "pale: some layers" in above.get_xlabel()
+    assert [bar.get_height() for bar in below.patches] == mean.tolist()
+    assert below.get_title("left") == f"KV rows received, layers' mean: {mean.sum():,.0f}"
+
+
+def test_a_mix_is_uneven_where_its_causal_layers_alone_are_even() -> None:
+    made = flashcp.plan([100, 28], 2, "per_document", layers=[(flashcp.Mask(), 1), (flashcp.Mask("window", 10), 3)])
+    assert made.route("exact").imbalance == 1.0
+    assert over_layers(made, "exact")[0] == made.imbalance > 1.02
+    assert over_layers(made, "ulysses")[0] == 1.0
 
 
 def test_models_that_no_layer_fits_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
