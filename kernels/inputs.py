@@ -81,7 +81,7 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
         return
     dense = isinstance(sinks, Tensor) and sinks.layout is torch.strided
     if not dense or sinks.shape != q.shape[1:2] or not sinks.dtype.is_floating_point:
-        what = f"{sinks.dtype} {list(sinks.shape)}" if dense else f"a {type(sinks).__name__}"
-        raise ValueError(f"sinks is {what}: expected dense floating-point [{q.shape[1]}], one for each query head")
+        what = f"{sinks.dtype} {list(sinks.shape)}" if dense else f"a {getattr(sinks, 'layout', type(sinks).__name__)}"
+        raise ValueError(f"sinks is {what}: expected floating-point [{q.shape[1]}], one for each query head")
     if sinks.device != q.device:
         raise ValueError(f"sinks on {sinks.device}, q on {q.device}: expected one device")

@@ -182,7 +182,7 @@ def other_calls() -> list[str]:
 
 def test_ranks_that_call_different_things_hear_what() -> None:
     expected = (
-        "operation (call 1): rank 0 gather; rank 1 attention",
+        "operation (call 1): rank 1 attention; rank 0 gather",
         "operation (call 1): rank 1 gather; rank 0 reshard",
         "operation (call 1): rank 0 reshard; rank 1 unshard",
         "row bytes (call 1): rank 1 12; rank 0 16",
