@@ -257,21 +257,31 @@ def _judge(headers: Tensor, mine: Header) -> None:
         named = (headers[:, 0] == code).nonzero().flatten().tolist()
         if named:
             raise error(f"{_named(named)} {what.format(call=mine.call)}")
-    for field, values in zip(_COMPARED, headers.T.tolist(), strict=False):
+    columns = dict(zip(_COMPARED, headers.T.tolist(), strict=False))
+    operations = map(_operation, columns["exchange"], columns["gathers"])
+    columns = {"call": columns["call"], "step": columns["step"], "operation": list(operations), **columns}
+    for field, values in columns.items():
         if len(set(values)) > 1:
             said = "; ".join(
-                f"{_named([rank for rank, value in enumerate(values) if value == each])} {_shown(field, each)}"
+                f"{_named([rank for rank, value in enumerate(values) if value == each])} {_said(field, each)}"
                 for each in sorted(set(values), key=lambda value: (values.count(value), value))
             )
             what = "plan or the layer's window or chunk" if field == "plan" else field.replace("_", " ")
             raise PlanMismatchError(f"ranks disagree on {what} (call {mine.call}): {said}")
 
 
-def _shown(field: str, code: int) -> str:
-    """What a header's field says, as users write it."""
+def _operation(exchange: int, gathers: int) -> str:
+    """What ranks call: those that call different things differ in all the rest too."""
+    return {-1: "unshard", -2: "reshard"}.get(exchange, "gather" if gathers else "attention")
+
+
+def _said(field: str, value: int | str) -> str:
+    """A compared value as a user knows it."""
+    if field == "plan":
+        return f"{int(value) % (1 << 64):016x}"
     if field in ("scale", "softcap"):
-        return repr(struct.unpack("<d", struct.pack("<q", code))[0])
-    return f"{code % (1 << 64):016x}" if field == "plan" else str(code)
+        return repr(struct.unpack("<d", struct.pack("<q", value))[0])
+    return str(value)
 
 
 def _named(ranks: list[int]) -> str:

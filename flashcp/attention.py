@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from flashcp.kernels.inputs import check_inputs, check_sinks, default_scale, read_softcap
+from flashcp.kernels.inputs import check_inputs, check_return_lse, check_sinks, default_scale, read_softcap
 from flashcp.kernels.library import attention as attention_operator
 from flashcp.kernels.library import mask_tensor, whole_pack
 from flashcp.kernels.selection import attention_name
@@ -80,6 +80,7 @@ def varlen_attention(
     """
     check_inputs(q, k, v, own_v_dim=True)
     check_sinks(sinks, q)
+    check_return_lse(return_lse)
     check_tuning(tuning)
     attention_name(attention, q.device)  # raises; the operator reads `auto` itself, for what that refuses
     lengths = document_lengths if isinstance(document_lengths, Tensor) else _tensor(document_lengths)

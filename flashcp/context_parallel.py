@@ -17,7 +17,7 @@ from flashcp.comm.exchanges.exchange import AttentionSettings
 from flashcp.comm.handshake import Header
 from flashcp.gather import Gathering, Pairs, attend, check_pairs, check_receives
 from flashcp.joined_ranks import JoinedRanks, check_rows, header_codes
-from flashcp.kernels.inputs import check_inputs
+from flashcp.kernels.inputs import check_inputs, check_return_lse
 from flashcp.kernels.interface import AttentionKernel
 from flashcp.kernels.scores import Scores, read_scores
 from flashcp.kernels.selection import ATTENTION, select_attention, waits_inside
@@ -194,6 +194,7 @@ class ContextParallel(JoinedRanks):
             return Header(
                 **header_codes(plan.narrow(window, chunk), x),
                 exchange=list(EXCHANGE_CLASSES).index(self.exchange),
+                row_bytes=math.prod(x.shape[1:]) * x.element_size(),
                 gradients=torch.is_grad_enabled() and x.requires_grad,
                 gradient_wire=GRADIENT_WIRES.index(self.gradient_wire),
                 gathers=1,
@@ -238,6 +239,7 @@ class ContextParallel(JoinedRanks):
         all five and in the sinks. The other arguments, what is returned and raised: as for `attention`.
         """
         self._check_plan(plan)
+        check_return_lse(return_lse)
         exchange = check_receives(self._exchange)
         tensors = Pairs(q, k, v, received_k, received_v)
         check_pairs(tensors, exchange.tokens(plan))

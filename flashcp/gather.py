@@ -56,7 +56,7 @@ def halves(x: Tensor) -> KV:
 
 def whole(pairs: Tensor, row: torch.Size) -> Tensor:
     """Rows [R, ...] of shape `row` again, from pairs [R, 2, 1, D]."""
-    return pairs.flatten(1)[:, : math.prod(row)].unflatten(1, row)
+    return pairs.flatten(1)[:, : math.prod(row)].reshape(len(pairs), *row)
 
 
 def check_receives(exchange: Exchange) -> ReceivingExchange:

@@ -26,6 +26,7 @@ LONGEST_WAIT_S = 1e9  # 30 years: clocks that count nanoseconds in 64 bits still
 
 Count = Annotated[int, Limit(lambda value: value >= 1, "a whole number >= 1")]
 Natural = Annotated[int, Limit(lambda value: value >= 0, "a whole number >= 0")]
+Rows = Annotated[int, Limit(lambda value: 0 <= value < 2**31, "a whole number >= 0 and < 2**31")]
 Seed = Annotated[int, Limit(lambda value: 0 <= value < 2**63, "a whole number >= 0 and < 2**63")]
 Positive = Annotated[float, FINITE, Limit(lambda value: value > 0, "a number > 0")]
 NonNegative = Annotated[float, FINITE, Limit(lambda value: value >= 0, "a number >= 0")]

@@ -20,7 +20,7 @@ from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError, PeerFailedError, PlanMismatchError
 from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved
 from flashcp.comm.handshake import Handshake, Header, Step
-from flashcp.kernels.inputs import check_inputs
+from flashcp.kernels.inputs import check_inputs, check_return_lse
 from flashcp.kernels.interface import KV
 from flashcp.kernels.scores import Scores, read_scores
 from flashcp.sharding.plan import ShardingPlan
@@ -160,6 +160,7 @@ class _Attention(torch.autograd.Function):
 
 def query_codes(q: Tensor, scores: Scores, return_lse: bool) -> dict[str, int]:
     """What a header says of queries and their scores; floats as the int64 of the same bits."""
+    check_return_lse(return_lse)
     scale, softcap = (struct.unpack("<q", struct.pack("<d", number))[0] for number in scores[:2])
     with_sinks = scores.sinks is not None
     return {

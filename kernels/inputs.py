@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from flashcp.sharding.documents import shown
+
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -14,8 +18,8 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, own_v_dim: bool = False) -> Non
     """Raises ValueError unless q is [tokens, query heads, head_dim] and k, v [tokens, KV heads, head_dim] of one
     floating dtype and device, query heads being a multiple of KV heads. own_v_dim: v's head_dim may be another one."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} is a {type(tensor).__name__}: expected a tensor [tokens, heads, head_dim]")
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+            raise ValueError(f"{name} is a {type(tensor).__name__}: expected a dense tensor [tokens, heads, head_dim]")
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 3:
         raise ValueError(f"{shapes}: expected [tokens, heads, head_dim] each")
@@ -42,29 +46,42 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, rows: int | None = None, own_v
 
 
 def default_scale(q: Tensor, softmax_scale: float | None) -> float:
-    """The factor on the scores: as given, or 1 / sqrt(head_dim). Raises ValueError unless finite and positive."""
+    """The factor on the scores: as given, or 1 / sqrt(head_dim). Raises ValueError unless positive, in fp32 too."""
     if softmax_scale is None:
         return 1.0 / math.sqrt(q.shape[-1])
-    if not (isinstance(softmax_scale, int | float) and math.isfinite(softmax_scale) and softmax_scale > 0):
-        raise ValueError(f"softmax_scale={softmax_scale!r}: expected a positive number")
+    if not _is_positive(softmax_scale):
+        raise ValueError(f"softmax_scale={shown(softmax_scale)}: expected a positive number (scores are fp32)")
     return float(softmax_scale)
 
 
 def read_softcap(softcap: float | None) -> float:
-    """The cap on the scores, 0.0 for none. Raises ValueError unless None, or finite and positive."""
+    """The cap on the scores, 0.0 for none. Raises ValueError unless None, or positive, in fp32 too."""
     if softcap is None:
         return 0.0
-    if not (isinstance(softcap, int | float) and math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap={softcap!r}: expected a positive number, or None")
+    if not _is_positive(softcap):
+        raise ValueError(f"softcap={shown(softcap)}: expected a positive number, or None (scores are fp32)")
     return float(softcap)
+
+
+def _is_positive(number: object) -> bool:
+    """In fp32, in which kernels compute: beyond its ends a number is 0 or infinity there, and scores are NaN."""
+    whole_or_real = isinstance(number, Real) and not isinstance(number, bool)
+    return whole_or_real and _LEAST <= number <= _MOST  # type: ignore[operator]
+
+
+def check_return_lse(return_lse: bool) -> None:
+    """Raises ValueError unless True or False."""
+    if not isinstance(return_lse, bool):
+        raise ValueError(f"return_lse={shown(return_lse)}: expected True or False")
 
 
 def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
     """Raises ValueError unless sinks are None, or one floating-point logit for each query head of q, beside it."""
     if sinks is None:
         return
-    if not isinstance(sinks, Tensor) or sinks.shape != q.shape[1:2] or not sinks.dtype.is_floating_point:
-        what = f"{sinks.dtype} {list(sinks.shape)}" if isinstance(sinks, Tensor) else f"a {type(sinks).__name__}"
+    dense = isinstance(sinks, Tensor) and sinks.layout is torch.strided
+    if not dense or sinks.shape != q.shape[1:2] or not sinks.dtype.is_floating_point:
+        what = f"{sinks.dtype} {list(sinks.shape)}" if dense else f"a {getattr(sinks, 'layout', type(sinks).__name__)}"
         raise ValueError(f"sinks is {what}: expected floating-point [{q.shape[1]}], one for each query head")
     if sinks.device != q.device:
         raise ValueError(f"sinks on {sinks.device}, q on {q.device}: expected one device")

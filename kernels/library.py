@@ -27,7 +27,7 @@ from flashcp.kernels.sinks import add_sinks, sink_gradients
 from flashcp.kernels.tuning import Tuning
 from flashcp.sharding.documents import read_document_lengths
 from flashcp.sharding.mask import KINDS, Mask
-from flashcp.sharding.masks import read_masks
+from flashcp.sharding.masks import list_masks, read_masks
 
 _KEPT = 16  # schedules that stay at hand with their tile tables on the device
 
@@ -51,11 +51,9 @@ def mask_tensor(masks: Mask | Sequence[Mask] | None) -> Tensor | None:
     """
     if masks is None:
         return None
-    given = [masks] if isinstance(masks, Mask) else list(masks) if isinstance(masks, Sequence) else [None]
+    given = [masks] if isinstance(masks, Mask) else list_masks(masks)
     numbers = [int(isinstance(masks, Mask))]
     for mask in given:
-        if not isinstance(mask, Mask):
-            raise ValueError(f"masks={masks!r}: expected a flashcp.Mask, or a list with one for each document")
         numbers += [KINDS.index(mask.kind), mask.size, len(mask.blocks)]
         for start, stop in mask.blocks:
             numbers += [start, stop]

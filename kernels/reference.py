@@ -11,7 +11,7 @@ from torch import Tensor
 from flashcp.kernels.inputs import check_heads, check_sinks, default_scale, read_softcap
 from flashcp.sharding.documents import read_document_lengths
 from flashcp.sharding.mask import Mask
-from flashcp.sharding.masks import read_masks
+from flashcp.sharding.masks import list_masks, read_masks
 
 
 def reference_attention(
@@ -37,14 +37,14 @@ def reference_attention(
     check_heads(q, k, v, own_v_dim=True)
     check_sinks(sinks, q)
     read_lengths = read_document_lengths(document_lengths)
-    read_masks(masks, read_lengths)
+    kinds = [masks or Mask()] * len(read_lengths) if masks is None or isinstance(masks, Mask) else list_masks(masks)
+    read_masks(kinds, read_lengths)
     lengths = read_lengths.tolist()
     if sum(lengths) != len(q):
         raise ValueError(f"document_lengths add up to {sum(lengths)}: expected the {len(q)} tokens of q")
     scale, cap = default_scale(q, softmax_scale), read_softcap(softcap)
     group = q.shape[1] // k.shape[1]
     q64, k64, v64 = (x.double().split(lengths) for x in (q, k, v))
-    kinds = [masks or Mask()] * len(lengths) if masks is None or isinstance(masks, Mask) else masks
     documents = zip(q64, k64, v64, kinds, strict=True)
     return torch.cat([_document(*document, group, scale, cap, sinks) for document in documents])
 

@@ -8,6 +8,7 @@ from numbers import Integral
 import numpy as np
 
 MOST_TOKENS = 2**31 - 1  # of a pack: its work, tokens squared, then fits int64
+MOST_SHOWN = 300  # characters of a value in an error
 
 
 def read_document_lengths(document_lengths: Iterable[int] | np.ndarray) -> np.ndarray:
@@ -18,7 +19,8 @@ def read_document_lengths(document_lengths: Iterable[int] | np.ndarray) -> np.nd
     try:
         given = np.asarray(document_lengths if isinstance(document_lengths, np.ndarray) else list(document_lengths))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"document_lengths={document_lengths!r}: expected a list of whole numbers >= 1") from error
+        said = shown(document_lengths)
+        raise ValueError(f"document_lengths={said}: expected a list of whole numbers >= 1") from error
     if given.ndim != 1 or given.size == 0:
         raise ValueError(f"document_lengths has shape {given.shape}: expected a list of at least one whole number >= 1")
     if given.dtype.kind not in "iu":
@@ -50,6 +52,12 @@ def check_choice(field: str, value: object, legal: Iterable[object]) -> None:
     choices = list(legal)
     if value not in choices:
         raise ValueError(f"{field}={value!r}: expected one of {', '.join(map(str, choices))}")
+
+
+def shown(value: object) -> str:
+    """A value as an error of one line tells it: arrays break theirs, and lists of a pack's documents have no end."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def document_offsets(document_lengths: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from numbers import Integral
 from typing import NamedTuple
 
-from flashcp.sharding.documents import check_choice
+from flashcp.sharding.documents import MOST_TOKENS, check_choice, shown
 
 KINDS = ("causal", "window", "chunk", "full", "prefix")
 SIZED = ("window", "chunk", "prefix")
@@ -37,10 +37,10 @@ class Mask:
 
     def __init__(self, kind: str = "causal", size: int | None = None, blocks: Iterable[Sequence[int]] = ()) -> None:
         check_choice("mask", kind, KINDS)
-        if kind in SIZED and not (_is_whole(size) and 1 <= size < 2**31):  # type: ignore[operator]
-            raise ValueError(f"Mask({kind!r}, {size!r}): expected a whole number of rows >= 1")
+        if kind in SIZED and not (_is_whole(size) and 1 <= size <= MOST_TOKENS):  # type: ignore[operator]
+            raise ValueError(f"Mask({kind!r}, {shown(size)}): expected a whole number of rows >= 1 and < 2**31")
         if kind not in SIZED and size is not None:
-            raise ValueError(f"Mask({kind!r}, {size!r}): expected no size")
+            raise ValueError(f"Mask({kind!r}, {shown(size)}): expected no size")
         object.__setattr__(self, "kind", kind)
         object.__setattr__(self, "size", int(size or 0))
         object.__setattr__(self, "blocks", _read_blocks(kind, blocks))
@@ -70,7 +70,7 @@ def read_layers(layers: Iterable[tuple[Mask, int]] | None) -> tuple[LayerKind, .
     """
     if layers is None:
         return ()
-    wrong = ValueError(f"layers={layers!r}: expected [(flashcp.Mask, how many), ...]")
+    wrong = ValueError(f"layers={shown(layers)}: expected [(flashcp.Mask, how many), ...]")
     kinds = []
     try:
         given = [(mask, count) for mask, count in layers]
@@ -95,18 +95,20 @@ def _is_whole(number: object) -> bool:
 
 
 def _read_blocks(kind: str, blocks: Iterable[Sequence[int]]) -> tuple[tuple[int, int], ...]:
-    wrong = ValueError(f"Mask({kind!r}, blocks={blocks!r}): expected [(start, stop), ...] with 0 <= start < stop")
+    wrong = ValueError(
+        f"Mask({kind!r}, blocks={shown(blocks)}): expected [(start, stop), ...] with 0 <= start < stop < 2**31"
+    )
     try:
         pairs = sorted((start, stop) for start, stop in blocks)
     except (TypeError, ValueError):
         raise wrong from None
-    if not all(_is_whole(start) and _is_whole(stop) and 0 <= start < stop < 2**31 for start, stop in pairs):
+    if not all(_is_whole(start) and _is_whole(stop) and 0 <= start < stop <= MOST_TOKENS for start, stop in pairs):
         raise wrong
     if pairs and kind in ("full", "prefix"):
         raise ValueError(f"Mask({kind!r}, blocks=...): expected blocks of causal, window or chunk masks")
     for (_, stop), (start, _) in pairwise(pairs):
         if start < stop:
-            raise ValueError(f"Mask({kind!r}, blocks={pairs}): expected blocks that do not overlap")
+            raise ValueError(f"Mask({kind!r}, blocks={shown(pairs)}): expected blocks that do not overlap")
     return tuple((int(start), int(stop)) for start, stop in pairs)
 
 

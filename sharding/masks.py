@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from flashcp.sharding.documents import expand_ranges
-from flashcp.sharding.mask import NO_LIMIT, LayerKind, Mask, read_layers
+from flashcp.sharding.documents import expand_ranges, shown
+from flashcp.sharding.mask import MOST_LAYERS, NO_LIMIT, LayerKind, Mask, read_layers
 from flashcp.sharding.shards import shard_work
 
 
@@ -164,6 +164,17 @@ class Masks:
         return behind + looked(row) - looked(blind) - start * (row - blind)
 
 
+def list_masks(masks: Iterable[Mask]) -> list[Mask]:
+    """One mask for each document. Raises ValueError for what is none."""
+    try:
+        given = list(masks)
+    except TypeError:
+        given = [None]  # type: ignore[list-item]
+    if not all(isinstance(mask, Mask) for mask in given):
+        raise ValueError(f"masks={shown(masks)}: expected a flashcp.Mask, or a list with one for each document")
+    return given
+
+
 def read_masks(masks: Mask | Sequence[Mask] | None, document_lengths: np.ndarray) -> Masks:
     """The masks of a pack: one for all documents, or one each; None is causal.
 
@@ -171,16 +182,10 @@ def read_masks(masks: Mask | Sequence[Mask] | None, document_lengths: np.ndarray
     that equal masks are equal arrays. Raises ValueError for anything else, and for blocks beyond their document.
     """
     lengths = np.asarray(document_lengths, dtype=np.int64)
-    wrong = ValueError(f"masks={masks!r}: expected a flashcp.Mask, or a list with one for each document")
     if masks is None or isinstance(masks, Mask):
         kinds, which = [masks or Mask()], np.zeros(len(lengths), dtype=np.int64)
     else:
-        try:
-            given = list(masks)
-        except TypeError:
-            raise wrong from None
-        if not all(isinstance(mask, Mask) for mask in given):
-            raise wrong
+        given = list_masks(masks)
         if len(given) != len(lengths):
             raise ValueError(f"{len(given)} masks for {len(lengths)} documents: expected one for each, or one for all")
         kinds = list(dict.fromkeys(given))
@@ -192,8 +197,8 @@ def read_masks(masks: Mask | Sequence[Mask] | None, document_lengths: np.ndarray
         return np.where(size < lengths, size, NO_LIMIT)
 
     blocks = [np.empty((0, 3), dtype=np.int64)]
-    for i, mask in enumerate(kinds):
-        documents = np.flatnonzero(which == i)
+    by_kind = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which, minlength=len(kinds)))[:-1])
+    for mask, documents in zip(kinds, by_kind, strict=True):
         for start, stop in (
             ((0, None),) if mask.kind == "full" else ((0, mask.size),) * (mask.kind == "prefix") + mask.blocks
         ):
@@ -270,7 +275,12 @@ def read_workload(
     layers: Iterable[tuple[Mask, int]] | None = None,
 ) -> Workload:
     """Masks and layers as `flashcp.plan` takes them. Raises ValueError for what is none, and for work beyond int64."""
-    workload = Workload(read_masks(masks, document_lengths), read_layers(layers))
+    return _check_work(Workload(read_masks(masks, document_lengths), read_layers(layers)))
+
+
+def _check_work(workload: Workload) -> Workload:
+    """The workload. Raises ValueError for pairs beyond int64."""
+    document_lengths = workload.masks.length
     most = float(document_lengths.sum()) ** 2 * sum(kind.layers for kind in workload.layers)
     if most > 2**62:
         raise ValueError(f"{document_lengths.sum()} tokens through {most:.0e} pairs: expected fewer tokens or layers")
@@ -279,24 +289,27 @@ def read_workload(
 
 def workload_from(document_lengths: np.ndarray, columns: Sequence[list[Any]]) -> Workload:
     """The workload that has these `columns`. Raises ValueError for what no masks and layers give."""
-    window, chunk, *blocks, layers = (np.array(column, dtype=np.int64) for column in columns)
-    masks = Masks(document_lengths, window, chunk, *blocks)
-    document, start, stop = blocks
+    given = [np.array(column) for column in columns]
+    if len(given) != 6 or any(column.size and column.dtype != np.int64 for column in given):
+        raise ValueError("masks or layers that are not six lists of whole numbers")
+    window, chunk, document, start, stop, layers = (column.astype(np.int64) for column in given)
     next_one = np.flatnonzero(document[1:] == document[:-1])
     fits = (
         window.shape == chunk.shape == document_lengths.shape
         and document.shape == start.shape == stop.shape == (document.size,)
-        and (np.minimum(window, chunk) >= 0).all()
+        and ((np.minimum(window, chunk) >= 0) & (np.maximum(window, chunk) < document_lengths)).all()
         and (np.diff(document) >= 0).all()
         and ((document >= 0) & (document < len(document_lengths))).all()
-        and ((start >= 0) & (start < stop)).all()
+        and ((start >= 0) & (start < stop - 1)).all()
         and (stop <= document_lengths[document]).all()
         and (start[next_one + 1] >= stop[next_one]).all()
         and (layers.size == 0 or (layers.ndim == 2 and layers.shape[1] == 3 and (layers >= (0, 0, 1)).all()))
+        and (layers.size == 0 or (layers[:, 2] <= MOST_LAYERS).all())
     )
     if not fits:
         raise ValueError("masks or layers that no plan has")
-    return Workload(masks, tuple(LayerKind(*kind) for kind in layers.reshape(-1, 3).tolist()))
+    masks = Masks(document_lengths, window, chunk, document, start, stop)
+    return _check_work(Workload(masks, tuple(LayerKind(*kind) for kind in layers.reshape(-1, 3).tolist())))
 
 
 def _smaller(sizes: np.ndarray, size: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from flashcp.sharding.assignment import Assignment
 from flashcp.sharding.bounds import Certificate, certify
-from flashcp.sharding.documents import check_choice, read_document_lengths
+from flashcp.sharding.documents import MOST_TOKENS, check_choice, read_document_lengths, shown
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.mask import NO_LIMIT, Mask
 from flashcp.sharding.masks import Workload, read_workload, workload_from
@@ -62,8 +62,9 @@ class ShardingPlan(Assignment):
         """
         for name, size in (("window", window), ("chunk", chunk)):
             if size is not None and (not isinstance(size, Integral) or isinstance(size, bool) or size < 1):
-                raise ValueError(f"{name}={size!r}: expected a whole number of rows >= 1, or None")
-        key = int(window or NO_LIMIT), int(chunk or NO_LIMIT)
+                raise ValueError(f"{name}={shown(size)}: expected a whole number of rows >= 1, or None")
+        # No document is longer than MOST_TOKENS: what is larger is no limit, and may not fit int64.
+        key = min(int(window or NO_LIMIT), MOST_TOKENS), min(int(chunk or NO_LIMIT), MOST_TOKENS)
         if key not in self._narrowed:
             self._narrowed[key] = self._of_layer(*key)
         return self._narrowed[key]
@@ -118,7 +119,7 @@ class ShardingPlan(Assignment):
             lengths, world_size = read_document_lengths(fields["document_lengths"]), fields["world_size"]
             strategy = str(fields.get("strategy", "custom"))
             workload = workload_from(lengths, fields["workload"]) if "workload" in fields else read_workload(lengths)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"not the JSON of a plan: {error!r}") from error
         return cls(lengths, world_size, shards, strategy, workload=workload)
 

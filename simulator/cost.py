@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashcp.sharding.documents import check_choice
+from flashcp.sharding.documents import MOST_TOKENS, check_choice
 from flashcp.sharding.mask import Mask
 
 FORWARD_FLOPS, BACKWARD_FLOPS = 4, 10
@@ -237,6 +237,9 @@ class ModelShape:
         """Mask and layers as `flashcp.plan` takes them; None where no layer is narrowed. Raises ValueError for masks
         and numbers of layers that do not go together, and for both a window and a chunk."""
         check_choice("mask", self.mask, ("causal", "full"))
+        for name, size in (("window", self.window), ("chunk", self.chunk)):
+            if size > MOST_TOKENS:
+                raise ValueError(f"{name}={size}: expected a whole number < 2**31")
         narrowed = f"narrowed_layers={self.narrowed_layers}"
         if self.narrowed_layers > self.layers:
             raise ValueError(f"{narrowed}: expected at most layers={self.layers}")

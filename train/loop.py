@@ -110,10 +110,10 @@ class Trainer:
             value
             for pack in packs
             for value in (
-                pack.route.imbalance * pack.heaviness,
-                pack.route.critical_rows,
-                -pack.route.saving,
-                pack.plan.certificate.critical_rows,
+                pack.planned.imbalance * pack.heaviness,
+                pack.planned.critical_rows,
+                -pack.planned.saving,
+                pack.planned.critical_rows_bound,
             )
         ]
         clock = {name: getattr(self.cp.stats, name) for name in ("attention_ms", "exposed_exchange_ms", "wait_ms")}
@@ -144,7 +144,7 @@ class Trainer:
             "tokens_per_s": 1e3 * tokens / times["step_ms"],
             "imbalance": imbalance,
             "critical_rows": critical,
-            "saving": -lost,
+            "saving": 0.0 - lost,  # not -0.0
             "critical_rows_bound": bound,
         }
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from flashcp.limits import Count, Limit, Natural
+from flashcp.limits import Count, Limit, Natural, Rows
 from flashcp.schema import read_dataclass
 from flashcp.sharding.mask import Mask
 
@@ -28,8 +28,8 @@ class ModelConfig:
     norm_eps: Finite = 1e-5
     tied_embeddings: bool = False
     checkpoint_activations: bool = False
-    window: Natural = 0
-    chunk: Natural = 0
+    window: Rows = 0
+    chunk: Rows = 0
     full_every: Natural = 0
     softcap: NotNegative = 0.0
     sinks: bool = False

@@ -66,8 +66,8 @@ class ShmFabric(Fabric):
         """Each process has mapped it for itself."""
 
     def tensor(self, region: Region, rows: int, row: Sequence[int], dtype: torch.dtype, token: object) -> Tensor:
-        if not rows:
-            return torch.empty((0, *row), dtype=dtype)
+        if not rows * math.prod(row):
+            return torch.empty((rows, *row), dtype=dtype)
         # A new array over the same memory ends with the last tensor that is made from it, and the token with the array.
         memory = region.data(self.rank, 0, rows * math.prod(row) * dtype.itemsize).numpy()
         weakref.finalize(memory, lambda held: None, token).atexit = False

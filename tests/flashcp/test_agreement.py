@@ -263,7 +263,7 @@ def test_bad_calls_say_what_is_wrong() -> None:
         "x has 3 rows along dim 0: expected the pack's 64",
         "local has 3 rows along dim 0: expected 32 on rank",
         "dim=7: expected an axis of local, which has 1",
-        "q is a NoneType: expected a tensor",
+        "q is a NoneType: expected a dense tensor",
         "softmax_scale=-1: expected a positive number",
         "q is torch.float64",
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import flashcp
-from flashcp.comm.errors import PeerFailedError
+from flashcp.comm.errors import PeerFailedError, PlanMismatchError
 from tests.packs import AWKWARD, random_lengths, random_qkv, relative_error
 from tests.ranks import run_cases, run_ranks
 
@@ -136,6 +136,63 @@ def test_layers_that_share_kv_fetch_it_once() -> None:
         assert whole
 
 
+def odd_rows(transport: str) -> list[tuple[int, ...]]:
+    """Shapes of what comes of rows without an axis, of no columns, and of their gradients."""
+    cp = flashcp.ContextParallel(transport=transport, timeout_s=20)
+    plan, order = (
+        flashcp.plan((50, 20), cp.world_size, "per_document"),
+        flashcp.plan((70,), cp.world_size, "contiguous"),
+    )
+    shapes = []
+    for full in (torch.arange(70.0), torch.zeros(70, 0), torch.zeros(70, 3, 0)):
+        x = cp.shard(full, plan).requires_grad_()
+        came, there = cp.gather(x, plan), cp.reshard(x, plan, order)
+        (came.sum() + there.sum()).backward()
+        assert x.grad is not None
+        assert torch.equal(there, cp.shard(full, order))
+        assert came.shape[0] == plan.route("exact").received_rows[cp.rank]
+        shapes.append((*came.shape[1:], *x.grad.shape[1:]))
+    return shapes
+
+
+@pytest.mark.parametrize("transport", ["gloo", "shm"])
+def test_rows_may_be_single_numbers_or_nothing(transport: str) -> None:
+    assert run_ranks(odd_rows, 2, transport) == [[(), (0, 0), (3, 0, 3, 0)]] * 2
+
+
+def other_calls() -> list[str]:
+    """What ranks hear that call different things."""
+    said = []
+    plan = flashcp.plan((8, 8), 2)
+    x, y = torch.zeros(8, 4), torch.zeros(8, 1, 4)
+
+    def hear(here, there) -> None:  # type: ignore[no-untyped-def]
+        cp = flashcp.ContextParallel(timeout_s=20)
+        with pytest.raises(PlanMismatchError) as caught:
+            (there if cp.rank else here)(cp)
+        said.append(str(caught.value))
+
+    hear(lambda cp: cp.gather(x, plan), lambda cp: cp.attention(y, y, y, plan))
+    hear(lambda cp: cp.reshard(x, plan, plan), lambda cp: cp.gather(x, plan))
+    hear(lambda cp: cp.reshard(x, plan, plan), lambda cp: cp.unshard(x, plan))
+    hear(lambda cp: cp.gather(x, plan), lambda cp: cp.gather(x[:, :3], plan))
+    hear(lambda cp: cp.attention(y, y, y, plan, softcap=5), lambda cp: cp.attention(y, y, y, plan, softcap=6))
+    return said
+
+
+def test_ranks_that_call_different_things_hear_what() -> None:
+    expected = (
+        "operation (call 1): rank 1 attention; rank 0 gather",
+        "operation (call 1): rank 1 gather; rank 0 reshard",
+        "operation (call 1): rank 0 reshard; rank 1 unshard",
+        "row bytes (call 1): rank 1 12; rank 0 16",
+        "softcap (call 1): rank 0 5.0; rank 1 6.0",
+    )
+    for said in run_ranks(other_calls, 2):
+        for text, part in zip(said, expected, strict=True):
+            assert part in text
+
+
 def wrong_calls() -> Iterator[str]:
     cp = flashcp.ContextParallel(timeout_s=20)
     plan = flashcp.plan((8, 8), cp.world_size)
@@ -152,6 +209,8 @@ def wrong_calls() -> Iterator[str]:
         message(ValueError, cp.gather, x.long(), plan),
         message(ValueError, cp.gather, None, plan),
         message(ValueError, cp.gather, x, plan, window=0),
+        message(ValueError, cp.attention, y, y, y, plan, return_lse="yes"),
+        message(ValueError, cp.attend, y, y, y, y[:0], y[:0], plan, return_lse=1),
         message(ValueError, cp.attend, y, y, y, y[:0], None, plan),
         message(ValueError, cp.attend, y, y, y, y[:0, :, :2], y[:0], plan),
         message(ValueError, cp.attend, y, y, y, y[:1], y[:0], plan),
@@ -167,6 +226,8 @@ def test_bad_calls_say_what_is_wrong() -> None:
         "x is torch.int64: expected a floating-point dtype",
         "x is a NoneType: expected a dense tensor",
         "window=0: expected a whole number of rows >= 1",
+        "return_lse='yes': expected True or False",
+        "return_lse=1: expected True or False",
         "received_v is NoneType: expected torch.float32 [rows, 1, 4]",
         "received_k is torch.float32 [0, 1, 2]: expected torch.float32 [rows, 1, 4]",
         "received_k and received_v have 1 and 0 rows: expected as many",

@@ -241,6 +241,10 @@ def test_plans_with_masks_survive_json_and_are_told_apart() -> None:
         (lambda: Mask("sliding"), "mask='sliding': expected one of causal, window, chunk, full, prefix"),
         (lambda: Mask("window"), r"Mask\('window', None\): expected a whole number of rows >= 1"),
         (lambda: Mask("chunk", 0), r"Mask\('chunk', 0\): expected a whole number of rows >= 1"),
+        (lambda: Mask("window", 2**31), r"expected a whole number of rows >= 1 and < 2\*\*31"),
+        (lambda: Mask(blocks=np.array([[3, 2], [1, 0]])), r"blocks=array\(\[\[3, 2\], \[1, 0\]\]\)\): expected"),
+        (lambda: plan([5], 1, masks=np.zeros((3, 3))), r"0.\]\]\): expected a flashcp.Mask, or a list"),  # type: ignore[arg-type]
+        (lambda: plan([5] * 1000, 1, masks=["full"] * 1000), r"^masks=.{300}\.\.\.: expected a flashcp.Mask"),  # type: ignore[list-item]
         (lambda: Mask("full", 3), r"Mask\('full', 3\): expected no size"),
         (lambda: Mask(blocks=[(3, 3)]), r"expected \[\(start, stop\), ...\] with 0 <= start < stop"),
         (lambda: Mask(blocks=[3]), r"expected \[\(start, stop\), ...\] with 0 <= start < stop"),  # type: ignore[list-item]
@@ -262,3 +266,39 @@ def test_what_no_mask_is_is_refused_in_one_line(make, message: str) -> None:  # 
     with pytest.raises(ValueError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+def test_a_window_larger_than_anything_is_none() -> None:
+    made = plan([9, 40], 2, masks=[Mask("full"), Mask("window", 30)])
+    for size in (2**31, 2**63, 10**30, np.uint64(2**63)):
+        assert made.narrow(window=size) == made.narrow(chunk=size) == made  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        (0, [10**30, 0]),
+        (0, [4.5, 0]),
+        (0, ["4", 0]),
+        (0, [40, 0]),  # as long as its document: no limit, which plans leave out
+        (4, [3, 10**30]),
+        (4, [3, 6]),  # one row
+        (5, [[0, 0, 2**62]]),
+        (5, [[0, 0, 1.5]]),
+    ],
+)
+def test_json_has_masks_as_plans_have_them(column: int, value: list) -> None:
+    made = plan([40, 9], 2, masks=[Mask("window", 7, blocks=[(1, 3)]), Mask(blocks=[(5, 9)])], layers=[(Mask(), 2)])
+    fields = json.loads(made.to_json())
+    fields["workload"][column] = value
+    with pytest.raises(ValueError, match="not the JSON of a plan"):
+        ShardingPlan.from_json(json.dumps(fields))
+
+
+def test_masks_of_many_kinds_are_read_kind_by_kind() -> None:
+    lengths = np.full(500, 600)
+    kinds = [Mask("window", 1 + i % 250, blocks=[(i % 250, i % 250 + 2)]) for i in range(500)]
+    masks = read_masks(kinds, lengths)
+    assert masks.window.tolist() == [mask.size for mask in kinds]
+    assert masks.block_document.tolist() == list(range(500))
+    assert masks.block_start.tolist() == [mask.blocks[0][0] for mask in kinds]

@@ -15,7 +15,7 @@ import flashcp
 from flashcp.options import planner
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.train.data.documents import read_documents
-from flashcp.train.data.loader import Batch, Loader, Share
+from flashcp.train.data.loader import Batch, Loader, Share, of_plan
 from flashcp.train.data.tokenizer import BytesTokenizer
 from flashcp.train.data.windows import NO_LABEL, TokenWindow, pack_documents
 from tests.train.test_documents import Parts
@@ -55,7 +55,8 @@ def test_ranks_share_out_each_pack() -> None:
         np.testing.assert_array_equal(positions, expected)
         assert {share.plan.fingerprint for share in shares} == {shares[0].plan.fingerprint}
         assert {share.labelled for share in shares} == {int((window.labels != NO_LABEL).sum())}
-        assert shares[0].route.exchange == "exact"
+        rows = shares[0].plan.route("exact").critical_rows
+        assert shares[0].planned.critical_rows == rows >= shares[0].planned.critical_rows_bound
         assert shares[0].position == window.position
 
 
@@ -164,3 +165,12 @@ def test_workers_make_the_same_plans_and_end_with_the_loader() -> None:
         time.sleep(0.05)
     assert not set(multiprocessing.active_children()) - before
     assert not loader_threads()
+
+
+def test_numbers_of_a_mix_are_means_over_its_layers() -> None:
+    mixed = flashcp.plan((900, 60, 64), 4, layers=[(flashcp.Mask(), 1), (flashcp.Mask("window", 50), 3)])
+    told = of_plan(mixed, "exact")
+    rows = [mixed.route("exact", window=window).critical_rows for window in (None, 50)]
+    assert told.critical_rows == (rows[0] + 3 * rows[1]) / 4 >= told.critical_rows_bound > 0
+    assert told.imbalance == mixed.imbalance
+    assert of_plan(mixed, "ulysses").imbalance == 1

@@ -18,10 +18,8 @@ import torch
 
 from flashcp.kernels.uploads import to_device
 from flashcp.sharding.holders import positions_of_rank, rows_of_rank
-from flashcp.sharding.mask import LayerKind
 from flashcp.sharding.masks import Workload, read_masks
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.sharding.route import Route
 from flashcp.train.data.documents import Position
 from flashcp.train.data.windows import TokenWindow, join_windows
 
@@ -33,8 +31,7 @@ class Batch:
     """Some windows, one pack for each replica, as one rank sees them.
 
     tokens, labels, position_ids: this rank's rows in the plan's local order, of its holder's its share, int64 [rank's
-    tokens]; positions count from 0 in each document of the pack. plan, route: of the replica's whole pack; the route of
-    a layer that sees most.
+    tokens]; positions count from 0 in each document of the pack. plan, planned: of the replica's whole pack.
     The others are of all replicas together. size: tokens. documents: their number.
     labelled: labelled tokens, the loss's denominator. heaviness: the replica's work over the mean of the replicas.
     dropped, carried, skipped, position: see TokenWindow. digest: CRC-32 of all tokens and lengths, of all replicas.
@@ -44,7 +41,7 @@ class Batch:
     labels: torch.Tensor
     position_ids: torch.Tensor
     plan: ShardingPlan
-    route: Route
+    planned: Planned
     size: int
     documents: int
     labelled: int
@@ -61,6 +58,25 @@ class Batch:
             name: to_device(getattr(self, name), device) for name in ("tokens", "labels", "position_ids")
         }
         return replace(self, **there)
+
+
+class Planned(NamedTuple):
+    """What a plan's ranks compute and send, as metrics tell it: rows, saving and the bound of the exact exchange's rows
+    are means over the model's layers."""
+
+    imbalance: float
+    critical_rows: float
+    saving: float
+    critical_rows_bound: float
+
+
+def of_plan(plan: ShardingPlan, exchange: str) -> Planned:
+    """The numbers of a plan under an exchange."""
+    routes, layers = zip(*((kind.route(exchange), count) for kind, count in plan.of_kinds), strict=True)
+    rows, saving = np.average([(route.critical_rows, route.saving) for route in routes], axis=0, weights=layers)
+    balanced = exchange == "ulysses"  # whatever the plan, heads are shared out evenly
+    bound = plan.certificate.critical_rows / sum(layers)
+    return Planned(1.0 if balanced else plan.imbalance, float(rows), float(saving), bound)
 
 
 class Share(NamedTuple):
@@ -87,15 +103,13 @@ def make_batch(windows: Sequence[TokenWindow], share: Share, plan: ShardingPlan)
     every = np.arange(len(whole.document_lengths))
     workload = Workload(read_masks(None, whole.document_lengths), plan.layers)
     work = int(workload.pairs(every, np.zeros_like(every), whole.document_lengths).sum())
-    widest = plan.layers[0] if plan.layers else LayerKind(0, 0, 1)
     rows = rows_of_rank(plan, share.rank, share.head_ranks)
-    _ = plan.certificate  # made here, ahead of the step, for the metrics
     return Batch(
         tokens=torch.from_numpy(window.tokens[rows]),
         labels=torch.from_numpy(window.labels[rows]),
         position_ids=torch.from_numpy(positions_of_rank(plan, share.rank, share.head_ranks)),
         plan=plan,
-        route=plan.route(share.exchange, widest.window or None, widest.chunk or None),
+        planned=of_plan(plan, share.exchange),
         size=len(whole.tokens),
         documents=len(whole.document_lengths),
         labelled=whole.labelled,
