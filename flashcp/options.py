@@ -21,7 +21,7 @@ def read_sharding(sharding: Mapping[str, Any]) -> dict[str, Any]:
     name = sharding.get("name")
     check_choice("sharding.name", name, STRATEGIES)
     options = {key: value for key, value in sharding.items() if key != "name"}
-    return {"name": name, **read_options(STRATEGIES[str(name)], options, "sharding")}
+    return {"name": name, **read_options(STRATEGIES[str(name)], options, "sharding", but=["workload"])}
 
 
 def planner(

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, TypeVar
 
 Section = TypeVar("Section")
@@ -38,14 +38,17 @@ def read_dataclass(kind: type[Section], values: Any, name: str = "") -> Section:
     return kind(**given)
 
 
-def read_options(function: Callable[..., Any], values: Mapping[str, Any], name: str) -> dict[str, Any]:
+def read_options(
+    function: Callable[..., Any], values: Mapping[str, Any], name: str, but: Container[str] = ()
+) -> dict[str, Any]:
     """Keyword options of a function, with the types that it says they have. Raises ValueError as `read_dataclass`.
 
-    Options without a default are the caller's own, and those that take a function are for Python alone: no such keys.
+    Options without a default and those in `but` are the caller's own, and those that take a function are for Python
+    alone: no such keys.
     """
     hints = typing.get_type_hints(function)
     options = [item.name for item in inspect.signature(function).parameters.values() if item.default is not item.empty]
-    legal = [option for option in options if not _takes_function(hints[option])]
+    legal = [option for option in options if not _takes_function(hints[option]) and option not in but]
     for key in values:
         if key not in legal:
             raise ValueError(f"{name}.{key}: no such field; expected one of {', '.join(legal)}")

@@ -15,6 +15,7 @@ from flashcp.sharding.assignment import Assignment
 from flashcp.sharding.bounds import Certificate, certify
 from flashcp.sharding.documents import MOST_TOKENS, check_choice, read_document_lengths, shown
 from flashcp.sharding.exchanges import EXCHANGES
+from flashcp.sharding.holders import rows_between_and_inside
 from flashcp.sharding.mask import NO_LIMIT, Mask
 from flashcp.sharding.masks import Workload, read_workload, workload_from
 from flashcp.sharding.route import Route
@@ -74,6 +75,18 @@ class ShardingPlan(Assignment):
         """The plan as each kind of layers of its mix sees it, and how many those are; without a mix, itself once."""
         kinds = [(self.narrow(kind.window or None, kind.chunk or None), kind.layers) for kind in self.layers]
         return kinds or [(self, 1)]
+
+    def over_layers(self, exchange: str, head_ranks: int = 1) -> tuple[float, float, float]:
+        """Imbalance of the sum over the layers; critical rows and saving of an exchange, means over them.
+
+        head_ranks: of holders, whose all-to-alls are counted (`rows_between_and_inside`).
+        """
+        routes, layers = zip(*((one.route(exchange), count) for one, count in self.of_kinds), strict=True)
+        rows = [rows_between_and_inside(route, head_ranks, 1 / head_ranks) for route in routes]
+        # Of routes that share out heads every one is 1, and of the sum too where every layer is even.
+        imbalance = self.imbalance if any(route.imbalance > 1 for route in routes) else 1.0
+        critical, saving = np.average(rows, axis=0, weights=layers).tolist()
+        return imbalance, critical, saving
 
     @cached_property
     def _narrowed(self) -> dict[tuple[int, int], ShardingPlan]:

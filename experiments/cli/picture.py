@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from flashcp.experiments.cli.plan import over_layers
 from flashcp.experiments.plots import INK, PALETTE, PARTS, save, styled
 from flashcp.sharding.plan import ShardingPlan
 
@@ -47,7 +46,7 @@ def draw_plan(
     work.axhline(1, color=INK, lw=1, ls=(0, (4, 3)))
     work.set(xlabel=whose, title="work / mean")
     _draw_traffic(figure.add_subplot(below[1]), plan, exchange, whose)
-    imbalance, _, saving = over_layers(plan, exchange, head_ranks)
+    imbalance, _, saving = plan.over_layers(exchange, head_ranks)
     figure.suptitle(
         f"{plan.strategy}, {exchange}: {len(plan.document_lengths)} documents, {plan.offsets[-1]} tokens, "
         f"{plan.world_size * head_ranks} ranks; imbalance {imbalance:.3f}, "
@@ -77,7 +76,7 @@ def draw_methods(
         line, column = divmod(number, columns)
         above, below = (figure.add_subplot(grid[2 * line + half, column]) for half in (0, 1))
         _draw_pairs(above, plan, whose, window_ends)
-        imbalance = over_layers(plan, exchange)[0]
+        imbalance = plan.over_layers(exchange)[0]
         above.set_title(f"{name}: busiest {whose.split()[0]} {imbalance:.2f} x the mean")
         received = _rows(plan, exchange)[1]
         below.bar(range(len(received)), received, color=_colours(plan))

@@ -18,9 +18,7 @@ from flashcp.experiments.cli.compose import Job, run
 from flashcp.experiments.cli.packs import described, heading, planned_packs, read_model
 from flashcp.experiments.cli.schema import GROUPS
 from flashcp.options import naming_options
-from flashcp.sharding.holders import rows_between_and_inside
 from flashcp.sharding.methods import METHODS, Method
-from flashcp.sharding.plan import ShardingPlan
 from flashcp.text import table
 
 CONFIG = "plan"
@@ -87,7 +85,7 @@ def measure(
         started = time.perf_counter()
         plan = flashcp.plan(lengths, holders, method.sharding, **options)
         ms = 1e3 * (time.perf_counter() - started)
-        found.append((*over_layers(plan, method.exchange, head_ranks), ms))
+        found.append((*plan.over_layers(method.exchange, head_ranks), ms))
     imbalance, critical, saving, times = np.array(found).T.tolist()
     return {
         **method._asdict(),
@@ -97,16 +95,6 @@ def measure(
         "saving": float(np.mean(saving)),
         "ms": float(np.median(times)),
     }
-
-
-def over_layers(plan: ShardingPlan, exchange: str, head_ranks: int = 1) -> tuple[float, float, float]:
-    """Imbalance of the sum over a plan's layers; critical rows and saving, means over them."""
-    routes, layers = zip(*((one.route(exchange), count) for one, count in plan.of_kinds), strict=True)
-    rows = [rows_between_and_inside(route, head_ranks, 1 / head_ranks) for route in routes]
-    # Of routes that share out heads every one is 1, and of the sum too where every layer is even.
-    imbalance = plan.imbalance if any(route.imbalance > 1 for route in routes) else 1.0
-    critical, saving = np.average(rows, axis=0, weights=layers).tolist()
-    return imbalance, critical, saving
 
 
 def read_mix(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,11 +72,8 @@ class Planned(NamedTuple):
 
 def of_plan(plan: ShardingPlan, exchange: str) -> Planned:
     """The numbers of a plan under an exchange."""
-    routes, layers = zip(*((kind.route(exchange), count) for kind, count in plan.of_kinds), strict=True)
-    rows, saving = np.average([(route.critical_rows, route.saving) for route in routes], axis=0, weights=layers)
-    balanced = exchange == "ulysses"  # whatever the plan, heads are shared out evenly
-    bound = plan.certificate.critical_rows / sum(layers)
-    return Planned(1.0 if balanced else plan.imbalance, float(rows), float(saving), bound)
+    layers = sum(count for _, count in plan.of_kinds)
+    return Planned(*plan.over_layers(exchange), plan.certificate.critical_rows / layers)
 
 
 class Share(NamedTuple):

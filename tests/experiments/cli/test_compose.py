@@ -207,7 +207,7 @@ def test_data_has_the_defaults_of_its_dataclass(name: str) -> None:
 @pytest.mark.parametrize("name", GROUPS["sharding"])
 def test_sharding_has_the_options_of_its_strategy_with_their_defaults(name: str) -> None:
     options = {key: item.default for key, item in inspect.signature(STRATEGIES[name]).parameters.items()}
-    for key in ("document_lengths", "world_size", "cost"):
+    for key in ("document_lengths", "world_size", "cost", "workload"):
         options.pop(key, None)
     assert compose("plan", [f"sharding={name}"])["sharding"] == {"name": name, **options}
 

@@ -14,7 +14,6 @@ import flashcp
 from flashcp.experiments.cli import picture
 from flashcp.experiments.cli.main import main
 from flashcp.experiments.cli.packs import read_packs
-from flashcp.experiments.cli.plan import over_layers
 from flashcp.sharding.lengths import windows
 from flashcp.sharding.methods import METHODS
 
@@ -247,8 +246,8 @@ def test_pictures_of_a_mix_say_what_the_table_says(monkeypatch: pytest.MonkeyPat
 def test_a_mix_is_uneven_where_its_causal_layers_alone_are_even() -> None:
     made = flashcp.plan([100, 28], 2, "per_document", layers=[(flashcp.Mask(), 1), (flashcp.Mask("window", 10), 3)])
     assert made.route("exact").imbalance == 1.0
-    assert over_layers(made, "exact")[0] == made.imbalance > 1.02
-    assert over_layers(made, "ulysses")[0] == 1.0
+    assert made.over_layers("exact")[0] == made.imbalance > 1.02
+    assert made.over_layers("ulysses")[0] == 1.0
 
 
 def test_models_that_no_layer_fits_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
