@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ from matplotlib.figure import Figure
 
 from flashcp.experiments.paper.numbers import Numbers, PaperFigure
 from flashcp.experiments.plots import PALETTE, legend_below, styled
+from flashcp.experiments.sweep.results import Row
 from flashcp.simulator.variants import VARIANTS
 
 MODELS = {
@@ -18,6 +21,8 @@ MODELS = {
     ("16", "full"): "BERT large",
 }
 """By heads and mask of a case."""
+WORKLOADS = {"Gemma 3 27B": "gemma3", "gpt-oss 120B": "gpt_oss", "BERT large": "full"}
+"""The same in the rows of `flashcp bench mixes`."""
 KINDS = ("per_document as published", "best effort of the others", "flashcp")
 
 
@@ -56,6 +61,32 @@ def mixed(numbers: Numbers) -> list[Mixed]:
             )
         )  # fmt: skip
     return found
+
+
+def worth_table(simulated: Sequence[Row], planned: Path) -> str:
+    """What a plan for the mix is worth, as docs/masks.md shows it: rows of `experiment=mixes`, and the file of
+    `flashcp bench mixes` on the same lengths."""
+    with planned.open(encoding="utf-8", newline="") as lines:
+        counted = {(row["case"], row["provider"], row["metric"]): row["median"] for row in csv.DictReader(lines)}
+    head = (
+        "model", "window, ranks", "largest imbalance: the mix's plan, the causal one's",
+        "critical rows: a layer that sees all, a window layer", "over llama3", "over per_document",
+        "over the fastest best effort",
+    )  # fmt: skip
+    table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for one in mixed(Numbers(simulated)):
+        size = f"{one.case.context // 1024}K"
+        case = f"{WORKLOADS[one.model]} {one.case.data} {size} N={one.case.ranks}"
+        balance = [float(counted[case, plan, "imbalance_max"]) for plan in ("flashcp", "flashcp_causal")]
+        rows = [counted.get((case, "flashcp", f"critical_rows_{kind}")) for kind in ("causal", "window")]
+        published, rival, ours = one.speedups
+        cells = (
+            one.model, f"{size}, {one.case.ranks}", ", ".join(f"{number:.3f}" for number in balance),
+            ", ".join(f"{float(number):,.0f}" if number else "-" for number in rows), f"{ours:.2f}",
+            f"{ours / published:.2f}", f"{ours / rival:.2f} ({one.rival})",
+        )  # fmt: skip
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
 
 
 def _facts(numbers: Numbers) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from flashcp.experiments.cli.schema import committed
 from flashcp.experiments.cli.simulate import chosen_variants, read_setting, step_of
 from flashcp.experiments.paper.beyond import BASELINES, DATA, measured_rows, stages
 from flashcp.experiments.paper.figures import FIGURES, write_paper_page
+from flashcp.experiments.paper.mixes import worth_table
 from flashcp.experiments.paper.numbers import BREAKDOWN, Cell, Numbers, read_case, verdict
 from flashcp.experiments.paper.published import breakdown
 from flashcp.experiments.sweep.results import read_rows, write_rows
@@ -244,3 +245,10 @@ def test_the_committed_page_is_what_its_rows_say(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "experiments/results/paper", tmp_path / "results/paper")
     page = write_paper_page(tmp_path / "results/paper", tmp_path / "PAPER_RESULTS.md")
     assert page.read_text() == (ROOT / "experiments/PAPER_RESULTS.md").read_text()
+
+
+def test_the_page_of_masks_shows_the_committed_rows() -> None:
+    results = ROOT / "experiments/results"
+    table = worth_table(read_rows(results / "paper/mixes"), results / "planner_mixes.csv")
+    assert table.count("\n") == 2 + 18 - 1
+    assert table in (ROOT / "docs/masks.md").read_text()
