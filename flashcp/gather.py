@@ -63,7 +63,7 @@ def check_receives(exchange: Exchange) -> ReceivingExchange:
     """The exchange. Raises ValueError for one that brings no rows to a rank."""
     if not isinstance(exchange, ReceivingExchange):
         raise ValueError(
-            f"gather and attend with exchange={exchange.name!r} and several ranks a holder: expected exact, compacted, "
+            f"gather and attend with exchange={exchange.name!r}, ranks sharing out heads: expected exact, compacted, "
             "all_gather or ring with head_ranks=1"
         )
     return exchange
