@@ -8,9 +8,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from flashcp.kernels.inputs import check_inputs, check_return_lse, check_sinks, default_scale, read_softcap
+from flashcp.kernels.inputs import check_inputs, check_return_lse
 from flashcp.kernels.library import attention as attention_operator
 from flashcp.kernels.library import mask_tensor, whole_pack
+from flashcp.kernels.scores import read_scores
 from flashcp.kernels.selection import attention_name
 from flashcp.kernels.tuning import Tuning, check_tuning
 from flashcp.sharding.documents import read_document_lengths
@@ -79,7 +80,7 @@ def varlen_attention(
     implementation does not compute (docs/masks.md).
     """
     check_inputs(q, k, v, own_v_dim=True)
-    check_sinks(sinks, q)
+    scores = read_scores(q, softmax_scale, softcap, sinks)
     check_return_lse(return_lse)
     check_tuning(tuning)
     attention_name(attention, q.device)  # raises; the operator reads `auto` itself, for what that refuses
@@ -91,10 +92,10 @@ def varlen_attention(
         v,
         empty,
         whole_pack(lengths, len(q), mask_tensor(masks)),
-        default_scale(q, softmax_scale),
+        scores.scale,
         attention,
         "" if tuning is None else tuning.to_text(),
-        read_softcap(softcap),
+        scores.softcap,
         sinks,
         return_lse,
     )

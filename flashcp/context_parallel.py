@@ -197,10 +197,11 @@ class ContextParallel(JoinedRanks):
                 row_bytes=math.prod(x.shape[1:]) * x.element_size(),
                 gradients=torch.is_grad_enabled() and x.requires_grad,
                 gradient_wire=GRADIENT_WIRES.index(self.gradient_wire),
+                kv_heads=1,
                 gathers=1,
             )
 
-        call = self._call(header, lambda: plan.narrow(window, chunk), x, lambda: 1)
+        call = self._call(header, x, plan, window, chunk)
         with torch.no_grad(), call.watched():
             return Gathering(call, x)
 
@@ -309,16 +310,16 @@ class ContextParallel(JoinedRanks):
                 gradient_wire=GRADIENT_WIRES.index(self.gradient_wire),
             )
 
-        call = self._call(header, lambda: plan.narrow(window, chunk), k, lambda: k.shape[1])
+        call = self._call(header, k, plan, window, chunk)
         sending = self.stats.measure("exposed_exchange_ms", f"attention {call.header.call}, send rows")
         with torch.no_grad(), sending, call.watched():
             incoming = self._exchange.start(call.plan, k, v)
         return Handle(call, incoming, k, v)
 
     def _call(
-        self, header: Callable[[], Header], layer: Callable[[], ShardingPlan], rows: Tensor, kv_heads: Callable[[], int]
+        self, header: Callable[[], Header], rows: Tensor, plan: ShardingPlan, window: int | None, chunk: int | None
     ) -> Call:
-        """A call that all ranks agree on. Its plan, and the heads of its rows, are known once the header is."""
+        """A call that all ranks agree on. header: checks the arguments, which are not looked at before."""
 
         def checked() -> Header:
             made = header()
@@ -329,9 +330,9 @@ class ContextParallel(JoinedRanks):
             agreed, posted = self._agree(checked)
         refetch = self.backward == "refetch"
         agree = posted.check if posted else lambda: None  # one rank alone has nobody to agree with
-        how = self._kernel(rows), self.overlap, self.stages, refetch, self.gradient_wire, kv_heads()
+        how = self._kernel(rows), self.overlap, self.stages, refetch, self.gradient_wire, agreed.kv_heads
         settings = AttentionSettings(*how, self.stats, agree, Scores(1.0))
-        return Call(layer(), self._exchange, settings, agreed, self._connection)
+        return Call(plan.narrow(window, chunk), self._exchange, settings, agreed, self._connection)
 
     def _kernel(self, rows: Tensor) -> AttentionKernel:
         return select_attention(self.attention_name, rows.device, self.tuning)

@@ -25,7 +25,7 @@ from flashcp.kernels.interface import KV, AttentionKernel
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.scores import Scores
 from flashcp.kernels.sinks import add_sinks, sink_gradients
-from flashcp.operator import Call
+from flashcp.operator import Call, refuse_gradient
 
 
 class Gathering:
@@ -124,7 +124,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Output [T, H, D of v] and log-sum-exp [T, H] over rows that are all here, differentiable in all but the latter.
 
-    Kernels take one head_dim: the narrower of keys and values is filled with zeros.
+    Gradients of received keys and values come in one buffer: the narrower of both is filled with zeros.
     """
     out, lse = _Attend.apply(*_one_width(tensors), scores.sinks, kernel, schedule, scores, clock)
     return out[..., : tensors.v.shape[2]], lse
@@ -163,8 +163,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_lse is not None:
-            raise RuntimeError("the log-sum-exp of attention has no gradient: expected it detached")
+        refuse_gradient(grad_lse)
         q, k, v, received_k, received_v, sinks, out, lse = ctx.saved_tensors
         kernel, schedule, scores, clock = ctx.of_call
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()

@@ -142,8 +142,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        if grad_lse is not None:
-            raise RuntimeError("the log-sum-exp of attention has no gradient: expected it detached")
+        refuse_gradient(grad_lse)
         *of_call, sinks = ctx.saved_tensors
         saved = Saved(*of_call)
         if grad_out is None:
@@ -156,6 +155,12 @@ class _Attention(torch.autograd.Function):
         if of_sinks is not None:
             of_sinks = of_sinks.to(sinks.dtype)
         return *(gradient.to(grad_out.dtype) for gradient in gradients), of_sinks, None, None
+
+
+def refuse_gradient(grad_lse: Tensor | None) -> None:
+    """Raise RuntimeError for a gradient of the log-sum-exp, which nobody computes."""
+    if grad_lse is not None:
+        raise RuntimeError("the log-sum-exp of attention has no gradient: expected it detached")
 
 
 def query_codes(q: Tensor, scores: Scores, return_lse: bool) -> dict[str, int]:

@@ -31,10 +31,6 @@ class ShardTable(NamedTuple):
     def rows(self) -> np.ndarray:
         return self.stop - self.start
 
-    @property
-    def work(self) -> np.ndarray:
-        return shard_work(self.start, self.stop)
-
     def take(self, index: np.ndarray) -> ShardTable:
         return ShardTable(*(column[index] for column in self))
 

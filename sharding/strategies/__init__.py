@@ -63,10 +63,11 @@ def plan_workload(workload: Workload, world_size: int, strategy: str = "flashcp"
     ranks = read_world_size(world_size, int(lengths.sum()))
     check_choice("strategy", strategy, STRATEGIES)
     function = STRATEGIES[strategy]
-    legal = [name for name in list(inspect.signature(function).parameters)[2:] if name != "workload"]
+    taken = list(inspect.signature(function).parameters)[2:]
+    legal = [name for name in taken if name != "workload"]
     for name in options:
         if name not in legal:
             raise ValueError(f"option {name!r} of strategy {strategy!r}: expected {', '.join(legal) or 'no options'}")
-    if "workload" in inspect.signature(function).parameters:
+    if "workload" in taken:
         options["workload"] = workload
     return ShardingPlan(lengths, ranks, function(lengths, ranks, **options), strategy, workload=workload)
