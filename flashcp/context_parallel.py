@@ -11,23 +11,27 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from flashcp.call import Begun, Call, Limits, Queries, query_codes, versions
 from flashcp.comm.choice import TRANSPORTS, Connection, TransportOptions, connect
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.exchanges.exchange import AttentionSettings
 from flashcp.comm.handshake import Header
 from flashcp.gather import Gathering, Pairs, attend, check_pairs, check_receives
+from flashcp.handle import Handle, autocast, run
 from flashcp.joined_ranks import JoinedRanks, check_rows, header_codes
 from flashcp.kernels.inputs import check_inputs, check_return_lse
 from flashcp.kernels.interface import AttentionKernel
 from flashcp.kernels.scores import Scores, read_scores
 from flashcp.kernels.selection import ATTENTION, select_attention, waits_inside
 from flashcp.kernels.tuning import Tuning, check_tuning
-from flashcp.operator import Call, Handle, query_codes
+from flashcp.operator import prefetch
 from flashcp.reshard import Resharding
-from flashcp.sharding.documents import check_choice
+from flashcp.sharding.documents import MOST_TOKENS, check_choice
+from flashcp.sharding.numbered import number_of
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.reshard import check_same_pack
 from flashcp.sharding.route import GRADIENT_WIRES
+from flashcp.untraced import untraced
 
 __all__ = ["ContextParallel", "Handle"]
 
@@ -110,6 +114,7 @@ class ContextParallel(JoinedRanks):
         else:
             group = connect(group, transport, timeout_s, options or TransportOptions(), head_ranks)
         super().__init__(group, exchange, backward == "refetch")
+        self._number = torch.from_numpy(number_of(self))
         self.overlap = self._choose_overlap(overlap)
         self.stages = stages
 
@@ -153,12 +158,15 @@ class ContextParallel(JoinedRanks):
         Raises ValueError for shapes, dtypes and plans that do not fit, ExchangeError as the class says.
         """
 
-        def codes() -> dict[str, int]:
-            check_inputs(q, k, v, self._exchange.tokens(plan))
-            return query_codes(q, read_scores(q, softmax_scale, softcap, sinks), return_lse)
+        q, k, v = autocast(q, k, v)
 
-        handle = self._begin(k, v, plan, window, chunk, codes)
-        return handle.attention(q, softmax_scale, softcap=softcap, sinks=sinks, return_lse=return_lse)  # type: ignore[call-overload]
+        def queries() -> Queries:
+            check_inputs(q, k, v)
+            return Queries(q, read_scores(q, softmax_scale, softcap, sinks), return_lse)
+
+        limits = self._hand_over(k, v, plan, window, chunk, queries)
+        scores = read_scores(q, softmax_scale, softcap, sinks)
+        return run(q, k, v, scores, None, self._number, torch.from_numpy(plan.number), limits, return_lse)
 
     def prefetch(
         self, k: Tensor, v: Tensor, plan: ShardingPlan, *, window: int | None = None, chunk: int | None = None
@@ -168,7 +176,11 @@ class ContextParallel(JoinedRanks):
 
         With head ranks the ranks of a holder meet here, so that rows travel on to other holders.
         """
-        return self._begin(k, v, plan, window, chunk)
+        k, v = autocast(k, v)
+        limits = self._hand_over(k, v, plan, window, chunk)
+        of_plan = torch.from_numpy(plan.number)
+        begun = prefetch(k, v, self._number, of_plan, *limits, torch.is_grad_enabled())
+        return Handle(begun, k, v, self._number, of_plan, limits)
 
     def gather(self, x: Tensor, plan: ShardingPlan, *, window: int | None = None, chunk: int | None = None) -> Tensor:
         """The rows that this rank's queries read and others hold, [rows, ...] in the order of the receive buffer.
@@ -180,6 +192,7 @@ class ContextParallel(JoinedRanks):
         """
         return self.prefetch_gather(x, plan, window=window, chunk=chunk).rows()
 
+    @untraced
     def prefetch_gather(
         self, x: Tensor, plan: ShardingPlan, *, window: int | None = None, chunk: int | None = None
     ) -> Gathering:
@@ -217,6 +230,7 @@ class ContextParallel(JoinedRanks):
         softmax_scale: float | None = None, *, window: int | None = None, chunk: int | None = None,
         softcap: float | None = None, sinks: Tensor | None = None, return_lse: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    @untraced
     def attend(
         self,
         q: Tensor,
@@ -260,6 +274,7 @@ class ContextParallel(JoinedRanks):
         """
         return self.prefetch_reshard(x, before, after).rows()
 
+    @untraced
     def prefetch_reshard(self, x: Tensor, before: ShardingPlan, after: ShardingPlan) -> Resharding:
         """Let the rows of `reshard` leave now; `.rows()` of what is returned waits for those that come."""
 
@@ -280,24 +295,62 @@ class ContextParallel(JoinedRanks):
             posted.check()
         return Resharding(x, before, after, self._connection, agreed)
 
-    def _begin(
+    def begin(
         self,
         k: Tensor,
         v: Tensor,
         plan: ShardingPlan,
         window: int | None,
         chunk: int | None,
-        codes: Callable[[], dict[str, int]] | None = None,
-    ) -> Handle:
-        """Let rows leave. codes: what the header says of queries and scores; None where they come later."""
+        gradients: bool,
+        queries: Queries | None,
+    ) -> Begun:
+        """Agree with the other ranks and let rows leave; the operators call this. queries: None where they come
+        later."""
+        header = self._header(k, v, plan, window, chunk, gradients, lambda: queries)
+        call = self._call(header, k, plan, window, chunk)
+        sending = self.stats.measure("exposed_exchange_ms", f"attention {call.header.call}, send rows")
+        with torch.no_grad(), sending, call.watched():
+            incoming = self._exchange.start(call.plan, k, v)
+        return Begun(call, incoming, k, v, versions(k, v))
+
+    def _hand_over(
+        self,
+        k: Tensor,
+        v: Tensor,
+        plan: ShardingPlan,
+        window: int | None,
+        chunk: int | None,
+        queries: Callable[[], Queries | None] = lambda: None,
+    ) -> Limits:
+        """The limits as operators take them. What no operator can be handed is refused before, on all ranks; compiled
+        code has no such arguments."""
+        if not torch.compiler.is_compiling():
+            header = self._header(k, v, plan, window, chunk, torch.is_grad_enabled(), queries)
+            try:
+                header()
+            except Exception:
+                self._agree(header)
+                raise
+        return Limits(*(None if size is None else min(int(size), MOST_TOKENS) for size in (window, chunk)))
+
+    def _header(
+        self,
+        k: Tensor,
+        v: Tensor,
+        plan: ShardingPlan,
+        window: int | None,
+        chunk: int | None,
+        gradients: bool,
+        read_queries: Callable[[], Queries | None],
+    ) -> Callable[[], Header]:
+        """What this rank tells the others of a call; checks its arguments when it is called."""
 
         def header() -> Header:
             self._check_plan(plan)
-            of_queries = {"query_heads": 0}
-            if codes is None:
-                check_inputs(k, k, v, self._exchange.tokens(plan))
-            else:
-                of_queries = codes()
+            queries = read_queries()
+            check_inputs(k if queries is None else queries.q, k, v, self._exchange.tokens(plan))
+            of_queries = {"query_heads": 0} if queries is None else query_codes(queries)
             self._exchange.check(of_queries["query_heads"], k.shape[1])
             return Header(
                 **header_codes(plan.narrow(window, chunk), k),
@@ -305,16 +358,12 @@ class ContextParallel(JoinedRanks):
                 exchange=list(EXCHANGE_CLASSES).index(self.exchange),
                 kv_heads=k.shape[1],
                 head_dim=k.shape[2],
-                gradients=torch.is_grad_enabled(),
+                gradients=gradients,
                 refetch=self.backward == "refetch",
                 gradient_wire=GRADIENT_WIRES.index(self.gradient_wire),
             )
 
-        call = self._call(header, k, plan, window, chunk)
-        sending = self.stats.measure("exposed_exchange_ms", f"attention {call.header.call}, send rows")
-        with torch.no_grad(), sending, call.watched():
-            incoming = self._exchange.start(call.plan, k, v)
-        return Handle(call, incoming, k, v)
+        return header
 
     def _call(
         self, header: Callable[[], Header], rows: Tensor, plan: ShardingPlan, window: int | None, chunk: int | None

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from flashcp.call import Call
 from flashcp.comm.clock import Clock, span
 from flashcp.comm.exchanges.exchange import Exchange, IncomingKV
 from flashcp.comm.exchanges.receiving import ReceivingExchange
@@ -25,7 +26,8 @@ from flashcp.kernels.interface import KV, AttentionKernel
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.scores import Scores
 from flashcp.kernels.sinks import add_sinks, sink_gradients
-from flashcp.operator import Call, refuse_gradient
+from flashcp.operator import refuse_gradient
+from flashcp.untraced import untraced
 
 
 class Gathering:
@@ -35,6 +37,7 @@ class Gathering:
         self._call, self._x, self._used = call, x, False
         self._incoming = check_receives(call.exchange).start(call.plan, *halves(x))
 
+    @untraced
     def rows(self) -> Tensor:
         """The rows that this rank's queries read, [R, ...] in buffer order, differentiable. Raises RuntimeError when
         called twice, ExchangeError as ContextParallel says."""

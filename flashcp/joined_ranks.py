@@ -21,6 +21,7 @@ from flashcp.comm.transport import Transport
 from flashcp.sharding.holders import positions_of_rank
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.unshard import local_rows, unshard
+from flashcp.untraced import untraced
 
 _GRACE_S = 5.0  # a rank with an error of its own waits this long for the others to hear of it
 
@@ -71,6 +72,7 @@ class JoinedRanks:
             raise ValueError(f"x has {x.shape[dim]} rows along dim {dim}: expected the pack's {plan.offsets[-1]}")
         return x.index_select(dim, local_rows(plan, self.rank, self.head_ranks, x.device).here())
 
+    @untraced
     def unshard(self, local: Tensor, plan: ShardingPlan, dim: int = 0) -> Tensor:
         """The whole pack along `dim` on every rank, from each rank's rows; differentiable."""
 

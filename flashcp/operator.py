@@ -1,160 +1,242 @@
-"""Attention under context parallelism as one differentiable operation: an exchange and a kernel, joined.
+"""Attention under context parallelism as PyTorch operators: known to torch.compile, checkpointing and FSDP.
 
-`kernels/interface.py` says why this is no registered operator, as `kernels/library.py` has.
+    begun = prefetch(k, v, ranks, plan, window, chunk, gradients)
+    out, lse, kept = attention(q, k, v, sinks, begun or None, ranks, plan, ...)
+
+Plans, ranks, rows under way and what waits for the backward reach an operator by number (`sharding/numbered.py`), so
+that other plans compile nothing anew. Rows under way and what waits live as long as their number: the compiler and
+checkpointing keep, drop and make it again as they do with any tensor.
+
+All ranks come to the same operators in the same order. Compiled code leaves it so, for all ranks compile one program:
+what the compiler moves, drops or repeats, it does on every rank. Headers name what differs.
+
+Shapes: T rank's rows, H query heads, K KV heads, D head_dim.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from functools import lru_cache
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flashcp.comm.choice import Connection
+from flashcp.call import Begun, Call, Queries, query_codes
 from flashcp.comm.clock import span
-from flashcp.comm.errors import ExchangeError, PeerFailedError, PlanMismatchError
-from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV, Saved
-from flashcp.comm.handshake import Handshake, Header, Step
-from flashcp.kernels.inputs import check_inputs, check_return_lse
+from flashcp.comm.exchanges.exchange import Saved
+from flashcp.comm.handshake import Step
+from flashcp.kernels.inputs import check_inputs
 from flashcp.kernels.interface import KV
-from flashcp.kernels.scores import Scores, read_scores
+from flashcp.kernels.scores import Scores
+from flashcp.sharding.numbered import keeping_number_of, numbered
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.untraced import untraced
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-@dataclass(frozen=True)
-class Call:
-    """One attention call on this rank: its plan, what carries and computes it, what all ranks agreed on."""
+class Caller(Protocol):
+    """What the operators need of `flashcp.ContextParallel`."""
 
-    plan: ShardingPlan
-    exchange: Exchange
-    settings: AttentionSettings
-    header: Header
-    connection: Connection
-
-    @property
-    def handshake(self) -> Handshake | None:
-        """None for one rank alone."""
-        return self.connection.handshake
-
-    def say(self, step: Step) -> Call:
-        """Tell the others that this rank has come to a later step of the call; compare now, unless rows can leave and
-        local ones be computed before."""
-        if self.handshake is None:
-            return self
-        if self.exchange.puts:
-            self.handshake.check_together()
-        posted = self.handshake.post(self.header._replace(step=step, **self.connection.oldest))
-        if not self.exchange.transport.one_sided:
-            with self.settings.clock.measure("wait_ms", "headers"):
-                posted.check()
-        return replace(self, settings=replace(self.settings, agree=posted.check))
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Errors name the call; ranks that do not wait for this one hear of its failure at their next call."""
-        try:
-            yield
-        except ExchangeError as error:
-            known = isinstance(error, PlanMismatchError | PeerFailedError)  # to all ranks
-            if self.handshake is not None:
-                self.handshake.stopped = self.handshake.stopped or str(error)
-                if not known:
-                    self.handshake.abandon(self.header.call)
-            if f"call {self.header.call}" in str(error):
-                raise
-            raise type(error)(f"{error} (call {self.header.call})") from error
+    def begin(
+        self, k: Tensor, v: Tensor, plan: ShardingPlan, window: int | None, chunk: int | None, gradients: bool,
+        queries: Queries | None,
+    ) -> Begun:  # fmt: skip
+        """Agree with the other ranks and let rows leave."""
+        ...
 
 
-class Handle:
-    """K and V rows on their way, for one attention call."""
-
-    def __init__(self, call: Call, incoming: IncomingKV, k: Tensor, v: Tensor) -> None:
-        self._call, self._k, self._v = call, k, v
-        self._incoming: IncomingKV | None = incoming
-        self._versions = _versions(k, v)
-
-    @overload
-    def attention(
-        self, q: Tensor, softmax_scale: float | None = None, *, softcap: float | None = None,
-        sinks: Tensor | None = None, return_lse: Literal[False] = False,
-    ) -> Tensor: ...  # fmt: skip
-    @overload
-    def attention(
-        self, q: Tensor, softmax_scale: float | None = None, *, softcap: float | None = None,
-        sinks: Tensor | None = None, return_lse: Literal[True],
-    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-    def attention(
-        self,
-        q: Tensor,
-        softmax_scale: float | None = None,
-        *,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """See ContextParallel.attention. Raises RuntimeError when called twice, or when k or v were written to."""
-        call, plan, exchange = self._call, self._call.plan, self._call.exchange
-        if self._incoming is None:
-            raise RuntimeError("this handle's rows were used: prefetch again for another attention call")
-        if _versions(self._k, self._v) != self._versions:
-            raise RuntimeError("k or v were changed in place after prefetch: their rows have left already")
-        check_inputs(q, self._k, self._v, exchange.tokens(plan))
-        exchange.check(q.shape[1], self._k.shape[1])
-        scores = read_scores(q, softmax_scale, softcap, sinks)
-        header = call.header._replace(**query_codes(q, scores, return_lse))
-        later = exchange.moves_later and header != call.header
-        call = replace(call, header=header, settings=replace(call.settings, scores=scores))
-        inputs = [x for x in (q, self._k, self._v, sinks) if x is not None]
-        if torch.is_grad_enabled() and not header.gradients and any(x.requires_grad for x in inputs):
-            raise RuntimeError("rows were prefetched without gradients: prefetch again where gradients are on")
-        incoming, self._incoming = self._incoming, None
-        with call.watched():
-            if later:
-                call = call.say(Step.ATTENTION)
-            out, lse = _Attention.apply(q, self._k, self._v, sinks, call, incoming)
-        return (out, lse) if return_lse else out
+_NAME = "flashcp::context_parallel_"
+_OPERATORS = torch.library.Library("flashcp", "FRAGMENT")
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call, incoming: IncomingKV
-    ) -> tuple[Tensor, Tensor | None]:
-        """The output, and the log-sum-exp where it is asked for."""
-        with span(f"attention {call.header.call}, forward"):
-            local = KV(_rows(k), _rows(v))
-            out, saved = call.exchange.forward(call.plan, _rows(q), local, incoming, call.settings)
-            lse = call.exchange.log_sums(call.plan, saved) if call.header.log_sums else None
-        if not call.header.gradients:
-            call.exchange.release(saved)
-        elif any(ctx.needs_input_grad):
-            ctx.set_materialize_grads(False)  # a gradient of the log-sum-exp is none, or one that nobody computes
-            ctx.save_for_backward(*saved, sinks)
-            ctx.call = call
-        return out, lse
+def _operator(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Registers a function as the operator `flashcp::context_parallel_NAME`, on all devices; `untraced` says why it is
+    not `torch.library.custom_op`."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        call: Call = ctx.call
+    def register(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        schema = torch.library.infer_schema(function, mutates_args=(), op_name=_NAME + name)
+        _OPERATORS.define(schema.removeprefix("flashcp::"))
+        _OPERATORS.impl(f"context_parallel_{name}", untraced(function), "CompositeExplicitAutograd")
+        operator: Any = getattr(torch.ops.flashcp, f"context_parallel_{name}").default
+        return operator
+
+    return register
+
+
+def _shapes(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Registers what an operator returns without computing it."""
+    return torch.library.register_fake(_NAME + name, lib=_OPERATORS)
+
+
+@dataclass
+class Kept:
+    """What waits for the backward, but for the operator's own inputs and outputs, which are None in `saved`."""
+
+    call: Call
+    saved: Saved
+
+
+@_operator("prefetch")
+def prefetch(
+    k: Tensor, v: Tensor, ranks: Tensor, plan: Tensor, window: int | None, chunk: int | None, gradients: bool
+) -> Tensor:
+    """K and V rows leave. Returns the number of the call that they are for. gradients: whether a backward may follow.
+
+    k, v: [T, K, D]. ranks, plan: numbers.
+    """
+    caller: Caller = numbered(int(ranks))
+    return torch.from_numpy(keeping_number_of(caller.begin(k, v, _plan(int(plan)), window, chunk, gradients, None)))
+
+
+@_shapes("prefetch")
+def _(*_: Any) -> Tensor:
+    return torch.empty(1, dtype=torch.int64, device="cpu")
+
+
+@_operator("attention")
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    begun: Tensor | None,
+    ranks: Tensor,
+    plan: Tensor,
+    softmax_scale: float,
+    softcap: float,
+    window: int | None,
+    chunk: int | None,
+    return_lse: bool,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [T, H, D], log-sum-exp fp32 [T, H], [0] where it is not asked for, and the number of what is kept.
+
+    begun: the number that `prefetch` returned for k, v, plan and the limits; None: rows leave now. The other arguments:
+    as for ContextParallel.attention. Differentiable in q, k, v and sinks. Raises as ContextParallel does.
+    """
+    queries = Queries(q, Scores(softmax_scale, softcap, sinks), return_lse)
+    # Kernels choose their own precision.
+    with torch.autocast(q.device.type, enabled=False):
+        if begun is None:
+            caller: Caller = numbered(int(ranks))
+            start = caller.begin(k, v, _plan(int(plan)), window, chunk, gradients, queries)
+        else:
+            start = numbered(int(begun))
+        call, saved, out, lse = _attend(start, queries, gradients)
+    inputs = Saved(q, k, v, out, lse, None, None)
+    hidden = Saved(*(None if x is y else x for x, y in zip(saved, inputs, strict=True)))  # type: ignore[arg-type]
+    kept = torch.from_numpy(keeping_number_of(Kept(call, hidden))) if gradients else torch.zeros(1, dtype=torch.int64)
+    return out, lse, kept
+
+
+@_shapes("attention")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    begun: Tensor | None,
+    ranks: Tensor,
+    plan: Tensor,
+    softmax_scale: float,
+    softcap: float,
+    window: int | None,
+    chunk: int | None,
+    return_lse: bool,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:2] if return_lse else (0,), dtype=torch.float32)
+    return q.new_empty(q.shape), lse, torch.empty(1, dtype=torch.int64, device="cpu")
+
+
+def _attend(start: Begun, queries: Queries, gradients: bool) -> tuple[Call, Saved, Tensor, Tensor]:
+    """Attention over rows that are on their way: the call, what its backward needs, output and log-sum-exp."""
+    (q, scores, return_lse), k, v, exchange = queries, start.k, start.v, start.call.exchange
+    incoming = start.take()
+    check_inputs(q, k, v, exchange.tokens(start.call.plan))
+    exchange.check(q.shape[1], k.shape[1])
+    header = start.call.header._replace(**query_codes(queries))
+    if gradients and not header.gradients:
+        raise RuntimeError("rows were prefetched without gradients: prefetch again where gradients are on")
+    call = replace(start.call, header=header, settings=replace(start.call.settings, scores=scores))
+    start.incoming = None
+    with call.watched():
+        if exchange.moves_later and header != start.call.header:
+            call = call.say(Step.ATTENTION)
+        with span(f"attention {header.call}, forward"):
+            out, saved = exchange.forward(call.plan, _rows(q), KV(_rows(k), _rows(v)), incoming, call.settings)
+            lse = exchange.log_sums(call.plan, saved) if return_lse else q.new_empty(0, dtype=torch.float32)
+    if not gradients:
+        exchange.release(saved)
+    return call, saved, out, lse
+
+
+@_operator("attention_backward")
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v in grad_out's dtype, and of the sinks in theirs, [0] without any."""
+    # Compiled code hands over zeros where none arrived.
+    if grad_lse is not None and grad_lse.any():
         refuse_gradient(grad_lse)
-        *of_call, sinks = ctx.saved_tensors
-        saved = Saved(*of_call)
-        if grad_out is None:
-            grad_out = torch.zeros_like(saved.q)
-        scores = call.settings.scores._replace(sinks=sinks)
-        with call.watched(), span(f"attention {call.header.call}, backward"):
-            call = call.say(Step.BACKWARD)
-            settings = replace(call.settings, scores=scores)
-            *gradients, of_sinks = call.exchange.backward(call.plan, _rows(grad_out), saved, settings)
-        if of_sinks is not None:
-            of_sinks = of_sinks.to(sinks.dtype)
-        return *(gradient.to(grad_out.dtype) for gradient in gradients), of_sinks, None, None
+    waited: Kept = numbered(int(kept))
+    given = Saved(_rows(q), _rows(k), _rows(v), out, lse, None, None)
+    saved = Saved(*(y if x is None else x for x, y in zip(waited.saved, given, strict=True)))  # type: ignore[arg-type]
+    call = waited.call
+    with call.watched(), span(f"attention {call.header.call}, backward"), torch.autocast(q.device.type, enabled=False):
+        call = call.say(Step.BACKWARD)
+        settings = replace(call.settings, scores=call.settings.scores._replace(sinks=sinks))
+        gradients = call.exchange.backward(call.plan, _rows(grad_out), saved, settings)
+    grad_q, grad_k, grad_v = (x.to(grad_out.dtype).contiguous() for x in gradients[:3])
+    own = grad_out.new_empty(0) if sinks is None or gradients.sinks is None else gradients.sinks.to(sinks.dtype)
+    return grad_q, grad_k, grad_v, own
+
+
+@_shapes("attention_backward")
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_q, grad_k, grad_v = (grad_out.new_empty(x.shape) for x in (q, k, v))
+    return grad_q, grad_k, grad_v, grad_out.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, sinks, *_, return_lse, _ = inputs
+    out, lse, kept = output
+    ctx.save_for_backward(q, k, v, sinks, out, lse, kept)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*((kept,) if return_lse else (lse, kept)))
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    q, k, v, sinks, out, lse, kept = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    *gradients, of_sinks = attention_backward(grad_out, grad_lse, q, k, v, sinks, out, lse, kept)
+    return *gradients, None if sinks is None else of_sinks, *(None,) * 9
+
+
+torch.library.register_autograd(_NAME + "attention", _differentiate, setup_context=_keep, lib=_OPERATORS)
 
 
 def refuse_gradient(grad_lse: Tensor | None) -> None:
@@ -163,23 +245,10 @@ def refuse_gradient(grad_lse: Tensor | None) -> None:
         raise RuntimeError("the log-sum-exp of attention has no gradient: expected it detached")
 
 
-def query_codes(q: Tensor, scores: Scores, return_lse: bool) -> dict[str, int]:
-    """What a header says of queries and their scores; floats as the int64 of the same bits."""
-    check_return_lse(return_lse)
-    scale, softcap = (struct.unpack("<q", struct.pack("<d", number))[0] for number in scores[:2])
-    with_sinks = scores.sinks is not None
-    return {
-        "query_heads": q.shape[1],
-        "scale": scale,
-        "softcap": softcap,
-        "sinks": int(with_sinks),
-        "log_sums": int(return_lse),
-    }
-
-
-def _versions(*tensors: Tensor) -> list[int]:
-    """How often each tensor was written to (inference tensors do not count)."""
-    return [0 if x.is_inference() else x._version for x in tensors]
+@lru_cache(maxsize=64)
+def _plan(number: int) -> ShardingPlan:
+    """Keeps the last ones: compiled checkpointing calls again for a plan that its caller may have let go."""
+    return numbered(number)
 
 
 def _rows(x: Tensor) -> Tensor:

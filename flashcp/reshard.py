@@ -16,6 +16,7 @@ from flashcp.comm.transport import OutgoingRows, Transport
 from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.reshard import Move
+from flashcp.untraced import untraced
 
 _MOVES = 8  # pairs of plans whose rows stay on a device
 
@@ -30,6 +31,7 @@ class Resharding:
         self._x, self._of_call = x, (before, after, connection, header)
         self._moving: _Moving | None = _Moving(connection.transport, before, after, x.detach())
 
+    @untraced
     def rows(self) -> Tensor:
         """This rank's rows under the other plan, differentiable. Raises RuntimeError when called twice, ExchangeError
         as ContextParallel says."""

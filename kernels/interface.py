@@ -1,9 +1,8 @@
 """What an implementation of attention offers, and the words it shares with its callers.
 
-Two doors lead to an implementation. `kernels/library.py` registers attention as a PyTorch operator: torch.compile,
-activation checkpointing and FSDP know it, and its inputs are plain tensors that are all there. `flashcp/operator.py` is
-an `autograd.Function` for context parallelism: its forward and backward send rows, wait for other ranks and compute
-tiles in between. An operator that the compiler may reorder, repeat or drop must not talk to other ranks.
+Two doors lead to an implementation, both PyTorch operators that torch.compile, checkpointing and FSDP know. Inputs of
+`kernels/library.py` are plain tensors that are all there. `flashcp/operator.py` is for context parallelism: its forward
+and backward send rows, wait for other ranks and compute tiles in between.
 
 Shapes: T local rows, R received rows, H query heads, K KV heads, D head_dim (of v another one where a kernel can).
 """

@@ -4,7 +4,7 @@
 
 The schedule reaches the operators as one int64 tensor on the CPU, whose length is dynamic: a new plan every step
 recompiles nothing, and nobody waits for the device. Importing this module registers the operators. Context parallelism
-does not use them (`kernels/interface.py` says why).
+has operators of its own (`flashcp/operator.py`).
 
 Shapes: T local rows, R received rows, H query heads, K KV heads, D head_dim (v's may be another one).
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
 
@@ -18,6 +18,7 @@ from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.holders import rows_between_and_inside
 from flashcp.sharding.mask import NO_LIMIT, Mask
 from flashcp.sharding.masks import Workload, read_workload, workload_from
+from flashcp.sharding.numbered import number_of
 from flashcp.sharding.route import Route
 from flashcp.sharding.shards import Segments, Shard, ShardTable, read_shards
 
@@ -28,10 +29,26 @@ __all__ = ["Segments", "Shard", "ShardTable", "ShardingPlan"]
 class ShardingPlan(Assignment):
     """An assignment, and what a caller asks about it; made and checked as `Assignment` says.
 
-    strategy: the name of what made the plan; it takes no part in comparison, hash or fingerprint.
+    strategy: the name of what made the plan. number: what torch operators know this object by, and no copy of it
+    (`numbered.py`), int64 [1]. Neither takes part in comparison, hash or fingerprint.
     """
 
     strategy: str = "custom"
+    number: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._take_number()
+
+    def _take_number(self) -> None:
+        object.__setattr__(self, "number", number_of(self))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "number"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._take_number()
 
     @classmethod
     def from_shards(

@@ -12,6 +12,7 @@ import flashcp
 from flashcp.comm.choice import Connection
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.transport import Alone
+from flashcp.sharding.numbered import numbered
 from tests.packs import random_qkv
 from tests.ranks import run_cases, run_ranks
 
@@ -77,7 +78,7 @@ def kept(exchange: str, backward: str) -> list[bool]:
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             handle = cp.prefetch(k, v, plan)
-            buffer = weakref.ref(handle._incoming.inbox.rows)
+            buffer = weakref.ref(numbered(int(handle._begun)).incoming.inbox.rows)
             out = handle.attention(q)
             assert out.requires_grad == grad
             alive.append(buffer() is not None)

@@ -1,0 +1,120 @@
+"""An attention call on this rank: what carries and computes it, and what all ranks agreed on."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from flashcp.comm.choice import Connection
+from flashcp.comm.errors import ExchangeError, PeerFailedError, PlanMismatchError
+from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV
+from flashcp.comm.handshake import Handshake, Header, Step
+from flashcp.kernels.inputs import check_return_lse
+from flashcp.kernels.scores import Scores
+from flashcp.sharding.plan import ShardingPlan
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call on this rank: its plan, what carries and computes it, what all ranks agreed on."""
+
+    plan: ShardingPlan
+    exchange: Exchange
+    settings: AttentionSettings
+    header: Header
+    connection: Connection
+
+    @property
+    def handshake(self) -> Handshake | None:
+        """None for one rank alone."""
+        return self.connection.handshake
+
+    def say(self, step: Step) -> Call:
+        """Tell the others that this rank has come to a later step of the call; compare now, unless rows can leave and
+        local ones be computed before."""
+        if self.handshake is None:
+            return self
+        if self.exchange.puts:
+            self.handshake.check_together()
+        posted = self.handshake.post(self.header._replace(step=step, **self.connection.oldest))
+        if not self.exchange.transport.one_sided:
+            with self.settings.clock.measure("wait_ms", "headers"):
+                posted.check()
+        return replace(self, settings=replace(self.settings, agree=posted.check))
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Errors name the call; ranks that do not wait for this one hear of its failure at their next call."""
+        try:
+            yield
+        except ExchangeError as error:
+            known = isinstance(error, PlanMismatchError | PeerFailedError)  # to all ranks
+            if self.handshake is not None:
+                self.handshake.stopped = self.handshake.stopped or str(error)
+                if not known:
+                    self.handshake.abandon(self.header.call)
+            if f"call {self.header.call}" in str(error):
+                raise
+            raise type(error)(f"{error} (call {self.header.call})") from error
+
+
+class Queries(NamedTuple):
+    """What comes after keys and values: q [T, H, D], how scores are made, whether the log-sum-exp is asked for."""
+
+    q: Tensor
+    scores: Scores
+    return_lse: bool
+
+
+class Limits(NamedTuple):
+    """What a layer sees of the past; see ContextParallel.attention."""
+
+    window: int | None
+    chunk: int | None
+
+
+@dataclass
+class Begun:
+    """A call whose rows are on their way; `incoming` is None once they were used.
+
+    versions: how often k and v had been written to when their rows left.
+    """
+
+    call: Call
+    incoming: IncomingKV | None
+    k: Tensor
+    v: Tensor
+    versions: tuple[int, int]
+
+    def take(self) -> IncomingKV:
+        """The rows. Raises RuntimeError when they were used, or when k or v were written to."""
+        if self.incoming is None:
+            raise RuntimeError("this handle's rows were used: prefetch again for another attention call")
+        if versions(self.k, self.v) != self.versions:
+            raise RuntimeError("k or v were changed in place after prefetch: their rows have left already")
+        return self.incoming
+
+
+def versions(k: Tensor, v: Tensor) -> tuple[int, int]:
+    """How often each was written to (inference tensors do not count)."""
+    return tuple(0 if x.is_inference() else x._version for x in (k, v))  # type: ignore[return-value]
+
+
+def query_codes(queries: Queries) -> dict[str, int]:
+    """What a header says of queries and their scores; floats as the int64 of the same bits."""
+    q, scores, return_lse = queries
+    check_return_lse(return_lse)
+    scale, softcap = (struct.unpack("<q", struct.pack("<d", number))[0] for number in scores[:2])
+    with_sinks = scores.sinks is not None
+    return {
+        "query_heads": q.shape[1],
+        "scale": scale,
+        "softcap": softcap,
+        "sinks": int(with_sinks),
+        "log_sums": int(return_lse),
+    }
