@@ -299,6 +299,7 @@ class ContextParallel(JoinedRanks):
             else:
                 of_queries = codes()
             self._exchange.check(of_queries["query_heads"], k.shape[1])
+            self._kernel(k).check_masks(plan.narrow(window, chunk).masks)
             return Header(
                 **header_codes(plan.narrow(window, chunk), k),
                 **of_queries,
