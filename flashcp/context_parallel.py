@@ -352,6 +352,7 @@ class ContextParallel(JoinedRanks):
             check_inputs(k if queries is None else queries.q, k, v, self._exchange.tokens(plan))
             of_queries = {"query_heads": 0} if queries is None else query_codes(queries)
             self._exchange.check(of_queries["query_heads"], k.shape[1])
+            self._kernel(k).check_masks(plan.narrow(window, chunk).masks)
             return Header(
                 **header_codes(plan.narrow(window, chunk), k),
                 **of_queries,

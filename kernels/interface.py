@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flashcp.kernels.schedule import Schedule
+from flashcp.sharding.masks import Masks
 
 _NAP_S = 2e-5
 
@@ -76,6 +77,9 @@ class AttentionKernel(ABC):
     """
 
     own_v_dim = False
+
+    def check_masks(self, masks: Masks) -> None:  # noqa: B027 (most have nothing to say)
+        """Raises ValueError, on every rank alike, for masks of a pack that it does not compute."""
 
     @abstractmethod
     def attend(

@@ -41,6 +41,11 @@ class Masks:
         """Whether every document is plain causal."""
         return not (self.window.any() or self.chunk.any() or len(self.block_document))
 
+    @cached_property
+    def is_full(self) -> bool:
+        """Whether in every document all rows see each other."""
+        return np.array_equal(self.block_stop - self.block_start, self.length)
+
     def lowest(self, document: np.ndarray, row: np.ndarray) -> np.ndarray:
         """The first key that a row sees."""
         block = self._block_of(document, row)
@@ -71,6 +76,8 @@ class Masks:
     def pairs_below(self, document: np.ndarray, row: np.ndarray) -> np.ndarray:
         """Query-key pairs of all rows of the document below `row`."""
         document, row = np.broadcast_arrays(document, row)
+        if self.is_full:
+            return row * self.length[document]
         pairs = self._pairs_back(document, row)
         if not len(self.block_document):
             return pairs

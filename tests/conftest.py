@@ -16,7 +16,9 @@ with suppress(ModuleNotFoundError):  # a machine with a GPU may lack it, and tes
     from hypothesis import HealthCheck, settings
 
     # A slow example says nothing on a busy machine; how long a test may take is pytest-timeout's business.
-    settings.register_profile("flashcp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+    settings.register_profile("flashcp", patient, max_examples=250)
+    settings.register_profile("thorough", patient, max_examples=3000)
     settings.load_profile("flashcp")
 
 

@@ -17,6 +17,7 @@ from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.uploads import Uploaded
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel, aligned
 from flashcp.kernels.varlen.calls import Call, Rows, varlen_calls
+from flashcp.sharding.masks import Masks
 
 
 class VarlenAttention(AttentionKernel):
@@ -45,7 +46,7 @@ class VarlenAttention(AttentionKernel):
     ) -> None:
         self._check(q, softcap)
         for call in self._calls(schedule, q.device):
-            part, part_lse = self._run(call, q, (local, received)[call.received], scale)
+            part, part_lse = self._run(call, q, (local, received)[call.received], scale, softcap)
             call.queries.merge(out, lse, part, part_lse)
 
     def attend(
@@ -67,11 +68,11 @@ class VarlenAttention(AttentionKernel):
         self._check(q, softcap)
         calls = self._calls(schedule, q.device)
         if len(calls) == 1 and calls[0].queries.are_all(len(q)):
-            out, lse = self._run(calls[0], q, (local, received)[calls[0].received], scale)
+            out, lse = self._run(calls[0], q, (local, received)[calls[0].received], scale, softcap)
             return out.contiguous(), lse.contiguous()
         out = q.new_zeros(q.shape, dtype=torch.float32)
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
-        self.merge_into(out, lse, q, local, received, schedule, scale)
+        self.merge_into(out, lse, q, local, received, schedule, scale, softcap)
         return out.to(q.dtype), lse
 
     def gradients(
@@ -102,7 +103,7 @@ class VarlenAttention(AttentionKernel):
                 grad_rows, q_rows, out_rows, lse_rows = self._take(call.queries, grad_out, q, out, lse)
                 k_rows, v_rows = self._take(call.keys, *(received if in_received else local))
                 tensors = grad_rows, q_rows, k_rows, v_rows, out_rows, lse_rows
-                part, *parts = self.kernel.backward(*tensors, call.sequences, scale)
+                part, *parts = self.kernel.backward(*tensors, call.sequences, scale, softcap)
                 grad_q.add(call.queries, part)
                 for total, part in zip(totals, parts, strict=True):
                     total.add(call.keys, part)
@@ -114,26 +115,32 @@ class VarlenAttention(AttentionKernel):
         return Gradients(grad_q.read(q.dtype), KV(grad_k.read(dtype), grad_v.read(dtype)), grad_received)
 
     def _check(self, q: Tensor, softcap: float) -> None:
-        if softcap:
-            raise ValueError(
-                f"attention='varlen:{self.kernel.name}' with softcap={softcap}: expected none, or attention='cpu'"
-            )
+        if softcap and not self.kernel.has_softcap():
+            raise ValueError(f"attention='varlen:{self.kernel.name}' with softcap={softcap}: expected none")
         self.kernel.check(q)
+
+    def check_masks(self, masks: Masks) -> None:
+        whole = masks.block_stop - masks.block_start == masks.length[masks.block_document]  # `full`
+        windows = "window, " if self.kernel.has_windows() else ""
+        if masks.chunk.any() or not whole.all() or (masks.window.any() and not windows):
+            kinds = {"chunks": masks.chunk, "prefixes or blocks": ~whole, "windows": masks.window}
+            given = next(name for name, there in kinds.items() if there.any())
+            raise ValueError(
+                f"attention='varlen:{self.kernel.name}' with {given}: expected {windows}full or causal documents"
+            )
 
     def _calls(self, schedule: Schedule, device: torch.device) -> list[_Prepared]:
         if schedule.seen is not None:
-            raise ValueError(
-                f"attention='varlen:{self.kernel.name}' with masks: expected causal documents, or attention='cpu'"
-            )
+            self.check_masks(schedule.seen.masks)
         kept = self._prepared.setdefault(schedule, {})
         if device not in kept:
             kept[device] = [_Prepared(call, device) for call in varlen_calls(schedule)]
         return kept[device]
 
-    def _run(self, call: _Prepared, q: Tensor, buffer: KV, scale: float) -> tuple[Tensor, Tensor]:
+    def _run(self, call: _Prepared, q: Tensor, buffer: KV, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
         (queries,) = self._take(call.queries, q)
         k, v = self._take(call.keys, *buffer)
-        out, lse = self.kernel.forward(queries, k, v, call.sequences, scale)
+        out, lse = self.kernel.forward(queries, k, v, call.sequences, scale, softcap)
         if lse.shape != queries.shape[:2] or lse.dtype != torch.float32:
             raise RuntimeError(
                 f"attention='varlen:{self.kernel.name}' gave a log-sum-exp {lse.dtype} {list(lse.shape)}: expected "
@@ -197,7 +204,7 @@ class _Prepared:
         self.keys = _Placed(call.keys, device)
         self._queries = Uploaded(_cumulative(call.query_lengths), device)
         self._keys = self._queries if call.causal else Uploaded(_cumulative(call.key_lengths), device)
-        self._rest = int(call.query_lengths.max()), int(call.key_lengths.max()), call.causal
+        self._rest = int(call.query_lengths.max()), int(call.key_lengths.max()), call.causal, call.left
 
     @property
     def sequences(self) -> Sequences:

@@ -21,6 +21,8 @@ class Sequences(NamedTuple):
     cu_seqlens_q, cu_seqlens_k: int32 [S + 1], on the device of q. max_seqlen_q, max_seqlen_k: rows of the longest.
     causal: query row i of a sequence reads its keys 0 to i; then the keys are as many as the queries. Otherwise every
     query row reads all of its sequence's keys.
+    left: row i of m reads none of the n keys before i + n - m - left, as FlashAttention counts, from a sequence's ends;
+    -1: no limit. Every row reads a key.
     """
 
     cu_seqlens_q: Tensor
@@ -28,6 +30,7 @@ class Sequences(NamedTuple):
     max_seqlen_q: int
     max_seqlen_k: int
     causal: bool
+    left: int = -1
 
 
 class VarlenKernel(ABC):
@@ -51,13 +54,24 @@ class VarlenKernel(ABC):
         """Why there are no gradients; empty where there are. A kernel of the forward pass leaves `backward` out."""
         return "" if type(self).backward is not VarlenKernel.backward else "it computes none"
 
+    def has_windows(self) -> bool:
+        """Whether it computes `Sequences.left`; else it is never given one."""
+        return False
+
+    def has_softcap(self) -> bool:
+        """Whether scores s become softcap * tanh(s / softcap), forward and backward; else it is never given one."""
+        return False
+
     @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-        """Output [Q, H, D] in q's dtype and natural log-sum-exp of the scaled scores, fp32 [Q, H]."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scale: float, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Output [Q, H, D] in q's dtype and natural log-sum-exp of the scaled scores, fp32 [Q, H]. softcap: 0: none."""
 
     def backward(
-        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqs: Sequences, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqs: Sequences,
+        scale: float, softcap: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Gradients of q, k and v, for weights exp(scores - lse); the same bits in every run if the kernel offers that.
 
         grad_out, out: [Q, H, D] in q's dtype, of all that the rows read, here and in other calls. lse: fp32 [Q, H] of

@@ -32,8 +32,10 @@ class Cudnn(VarlenKernel):
     def is_available(self, device: torch.device) -> bool:
         return capability(device) >= 80 and torch.backends.cudnn.is_available()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-        *lengths, causal = seqs
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scale: float, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        *lengths, causal, _ = seqs
         dense = (x.contiguous() for x in (q, k, v))
         out, lse, *_ = torch.ops.aten._cudnn_attention_forward(
             *dense, None, *lengths, True, 0.0, causal, False, scale=scale
@@ -41,9 +43,10 @@ class Cudnn(VarlenKernel):
         return out, lse.squeeze(-1)
 
     def backward(
-        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqs: Sequences, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        *lengths, causal = seqs
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqs: Sequences,
+        scale: float, softcap: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        *lengths, causal, _ = seqs
         seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
         dense = (x.contiguous() for x in (grad_out, q, k, v, out, lse[..., None]))
         return torch.ops.aten._cudnn_attention_backward(*dense, seed, seed, None, *lengths, 0.0, causal, scale=scale)

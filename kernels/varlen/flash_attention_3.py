@@ -1,8 +1,8 @@
-"""FlashAttention-3 for Hopper (Dao-AILab/flash-attention, folder hopper/). The backward was never run.
+"""FlashAttention-3 for Hopper (Dao-AILab/flash-attention, folder hopper/).
 
-The operators that `hopper/flash_api.cpp` registers, by argument names: module `flash_attn_interface` registers them as
-flash_attn_3, the wheel fa3-fwd 0.0.3 (module `fa3_fwd_interface`: no backward, no fp16) as fa3_fwd.
-Log-sum-exp: [H, Q] both ways.
+The backward, windows and softcap were never run. The operators that `hopper/flash_api.cpp` registers, by names of
+arguments: module `flash_attn_interface` registers them as flash_attn_3, the wheel fa3-fwd 0.0.3 (module
+`fa3_fwd_interface`: no backward, no fp16) as fa3_fwd. Log-sum-exp: [H, Q] both ways.
 """
 
 from __future__ import annotations
@@ -52,20 +52,30 @@ class FlashAttention3(VarlenKernel):
         if self.forward_only and q.dtype is not torch.bfloat16:
             raise ValueError(f"q is {q.dtype}: fa3-fwd, behind attention='varlen:{self.name}', expects torch.bfloat16")
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scale: float) -> tuple[Tensor, Tensor]:
+    def has_windows(self) -> bool:
+        return True
+
+    def has_softcap(self) -> bool:
+        return True
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scale: float, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """num_splits=1: the keys of a row are never split, whose merge would depend on the batch."""
-        out, lse, *_ = self.operators.fwd(q, k, v, **_lengths(seqs), softmax_scale=scale, num_splits=1)
+        out, lse, *_ = self.operators.fwd(q, k, v, **_options(seqs, scale, softcap), num_splits=1)
         return out, lse.t().contiguous()
 
     def backward(
-        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqs: Sequences, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqs: Sequences,
+        scale: float, softcap: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
         tensors = *(x.contiguous() for x in (grad_out, q, k, v, out, lse.t())), *gradients
-        self.operators.bwd(*tensors, **_lengths(seqs), softmax_scale=scale, deterministic=True)
+        self.operators.bwd(*tensors, **_options(seqs, scale, softcap), deterministic=True)
         return gradients  # type: ignore[return-value]
 
 
-def _lengths(seqs: Sequences) -> dict[str, Any]:
-    *lengths, causal = seqs
-    return {**dict(zip(Sequences._fields, lengths, strict=False)), "is_causal": causal}
+def _options(seqs: Sequences, scale: float, softcap: float) -> dict[str, Any]:
+    *lengths, causal, left = seqs
+    options = {"is_causal": causal, "window_size_left": left, "softmax_scale": scale, "softcap": softcap}
+    return {**dict(zip(Sequences._fields, lengths, strict=False)), **options}

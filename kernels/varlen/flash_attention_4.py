@@ -34,13 +34,31 @@ class FlashAttention4(VarlenKernel):
         """Compute capability 9.0 to 11.x: its backward is deterministic on these."""
         return 90 <= capability(device) < 120 and self.interface is not None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-        options = {**seqs._asdict(), "softmax_scale": scale, "return_lse": True}
-        out, lse, *_ = self.interface._flash_attn_fwd(q, k, v, **options)
+    def has_windows(self) -> bool:
+        return True
+
+    def has_softcap(self) -> bool:
+        """Earlier backwards take a softcap and leave it out in silence."""
+        return hasattr(self.interface.utils, "create_softcap_scoremod_bwd")
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scale: float, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        options = _options(seqs, scale, softcap)
+        out, lse, *_ = self.interface._flash_attn_fwd(q, k, v, **options, return_lse=True)
         return out, lse.t().contiguous()
 
     def backward(
-        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqs: Sequences, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        options = {**seqs._asdict(), "softmax_scale": scale, "deterministic": True}
-        return self.interface._flash_attn_bwd(q, k, v, out, grad_out, lse.t().contiguous(), **options)
+        self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqs: Sequences,
+        scale: float, softcap: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        options = _options(seqs, scale, softcap)
+        tensors = q, k, v, out, grad_out, lse.t().contiguous()
+        return self.interface._flash_attn_bwd(*tensors, **options, deterministic=True)
+
+
+def _options(seqs: Sequences, scale: float, softcap: float) -> dict[str, Any]:
+    *lengths, causal, left = seqs
+    window = {"causal": causal, "window_size_left": None if left < 0 else left}
+    scores = {"softmax_scale": scale, "softcap": softcap}
+    return {**dict(zip(Sequences._fields, lengths, strict=False)), **window, **scores}

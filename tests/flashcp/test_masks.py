@@ -12,6 +12,7 @@ from torch import Tensor
 import flashcp
 from flashcp import Mask
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
+from flashcp.sharding.plan import ShardingPlan
 from tests.packs import random_qkv, relative_error
 from tests.ranks import run_cases, run_ranks
 
@@ -54,11 +55,13 @@ def errors_on_rank(
     transport: str = "auto",
     backward: str = "keep",
     head_ranks: int = 1,
+    attention: str = "auto",
 ) -> dict[str, float]:
     """Relative errors of out, log-sum-exp and all gradients of the whole pack, brought together from the ranks."""
     cp = flashcp.ContextParallel(
-        exchange=exchange, overlap=overlap, transport=transport, backward=backward, head_ranks=head_ranks, timeout_s=20
-    )
+        exchange=exchange, overlap=overlap, transport=transport, backward=backward, head_ranks=head_ranks, timeout_s=20,
+        attention=attention,
+    )  # fmt: skip
     plan = flashcp.plan(lengths, cp.holders, strategy, masks=masks_of(kind, lengths))
     q, k, v, grad = random_qkv(sum(lengths), 12, 12 if exchange == "ulysses" else 6, 16, dtype, 5)
     q[::11] *= 12  # spikes: a wrong rescale hides behind small scores
@@ -135,6 +138,31 @@ def test_sinks_and_softcap(world_size: int, head_ranks: int) -> None:
             cases.append((LENGTHS[i % 3], kind, "flashcp", exchange, torch.float32, None, softcap, sinks,
                           "auto", "auto", "keep", head_ranks))  # fmt: skip
     check(world_size, cases)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_varlen_kernel_computes_windows_and_softcap(world_size: int) -> None:
+    cases = []
+    for i, exchange in enumerate(EXCHANGE_CLASSES):
+        for kind, window, softcap in (("window 17", None, None), ("full", None, 9.0), ("causal", 9, 5.0)):
+            cases.append((LENGTHS[i % 3], kind, "flashcp", exchange, torch.float32, window, softcap, i % 2 == 0,
+                          "auto", "auto", "keep", 1, "varlen"))  # fmt: skip
+    check(world_size, cases)
+
+
+def chunks_by_varlen() -> str:
+    """Document 1 has chunks, and rank 0 no row of it."""
+    cp = flashcp.ContextParallel(attention="varlen", timeout_s=20)
+    plan = ShardingPlan.from_shards([8, 8], 2, [(0, 0, 8, 0), (1, 0, 8, 1)], [Mask(), Mask("chunk", 4)])
+    q = torch.zeros(8, 2, 8)
+    with pytest.raises(ValueError, match="expected window, full or causal documents") as caught:
+        cp.attention(q, q, q, plan)
+    return str(caught.value)
+
+
+def test_what_a_kernel_does_not_compute_is_refused_on_every_rank() -> None:
+    for said in run_ranks(chunks_by_varlen, 2):
+        assert said == "attention='varlen:sdpa' with chunks: expected window, full or causal documents"
 
 
 def bytes_of_layers() -> list[tuple[int, int]]:

@@ -292,8 +292,8 @@ def test_a_row_outside_every_interval_changes_no_bit(mask: Mask, lengths: tuple[
         ({"masks": 3}, r"masks=3: expected a flashcp.Mask, or a list"),
         ({"masks": [Mask(), Mask(), Mask()]}, "3 masks for 2 documents"),
         ({"masks": Mask(blocks=[(2, 4)])}, r"block \(2, 4\) in document 1 of 3 tokens"),
-        ({"masks": Mask("full"), "attention": "varlen"}, "with masks: expected causal documents"),
-        ({"softcap": 2.0, "attention": "varlen"}, r"attention='varlen:sdpa' with softcap=2.0: expected none, or"),
+        ({"masks": Mask("chunk", 2), "attention": "varlen"}, "with chunks: expected window, full or causal documents"),
+        ({"masks": Mask("prefix", 2), "attention": "varlen"}, "with prefixes or blocks: expected window, full or"),
     ],
 )
 def test_what_is_not_computed_is_refused_in_one_line(how: dict[str, object], says: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import flashcp
+from flashcp import Mask
 from flashcp.kernels import varlen
 from flashcp.kernels.cpu import CpuAttention
 from flashcp.kernels.interface import KV, Gradients, WaitFlags
@@ -19,6 +20,7 @@ from flashcp.kernels.schedule import whole_pack_schedule
 from flashcp.kernels.varlen.attention import VarlenAttention
 from flashcp.kernels.varlen.base import Sequences, VarlenKernel
 from flashcp.kernels.varlen.sdpa import Sdpa
+from flashcp.sharding.masks import read_masks
 from flashcp.sharding.plan import ShardingPlan
 from tests.kernels.one_rank import Rank
 from tests.packs import AWKWARD, random_lengths, random_qkv, relative_error
@@ -36,20 +38,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-Run = Callable[[Rank, VarlenAttention, float], tuple[Tensor, Tensor, KV, Tensor]]
+Run = Callable[..., tuple[Tensor, Tensor, KV, Tensor]]
 
 
 def whole_pack(
-    lengths: tuple[int, ...], strategy: str, exchange: str, run: Run, tensors: tuple[Tensor, ...], ranks: int = 3
+    lengths: tuple[int, ...],
+    strategy: str,
+    exchange: str,
+    run: Run,
+    tensors: tuple[Tensor, ...],
+    ranks: int = 3,
+    masks: list[Mask] | None = None,
+    **options: Any,
 ) -> list[Tensor]:
     """Output and gradients of a whole pack in float64, put together from all its ranks."""
-    plan = flashcp.plan(lengths, ranks, strategy)
+    plan = flashcp.plan(lengths, ranks, strategy, masks=masks)
     *qkv, grad = tensors
     kernel, scale = VarlenAttention(Sdpa()), qkv[0].shape[2] ** -0.5
     out, grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=torch.float64) for x in (qkv[0], *qkv))
     for rank in range(1 if exchange == "ulysses" else ranks):
         state = Rank(plan, exchange, rank, qkv, grad)
-        part, part_q, local, back = run(state, kernel, scale)
+        part, part_q, local, back = run(state, kernel, scale, **options)
         out[state.rows], grad_q[state.rows] = part.double(), part_q.double()
         for total, own, others in zip((grad_k, grad_v), local, back.unbind(1), strict=True):
             total.index_add_(0, state.rows, own.double())
@@ -71,13 +80,33 @@ def test_matches_the_reference(strategy: str, exchange: str, run: Run) -> None:
         assert max(map(relative_error, found, wanted)) < LIMIT[dtype], (lengths, dtype)
 
 
+@pytest.mark.parametrize("run", [Rank.one_launch, Rank.staged])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("strategy", flashcp.strategies())
+def test_windows_full_documents_and_softcap_match_the_reference(strategy: str, exchange: str, run: Run) -> None:
+    for i, lengths in enumerate((AWKWARD[3], random_lengths(5), (100, 1))):
+        dtype = list(LIMIT)[i]
+        window = (5, 40, 33)[i]
+        masks = [(Mask("window", window), Mask("full"), Mask())[at % 3] for at in range(len(lengths))]
+        softcap = (3.0, None, 8.0)[i]
+        q, k, v, grad = random_qkv(sum(lengths), 4, 2, 16, dtype, seed=i)
+        q[::11] *= 6
+        exact = [x.double().requires_grad_() for x in (q, k, v)]
+        expected = flashcp.reference_attention(*exact, lengths, masks=masks, softcap=softcap)
+        wanted = (expected, *torch.autograd.grad(expected, exact, grad.double()))
+        options = {"masks": masks, "softcap": softcap or 0.0}
+        found = whole_pack(lengths, strategy, exchange, run, (q, k, v, grad), **options)  # type: ignore[arg-type]
+        assert max(map(relative_error, found, wanted)) < LIMIT[dtype], (lengths, dtype)
+
+
 @pytest.mark.parametrize("strategy", flashcp.strategies())
 def test_any_part_of_a_schedule(strategy: str) -> None:
     """Shards that do not tile the local tensor, shards that read nothing, prefixes without the own rows."""
     rng = np.random.default_rng(0)
     for seed in range(3):
         lengths = random_lengths(seed, 20)
-        plan = flashcp.plan(lengths, 3, strategy)
+        masks = [(Mask(), Mask("window", 9), Mask("full"))[i % 3 if seed else 0] for i in range(len(lengths))]
+        plan = flashcp.plan(lengths, 3, strategy, masks=masks)
         *qkv, grad = random_qkv(sum(lengths), 4, 2, 8, torch.float32, seed)
         for rank in range(3):
             state = Rank(plan, "all_gather", rank, qkv, grad)
@@ -178,11 +207,13 @@ class Particular(Sdpa):
 
     alignment_bytes = 16
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scale: float, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         for x in (q, k, v):
             assert x.data_ptr() % 16 == 0
             assert all(stride and stride * x.element_size() % 16 == 0 for stride in x.stride()[:2])
-        return super().forward(q, k, v, sequences, scale)
+        return super().forward(q, k, v, seqs, scale)
 
 
 def test_rows_lie_as_the_kernel_wants_them() -> None:
@@ -223,15 +254,19 @@ class ForwardOnly(VarlenKernel):
     def is_available(self, device: torch.device) -> bool:
         return device.type == "cpu"
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-        return Sdpa().forward(q, k, v, sequences, scale)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scale: float, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        return Sdpa().forward(q, k, v, seqs, scale)
 
 
 class PaddedSums(ForwardOnly):
     """A log-sum-exp by heads first, as flash kernels have it."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-        out, lse = super().forward(q, k, v, sequences, scale)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, scale: float, softcap: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = super().forward(q, k, v, seqs, scale)
         return out, lse.t()
 
 
@@ -249,6 +284,17 @@ def test_what_a_kernel_cannot_do_is_one_line() -> None:
     flags = WaitFlags(torch.zeros(1, dtype=torch.int32), 0, torch.zeros(1, dtype=torch.int32), 1.0)
     with pytest.raises(ValueError, match="expected all rows before the call, not flags"):
         attention.attend(q, KV(k, v), nothing, schedule, 0.3, flags)
+    with pytest.raises(ValueError, match=r"attention='varlen:forward_only' with softcap=2.0: expected none$"):
+        attention.attend(q, KV(k, v), nothing, schedule, 0.3, softcap=2.0)
+    for kind, said in (("window", "windows"), ("chunk", "chunks"), ("prefix", "prefixes or blocks")):
+        masked = whole_pack_schedule(np.array([20]), read_masks(Mask(kind, 3), np.array([20])))
+        with pytest.raises(ValueError, match=f"forward_only' with {said}: expected full or causal documents$"):
+            attention.attend(q, KV(k, v), nothing, masked, 0.3)
+    full = whole_pack_schedule(np.array([20]), read_masks(Mask("full"), np.array([20])))
+    assert relative_error(
+        attention.attend(q, KV(k, v), nothing, full, 8**-0.5)[0],
+        flashcp.reference_attention(q, k, v, [20], masks=Mask("full")),
+    ) < 1e-5  # fmt: skip
     with pytest.raises(RuntimeError, match=r"gave a log-sum-exp torch\.float32 \[4, 20\]: expected .* \[20, 4\]"):
         VarlenAttention(PaddedSums()).attend(q, KV(k, v), nothing, schedule, 0.3)
 

@@ -1,4 +1,4 @@
-"""The calls of a varlen kernel: every causal pair of a rank exactly once, and what lies where it is read."""
+"""The calls of a varlen kernel: every pair of a rank exactly once, and what lies where it is read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import flashcp
+from flashcp import Mask
 from flashcp.kernels.schedule import Schedule, build_schedule, whole_pack_schedule
 from flashcp.kernels.varlen.calls import Call, Rows, varlen_calls
 from flashcp.sharding.plan import ShardingPlan
@@ -23,10 +24,16 @@ def scheduled(schedule: Schedule) -> Pairs:
     pairs: Pairs = set()
     for r, query in enumerate(schedule.query):
         for row in range(schedule.query_start[query], schedule.query_stop[query]):
-            stop = schedule.row_stop[r]
-            if schedule.masked[r]:
-                stop = schedule.row_start[r] + row - schedule.query_start[query] + 1
-            pairs |= {(row, bool(schedule.received[r]), key) for key in range(schedule.row_start[r], stop)}
+            start, stop = schedule.row_start[r], schedule.row_stop[r]
+            position = schedule.query_position[query] + row - schedule.query_start[query]
+            before = start - schedule.position[r]
+            if schedule.seen is not None:
+                document, masks = schedule.seen
+                start = max(start, before + int(masks.lowest(document[query], position)))
+                stop = min(stop, before + int(masks.past(document[query], position)))
+            elif schedule.masked[r]:
+                stop = before + position + 1
+            pairs |= {(row, bool(schedule.received[r]), key) for key in range(start, stop)}
     return pairs
 
 
@@ -41,7 +48,9 @@ def computed(calls: list[Call]) -> Counter:
         ends = [np.cumsum(np.append(0, x)).tolist() for x in (call.query_lengths, call.key_lengths)]
         for (a, b), (c, d) in zip(*map(pairwise, ends), strict=True):
             for i in range(a, b):
-                read = keys[c : c + i - a + 1] if call.causal else keys[c:d]
+                lowest = max(c, i - b + d - call.left) if call.left >= 0 else c
+                read = keys[lowest : i - b + d + 1 if call.causal else d]
+                assert len(read) > 0  # what kernels make of a row that reads nothing differs
                 count.update((queries[i], call.received, key) for key in read)
     return count
 
@@ -50,22 +59,25 @@ def schedules(plan: ShardingPlan, exchange: str, rank: int) -> list[Schedule]:
     """All that a rank computes, and the parts of it that overlap `staged` computes one by one."""
     received = plan.route(exchange).received(rank)
     if exchange == "ulysses":
-        return [build_schedule(received, local=received)]
+        return [build_schedule(received, local=received, masks=plan.masks)]
     local = plan.local(rank)
     parts = [received.take(received.rank == source) for source in np.unique(received.rank)]
     return [
-        build_schedule(local, local=local, received=received),
-        build_schedule(local, local=local),
-        *(build_schedule(local, received=part) for part in parts),
+        build_schedule(local, local=local, received=received, masks=plan.masks),
+        build_schedule(local, local=local, masks=plan.masks),
+        *(build_schedule(local, received=part, masks=plan.masks) for part in parts),
     ]
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("exchange", ["exact", "compacted", "all_gather", "ring", "ulysses"])
 @pytest.mark.parametrize("strategy", flashcp.strategies())
-def test_every_pair_once(strategy: str, exchange: str) -> None:
+def test_every_pair_once(strategy: str, exchange: str, masked: bool) -> None:
     rng = np.random.default_rng(0)
-    for seed in range(2):
-        plan = flashcp.plan(random_lengths(seed), 3, strategy)
+    for seed in range(6 if masked else 2):
+        lengths = random_lengths(seed)
+        masks = [(Mask(), Mask("window", 1 + 7 * i), Mask("full"))[(i + seed) % 3] for i in range(len(lengths))]
+        plan = flashcp.plan(lengths, 3, strategy, masks=masks if masked else None)
         for rank in range(3):
             for schedule in schedules(plan, exchange, rank):
                 some = schedule.part(rng.random(len(schedule.source)) < 0.7)
@@ -119,6 +131,17 @@ def test_rows_that_two_shards_read_take_two_turns() -> None:
     (only,) = Rows(np.array([4, 0]), np.array([6, 3])).turns
     assert only[0] is None
     assert only[1].tolist() == [4, 5, 0, 1, 2]
+
+
+def test_windows_are_one_call_where_shards_are_longer_than_they() -> None:
+    """Whatever their lengths, a kernel counts from the last row to the last key: the halo's rows alone are read."""
+    cuts = [(0, 0, 50, 0), (0, 50, 90, 1), (1, 0, 30, 0), (1, 30, 60, 1)]
+    plan = ShardingPlan.from_shards([90, 60], 2, cuts, Mask("window", 8))
+    own, halo = varlen_calls(schedules(plan, "exact", 1)[0])
+    assert (own.causal, own.left, own.query_lengths.tolist()) == (True, 7, [40, 30])
+    assert (halo.causal, halo.left, halo.received) == (False, 0, True)
+    assert (halo.query_lengths.tolist(), halo.key_lengths.tolist()) == ([7, 7], [7, 7])
+    assert halo.queries.index.tolist() == [*range(7), *range(40, 47)]
 
 
 def test_nothing_to_read_is_no_call() -> None:

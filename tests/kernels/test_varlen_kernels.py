@@ -46,29 +46,31 @@ FA3_BACKWARD = (
 )
 
 
-def cases() -> list[tuple[tuple[Tensor, ...], Sequences]]:
-    """q, k, v, gradient and sequences, causal and not; k and v as the halves of a receive buffer."""
+def cases(kernel: VarlenKernel) -> list[tuple[tuple[Tensor, ...], Sequences, float]]:
+    """q, k, v, gradient, sequences and softcap, causal and not; k and v as the halves of a receive buffer. Windows and
+    softcap where the kernel says that it has them."""
     q, k, v, grad = random_qkv(12, 4, 2, 16, torch.bfloat16, seed=0)
     buffer = torch.stack((k, v), dim=1)
     own, prefix = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 12], [0, 3, 9]))
     half = torch.tensor([0, 2, 12], dtype=torch.int32)
-    return [
-        ((q, buffer[:, 0], buffer[:, 1], grad), Sequences(own, own, 7, 7, True)),
-        ((q, buffer[:9, 0], buffer[:9, 1], grad), Sequences(half, prefix, 10, 6, False)),
-    ]
+    whole, part = (q, buffer[:, 0], buffer[:, 1], grad), (q, buffer[:9, 0], buffer[:9, 1], grad)
+    left = (-1, 0, 2) if kernel.has_windows() else (-1,)
+    softcaps = (0.0, 1.5) if kernel.has_softcap() else (0.0,)
+    found = [(whole, Sequences(own, own, 7, 7, True, x), softcap) for x in left for softcap in softcaps]
+    return found + [(part, Sequences(half, prefix, 10, 6, False, x), softcap) for x in left for softcap in softcaps]
 
 
 def check_like_the_cpu(kernel: VarlenKernel, backward: bool = True) -> None:
     """Results and gradients of the kernel are those of the CPU's, which stands behind what it calls."""
-    for (q, k, v, grad), sequences in cases():
+    for (q, k, v, grad), sequences, softcap in cases(kernel):
         kernel.check(q)
-        wanted = Sdpa().forward(q, k, v, sequences, SCALE)
-        found = kernel.forward(q, k, v, sequences, SCALE)
+        wanted = Sdpa().forward(q, k, v, sequences, SCALE, softcap)
+        found = kernel.forward(q, k, v, sequences, SCALE, softcap)
         assert [x.shape for x in found] == [q.shape, q.shape[:2]]
         assert all(map(torch.equal, found, wanted))
         if backward:
             # A log-sum-exp of more than this call's keys, as the merged one is.
-            state = grad, q, k, v, wanted[0], wanted[1] + 0.5, sequences, SCALE
+            state = grad, q, k, v, wanted[0], wanted[1] + 0.5, sequences, SCALE, softcap
             gradients = kernel.backward(*state)
             assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
             assert all(map(torch.equal, gradients, Sdpa().backward(*state)))
@@ -88,18 +90,29 @@ def library() -> Iterator[Callable[[str, str], Library]]:
         each._destroy()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[Any], causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[Any],
+    causal: bool,
+    scale: float,
+    left: int = -1,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """The CPU's kernel; lengths as GPU kernels want them."""
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     assert all(x.dtype == torch.int32 and x.is_contiguous() for x in lengths[:2])
     assert lengths[2:] == [int(x.diff().max()) for x in lengths[:2]]
-    return Sdpa().forward(q, k, v, Sequences(*lengths, causal), scale)
+    return Sdpa().forward(q, k, v, Sequences(*lengths, causal, left), scale, softcap)
 
 
-def differentiate(tensors: list[Tensor], lengths: list[Any], causal: bool, scale: float) -> tuple[Tensor, ...]:
+def differentiate(
+    tensors: list[Tensor], lengths: list[Any], causal: bool, scale: float, left: int = -1, softcap: float = 0.0
+) -> tuple[Tensor, ...]:
     """Likewise. tensors: gradient of the output, q, k, v, output, log-sum-exp [rows, heads]."""
     assert tensors[-1].dtype == torch.float32
-    return Sdpa().backward(*tensors, Sequences(*lengths, causal), scale)
+    return Sdpa().backward(*tensors, Sequences(*lengths, causal, left), scale, softcap)
 
 
 def bound(schema: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
@@ -117,18 +130,20 @@ def test_torch_flash(library: Callable[[str, str], Library]) -> None:
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any, scale: float, **options: Any) -> tuple[Tensor, ...]:
         *lengths, dropout, causal, debug_mask = rest
+        left = options.pop("window_size_left")
         assert (dropout, debug_mask, set(options.values()) - {None}) == (0.0, False, set())
-        out, lse = attend(q, k, v, lengths, causal, scale)
+        out, lse = attend(q, k, v, lengths, causal, scale, left)
         return out, lse.t().contiguous(), torch.zeros(2, dtype=torch.uint64), torch.empty(0), torch.empty(0)
 
     def backward(*arguments: Any, scale: float, **options: Any) -> tuple[Tensor, ...]:
         *tensors, lse = arguments[:6]
         *lengths, dropout, causal, state, unused = arguments[6:]
+        left = options.pop("window_size_left")
         assert (dropout, set(options.values()) - {None}, unused.numel()) == (0.0, set(), 0)
         assert state.dtype == torch.uint64
         assert lse.is_contiguous()
         assert torch.are_deterministic_algorithms_enabled()
-        return differentiate([*tensors, lse.t()], lengths, causal, scale)
+        return differentiate([*tensors, lse.t()], lengths, causal, scale, left)
 
     aten.impl("_flash_attention_forward", forward, "CPU")
     aten.impl("_flash_attention_backward", backward, "CPU")
@@ -183,22 +198,24 @@ def test_flash_attention_3(
 ) -> None:
     definitions, operators = library(namespace, "DEF"), library(namespace, "IMPL")
 
+    def how(given: dict[str, Any]) -> tuple[Any, ...]:
+        lengths = [given[name] for name in Sequences._fields[:4]]
+        return lengths, *(given[name] for name in ("is_causal", "softmax_scale", "window_size_left", "softcap"))
+
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         given = bound(FA3_FORWARD, arguments, {})
         assert given["num_splits"] == 1
-        assert (given["window_size_left"], given["window_size_right"], given["softcap"]) == (-1, -1, 0.0)
-        lengths = [given[name] for name in Sequences._fields[:4]]
-        out, lse = attend(given["q"], given["k"], given["v"], lengths, given["is_causal"], given["softmax_scale"])
+        assert given["window_size_right"] == -1
+        out, lse = attend(given["q"], given["k"], given["v"], *(how(given)))
         return out, lse.t().contiguous(), torch.empty(0), torch.empty(0)
 
     def backward(*arguments: Any) -> tuple[Tensor, ...]:
         given = bound(FA3_BACKWARD, arguments, {})
         *tensors, lse = (given[name] for name in ("dout", "q", "k", "v", "out", "softmax_lse"))
         assert given["deterministic"]
-        assert (given["window_size_left"], given["window_size_right"], given["softcap"]) == (-1, -1, 0.0)
+        assert given["window_size_right"] == -1
         assert lse.is_contiguous()
-        lengths = [given[name] for name in Sequences._fields[:4]]
-        gradients = differentiate([*tensors, lse.t()], lengths, given["is_causal"], given["softmax_scale"])
+        gradients = differentiate([*tensors, lse.t()], *how(given))
         for name, gradient in zip(("dq", "dk", "dv"), gradients, strict=True):
             given[name].copy_(gradient)
         return (torch.empty(0),) * 5
@@ -212,7 +229,7 @@ def test_flash_attention_3(
     forward_only = namespace == "fa3_fwd"
     assert bool(kernel.no_backward()) == kernel.forward_only == forward_only
     check_like_the_cpu(kernel, backward=not forward_only)
-    half = cases()[0][0][0].half()
+    half = cases(kernel)[0][0][0].half()
     if forward_only:
         with pytest.raises(ValueError, match=r"q is torch\.float16: fa3-fwd, .* expects torch\.bfloat16$"):
             kernel.check(half)
@@ -236,8 +253,10 @@ class FA4:
         gather_bwd_recompute_p=False,
     ):
         assert return_lse
+        assert window_size_right is None
         lengths = [cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k]
-        out, lse = attend(q, k, v, lengths, causal, softmax_scale)
+        left = -1 if window_size_left is None else window_size_left
+        out, lse = attend(q, k, v, lengths, causal, softmax_scale, left, softcap)
         return out, lse.t().contiguous(), None, None, None
 
     @staticmethod
@@ -251,14 +270,20 @@ class FA4:
         learnable_sink=None,
     ):
         assert deterministic
+        assert window_size_right is None
         assert lse.is_contiguous()
         lengths = [cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k]
-        return differentiate([dout, q, k, v, out, lse.t()], lengths, causal, softmax_scale)
+        left = -1 if window_size_left is None else window_size_left
+        return differentiate([dout, q, k, v, out, lse.t()], lengths, causal, softmax_scale, left, softcap)
     # fmt: on
 
 
-def test_flash_attention_4(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("capped", [False, True])
+def test_flash_attention_4(capped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    utils = SimpleNamespace(create_softcap_scoremod_bwd=None) if capped else SimpleNamespace()
+    monkeypatch.setattr(FA4, "utils", utils, raising=False)
     monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", FA4)
+    assert FlashAttention4().has_softcap() == capped
     check_like_the_cpu(FlashAttention4())
 
 

@@ -7,15 +7,20 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flashcp.sharding.bounds import certificate, certify, least_largest_work, smallest_end, study_ceiling
+from flashcp.sharding.exchanges import rows_of_layers
+from flashcp.sharding.masks import Workload, read_workload
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies import STRATEGIES
 from flashcp.sharding.strategies.flashcp import flashcp
+from tests.drawn import Pack, cut_anywhere, packs
 
 
-def every_plan(lengths: list[int], world_size: int) -> list[ShardingPlan]:
+def every_plan(lengths: list[int], world_size: int, workload: Workload | None = None) -> list[ShardingPlan]:
     """All plans whose ranks differ by at most one row, one row a shard."""
     tokens = sum(lengths)
     document = np.repeat(np.arange(len(lengths)), lengths)
@@ -25,7 +30,7 @@ def every_plan(lengths: list[int], world_size: int) -> list[ShardingPlan]:
         counts = np.bincount(ranks, minlength=world_size)
         if counts.max() - counts.min() <= 1:
             table = ShardTable(document, start, start + 1, np.array(ranks))
-            plans.append(ShardingPlan(np.array(lengths), world_size, table))
+            plans.append(ShardingPlan(np.array(lengths), world_size, table, workload=workload))
     return plans
 
 
@@ -45,6 +50,25 @@ def test_no_plan_at_all_is_below_the_bounds(lengths: list[int], world_size: int)
             if plan.work.max() <= max(tolerance * plan.work.mean(), bounds.largest_work)
         ]
         assert all(bounds.critical_rows <= critical and bounds.total_rows <= total for critical, total in within)
+
+
+@given(packs(tokens=8, ranks=3).filter(lambda pack: pack.ranks ** sum(pack.lengths) <= 256), st.floats(1, 2))
+def test_no_plan_of_a_tiny_pack_is_below_the_bounds_of_its_masks(pack: Pack, tolerance: float) -> None:
+    workload = read_workload(np.array(pack.lengths), pack.masks, pack.layers)
+    bounds = certificate(np.array(pack.lengths), pack.ranks, tolerance, workload)
+    for plan in every_plan(pack.lengths, pack.ranks, workload):
+        assert plan.work.max() >= bounds.largest_work
+        if plan.work.max() <= max(tolerance * plan.work.mean(), bounds.largest_work):
+            rows = rows_of_layers(plan)
+            assert rows.critical >= bounds.critical_rows
+            assert rows.received.sum() >= bounds.total_rows
+
+
+@given(packs().flatmap(lambda pack: cut_anywhere(pack, balanced=True)))
+def test_no_plan_that_is_cut_anywhere_is_below_its_bounds(plan: ShardingPlan) -> None:
+    assert np.ptp(plan.tokens) <= 1
+    assert plan.certificate.gaps is not None
+    assert min(plan.certificate.gaps) >= 0
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -6,6 +6,8 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import flashcp
 from flashcp.sharding.bounds import certificate
@@ -19,57 +21,33 @@ from flashcp.sharding.strategies.flashcp.blocks import cut_blocks, kept_blocks
 from flashcp.sharding.strategies.flashcp.density import below, density_of
 from flashcp.sharding.strategies.flashcp.members import members
 from flashcp.sharding.strategies.flashcp.state import charge, layout, no_holders
-from tests.sharding.test_masks import dense, random_mask
+from tests.drawn import Pack, packs
 
 GEMMA = [(Mask("causal"), 8), (Mask("window", 1024), 40)]
 GPT_OSS = [(Mask("causal"), 18), (Mask("window", 128), 18)]
-MIXES = [None, [(Mask("causal"), 2), (Mask("window", 7), 5)], [(Mask("window", 3), 1)], [(Mask("causal"), 4)]]
-PACKS = 500  # for each strategy
 
 
-def random_pack(rng: random.Random) -> tuple[list[int], list[Mask], list[tuple[Mask, int]] | None, int]:
-    lengths = [rng.randint(1, rng.choice([3, 40])) for _ in range(rng.randint(1, 6))]
-    masks = [random_mask(rng, rows) for rows in lengths]
-    return lengths, masks, rng.choice(MIXES), rng.randint(1, min(6, sum(lengths)))
+@given(packs(), st.sampled_from(list(STRATEGIES)))
+def test_random_packs_are_covered_balanced_in_tokens_and_above_their_bounds(pack: Pack, strategy: str) -> None:
+    plan = pack.plan(strategy)
+    held = sorted(row for rank in range(pack.ranks) for row in plan.rows(rank).tolist())
+    assert held == list(range(sum(pack.lengths)))
+    assert np.ptp(plan.tokens) <= 1
+    work = counted_work(pack, plan)
+    assert plan.work.tolist() == work.tolist()
+    assert plan.imbalance == work.max() * pack.ranks / work.sum()
+    assert plan.certificate.gaps is not None
+    assert min(plan.certificate.gaps) >= 0
+    assert plan == pack.plan(strategy)
 
 
-def dense_work(plan: ShardingPlan, masks: list[Mask], layers: list[tuple[Mask, int]] | None) -> list[int]:
+def counted_work(pack: Pack, plan: ShardingPlan) -> np.ndarray:
     """Pairs of each rank, counted one by one in every layer."""
-    work = [0] * plan.world_size
-    lengths = plan.document_lengths.tolist()
-    for window, count in [(mask.size, count) for mask, count in layers or [(Mask(), 1)]]:
-        seen = [dense(mask, rows, window).sum(axis=1) for mask, rows in zip(masks, lengths, strict=True)]
-        for document, start, stop, rank in plan.shards:
-            work[rank] += count * int(seen[document][start:stop].sum())
+    work = np.zeros(pack.ranks, dtype=int)
+    for window, chunk, count in pack.kinds:
+        pairs = pack.sees(window, chunk).sum(axis=1)
+        work += count * np.array([pairs[plan.rows(rank)].sum() for rank in range(pack.ranks)])
     return work
-
-
-@pytest.mark.parametrize("strategy", list(STRATEGIES))
-def test_random_packs_are_covered_balanced_in_tokens_and_above_their_bounds(strategy: str) -> None:
-    rng = random.Random(strategy)
-    for _ in range(PACKS):
-        lengths, masks, layers, ranks = random_pack(rng)
-        options = {"budget": 60} if strategy == "flashcp" else {}
-        plan = flashcp.plan(lengths, ranks, strategy, masks=masks, layers=layers, **options)
-        what = f"{lengths} {masks} {layers} {ranks}"
-        assert np.ptp(plan.tokens) <= 1, what  # the plan itself checks that every row is on one rank
-        assert plan.work.tolist() == dense_work(plan, masks, layers), what
-        gaps = plan.certificate.gaps
-        assert gaps is not None
-        assert min(gaps) >= 0, what
-        assert plan == flashcp.plan(lengths, ranks, strategy, masks=masks, layers=layers, **options), what
-
-
-def test_bounds_hold_for_plans_made_for_something_else() -> None:
-    """A plan may cut where no strategy would for these masks."""
-    rng = random.Random(5)
-    for _ in range(PACKS):
-        lengths, masks, layers, ranks = random_pack(rng)
-        workload = read_workload(np.array(lengths), masks, layers)
-        table = STRATEGIES[rng.choice(["per_document", "contiguous", "per_sequence"])](np.array(lengths), ranks)
-        gaps = ShardingPlan(np.array(lengths), ranks, table, workload=workload).certificate.gaps
-        assert gaps is not None
-        assert min(gaps) >= 0, f"{lengths} {masks} {layers} {ranks}"
 
 
 def test_bounds_of_masks_are_not_all_nothing() -> None:
@@ -80,12 +58,11 @@ def test_bounds_of_masks_are_not_all_nothing() -> None:
     assert full.total_rows > 5 * 100_000
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_density_counts_what_the_workload_counts(seed: int) -> None:
+@given(packs())
+def test_density_counts_what_the_workload_counts(pack: Pack) -> None:
     """Exactly outside blocks, and at their ends; inside, for those that start with the document."""
-    rng = random.Random(seed)
-    lengths, masks, _, _ = random_pack(rng)
-    workload = read_workload(np.array(lengths), masks, MIXES[1])
+    lengths = pack.lengths
+    workload = read_workload(np.array(lengths), pack.masks, [(Mask("causal"), 2), (Mask("window", 7), 5)])
     order = np.argsort(-np.array(lengths), kind="stable")
     density = density_of(workload, order, 10)
     start, stop = workload.masks.block_start, workload.masks.block_stop

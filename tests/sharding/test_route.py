@@ -2,119 +2,78 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import flashcp
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.sharding.shards import Segments
+from tests.drawn import Pack, cut_anywhere, packs
+from tests.sharding.test_masks import pack_rows
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> ShardingPlan:
-    """Plans no strategy would make: every document cut anywhere, pieces on any rank."""
-    lengths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))
-    world_size = draw(st.integers(1, min(6, sum(lengths))))
-    if draw(st.booleans()):
-        return flashcp.plan(lengths, world_size, draw(st.sampled_from(flashcp.strategies())))
-    shards = []
-    for document, length in enumerate(lengths):
-        cuts = sorted(draw(st.sets(st.integers(1, length), max_size=5)) | {0, length})
-        for start, stop in pairwise(cuts):
-            shards.append((document, start, stop, draw(st.integers(0, world_size - 1))))
-    return ShardingPlan.from_shards(lengths, world_size, shards)
+def planned(draw: st.DrawFn) -> tuple[Pack, ShardingPlan]:
+    """Plans of strategies, and plans no strategy would make."""
+    pack = draw(packs())
+    strategy = draw(st.none() | st.sampled_from(flashcp.strategies()))
+    return pack, draw(cut_anywhere(pack)) if strategy is None else pack.plan(strategy)
 
 
-def read_rows(plan: ShardingPlan) -> list[list[set[tuple[int, int]]]]:
-    """read[source][reader]: the (document, row) pairs that a reader needs of a source."""
-    owner, end = {}, {}
-    for document, start, stop, rank in plan.shards:
-        owner.update({(document, row): rank for row in range(start, stop)})
-        end[document, rank] = max(end.get((document, rank), 0), stop)
-    ranks = range(plan.world_size)
-    return [
-        [
-            {(d, x) for (d, x), holder in owner.items() if holder == source != reader and x < end.get((d, reader), 0)}
-            for reader in ranks
-        ]
-        for source in ranks
-    ]
+@given(planned())
+def test_routes_are_those_counted_row_by_row(drawn: tuple[Pack, ShardingPlan]) -> None:
+    """Of every exchange, in every kind of layer."""
+    pack, plan = drawn
+    for window, chunk in {(None, None), *(kind[:2] for kind in pack.kinds)}:
+        layer, sees = plan.narrow(window, chunk), pack.sees(window, chunk)
+        assert layer.work.tolist() == [int(sees[plan.rows(rank)].sum()) for rank in range(plan.world_size)]
+        for exchange in EXCHANGES:
+            check_route(layer, exchange, sees)
 
 
-def rows_of(segments: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
-    return [(document, row) for document, start, stop in segments for row in range(start, stop)]
+def check_route(plan: ShardingPlan, exchange: str, sees: np.ndarray) -> None:
+    """sees: which row of the pack (second axis) each row sees."""
+    route, ranks = plan.route(exchange), range(plan.world_size)
+    rows = [plan.rows(rank) for rank in ranks]
+    owner = np.empty(len(sees), dtype=int)
+    for rank in ranks:
+        owner[rows[rank]] = rank
+    others = owner[:, None] != np.arange(plan.world_size)  # [row, rank]: whether the rank does not hold the row
+    read = others & np.stack([sees[mine].any(axis=0) for mine in rows], axis=1)
+    shard = np.repeat(np.arange(len(plan.shards)), plan.table.rows)  # of each row: shards lie in pack order
+    leaves = np.isin(shard, shard[read.any(axis=1)]) if exchange == "compacted" else np.full(len(sees), True)
+    arrives = {"exact": read, "ulysses": np.ones_like(read)}.get(exchange, others & leaves[:, None])
 
-
-@settings(max_examples=1000)
-@given(plans())
-def test_exact_sends_each_row_to_its_readers_and_nobody_else(plan: ShardingPlan) -> None:
-    route, needed = plan.route("exact"), read_rows(plan)
-    for source in range(plan.world_size):
-        for reader in range(plan.world_size):
-            rows = rows_of(route.segments(source, reader))
-            assert len(rows) == len(set(rows))
-            assert set(rows) == needed[source][reader]
-    sizes = np.array([[len(rows) for rows in row] for row in needed])
-    assert route.sent_rows.tolist() == sizes.sum(1).tolist()
-    assert route.received_rows.tolist() == sizes.sum(0).tolist()
-    assert route.critical_rows == max(sizes.sum(0).max(), sizes.sum(1).max())
-
-
-@settings(max_examples=800)
-@given(plans(), st.sampled_from(["exact", "compacted", "all_gather", "ring"]))
-def test_every_exchange_brings_the_rows_that_are_read(plan: ShardingPlan, exchange: str) -> None:
-    route, needed = plan.route(exchange), read_rows(plan)
-    for reader in range(plan.world_size):
+    for reader in ranks:
         arriving = route.received(reader)
-        rows = arriving.buffer_rows()
-        assert len(rows) == len(np.unique(rows))  # no two rows in one place
-        assert not (arriving.rank == reader).any()
-        for source in range(plan.world_size):
-            assert needed[source][reader] <= set(rows_of(route.segments(source, reader)))
-
-
-@settings(max_examples=500)
-@given(plans())
-def test_senders_and_readers_agree_on_the_order(plan: ShardingPlan) -> None:
-    route = plan.route("exact")
-    for source in range(plan.world_size):
-        leaving, local = route.sent(source), plan.local(source)
+        buffer, found = arriving.buffer_rows(), pack_rows(plan, arriving)
+        assert len(np.unique(buffer)) == len(buffer)  # no two rows in one place
+        assert sorted(found.tolist()) == np.flatnonzero(arrives[:, reader]).tolist()
+        assert owner[found].tolist() == np.repeat(arriving.rank, arriving.stop - arriving.start).tolist()
+    for source in ranks:
+        leaving = route.sent(source)
+        assert rows[source][leaving.buffer_rows()].tolist() == pack_rows(plan, leaving).tolist()
+        if exchange != "exact":
+            assert pack_rows(plan, leaving).tolist() == np.flatnonzero((owner == source) & leaves).tolist()
+            continue
         assert (np.diff(leaving.rank) >= 0).all()
-        for reader in range(plan.world_size):
+        for reader in ranks:  # in one order at both ends
             part = leaving.take(leaving.rank == reader)
-            assert list(zip(*(c.tolist() for c in part[:3]), strict=True)) == route.segments(source, reader)
-        assert leaving.buffer_rows().tolist() == [local_row(local, *row) for row in rows_of(triples(leaving))]
+            assert list(zip(*(column.tolist() for column in part[:3]), strict=True)) == route.segments(source, reader)
 
-
-def triples(segments: Segments) -> list[tuple[int, int, int]]:
-    return list(zip(*(column.tolist() for column in segments[:3]), strict=True))
-
-
-def local_row(local: Segments, document: int, row: int) -> int:
-    (i,) = np.flatnonzero((local.document == document) & (local.start <= row) & (row < local.stop))
-    return int(local.row[i] + row - local.start[i])
-
-
-@settings(max_examples=500)
-@given(plans())
-def test_counts_of_the_other_exchanges(plan: ShardingPlan) -> None:
-    ranks, total, tokens = plan.world_size, int(plan.tokens.sum()), plan.tokens
-    travelling = np.zeros(ranks, dtype=int)
-    for shard in plan.shards:
-        travelling[shard.rank] += (shard.stop - shard.start) * (shard.stop < plan.document_lengths[shard.document])
-    assert plan.route("compacted").critical_rows == (ranks - 1) * travelling.max()
-    assert plan.route("all_gather").critical_rows == (ranks - 1) * tokens.max()
-    if ranks > 1:
-        assert plan.route("ring").received_rows.tolist() == (total - tokens).tolist()
-        assert plan.route("ring").sent_rows.tolist() == [total - tokens[(r + 1) % ranks] for r in range(ranks)]
-    ulysses = plan.route("ulysses")
-    assert ulysses.sent_rows.sum() == pytest.approx(ulysses.received_rows.sum())
-    assert ulysses.sent_rows.sum() == pytest.approx(2 * total * (ranks - 1) / ranks)
+    tokens, leave = (np.bincount(owner[chosen], minlength=len(ranks)) for chosen in (slice(None), leaves))
+    inward, outward = len(sees) - tokens, tokens * (len(ranks) - 1)
+    sent, received = {
+        "exact": (np.bincount(owner, read.sum(axis=1), len(ranks)), read.sum(axis=0)),
+        "ring": (np.roll(inward, -1), inward),
+        # Q, K, V and O of a row are half a KV row each, and each other rank has a share of their heads.
+        "ulysses": ((3 * outward + inward) / (2 * len(ranks)), (3 * inward + outward) / (2 * len(ranks))),
+    }.get(exchange, ((len(ranks) - 1) * np.full(len(ranks), leave.max()),) * 2)  # padded to the longest block
+    assert (route.sent_rows == sent).all()
+    assert (route.received_rows == received).all()
+    assert route.critical_rows == max(sent.max(), received.max())
 
 
 def test_savings_and_bytes_by_hand() -> None:

@@ -51,10 +51,12 @@ def layout(holders: Holders, at: int, document: int, granularity: int, density: 
     """
     if density is None:
         layout_causal(holders, at, granularity)
-    elif holders.number[at] > 1:
-        layout_mix(holders, at, document, granularity, density)
-    else:
+    elif holders.number[at] == 1:
         holders.tail[0, at] = holders.length[at]
+    elif density.document[document, PREFIX] == holders.length[at]:
+        layout_full(holders, at, density.layers.sum() * holders.length[at], granularity)
+    else:
+        layout_mix(holders, at, document, granularity, density)
 
 
 def layout_causal(holders: Holders, at: int, granularity: int) -> None:
@@ -80,6 +82,26 @@ def layout_causal(holders: Holders, at: int, granularity: int) -> None:
     holders.tail[last, at] = high - low
     if last > 0:
         holders.work[last, at] = (low + high + 1) * (high - low) // 2
+
+
+def layout_full(holders: Holders, at: int, row_work: int, granularity: int) -> None:
+    """Of a document whose rows all see each other: what is taken from where changes no work."""
+    last = holders.number[at] - 1
+    low, high, owed = 0, holders.length[at], 0
+    for slot in range(last):
+        rows = holders.rows[slot, at]
+        wanted = holders.work[slot, at] + owed
+        work = rows * row_work
+        tail = rows if wanted >= work else 0
+        if granularity > 1:
+            tail = min(max(high - (high - tail + granularity // 2) // granularity * granularity, 0), rows)
+        owed = wanted - work
+        holders.work[slot, at] = work
+        holders.tail[slot, at] = tail
+        high -= tail
+        low += rows - tail
+    holders.tail[last, at] = high - low
+    holders.work[last, at] = (high - low) * row_work
 
 
 def layout_mix(holders: Holders, at: int, document: int, granularity: int, density: Density) -> None:
@@ -248,7 +270,7 @@ def walk(
 
 
 HELPERS = (
-    *(find, layout, layout_causal, layout_mix, charge, charge_ends, charge_full, charge_halos),
+    *(find, layout, layout_causal, layout_full, layout_mix, charge, charge_ends, charge_full, charge_halos),
     *(piece_rows, walk),
 )
 """What the search calls."""
