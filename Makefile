@@ -20,7 +20,7 @@ CARRIED := hydra-core omegaconf pyyaml packaging einops tqdm \
 BUILT := antlr4-python3-runtime==4.9.3
 GLIBC := 17 24 27 28 31 34 35
 
-.PHONY: help demo cluster-lab lab-cases test lint paper kernels kernels-versions emulate gpu-wheels pins clean
+.PHONY: help demo cluster-lab lab-cases test lint docs paper kernels kernels-versions emulate gpu-wheels pins clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p flashcp
 
+docs: $(STAMP) ## build site/: guides, results and the API; a link that leads nowhere fails
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . site $(ARGS)
+
 paper: $(STAMP) ## the paper's figures from the simulator: rows, pictures, experiments/PAPER_RESULTS.md (some 15 min)
 	for figure in paper_fig3 paper_fig5 paper_fig6 paper_fig7 paper_table2 demo_predicted speedup_parts \
 		beyond_paper whole_batch whole_batch_1024 whole_batch_steps mixes; do \
@@ -99,7 +102,7 @@ pins: $(STAMP) ## print what .venv holds, in the form of constraints.txt
 	@$(BIN)/python -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//' | sort -f
 
 clean: ## remove .venv, build folders and caches
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
