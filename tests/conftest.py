@@ -29,6 +29,8 @@ LIBRARIES = (
     "pyarrow",
     "tokenizers",
     "tqdm",
+    "transformers",
+    "trl",
     "wandb",
     "yaml",
 )

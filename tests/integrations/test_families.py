@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers")
-
 from tests.integrations.families import FAMILIES
 from tests.integrations.training import alone, differences, over_ranks
 from tests.ranks import run_ranks

@@ -41,10 +41,8 @@ def alone(family: str, windows: int = 1) -> Answer:
 
 def over_ranks(family: str, groups: int = 1, head_ranks: int = 1, bf16: bool = False, **collator: Any) -> Answer | None:
     """The same over all ranks, each group of them with a window of its own, on rank 0."""
-    size = dist.get_world_size() // groups
-    group = [dist.new_group(list(range(first, first + size))) for first in range(0, dist.get_world_size(), size)]
-    mine = dist.get_rank() // size
-    cp = flashcp.ContextParallel(group[mine], head_ranks=head_ranks)
+    cp = flashcp.ContextParallel(my_group(groups), head_ranks=head_ranks)
+    mine = dist.get_rank() // cp.world_size
     checkpointing = collator.pop("checkpointing", False)
     model = make_model(family, install(cp))
     if checkpointing:
@@ -59,6 +57,13 @@ def over_ranks(family: str, groups: int = 1, head_ranks: int = 1, bf16: bool = F
     for summed in (loss := loss.detach(), *([] if groups > 1 else gradients.values())):
         dist.all_reduce(summed)
     return (float(loss), gradients) if dist.get_rank() == 0 else None
+
+
+def my_group(groups: int) -> dist.ProcessGroup:
+    """Of this rank, of so many that share out all ranks."""
+    size = dist.get_world_size() // groups
+    made = [dist.new_group(list(range(first, first + size))) for first in range(0, dist.get_world_size(), size)]
+    return made[dist.get_rank() // size]
 
 
 def differences(answer: Answer, reference: Answer) -> dict[str, float]:

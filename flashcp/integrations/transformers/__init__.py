@@ -9,5 +9,6 @@ from flashcp.integrations.transformers.accelerate import SameBatches
 from flashcp.integrations.transformers.collator import Collator
 from flashcp.integrations.transformers.install import install
 from flashcp.integrations.transformers.layers import layers_of
+from flashcp.integrations.transformers.trainer import parallelize
 
-__all__ = ["Collator", "SameBatches", "install", "layers_of"]
+__all__ = ["Collator", "SameBatches", "install", "layers_of", "parallelize"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.distributed as dist
 from accelerate import Accelerator, ParallelismConfig
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -44,28 +42,3 @@ class SameBatches(ParallelismConfig):
                 f"rank {rank} of {ranks} is rank {self.group_rank} of a context-parallel group of {self.group_size}: "
                 "expected groups of ranks that follow each other"
             )
-
-
-def use_same_batches(cp: ContextParallel, args: Any) -> None:
-    """Set a Trainer's arguments so that ranks of a group get the same batches.
-
-    Raises ValueError for arguments under which its loss is not the window's.
-    """
-    if args.world_size > 1 and cp.world_size == 1:
-        raise ValueError(
-            f"cp has one rank of {args.world_size}: expected a ContextParallel that was made after TrainingArguments, "
-            "which start torch.distributed"
-        )
-    legal = (
-        ("average_tokens_across_devices", args.average_tokens_across_devices, True, "True, to count a window's labels"),
-        ("label_smoothing_factor", args.label_smoothing_factor, 0.0, "0, for it shifts labels once more"),
-        ("parallelism_config", args.parallelism_config, None, "none of your own"),
-        ("accelerator_config.split_batches", args.accelerator_config.split_batches, False, "False"),
-    )
-    for field, value, wanted, hint in legal:
-        if value != wanted:
-            raise ValueError(f"{field}={value!r} with context parallelism: expected {hint}")
-    if args.accelerator_config.dispatch_batches:
-        raise ValueError("accelerator_config.dispatch_batches=True with context parallelism: expected False")
-    args.accelerator_config.dispatch_batches = False  # else batches of iterable data sets are cut up among ranks
-    args.parallelism_config = SameBatches(cp)

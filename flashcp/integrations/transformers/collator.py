@@ -48,7 +48,7 @@ class Collator:
     strategy, options: as for `flashcp.plan`. config: of the model; the plan then balances its mix of layers.
 
     Returns input_ids, position_ids, labels, shift_labels and other inputs of a value a token, all [1, rank's tokens];
-    plan; num_items_in_batch, how many labels the whole window has, int64 []. Labels are shifted inside documents
+    plan; num_items_in_batch, how many labels the whole window has, int64 []; use_cache, False. Labels are shifted inside documents
     already, both times: the last row of a document has none.
     Raises ValueError for batches that do not say where documents begin, and inputs that are not of a value a token.
     """
@@ -81,7 +81,7 @@ class Collator:
         rows = torch.from_numpy(rows_of_rank(made, self.rank, self.head_ranks))
         positions = torch.from_numpy(positions_of_rank(made, self.rank, self.head_ranks))
         mine: dict[str, Any] = {name: value.index_select(0, rows)[None] for name, value in packed.items()}
-        mine |= {"position_ids": positions[None], "plan": made}
+        mine |= {"position_ids": positions[None], "plan": made, "use_cache": False}
         return mine | {"num_items_in_batch": packed["labels"].ne(IGNORE).sum()}
 
     def _plan(self, lengths: np.ndarray, packed: dict[str, Tensor]) -> WindowPlan:

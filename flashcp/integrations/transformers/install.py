@@ -12,7 +12,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from flashcp.context_parallel import ContextParallel
-from flashcp.integrations.transformers.accelerate import use_same_batches
 from flashcp.integrations.transformers.deferred import DeferredMask, defer
 from flashcp.integrations.transformers.layers import chunk_of
 from flashcp.sharding.documents import shown
@@ -32,20 +31,16 @@ _ELSEWHERE = {
 }
 
 
-def install(cp: ContextParallel, args: Any | None = None, name: str = "context_parallel") -> str:
+def install(cp: ContextParallel, name: str = "context_parallel") -> str:
     """Register attention over cp's ranks with Transformers, and return the name: `model.set_attn_implementation(name)`,
     or `attn_implementation=name` where a model is made.
 
     Layers whose model is called with `plan=` (`Collator` puts it into batches) compute through `cp.attention`, others,
     as in `generate`, through sdpa. The same name again replaces what it stood for.
-    args: TrainingArguments of a Trainer; ranks of cp are then given the same batches (`SameBatches`).
-    Raises ValueError for names with `flash`, which Transformers takes for kernel packages, and for arguments under
-    which a Trainer's loss is not the window's.
+    Raises ValueError for names with `flash`, which Transformers takes for kernel packages.
     """
     if "flash" in name:
         raise ValueError(f"name={name!r}: expected one without 'flash', which Transformers takes for kernel packages")
-    if args is not None:
-        use_same_batches(cp, args)
 
     def attention(
         module: nn.Module,
