@@ -17,7 +17,9 @@ HARD = ["llama", "gemma2", "gpt_oss", "deepseek_v3"]
 
 def check(family: str, ranks: int, limit: float = EXACT, **how: Any) -> None:
     answer = run_ranks(_over_ranks, ranks, family, how)[0]
-    wrong = {name: error for name, error in differences(answer, alone(family, how.get("groups", 1))).items() if error > limit}
+    wrong = {
+        name: error for name, error in differences(answer, alone(family, how.get("groups", 1))).items() if error > limit
+    }
     assert not wrong
 
 

@@ -10,6 +10,10 @@ import torch.distributed as dist
 import transformers as hf
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from trl import SFTConfig, SFTTrainer
 
 import flashcp
 from flashcp.integrations.transformers import parallelize
@@ -41,7 +45,7 @@ def join_accelerate() -> None:
         os.environ.update(zip(names, (rank, size, rank, size, "localhost", "1"), strict=True))
 
 
-def run_trainer(folder: str, family: str = "llama", over_ranks: bool = True, groups: int = 1, **changes: Any) -> Any:
+def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes: dict[str, Any]) -> Logs:
     """What Trainer logs."""
     join_accelerate()
     how: dict[str, Any] = {"per_device_train_batch_size": ROWS, "per_device_eval_batch_size": ROWS, "max_steps": STEPS,
@@ -58,5 +62,34 @@ def run_trainer(folder: str, family: str = "llama", over_ranks: bool = True, gro
     if over_ranks:
         parallelize(trainer, flashcp.ContextParallel(my_group(groups)))
     trainer.train()
-    return trainer.state.log_history
+    logs: Logs = trainer.state.log_history
+    return logs
 
+
+def run_sft(folder: str, family: str, over_ranks: bool, changes: dict[str, Any]) -> Logs:
+    """What TRL's SFTTrainer logs, packing as it does."""
+    join_accelerate()
+    how: dict[str, Any] = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 2, "max_steps": STEPS,
+        "logging_steps": 1, "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no",
+        "learning_rate": 1e-2, "disable_tqdm": True, "eval_strategy": "steps", "eval_steps": STEPS, "packing": True,
+        "max_length": 64, "gradient_checkpointing": False}  # fmt: skip
+    trainer = SFTTrainer(
+        make_model(family, "sdpa"),
+        SFTConfig(output_dir=folder, **{**how, **changes}),
+        train_dataset=data(),
+        eval_dataset=data(15),
+        processing_class=tokenizer(),
+    )
+    if over_ranks:
+        parallelize(trainer, flashcp.ContextParallel())
+    trainer.train()
+    logs: Logs = trainer.state.log_history
+    return logs
+
+
+def tokenizer() -> hf.PreTrainedTokenizerFast:
+    """A word for each token."""
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    made = Tokenizer(WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = WhitespaceSplit()
+    return hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", eos_token="w2", pad_token="w0")

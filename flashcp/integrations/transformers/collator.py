@@ -1,4 +1,4 @@
-"""From a data collator's batch to this rank's rows of it, and the plan. Runs in DataLoader workers: no process group."""
+"""From a data collator's batch to this rank's rows of it, and the plan; in DataLoader workers, without a group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from flashcp.lengths import lengths_of, shift_labels
 from flashcp.sharding import ShardingPlan, plan
 from flashcp.sharding.documents import check_choice
 from flashcp.sharding.holders import positions_of_rank, rows_of_rank
-from flashcp.sharding.mask import Mask
 from flashcp.sharding.strategies import STRATEGIES
 
 IGNORE = -100
@@ -48,8 +47,8 @@ class Collator:
     strategy, options: as for `flashcp.plan`. config: of the model; the plan then balances its mix of layers.
 
     Returns input_ids, position_ids, labels, shift_labels and other inputs of a value a token, all [1, rank's tokens];
-    plan; num_items_in_batch, how many labels the whole window has, int64 []; use_cache, False. Labels are shifted inside documents
-    already, both times: the last row of a document has none.
+    plan; num_items_in_batch, how many labels the whole window has, int64 []; use_cache, False. Labels are shifted
+    inside documents already, under both names: the last row of a document has none.
     Raises ValueError for batches that do not say where documents begin, and inputs that are not of a value a token.
     """
 
@@ -93,7 +92,9 @@ class Collator:
 
 def _flatten(features: list[Any]) -> dict[str, Tensor]:
     """Examples one after the other."""
-    ids, labels = ([torch.as_tensor(one.get(name, one["input_ids"])) for one in features] for name in ("input_ids", "labels"))
+    ids, labels = (
+        [torch.as_tensor(one.get(name, one["input_ids"])) for one in features] for name in ("input_ids", "labels")
+    )
     lengths = torch.tensor([len(one) for one in ids])
     return {"input_ids": torch.cat(ids)[None], "labels": torch.cat(labels)[None],
             "cu_seq_lens_q": torch.cat((torch.zeros_like(lengths[:1]), lengths.cumsum(0)))}  # fmt: skip
@@ -137,7 +138,9 @@ def _read_lengths(batch: dict[str, Any], kept: Tensor) -> np.ndarray:
 def _pack(name: str, value: Any, kept: Tensor) -> Tensor:
     """The tokens' values one after the other, [tokens, ...]."""
     if not isinstance(value, Tensor) or value.shape[:2] != kept.shape:
-        raise ValueError(f"{name} is {_kind(value)}: expected a tensor of a value for each of {list(kept.shape)} tokens")
+        raise ValueError(
+            f"{name} is {_kind(value)}: expected a tensor of a value for each of {list(kept.shape)} tokens"
+        )
     return value[kept]
 
 

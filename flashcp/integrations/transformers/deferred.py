@@ -1,4 +1,4 @@
-"""A mask that is made only where it is needed: FlashCP masks by its plan, [rows, rows] of booleans would be for nothing."""
+"""A mask that is made only where it is needed: under a plan nobody reads [rows, rows] of booleans."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ class DeferredMask:
             raise ValueError(f"the layer's mask looks {asked} rows back, its attention {back}: expected the same")
         for name in _names(self.asked["mask_function"]):
             if name not in _KNOWN and not (name == _BLOCKS and with_blocks):
-                hint = "blocks in the plan's masks" if name == _BLOCKS else "causal, windows, chunks and packed documents"
+                hint = (
+                    "blocks in the plan's masks" if name == _BLOCKS else "causal, windows, chunks and packed documents"
+                )
                 raise ValueError(f"mask function {name} beside a plan: expected {hint}")
 
 

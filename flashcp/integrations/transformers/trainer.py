@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -31,7 +32,12 @@ def parallelize(trainer: Trainer, cp: ContextParallel, strategy: str = "flashcp"
         )
     dealt = args.accelerator_config
     for field, value, legal, why in (
-        ("average_tokens_across_devices", args.average_tokens_across_devices, True, "a window's labels are on all ranks"),
+        (
+            "average_tokens_across_devices",
+            args.average_tokens_across_devices,
+            True,
+            "a window's labels are on all ranks",
+        ),
         ("label_smoothing_factor", args.label_smoothing_factor, 0.0, "it would shift labels once more"),
         ("n_gpu", args.n_gpu, 1 if args.n_gpu else 0, "one process a GPU"),
         ("accelerator_config.split_batches", dealt.split_batches, False, "each group reads batches of its own"),
@@ -47,8 +53,16 @@ def parallelize(trainer: Trainer, cp: ContextParallel, strategy: str = "flashcp"
     accelerator.dataloader_config.dispatch_batches = False  # else rank 0 reads iterable data sets and cuts its rows up
     accelerator.state.parallelism_config = batches = SameBatches(cp)
     accelerator.state.device_mesh = batches.get_device_mesh(accelerator.device.type)
+    trainer.compute_loss = partial(_count_labels, trainer.compute_loss, args.world_size // cp.world_size)
     _keep_whole_groups(accelerator, cp.world_size)
     trainer.gather_function = accelerator.gather_for_metrics
+
+
+def _count_labels(compute_loss: Any, groups: int, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+    """TRL evaluates without a count of labels: each rank's mean would be over its own ones."""
+    if len(rest) < 2 and named.get("num_items_in_batch") is None:
+        named["num_items_in_batch"] = inputs["num_items_in_batch"] * groups
+    return compute_loss(model, inputs, *rest, **named)
 
 
 def _keep_whole_groups(accelerator: Accelerator, ranks: int) -> None:
@@ -63,7 +77,7 @@ def _keep_whole_groups(accelerator: Accelerator, ranks: int) -> None:
         rows = state.remainder
 
         def keep(x: Tensor) -> Tensor:
-            """[groups * ranks * values, ...], of each rank of a group as many values as of the group's rows are left."""
+            """Of x [groups * ranks * values, ...] as many values of each rank as rows of its group are left."""
             of_ranks = x.unflatten(0, (-1, ranks, len(x) // accelerator.num_processes))
             return of_ranks.transpose(1, 2).flatten(0, 1)[:rows].flatten(0, 1)
 
