@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers as hf
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
 import flashcp
-from flashcp.integrations.transformers import parallelize
+from flashcp.integrations.transformers import Collator, SameBatches, install, parallelize
 from tests.integrations.families import VOCABULARY, make_model
 from tests.integrations.training import my_group
 
@@ -93,3 +96,37 @@ def tokenizer() -> hf.PreTrainedTokenizerFast:
     made = Tokenizer(WordLevel(words, unk_token="w0"))
     made.pre_tokenizer = WhitespaceSplit()
     return hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", eos_token="w2", pad_token="w0")
+
+
+def predict(folder: str, over_ranks: bool) -> list[tuple[int, float]]:
+    """The label of every row that has one, and the logit it got, in order of both."""
+    join_accelerate()
+    args = hf.TrainingArguments(folder, per_device_eval_batch_size=ROWS, use_cpu=True, report_to=[], disable_tqdm=True)
+    trainer = hf.Trainer(make_model("qwen3", "sdpa"), args, data_collator=hf.DataCollatorWithFlattening())
+    if over_ranks:
+        parallelize(trainer, flashcp.ContextParallel())
+    given = trainer.predict(data(7))
+    logits, labels = (given.predictions, given.label_ids) if over_ranks else (
+        given.predictions[:, :-1], given.label_ids[:, 1:])  # fmt: skip
+    kept = labels != -100
+    of_labels = np.take_along_axis(logits, np.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    return sorted(zip(labels[kept].tolist(), of_labels[kept].tolist(), strict=True))
+
+
+def run_loop(over_ranks: bool) -> tuple[list[float], list[float]]:
+    """A loop of one's own under Accelerate: losses of its windows, and norms of the parameters it ends with."""
+    join_accelerate()
+    cp = flashcp.ContextParallel()
+    model = make_model("mistral_window", install(cp))
+    batches = SameBatches(cp) if over_ranks else None
+    accelerator = Accelerator(cpu=True, parallelism_config=batches)
+    loader = DataLoader(data(STEPS * ROWS).to_list(), ROWS, collate_fn=Collator(cp, config=model.config))
+    ready = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)
+    losses = []
+    for batch in ready[2]:
+        loss = ready[0](**batch).loss
+        accelerator.backward(loss * cp.world_size)  # Accelerate takes the mean over ranks, this is a sum
+        ready[1].step()
+        ready[1].zero_grad()
+        losses.append(accelerator.reduce(loss.detach(), "sum").item())
+    return losses, [parameter.norm().item() for parameter in model.parameters()]
