@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from flashcp.call import Begun, Call, Limits, Queries, query_codes, versions
+from flashcp.call import Begun, Call, Layer, Queries, query_codes, versions
 from flashcp.comm.choice import TRANSPORTS, Connection, TransportOptions, connect
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.exchanges.exchange import AttentionSettings
@@ -164,9 +164,9 @@ class ContextParallel(JoinedRanks):
             check_inputs(q, k, v)
             return Queries(q, read_scores(q, softmax_scale, softcap, sinks), return_lse)
 
-        limits = self._hand_over(k, v, plan, window, chunk, queries)
+        layer = self._hand_over(k, v, plan, window, chunk, queries)
         scores = read_scores(q, softmax_scale, softcap, sinks)
-        return run(q, k, v, scores, None, self._number, torch.from_numpy(plan.number), limits, return_lse)
+        return run(q, k, v, scores, None, self._number, torch.from_numpy(plan.number), layer, return_lse)
 
     def prefetch(
         self, k: Tensor, v: Tensor, plan: ShardingPlan, *, window: int | None = None, chunk: int | None = None
@@ -177,10 +177,10 @@ class ContextParallel(JoinedRanks):
         With head ranks the ranks of a holder meet here, so that rows travel on to other holders.
         """
         k, v = autocast(k, v)
-        limits = self._hand_over(k, v, plan, window, chunk)
+        layer = self._hand_over(k, v, plan, window, chunk)
         of_plan = torch.from_numpy(plan.number)
-        begun = prefetch(k, v, self._number, of_plan, *limits, torch.is_grad_enabled())
-        return Handle(begun, k, v, self._number, of_plan, limits)
+        begun = prefetch(k, v, self._number, of_plan, layer.window, layer.chunk, torch.is_grad_enabled())
+        return Handle(begun, k, v, self._number, of_plan, layer)
 
     def gather(self, x: Tensor, plan: ShardingPlan, *, window: int | None = None, chunk: int | None = None) -> Tensor:
         """The rows that this rank's queries read and others hold, [rows, ...] in the order of the receive buffer.
@@ -322,8 +322,8 @@ class ContextParallel(JoinedRanks):
         window: int | None,
         chunk: int | None,
         queries: Callable[[], Queries | None] = lambda: None,
-    ) -> Limits:
-        """The limits as operators take them. What no operator can be handed is refused before, on all ranks; compiled
+    ) -> Layer:
+        """The layer as operators take it. What no operator can be handed is refused before, on all ranks; compiled
         code has no such arguments."""
         if not torch.compiler.is_compiling():
             header = self._header(k, v, plan, window, chunk, torch.is_grad_enabled(), queries)
@@ -332,7 +332,8 @@ class ContextParallel(JoinedRanks):
             except Exception:
                 self._agree(header)
                 raise
-        return Limits(*(None if size is None else min(int(size), MOST_TOKENS) for size in (window, chunk)))
+        far, wide = (None if size is None else min(int(size), MOST_TOKENS) for size in (window, chunk))
+        return Layer(far, wide, self._exchange.inputs_wait)
 
     def _header(
         self,

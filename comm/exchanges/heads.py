@@ -51,6 +51,7 @@ class Heads(Exchange):
     """
 
     moves_later = True
+    inputs_wait = False
 
     def __init__(
         self, transport: Transport, between: Exchange, meet: Callable[[], None], refetch: bool = False
