@@ -17,7 +17,6 @@ from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.exchanges.exchange import AttentionSettings
 from flashcp.comm.handshake import Header
 from flashcp.gather import Gathering, Pairs, attend, check_pairs, check_receives
-from flashcp.gradients import prepare, sum_gradients
 from flashcp.handle import Handle, autocast, run
 from flashcp.joined_ranks import JoinedRanks, check_rows, header_codes
 from flashcp.kernels.inputs import check_inputs, check_return_lse
@@ -312,6 +311,8 @@ class ContextParallel(JoinedRanks):
         over all ranks of the wrapper, those of other replicas too: divide each rank's loss by the labels of all packs
         of the step, of every replica. Raises ValueError for a model without such modules, and for FSDP1.
         """
+        from flashcp.gradients import prepare  # FSDP takes half as long to import as torch
+
         prepare(model)
 
     def sum_gradients(self, model: nn.Module) -> None:
@@ -325,6 +326,8 @@ class ContextParallel(JoinedRanks):
         """
         if isinstance(self._group, Connection):
             raise ValueError("sum_gradients over a Connection: expected a ContextParallel over a group")
+        from flashcp.gradients import sum_gradients
+
         self.synchronize()
         sum_gradients(model, self._group)
 
