@@ -96,7 +96,7 @@ def mask(**how: Any) -> Any:
          "mask function <lambda>.<locals>.<lambda> beside a plan: expected causal, windows, chunks and packed"),
         ({"attention_mask": lambda: mask(block_sequence_ids=torch.zeros(1, 12))},
          "mask function blockwise_overlay.<locals>.inner_mask beside a plan: expected blocks in the plan's masks"),
-        ({"plan": "none"}, "plan is a str: expected a ShardingPlan"),
+        ({"plan": "none", "attention_mask": mask}, "plan is a str: expected a ShardingPlan"),
     ],
 )  # fmt: skip
 def test_what_is_not_computed_is_refused_by_name(said: dict[str, Any], message: str) -> None:

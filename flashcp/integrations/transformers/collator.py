@@ -38,6 +38,11 @@ class WindowPlan(ShardingPlan):
         """The plan's, and the window's checksum in it."""
         return f"{int(super().fingerprint, 16) ^ self.window:016x}"
 
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and self.window == getattr(other, "window", 0)
+
+    __hash__ = ShardingPlan.__hash__
+
 
 class Collator:
     """Around a data collator: its batch as one pack, of which this rank's rows are returned.
@@ -69,7 +74,7 @@ class Collator:
         self.rank, self.holders, self.head_ranks = cp.rank, cp.holders, cp.head_ranks
         self.inner, self.strategy, self.options = inner or _flatten, strategy, options
         self.layers = None if config is None else layers_of(config)
-        self.config, self.blocks = config, blocks
+        self.image, self.blocks = getattr(config, "image_token_id", None), blocks
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         batch = dict(self.inner(features))
@@ -88,7 +93,7 @@ class Collator:
         mine: dict[str, Any] = {name: value.index_select(0, rows)[None] for name, value in packed.items()}
         mine |= {"position_ids": positions[None], "plan": made, "use_cache": False}
         if pixels is not None:
-            mine |= own_images(packed["input_ids"], rows, pixels, self.config)
+            mine |= own_images(packed["input_ids"], rows, pixels, self.image)
         return mine | {"num_items_in_batch": packed["labels"].ne(IGNORE).sum()}
 
     def _plan(self, lengths: np.ndarray, packed: dict[str, Tensor]) -> WindowPlan:

@@ -25,9 +25,9 @@ def block_masks(marks: np.ndarray, document_lengths: np.ndarray) -> list[Mask]:
     return masks
 
 
-def own_images(tokens: Tensor, rows: Tensor, pixel_values: Tensor, config: Any) -> dict[str, Any]:
-    """What a model with `take_own_features` is given. tokens: of the pack; rows: of it that are this rank's."""
-    image = getattr(config, "image_token_id", None)
+def own_images(tokens: Tensor, rows: Tensor, pixel_values: Tensor, image: int | None) -> dict[str, Any]:
+    """What a model with `take_own_features` is given. tokens: of the pack; rows: of it that are this rank's;
+    image: the token that stands for a feature."""
     if image is None:
         raise ValueError("pixel_values without an image_token_id: expected config=model.config of a model with one")
     is_image = tokens == image
