@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,7 @@ import flashcp
 from flashcp.comm.errors import ExchangeError
 from flashcp.comm.fabrics.shm import PUTS
 from flashcp.sharding.plan import ShardingPlan
+from tests.checkout import ROOT
 from tests.ranks import run_cases, run_ranks
 
 CLOSED = "this ContextParallel was closed: make another one"
