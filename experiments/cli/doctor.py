@@ -93,11 +93,11 @@ def _error(cp: flashcp.ContextParallel, dtype: torch.dtype, device: torch.device
     heads = (2 * cp.world_size, cp.world_size, cp.world_size, 2 * cp.world_size)
     q, k, v, grad = (torch.randn(sum(LENGTHS), count, 64, generator=draw).to(dtype) for count in heads)
     local = [cp.shard(x.to(device), plan).requires_grad_() for x in (q, k, v)]
-    out = cp.attention(*local, plan)
+    out = cp.attention(local[0], local[1], local[2], plan)
     found = (out, *torch.autograd.grad(out, local, cp.shard(grad.to(device), plan)))
-    whole = [x.double().requires_grad_() for x in (q, k, v)]
-    reference = flashcp.reference_attention(*whole, LENGTHS)
-    expected = (reference.detach(), *torch.autograd.grad(reference, whole, grad.double()))
+    wide_q, wide_k, wide_v = (x.double().requires_grad_() for x in (q, k, v))
+    reference = flashcp.reference_attention(wide_q, wide_k, wide_v, LENGTHS)
+    expected = (reference.detach(), *torch.autograd.grad(reference, (wide_q, wide_k, wide_v), grad.double()))
     got = [cp.unshard(x.detach(), plan).double().cpu() for x in found]
     cp.synchronize()
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ import flashcp
 from flashcp.comm.errors import ExchangeError
 from flashcp.comm.fabrics.shm import PUTS
 from flashcp.sharding.plan import ShardingPlan
+from tests.checkout import ROOT
 from tests.ranks import run_cases, run_ranks
 
 CLOSED = "this ContextParallel was closed: make another one"
@@ -101,3 +106,22 @@ def test_one_rank_alone() -> None:
     cp.close()
     with pytest.raises(RuntimeError, match=CLOSED):
         call(cp, flashcp.plan([3], 1))
+
+
+SCRIPT = """
+import sys, torch, torch.distributed as dist, flashcp
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
+cp = flashcp.ContextParallel(transport="shm")
+plan = flashcp.plan([65536], 2, "contiguous")
+x = torch.zeros(32768, 1, 1024)
+rows = cp.prefetch(x, x, plan)
+"""
+
+
+def test_a_script_may_end_while_rows_leave(tmp_path: Path) -> None:
+    """Rank 0 puts 256 MiB: its thread is inside of torch when the script is over."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "store")]
+    ranks = [subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE) for rank in range(2)]
+    said = [rank.communicate()[1].decode() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
