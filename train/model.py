@@ -54,7 +54,7 @@ class Decoder(nn.Module):
     def __init__(self, model: ModelConfig, cp: ContextParallelAttention, seed: int = 0) -> None:
         super().__init__()
         model.check()
-        self.checkpoint_activations = model.checkpoint_activations
+        self.checkpoint_activations, self.loss_rows = model.checkpoint_activations, model.loss_rows
         self.embedding = nn.Embedding(model.vocab_size, model.dim)
         self.rotary = Rotary(model.dim // model.heads, model.rope_theta)
         self.blocks = nn.ModuleList(Block(model, cp, layer) for layer in range(model.layers))
@@ -64,8 +64,9 @@ class Decoder(nn.Module):
             self.output.weight = self.embedding.weight
         self._draw_weights(seed)
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, plan: ShardingPlan) -> Tensor:
-        """Logits [T, V] of this rank's tokens [T], at positions [T] inside their documents."""
+    def forward(self, tokens: Tensor, position_ids: Tensor, plan: ShardingPlan, labels: Tensor | None = None) -> Tensor:
+        """Logits [T, V] of this rank's tokens [T], at positions [T] inside their documents; given labels [T], the sum
+        of their cross entropies instead."""
         rotary = self.rotary(position_ids)
         x_TD = self.embedding(tokens)
         for block in self.blocks:
@@ -73,12 +74,22 @@ class Decoder(nn.Module):
                 x_TD = checkpoint(block, x_TD, rotary, plan, use_reentrant=False)
             else:
                 x_TD = block(x_TD, rotary, plan)
-        return self.output(self.norm(x_TD))
+        x_TD = self.norm(x_TD)
+        return self.output(x_TD) if labels is None else self._cross_entropy(x_TD, labels)
 
     def loss(self, tokens: Tensor, labels: Tensor, position_ids: Tensor, plan: ShardingPlan) -> Tensor:
-        """Cross entropy summed (not averaged) over this rank's labelled tokens, fp32 scalar."""
-        logits_TV = self(tokens, position_ids, plan)
-        return F.cross_entropy(logits_TV.float(), labels, ignore_index=NO_LABEL, reduction="sum")
+        """Cross entropy summed (not averaged) over this rank's labelled tokens, fp32 scalar. With `loss_rows` no more
+        rows of logits exist at a time: the backward computes them again, part by part."""
+        return self(tokens, position_ids, plan, labels)  # not around `forward`, where FSDP gathers weights
+
+    def _cross_entropy(self, x_TD: Tensor, labels: Tensor) -> Tensor:
+        def of_rows(x: Tensor, some: Tensor) -> Tensor:
+            return F.cross_entropy(self.output(x).float(), some, ignore_index=NO_LABEL, reduction="sum")
+
+        if not self.loss_rows:
+            return of_rows(x_TD, labels)
+        parts = zip(x_TD.split(self.loss_rows), labels.split(self.loss_rows), strict=True)
+        return torch.stack([checkpoint(of_rows, *part, use_reentrant=False) for part in parts]).sum()
 
     @torch.no_grad()
     def _draw_weights(self, seed: int) -> None:

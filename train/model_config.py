@@ -28,6 +28,7 @@ class ModelConfig:
     norm_eps: Finite = 1e-5
     tied_embeddings: bool = False
     checkpoint_activations: bool = False
+    loss_rows: Natural = 0
     window: Rows = 0
     chunk: Rows = 0
     full_every: Natural = 0

@@ -41,6 +41,8 @@ from flashcp.train.summary import summarise, versions, write_json
 from flashcp.train.trace import TRACE, traced
 from flashcp.train.tracker import Tracker
 
+FREE_TO_CHANGE = ("checkpoint_activations", "loss_rows")
+"""Of the model: what a resumed run may have otherwise than its checkpoint."""
 SHARED = (
     *("context", "batch_windows", "seed", "parallel.link"),
     *("loop.steps", "loop.accumulation", "loop.device", "loop.timeout_s"),
@@ -81,7 +83,7 @@ def prepare(config: TrainConfig, world_size: int) -> Prepared:
         *("tokenizer", "end_token", "stored_lengths", "parse_special"),
     )
     identity = {
-        "model": {name: value for name, value in vars(model).items() if name != "checkpoint_activations"},
+        "model": {name: value for name, value in vars(model).items() if name not in FREE_TO_CHANGE},
         "data": {name: getattr(data, name) for name in same_data} | {"tokenizer_sha256": tokenizer.digest},
         "run": {"context": config.context},
     }
