@@ -12,6 +12,8 @@ import pytest
 
 from tests.checkout import ROOT
 
+pytest.importorskip("trl")
+
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 

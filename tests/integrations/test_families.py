@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.integrations.families import FAMILIES
-from tests.integrations.training import alone, differences, over_ranks
+from tests.integrations.training import LENGTHS, alone, differences, over_ranks
 from tests.ranks import run_ranks
 
 EXACT = 1e-4
@@ -17,10 +17,8 @@ HARD = ["llama", "gemma2", "gpt_oss", "deepseek_v3"]
 
 def check(family: str, ranks: int, limit: float = EXACT, **how: Any) -> None:
     answer = run_ranks(_over_ranks, ranks, family, how)[0]
-    wrong = {
-        name: error for name, error in differences(answer, alone(family, how.get("groups", 1))).items() if error > limit
-    }
-    assert not wrong
+    reference = alone(family, how.get("groups", 1), how.get("lengths", LENGTHS))
+    assert {name: error for name, error in differences(answer, reference).items() if error > limit} == {}
 
 
 def _over_ranks(family: str, how: dict[str, Any]) -> Any:
@@ -35,6 +33,11 @@ def test_two_ranks(family: str) -> None:
 @pytest.mark.parametrize("family", HARD)
 def test_four_ranks(family: str) -> None:
     check(family, 4)
+
+
+@pytest.mark.parametrize("family", HARD)
+def test_fewer_tokens_than_ranks(family: str) -> None:
+    check(family, 4, lengths=(3,))
 
 
 @pytest.mark.parametrize("strategy", ["per_document", "contiguous"])

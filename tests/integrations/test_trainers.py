@@ -19,7 +19,8 @@ def same(logs: Logs, reference: Logs, limit: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"gradient_accumulation_steps": 2, "activation_checkpointing": True}, {"bf16": True}]
+    "how",
+    [{}, {"gradient_accumulation_steps": 2, "activation_checkpointing": True}, {"bf16": True}, {"streamed": True}],
 )
 def test_trainer(tmp_path: Path, how: dict[str, Any]) -> None:
     (one,) = run_ranks(trainer_alone, 1, str(tmp_path), how)

@@ -54,12 +54,14 @@ def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes
     how: dict[str, Any] = {"per_device_train_batch_size": ROWS, "per_device_eval_batch_size": ROWS, "max_steps": STEPS,
         "logging_steps": 1, "report_to": [], "use_cpu": True, "save_strategy": "no", "learning_rate": 1e-2,
         "disable_tqdm": True, "eval_strategy": "steps", "eval_steps": STEPS}  # fmt: skip
+    changes = dict(changes)
+    documents = data().to_iterable_dataset() if changes.pop("streamed", False) else data()
     args = hf.TrainingArguments(output_dir=folder, **{**how, **changes})
     trainer = hf.Trainer(
         make_model(family, "sdpa"),
         args,
         data_collator=hf.DataCollatorWithFlattening(),
-        train_dataset=data(),
+        train_dataset=documents,
         eval_dataset=data(7),
     )
     if over_ranks:

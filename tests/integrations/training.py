@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -23,18 +24,18 @@ Answer = tuple[float, dict[str, Tensor]]
 """The loss, and every parameter's gradient."""
 
 
-def documents(seed: int = 0) -> list[dict[str, list[int]]]:
+def documents(seed: int = 0, lengths: Sequence[int] = LENGTHS) -> list[dict[str, list[int]]]:
     """Examples of random tokens."""
     generator = torch.Generator().manual_seed(seed)
-    return [{"input_ids": torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()} for length in LENGTHS]
+    return [{"input_ids": torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()} for length in lengths]
 
 
 @cache
-def alone(family: str, windows: int = 1) -> Answer:
+def alone(family: str, windows: int = 1, lengths: Sequence[int] = LENGTHS) -> Answer:
     """Every document by itself: packs of gpt-oss see each other's documents in Transformers 5.24 but under varlen
     kernels, for its model does not tell the mask where documents begin."""
     model = make_model(family, "eager")
-    given = [torch.tensor([one["input_ids"]]) for seed in range(windows) for one in documents(seed)]
+    given = [torch.tensor([one["input_ids"]]) for seed in range(windows) for one in documents(seed, lengths)]
     labels = sum(ids.shape[1] - 1 for ids in given)
     loss = sum(model(ids, labels=ids, use_cache=False, num_items_in_batch=labels).loss for ids in given)
     loss.backward()  # type: ignore[union-attr]
@@ -43,13 +44,14 @@ def alone(family: str, windows: int = 1) -> Answer:
 
 def over_ranks(family: str, groups: int = 1, head_ranks: int = 1, bf16: bool = False, **collator: Any) -> Answer | None:
     """The same over all ranks, each group of them with a window of its own, on rank 0."""
+    lengths = collator.pop("lengths", LENGTHS)
     cp = flashcp.ContextParallel(my_group(groups), head_ranks=head_ranks)
     mine = dist.get_rank() // cp.world_size
     checkpointing, fsdp = collator.pop("checkpointing", False), collator.pop("fsdp", False)
     model = make_model(family, install(cp))
     if checkpointing:
         model.gradient_checkpointing_enable()
-    batch = Collator(cp, config=model.config, **collator)(documents(mine))
+    batch = Collator(cp, config=model.config, **collator)(documents(mine, lengths))
     batch["num_items_in_batch"] = batch["num_items_in_batch"] * groups
     trained: nn.Module = DistributedDataParallel(model) if groups > 1 else model
     if fsdp:

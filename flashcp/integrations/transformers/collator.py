@@ -87,6 +87,8 @@ class Collator:
         packed = {name: _pack(name, value, kept) for name, value in batch.items() if name not in _DROPPED}
         packed.setdefault("labels", packed["input_ids"])
         packed["labels"] = packed["shift_labels"] = shift_labels(packed["labels"], lengths, IGNORE)
+        if (missing := self.holders * self.head_ranks - int(lengths.sum())) > 0:
+            lengths, packed = np.append(lengths, missing), {k: _lengthen(k, x, missing) for k, x in packed.items()}
         made = self._plan(lengths, packed)
         rows = torch.from_numpy(rows_of_rank(made, self.rank, self.head_ranks))
         positions = torch.from_numpy(positions_of_rank(made, self.rank, self.head_ranks))
@@ -114,6 +116,11 @@ def _flatten(features: list[Any]) -> dict[str, Tensor]:
     lengths = torch.tensor([len(one) for one in ids])
     return {"input_ids": torch.cat(ids)[None], "labels": torch.cat(labels)[None],
             "cu_seq_lens_q": torch.cat((torch.zeros_like(lengths[:1]), lengths.cumsum(0)))}  # fmt: skip
+
+
+def _lengthen(name: str, x: Tensor, rows: int) -> Tensor:
+    """A document more, without labels: Transformers' models cannot compute on a rank that has no rows."""
+    return torch.cat((x, x.new_full((rows, *x.shape[1:]), IGNORE if "labels" in name else 0)))
 
 
 def _kept(batch: dict[str, Any]) -> Tensor:
