@@ -110,6 +110,7 @@ def config_of(model: ModelConfig, context: int, end_id: int | None) -> dict[str,
     if model.latent and model.window:
         raise ValueError(f"model.latent={model.latent} with model.window={model.window}: DeepseekV3 has no window")
     head_dim = model.dim // model.heads
+    more: dict[str, Any]
     kind, more = "llama", {"head_dim": head_dim, "mlp_bias": False}
     if model.window:
         kind, more = "mistral", {"head_dim": head_dim, "sliding_window": model.window}
@@ -176,10 +177,10 @@ def renamed(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tens
         elif not (place == "output" and model.tied_embeddings):
             found[f"{MODEL[place]}.weight"] = weight
     if model.latent:
-        for layer in range(model.layers):
-            attention = f"model.layers.{layer}.self_attn"
+        for number in range(model.layers):
+            attention = f"model.layers.{number}.self_attn"
             # Each head's keys, then its values.
-            parts = [weights[f"blocks.{layer}.attention.{name}.weight"] for name in ("wk", "wv")]
+            parts = [weights[f"blocks.{number}.attention.{name}.weight"] for name in ("wk", "wv")]
             of_heads = torch.cat([part.unflatten(0, (model.heads, -1)) for part in parts], dim=1)
             found[f"{attention}.kv_b_proj.weight"] = of_heads.flatten(0, 1)
             # x / sqrt(mean(x^2) + eps) stays what it is where x^2 and eps shrink by the same factor.

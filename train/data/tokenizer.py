@@ -33,7 +33,8 @@ class BytesTokenizer:
 
     vocab_size = 257
     digest = note = ""
-    END = end_id = 256
+    END = 256
+    end_id: int | None = END
 
     def encode(self, text: str) -> np.ndarray:
         content = text.encode("utf-8", errors="replace")
