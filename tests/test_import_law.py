@@ -33,6 +33,7 @@ MAY_IMPORT = {
 BEHIND_ONE_DOOR = {
     "hydra": ("experiments/",),
     "omegaconf": ("experiments/",),
+    "safetensors": ("train/export.py",),
     "accelerate": ("flashcp/integrations/",),
     "transformers": ("flashcp/integrations/",),
     "wandb": ("train/tracker.py",),

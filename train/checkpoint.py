@@ -24,6 +24,9 @@ from flashcp.train.lineage import UNFINISHED, Lineage, find_latest
 from flashcp.train.ranks import Ranks
 from flashcp.train.unpickle import METADATA, DataPlanner, DataReader
 
+ALONE = "torch.distributed is disabled"
+"""torch warns so when one rank alone, without a process group, writes or reads a checkpoint."""
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written: a full disk, a folder that is gone. The message names it and the cause."""
@@ -35,6 +38,7 @@ class CheckpointConfig:
 
     every: Natural = 0
     keep: Count = 2
+    asynchronous: bool = False
     resume: str = "never"
     on_changed_data: Annotated[str, one_of(ON_CHANGED_DATA)] = "stop"
 
@@ -103,7 +107,24 @@ def save_checkpoint(
     read: FilesRead,
     ranks: Ranks,
 ) -> Path:
-    """Write out/checkpoints/step_*, under another name until it is whole. Every rank must call it.
+    """Write out/checkpoints/step_*. Every rank must call it.
+
+    Raises CheckpointError on every rank when it cannot be written; earlier checkpoints stay.
+    """
+    with one_process_is_fine():
+        return write_checkpoint(lineage, keep, identity, state_of(model, optimizer, progress), progress, read, ranks)
+
+
+def write_checkpoint(
+    lineage: Lineage,
+    keep: int,
+    identity: dict[str, Any],
+    state: dict[str, Any],
+    progress: Progress,
+    read: FilesRead,
+    ranks: Ranks,
+) -> Path:
+    """Write a state that `state_of` made, under another name until it is whole. Every rank must call it.
 
     Raises CheckpointError on every rank when it cannot be written; earlier checkpoints stay.
     """
@@ -114,8 +135,7 @@ def save_checkpoint(
         if ranks.rank == 0:
             lineage.tidy()
         ranks.barrier()
-        with _one_process_is_fine():
-            dcp.save(_state(model, optimizer, progress), checkpoint_id=unfinished)
+        dcp.save(state, checkpoint_id=unfinished, process_group=ranks.group)
         own = [*unfinished.glob(f"__{ranks.rank}_*"), *([unfinished / METADATA] if ranks.rank == 0 else [])]
         found, trouble = {file.name: checksum(file) for file in own}, ""
     except (OSError, ValueError, dcp.CheckpointException) as error:
@@ -158,22 +178,8 @@ def load_checkpoint(
     The optimizer must be new, and the weights without gradients. Raises ValueError on every rank, naming the file, for
     one that is not as it was written, and for a checkpoint that holds more than data; nothing in it is run.
     """
-    state = _state(model, optimizer, Progress())
-    try:
-        saved = read_identity(path)
-        written = {Path(name).name: each for name, each in saved["files"].items()}
-        documents = [(str(name), size, digest) for name, size, digest in saved["documents"]]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"checkpoint {path}: {IDENTITY} cannot be read: {_reason(error)}") from error
-    if wrong := damage(path, written, ranks):
-        raise ValueError(f"checkpoint {path}: {wrong}")
-    try:
-        reader = DataReader(path)
-        reader.read_metadata()  # torch would log a traceback before it raises
-        with _one_process_is_fine():
-            dcp.load(state, storage_reader=reader, planner=DataPlanner())
-    except (Exception, dcp.CheckpointException) as error:  # a damaged file fails wherever its bytes lead
-        raise ValueError(f"checkpoint {path}: cannot be read: {_reason(error)}") from error
+    documents, state = verified(path, ranks)["documents"], state_of(model, optimizer, Progress())
+    read_state(path, state)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     torch.set_rng_state(state["rng"])
     step, dropped, carried, skipped = state["counters"].tolist()
@@ -184,7 +190,34 @@ def load_checkpoint(
     return Progress(step, dropped, carried, position, skipped)
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> dict[str, Any]:
+def verified(path: Path, ranks: Ranks) -> dict[str, Any]:
+    """What identity.json of a checkpoint says, every file being as it was written. Every rank must call it.
+
+    Raises ValueError on every rank, naming the file that is not.
+    """
+    try:
+        saved = read_identity(path)
+        written = {Path(name).name: each for name, each in saved["files"].items()}
+        saved["documents"] = [(str(name), size, digest) for name, size, digest in saved["documents"]]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"checkpoint {path}: {IDENTITY} cannot be read: {_reason(error)}") from error
+    if wrong := damage(path, written, ranks):
+        raise ValueError(f"checkpoint {path}: {wrong}")
+    return saved
+
+
+def read_state(path: Path, state: dict[str, Any]) -> None:
+    """Fill the tensors of a part of what `state_of` made. Raises ValueError for what holds more than data."""
+    try:
+        reader = DataReader(path)
+        reader.read_metadata()  # torch would log a traceback before it raises
+        with one_process_is_fine():
+            dcp.load(state, storage_reader=reader, planner=DataPlanner())
+    except (Exception, dcp.CheckpointException) as error:  # a damaged file fails wherever its bytes lead
+        raise ValueError(f"checkpoint {path}: cannot be read: {_reason(error)}") from error
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> dict[str, Any]:
     """Every rank holds the same state, so each tensor is written once; whole numbers travel as tensors."""
     weights, optimizer_state = get_state_dict(model, optimizer)
     return {
@@ -217,8 +250,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _one_process_is_fine() -> Iterator[None]:
-    """torch warns when a checkpoint is written without a process group, which is how one rank alone runs."""
+def one_process_is_fine() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        warnings.filterwarnings("ignore", message=ALONE, category=UserWarning)
         yield

@@ -24,10 +24,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        width = model.ffn_dim or -(-8 * model.dim // 3 // 64) * 64
-        self.gate = nn.Linear(model.dim, width, bias=False)
-        self.up = nn.Linear(model.dim, width, bias=False)
-        self.down = nn.Linear(width, model.dim, bias=False)
+        self.gate = nn.Linear(model.dim, model.ffn_width, bias=False)
+        self.up = nn.Linear(model.dim, model.ffn_width, bias=False)
+        self.down = nn.Linear(model.ffn_width, model.dim, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down(F.silu(self.gate(x_TD)) * self.up(x_TD))
@@ -96,7 +95,7 @@ class Decoder(nn.Module):
         """Normal, std 0.02; projections that end in the residual stream by sqrt(2 layers) less (GPT-2)."""
         draw = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
-            if weight.ndim > 1:
+            if weight.ndim > 1 and not weight.is_meta:
                 into_stream = name.endswith(("wo.weight", "down.weight"))
                 std = INIT_STD / (2 * len(self.blocks)) ** 0.5 if into_stream else INIT_STD
                 weight.normal_(0.0, std, generator=draw)

@@ -36,6 +36,11 @@ class ModelConfig:
     sinks: bool = False
     latent: Natural = 0
 
+    @property
+    def ffn_width(self) -> int:
+        """Columns inside the feed-forward."""
+        return self.ffn_dim or -(-8 * self.dim // 3 // 64) * 64
+
     def limits(self, layer: int) -> dict[str, int | None]:
         """How far a layer looks back, as `flashcp.ContextParallel.attention` takes it."""
         sees_all = self.full_every and (layer + 1) % self.full_every == 0

@@ -42,6 +42,14 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None  # that they talk in; None: the default one
+
+    def beside(self, timeout_s: float) -> Ranks:
+        """The same ranks in a group of their own, for a thread that talks while others do. Every rank must call it."""
+        if not dist.is_initialized():
+            return self
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        return Ranks(self.rank, self.world_size, torch.device("cpu"), group)
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over ranks, in fp64. Every rank must call it."""
@@ -64,7 +72,7 @@ class Ranks:
             except ValueError as error:
                 said = [error]
         if dist.is_initialized():
-            dist.broadcast_object_list(said)
+            dist.broadcast_object_list(said, group=self.group)
         if isinstance(said[0], ValueError):
             raise said[0]
         return said[0]  # type: ignore[return-value]
@@ -74,7 +82,7 @@ class Ranks:
         if not dist.is_initialized():
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def replica(self, replicas: int) -> Replica:
@@ -90,7 +98,7 @@ class Ranks:
         if not dist.is_initialized():
             return list(values)
         packed = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(packed, how)
+        dist.all_reduce(packed, how, group=self.group)
         return packed.tolist()
 
 

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from flashcp.options import planner
-from flashcp.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
+from flashcp.train.checkpoint import Progress, find_checkpoint, load_checkpoint
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.documents import read_documents
 from flashcp.train.data.files_read import FilesRead
@@ -37,7 +37,8 @@ from flashcp.train.model import Decoder
 from flashcp.train.model_config import ModelConfig
 from flashcp.train.optimizer import build_optimizer
 from flashcp.train.ranks import Ranks, launched_rank, world
-from flashcp.train.summary import summarise, versions, write_json
+from flashcp.train.saving import Saver
+from flashcp.train.summary import spread, summarise, versions, write_json
 from flashcp.train.trace import TRACE, traced
 from flashcp.train.tracker import Tracker
 
@@ -176,9 +177,10 @@ def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLi
         trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, batches, progress, ranks)
         lineage = Lineage(Path(config.out), ready.checkpoint)
         identity = {**ready.identity, **chosen}
+        saver = Saver(config.checkpoint, lineage, identity, model, optimizer, read, ranks, config.loop.timeout_s)
         with (
             only_writer(lineage.out, ranks),
-            closing(Training(config, trainer, identity, lineage, read, link)) as one,
+            closing(Training(config, trainer, saver, link)) as one,
         ):
             yield one
 
@@ -202,9 +204,7 @@ class Training:
 
     config: TrainConfig
     trainer: Trainer
-    identity: dict[str, Any]
-    lineage: Lineage
-    read: FilesRead
+    saver: Saver
     link: SlowedLink | None
     tracker: Tracker | None = None
     summary: dict[str, Any] | None = None
@@ -216,7 +216,7 @@ class Training:
         shown = {"initial": progress.step, "total": config.loop.steps, "unit": "step"}
         steps = tqdm(trainer.steps(), **shown, disable=not (is_first and config.loop.progress))
         if is_first:
-            self.lineage.begin()
+            self.saver.lineage.begin()
             self.tracker = Tracker(config.tracker, out, asdict(config), progress.step + 1)
             (out / "summary.json").unlink(missing_ok=True)  # an earlier run's
             print(f"transport {cp.transport}: {cp.transport_reason}", file=sys.stderr)
@@ -229,11 +229,9 @@ class Training:
                         mib = f"{cp.receive_bytes / 2**20:.1f} MiB"
                         steps.write(f"receive buffers: {mib} a rank, backward={cp.backward}", file=sys.stderr)
                     self.tracker.log(row)
-                if config.checkpoint.every and progress.step % config.checkpoint.every == 0:
-                    model, optimizer, keep = trainer.model, trainer.optimizer, config.checkpoint.keep
-                    written = (model, optimizer, progress, self.read)
-                    save_checkpoint(self.lineage, keep, self.identity, *written, trainer.ranks)
+                self.saver.after_step(progress)
                 yield row
+        self.saver.wait()
 
     def finish(self, **more: Any) -> dict[str, Any] | None:
         """Write summary.json, with `more` in it, and return it; None on the other ranks."""
@@ -251,6 +249,7 @@ class Training:
             "throttle_gbps": cp.throttle_gbps,
             "emulated": str(self.link or throttled),  # what the times are no measurement of
             "versions": versions(ranks.device),
+            **({"checkpoint_ms": spread(self.saver.held_ms)} if self.saver.held_ms else {}),
             **more,
             "config": asdict(self.config),
         }
@@ -262,7 +261,8 @@ class Training:
         return self.summary
 
     def close(self) -> None:
-        """Close the record, as that of a run that failed unless `finish` was called."""
+        """Close the record, as of a failed run unless `finish` was called; a checkpoint under way is done first."""
+        self.saver.close()
         if self.tracker:
             self.tracker.close(self.summary)
             self.tracker = None

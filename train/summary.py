@@ -33,7 +33,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "final_loss": last["loss"],
         "losses": [row["loss"] for row in rows],
         "step_times_ms": [row["step_ms"] for row in rows],
-        **{name: _spread([row[name] for row in timed]) for name in TIMES},
+        **{name: spread([row[name] for row in timed]) for name in TIMES},
         **{name: float(np.mean([row[name] for row in rows])) for name in ("imbalance", "critical_rows", "saving")},
         "imbalance_max": max(row["imbalance"] for row in rows),
         "tokens": sum(row["tokens"] for row in rows),
@@ -68,6 +68,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(unfinished, path)
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, p20 and p80."""
     p20, median, p80 = np.percentile(values, [20, 50, 80]).tolist()
     return {"p20": p20, "median": median, "p80": p80}

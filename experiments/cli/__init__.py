@@ -30,6 +30,7 @@ VERBS = {
     "bench": "cli.bench",
     "report": "sweep.report",
     "doctor": "cli.doctor",
+    "export": "cli.export",
 }
 """Modules of `experiments/` with `main(words) -> exit code`; `usage.txt` says what they do. One that reads a Hydra
 configuration names it in `CONFIG`, or finds it in `keys(words)`: `--help` lists its keys, and then what stands in a

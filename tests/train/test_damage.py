@@ -117,14 +117,14 @@ def test_a_command_among_the_values_is_refused_and_not_run(
     """A learning rate is no tensor: torch would unpickle whatever stands in its place."""
     from flashcp.train import checkpoint
 
-    real = checkpoint._state
+    real = checkpoint.state_of
 
     def with_a_command(*given: Any) -> dict[str, Any]:
         state = real(*given)
         state["optimizer"]["param_groups"][0]["eps"] = Runs(f"touch {tmp_path}/ran")
         return state
 
-    monkeypatch.setattr(checkpoint, "_state", with_a_command)
+    monkeypatch.setattr(checkpoint, "state_of", with_a_command)
     train(small(tmp_path / "evil", checkpoint={"every": 2}, loop={"steps": 2}))
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"step_00000002: cannot be read: UnpicklingError: Weights only load failed"):

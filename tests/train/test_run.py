@@ -240,14 +240,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(world_size: int,
     assert summaries[0]["losses"] == summaries[1]["losses"]
 
 
-def test_a_run_resumes_on_another_number_of_ranks(single: list[dict[str, Any]], tmp_path: Path) -> None:
-    train(small(tmp_path / "run", checkpoint={"every": 4}, loop={"steps": 6}))
-    (tmp_path / "run" / "summary.json").unlink()
-    run_ranks(train, 2, small(tmp_path / "run", checkpoint={"resume": "latest"}))
-    losses = [row["loss"] for row in read_rows(tmp_path / "run")]
-    assert losses == pytest.approx([row["loss"] for row in single], rel=1e-5)
-
-
 def test_old_checkpoints_go_and_none_is_half_written(tmp_path: Path) -> None:
     out = tmp_path / "run"
     (out / "checkpoints" / "unfinished_step_00000002").mkdir(parents=True)

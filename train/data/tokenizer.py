@@ -16,9 +16,10 @@ TOKENIZER_MIB = 256
 
 class Tokenizer(Protocol):
     """Token numbers are below vocab_size. digest: SHA-256 of what it was made from; empty for bytes. note: what of its
-    file does not count, to be told once."""
+    file does not count, to be told once. end_id: the token that ends a document; None: none does."""
 
     vocab_size: int
+    end_id: int | None
     digest: str
     note: str
 
@@ -33,6 +34,7 @@ class BytesTokenizer:
     vocab_size = 257
     digest = note = ""
     END = 256
+    end_id: int | None = END
 
     def encode(self, text: str) -> np.ndarray:
         content = text.encode("utf-8", errors="replace")
@@ -72,11 +74,11 @@ class FileTokenizer:
         self.vocab_size = self._library.get_vocab_size(with_added_tokens=True)
         self.note = self._without_lengths(name) if not stored_lengths else ""
         self._library.encode_special_tokens = not parse_special
-        self.digest = hashlib.sha256(self._library.to_str().encode()).hexdigest()
+        self.digest = hashlib.sha256(self.to_json().encode()).hexdigest()
         end = self._library.token_to_id(end_token) if end_token else None
         if end_token and end is None:
             raise ValueError(f"data.end_token={end_token!r} is not in the vocabulary of {name}")
-        self._end = [] if end is None else [end]
+        self.end_id, self._end = end, [] if end is None else [end]
 
     def _without_lengths(self, name: str) -> str:
         settings = {"padding": self._library.padding, "truncation": self._library.truncation}
@@ -84,6 +86,10 @@ class FileTokenizer:
         self._library.no_truncation()
         stored = " and ".join(kind for kind, value in settings.items() if value)
         return f"data.tokenizer={name!r}: its stored {stored} is switched off (data.stored_lengths)" if stored else ""
+
+    def to_json(self) -> str:
+        """The tokenizer as its file would have it."""
+        return str(self._library.to_str())
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._library.encode(text, add_special_tokens=False).ids + self._end, dtype=np.int64)
