@@ -25,7 +25,8 @@ def members(lengths: np.ndarray, world_size: int, workload: Workload | None = No
 def best_member(
     lengths: np.ndarray, world_size: int, limit: int, found: ShardTable, critical: int, workload: Workload
 ) -> ShardTable | None:
-    """The member's plan that beats the found one's (largest work above the limit, critical rows); None: none does.
+    """The member's plan that beats the found one's (largest work above the limit, critical rows, largest work); None:
+    none does.
 
     critical: the found plan's, as the search counts them. Most members are not even built: what their rule says about
     the longest documents already rules them out.
@@ -34,26 +35,27 @@ def best_member(
     def rows(table: ShardTable) -> int:
         return rows_of_layers(ShardingPlan(lengths, world_size, table, workload=workload)).critical
 
-    best = None
-    key = (max(largest_work(found, world_size, workload), limit), critical)
-    if key == (limit, 0):
+    best, work = None, largest_work(found, world_size, workload)
+    key = (max(work, limit), critical, work)
+    if critical == 0 and work * world_size <= int(workload.document_pairs.sum()) + world_size:
         return None
     counted = workload.is_causal
     kept = kept_blocks(workload.masks, int(lengths.sum()) // world_size)
     cuts = cut_blocks(workload.masks, kept, found)
     for table in _candidates(lengths, world_size, limit, key, workload):
-        most = max(largest_work(table, world_size, workload), limit)
-        if most > key[0] or cut_blocks(workload.masks, kept, table) > cuts:
+        work = largest_work(table, world_size, workload)
+        above = max(work, limit)
+        if above > key[0] or cut_blocks(workload.masks, kept, table) > cuts:
             continue
         if not counted:  # layers wait for their own busiest ranks, the search for one of all
-            key, counted = (key[0], rows(found)), True
-        if (most, rows(table)) < key:
-            key, best = (most, rows(table)), table
+            key, counted = (key[0], rows(found), key[2]), True
+        if (above, this := rows(table), work) < key:
+            key, best = (above, this, work), table
     return best
 
 
 def _candidates(
-    lengths: np.ndarray, world_size: int, limit: int, key: tuple[int, int], workload: Workload
+    lengths: np.ndarray, world_size: int, limit: int, key: tuple[int, int, int], workload: Workload
 ) -> Iterator[ShardTable]:
     """The members' plans that may beat the key."""
     critical = key[1]
@@ -67,7 +69,7 @@ def _candidates(
     # One rank holds the last rows of every document with at least 2N: it receives all of their other rows.
     long = lengths >= 2 * world_size
     striped = int((layers * lengths)[long].sum()) - most * int(layers.max())
-    if not balanced or striped < critical:
+    if not balanced or striped <= critical:
         yield contiguous(lengths, world_size)
         yield per_document(lengths, world_size)
     yield per_sequence(lengths, world_size)
@@ -78,7 +80,7 @@ def _candidates(
     foreign = (layers * (lengths - 2 * (lengths // (2 * world_size) + 1)))[heaviest_first]
     received = np.concatenate(([0], np.cumsum(np.maximum(foreign, 0))))
     for cut in range(min(len(lengths), SINGLE_STEPS) + 1):
-        if balanced and received[cut] >= critical:
+        if balanced and received[cut] > critical:
             return
         attempt = try_cut(lengths, heaviest_first, cut, world_size, workload)
         if attempt.imbalance <= TARGET_IMBALANCE:
