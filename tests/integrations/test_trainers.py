@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ def test_trainer(tmp_path: Path, how: dict[str, Any]) -> None:
     (one,) = run_ranks(trainer_alone, 1, str(tmp_path), how)
     for logs in run_ranks(run_trainer, 2, str(tmp_path), "llama", True, 1, how):
         same(logs, one, 2e-2 if "bf16" in how else 1e-4)
+
+
+def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    (one,) = run_ranks(trainer_alone, 1, str(tmp_path), {})
+    run_ranks(run_trainer, 2, str(tmp_path), "llama", True, 1, {"save_strategy": "steps", "save_steps": STEPS // 2})
+    shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
+    for logs in run_ranks(run_trainer, 2, str(tmp_path), "llama", True, 1, {"resume": True}):
+        same(logs, one)
 
 
 def test_two_groups_are_two_data_parallel_ranks(tmp_path: Path) -> None:

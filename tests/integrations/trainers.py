@@ -56,6 +56,7 @@ def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes
         "disable_tqdm": True, "eval_strategy": "steps", "eval_steps": STEPS}  # fmt: skip
     changes = dict(changes)
     documents = data().to_iterable_dataset() if changes.pop("streamed", False) else data()
+    resume = changes.pop("resume", False)
     args = hf.TrainingArguments(output_dir=folder, **{**how, **changes})
     trainer = hf.Trainer(
         make_model(family, "sdpa"),
@@ -66,7 +67,7 @@ def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes
     )
     if over_ranks:
         parallelize(trainer, flashcp.ContextParallel(my_group(groups)))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     logs: Logs = trainer.state.log_history
     return logs
 
