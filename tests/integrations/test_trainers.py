@@ -43,7 +43,9 @@ def test_two_groups_are_two_data_parallel_ranks(tmp_path: Path) -> None:
         same(logs, two[0])
 
 
-@pytest.mark.parametrize("how", [{}, {"packing": False, "padding_free": True, "max_length": None}, {"packing": False}])
+@pytest.mark.parametrize(
+    "how", [{}, {"packing": False, "padding_free": True, "max_length": None}, {"packing": False}, {"lora": True}]
+)
 def test_sft(tmp_path: Path, how: dict[str, Any]) -> None:
     (one,) = run_ranks(sft_alone, 1, str(tmp_path), how)
     for logs in run_ranks(run_sft, 2, str(tmp_path), "qwen2_window", True, how):

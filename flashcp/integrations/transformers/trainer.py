@@ -47,7 +47,6 @@ def parallelize(trainer: Trainer, cp: ContextParallel, strategy: str = "flashcp"
         if value != legal:
             raise ValueError(f"{field}={value!r} with context parallelism: expected {legal}, for {why}")
     model = accelerator.unwrap_model(trainer.model)
-    model = model.get_base_model() if hasattr(model, "peft_config") else model
     model.set_attn_implementation(install(cp))
     trainer.data_collator = Collator(cp, trainer.data_collator, strategy, config=model.config, **options)
     accelerator.dataloader_config.dispatch_batches = False  # else rank 0 reads iterable data sets and cuts its rows up
