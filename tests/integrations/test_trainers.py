@@ -90,7 +90,7 @@ def refused(folder: str, changes: dict[str, Any]) -> str:
 
 def test_a_context_parallel_made_too_early_is_refused(tmp_path: Path) -> None:
     for said in run_ranks(too_early, 2, str(tmp_path)):
-        assert said.startswith("cp has one rank, the trainer 2: expected a ContextParallel that was made after")
+        assert said.startswith("cp has one rank of 2: expected a ContextParallel that was made after")
 
 
 def too_early(folder: str) -> str:
