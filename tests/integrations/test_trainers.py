@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,23 @@ def test_trainer(tmp_path: Path, how: dict[str, Any]) -> None:
         same(logs, one, 2e-2 if "bf16" in how else 1e-4)
 
 
+def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    (one,) = run_ranks(trainer_alone, 1, str(tmp_path), {})
+    run_ranks(run_trainer, 2, str(tmp_path), "llama", True, 1, {"save_strategy": "steps", "save_steps": STEPS // 2})
+    shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
+    for logs in run_ranks(run_trainer, 2, str(tmp_path), "llama", True, 1, {"resume": True}):
+        same(logs, one)
+
+
 def test_two_groups_are_two_data_parallel_ranks(tmp_path: Path) -> None:
     two = run_ranks(run_trainer, 2, str(tmp_path), "llama", False, 1, {})
     for logs in run_ranks(run_trainer, 4, str(tmp_path), "llama", True, 2, {}):
         same(logs, two[0])
 
 
-@pytest.mark.parametrize("how", [{}, {"packing": False, "padding_free": True, "max_length": None}, {"packing": False}])
+@pytest.mark.parametrize(
+    "how", [{}, {"packing": False, "padding_free": True, "max_length": None}, {"packing": False}, {"lora": True}]
+)
 def test_sft(tmp_path: Path, how: dict[str, Any]) -> None:
     (one,) = run_ranks(sft_alone, 1, str(tmp_path), how)
     for logs in run_ranks(run_sft, 2, str(tmp_path), "qwen2_window", True, how):
@@ -79,7 +90,7 @@ def refused(folder: str, changes: dict[str, Any]) -> str:
 
 def test_a_context_parallel_made_too_early_is_refused(tmp_path: Path) -> None:
     for said in run_ranks(too_early, 2, str(tmp_path)):
-        assert said.startswith("cp has one rank, the trainer 2: expected a ContextParallel that was made after")
+        assert said.startswith("cp has one rank of 2: expected a ContextParallel that was made after")
 
 
 def too_early(folder: str) -> str:

@@ -12,6 +12,7 @@ import transformers as hf
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -56,6 +57,7 @@ def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes
         "disable_tqdm": True, "eval_strategy": "steps", "eval_steps": STEPS}  # fmt: skip
     changes = dict(changes)
     documents = data().to_iterable_dataset() if changes.pop("streamed", False) else data()
+    resume = changes.pop("resume", False)
     args = hf.TrainingArguments(output_dir=folder, **{**how, **changes})
     trainer = hf.Trainer(
         make_model(family, "sdpa"),
@@ -66,7 +68,7 @@ def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes
     )
     if over_ranks:
         parallelize(trainer, flashcp.ContextParallel(my_group(groups)))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     logs: Logs = trainer.state.log_history
     return logs
 
@@ -78,12 +80,15 @@ def run_sft(folder: str, family: str, over_ranks: bool, changes: dict[str, Any])
         "logging_steps": 1, "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no",
         "learning_rate": 1e-2, "disable_tqdm": True, "eval_strategy": "steps", "eval_steps": STEPS, "packing": True,
         "max_length": 64, "activation_checkpointing": False}  # fmt: skip
+    changes = dict(changes)
+    adapters = LoraConfig(target_modules=["q_proj", "v_proj"]) if changes.pop("lora", False) else None
     trainer = SFTTrainer(
         make_model(family, "sdpa"),
         SFTConfig(output_dir=folder, **{**how, **changes}),
         train_dataset=data(),
         eval_dataset=data(15),
         processing_class=tokenizer(),
+        peft_config=adapters,
     )
     if over_ranks:
         parallelize(trainer, flashcp.ContextParallel())

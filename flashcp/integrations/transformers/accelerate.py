@@ -37,6 +37,11 @@ class SameBatches(ParallelismConfig):
 
     def _check(self) -> None:
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        if ranks > 1 and self.group_size == 1:
+            raise ValueError(
+                f"cp has one rank of {ranks}: expected a ContextParallel that was made after torch.distributed started "
+                "(TrainingArguments start it, an Accelerator does)"
+            )
         if ranks % self.group_size or rank % self.group_size != self.group_rank:
             raise ValueError(
                 f"rank {rank} of {ranks} is rank {self.group_rank} of a context-parallel group of {self.group_size}: "

@@ -25,11 +25,6 @@ def parallelize(trainer: Trainer, cp: ContextParallel, strategy: str = "flashcp"
     Raises ValueError for arguments under which they are not, and where ranks of cp do not follow each other.
     """
     args, accelerator = trainer.args, trainer.accelerator
-    if args.world_size > 1 and cp.world_size == 1:
-        raise ValueError(
-            f"cp has one rank, the trainer {args.world_size}: expected a ContextParallel that was made after "
-            "TrainingArguments, which start torch.distributed"
-        )
     dealt = args.accelerator_config
     for field, value, legal, why in (
         (
@@ -46,12 +41,12 @@ def parallelize(trainer: Trainer, cp: ContextParallel, strategy: str = "flashcp"
     ):
         if value != legal:
             raise ValueError(f"{field}={value!r} with context parallelism: expected {legal}, for {why}")
+    batches = SameBatches(cp)
     model = accelerator.unwrap_model(trainer.model)
-    model = model.get_base_model() if hasattr(model, "peft_config") else model
     model.set_attn_implementation(install(cp))
     trainer.data_collator = Collator(cp, trainer.data_collator, strategy, config=model.config, **options)
     accelerator.dataloader_config.dispatch_batches = False  # else rank 0 reads iterable data sets and cuts its rows up
-    accelerator.state.parallelism_config = batches = SameBatches(cp)
+    accelerator.state.parallelism_config = batches
     accelerator.state.device_mesh = batches.get_device_mesh(accelerator.device.type)
     trainer.compute_loss = partial(_count_labels, trainer.compute_loss, args.world_size // cp.world_size)
     _keep_whole_groups(accelerator, cp.world_size)
