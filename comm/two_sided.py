@@ -19,6 +19,9 @@ from flashcp.comm.errors import ExchangeError
 from flashcp.comm.transport import ALL, Departures, Inbox, OutgoingRows, Transfer, Transport, row_bytes
 from flashcp.comm.waits import HostWaits, StreamWaits
 
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+"""torch 2.13 has both, and warns of the older name."""
+
 
 class TwoSided(Transport):
     """names: what errors call the ranks of the group; their numbers in it unless said otherwise."""
@@ -62,7 +65,7 @@ class TwoSided(Transport):
         self.waits.check()
         rows, works = block.packed(), []
         if rows.numel():  # else on no rank: blocks are equally large
-            works = [dist.all_gather_into_tensor(_bytes(inbox.rows), _bytes(rows), group=self.group, async_op=True)]
+            works = [getattr(dist, ALL_GATHER)(_bytes(inbox.rows), _bytes(rows), group=self.group, async_op=True)]
             self.sent_bytes += (self.world_size - 1) * rows.nbytes
         return self._start(works, [rows, inbox.rows], block.what)
 

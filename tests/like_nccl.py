@@ -16,6 +16,8 @@ from unittest.mock import patch
 
 import torch.distributed as dist
 
+from flashcp.comm.two_sided import ALL_GATHER
+
 __all__ = ["Seen", "like_nccl"]
 
 
@@ -57,7 +59,7 @@ def like_nccl(backend: str = "nccl") -> Iterator[Seen]:
 
         return patch.object(dist, name, run)
 
-    names = ("all_to_all_single", "all_gather_into_tensor", "batch_isend_irecv", "all_reduce")
+    names = ("all_to_all_single", ALL_GATHER, "batch_isend_irecv", "all_reduce")
     with patch.object(dist, "get_backend", lambda group=None: backend):
         watches = [watched(name) for name in names]
         for watch in watches:

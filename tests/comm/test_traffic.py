@@ -17,6 +17,7 @@ import flashcp
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.fabrics.base import Put
 from flashcp.comm.fabrics.shm import ShmFabric
+from flashcp.comm.two_sided import ALL_GATHER
 from flashcp.sharding.holders import bytes_inside, members_heads
 from tests.packs import random_lengths, random_qkv
 from tests.ranks import run_cases
@@ -36,7 +37,7 @@ def watched() -> Iterator[Wire]:
     wire = Wire()
     all_to_all, all_gather, batch, copy = (
         dist.all_to_all_single,
-        dist.all_gather_into_tensor,
+        getattr(dist, ALL_GATHER),
         dist.batch_isend_irecv,
         ShmFabric._copy,
     )
@@ -60,7 +61,7 @@ def watched() -> Iterator[Wire]:
 
     with (
         patch.object(dist, "all_to_all_single", counted_all_to_all),
-        patch.object(dist, "all_gather_into_tensor", counted_all_gather),
+        patch.object(dist, ALL_GATHER, counted_all_gather),
         patch.object(dist, "batch_isend_irecv", counted_batch),
         patch.object(ShmFabric, "_copy", counted_copy),
     ):
