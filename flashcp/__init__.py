@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from flashcp.comm.choice import TransportOptions as TransportOptions
     from flashcp.context_parallel import ContextParallel as ContextParallel
     from flashcp.kernels.reference import reference_attention as reference_attention
+    from flashcp.lengths import lengths_of as lengths_of
+    from flashcp.lengths import shift_labels as shift_labels
     from flashcp.sharding import Mask as Mask
     from flashcp.sharding import Shard as Shard
     from flashcp.sharding import ShardingPlan as ShardingPlan
@@ -30,8 +32,10 @@ _HOME = {
     "ShardingPlan": "flashcp.sharding",
     "TransportOptions": "flashcp.comm.choice",
     "choose": "flashcp.choice",
+    "lengths_of": "flashcp.lengths",
     "plan": "flashcp.sharding",
     "reference_attention": "flashcp.kernels.reference",
+    "shift_labels": "flashcp.lengths",
     "simulate": "flashcp.simulation",
     "strategies": "flashcp.sharding",
     "varlen_attention": "flashcp.attention",

@@ -31,6 +31,11 @@ def read_document_lengths(document_lengths: Iterable[int] | np.ndarray) -> np.nd
     if given.max() > MOST_TOKENS or tokens > MOST_TOKENS:
         raise ValueError(f"document_lengths hold {tokens:.0f} tokens: expected at most {MOST_TOKENS}")
     lengths = given.astype(np.int64)
+    if lengths[0] == 0 and lengths.size > 1 and (np.diff(lengths) > 0).all():
+        raise ValueError(
+            f"document_lengths={shown(lengths.tolist())} grow from 0 as cu_seqlens do: expected lengths, as "
+            "flashcp.lengths_of(cu_seqlens=...) gives them"
+        )
     if lengths.min() < 1:
         where = int(np.argmax(lengths < 1))
         raise ValueError(f"document_lengths[{where}]={lengths[where]}: expected a whole number >= 1")

@@ -31,6 +31,8 @@ LIBRARIES = (
     "pyarrow",
     "tokenizers",
     "tqdm",
+    "transformers",
+    "trl",
     "wandb",
     "yaml",
 )

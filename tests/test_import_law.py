@@ -33,6 +33,8 @@ MAY_IMPORT = {
 BEHIND_ONE_DOOR = {
     "hydra": ("experiments/",),
     "omegaconf": ("experiments/",),
+    "accelerate": ("flashcp/integrations/",),
+    "transformers": ("flashcp/integrations/",),
     "wandb": ("train/tracker.py",),
     "yaml": ("flashcp/clusters.py",),
 }

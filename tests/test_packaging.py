@@ -51,8 +51,9 @@ def test_the_package_links_to_every_room_and_to_nothing_else() -> None:
 
 
 def test_every_folder_with_code_is_a_package() -> None:
-    folders = {str(Path(name).parent) for name in python_files() if name.split("/")[0] in ROOMS}
-    packages = {f"flashcp.{folder.replace('/', '.')}" for folder in folders} | {"flashcp"}
+    folders = {str(Path(name).parent) for name in python_files() if name.split("/")[0] in {*ROOMS, "flashcp"}}
+    packages = {f"flashcp/{folder.removeprefix('flashcp')}".replace("//", "/").strip("/") for folder in folders}
+    packages = {package.replace("/", ".") for package in packages}
     found = PROJECT["tool"]["setuptools"]["packages"]["find"]
     assert found == {"include": ["flashcp*"], "namespaces": False}
     assert sorted(find_packages(str(ROOT), include=found["include"])) == sorted(packages)

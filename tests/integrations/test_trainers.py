@@ -1,0 +1,93 @@
+"""Trainer and TRL over ranks: losses and gradient norms of their steps as in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integrations.trainers import STEPS, Logs, predict, run_loop, run_sft, run_trainer
+from tests.ranks import run_ranks
+
+
+def same(logs: Logs, reference: Logs) -> None:
+    for name in ("loss", "grad_norm", "eval_loss"):
+        found, wanted = ([one[name] for one in each if name in one] for each in (logs, reference))
+        assert len(found) == (1 if name == "eval_loss" else STEPS)
+        assert found == pytest.approx(wanted, rel=1e-4), name
+
+
+@pytest.mark.parametrize("how", [{}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}])
+def test_trainer(tmp_path: Path, how: dict[str, Any]) -> None:
+    (one,) = run_ranks(trainer_alone, 1, str(tmp_path), how)
+    for logs in run_ranks(run_trainer, 2, str(tmp_path), "llama", True, 1, how):
+        same(logs, one)
+
+
+def test_two_groups_are_two_data_parallel_ranks(tmp_path: Path) -> None:
+    two = run_ranks(run_trainer, 2, str(tmp_path), "llama", False, 1, {})
+    for logs in run_ranks(run_trainer, 4, str(tmp_path), "llama", True, 2, {}):
+        same(logs, two[0])
+
+
+@pytest.mark.parametrize("how", [{}, {"packing": False, "padding_free": True, "max_length": None}, {"packing": False}])
+def test_sft(tmp_path: Path, how: dict[str, Any]) -> None:
+    (one,) = run_ranks(sft_alone, 1, str(tmp_path), how)
+    for logs in run_ranks(run_sft, 2, str(tmp_path), "qwen2_window", True, how):
+        same(logs, one)
+        for name in ("mean_token_accuracy", "eval_mean_token_accuracy", "num_tokens"):
+            assert [log.get(name) for log in logs] == pytest.approx([log.get(name) for log in one]), name
+
+
+def test_predictions_are_of_the_same_rows(tmp_path: Path) -> None:
+    (one,) = run_ranks(predict, 1, str(tmp_path), False)
+    for found in run_ranks(predict, 2, str(tmp_path), True):
+        assert [label for label, _ in found] == [label for label, _ in one]
+        assert [logit for _, logit in found] == pytest.approx([logit for _, logit in one], rel=1e-4, abs=1e-5)
+
+
+def test_accelerates_own_loop() -> None:
+    (losses, norms), *_ = run_ranks(run_loop, 1, False)
+    for found_losses, found_norms in run_ranks(run_loop, 2, True):
+        assert found_losses == pytest.approx(losses, rel=1e-4)
+        assert found_norms == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False with context parallelism: exp"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 with context parallelism: expected 0.0"),
+        ({"accelerator_config": {"split_batches": True}}, "accelerator_config.split_batches=True with context paralle"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches=True with context p"),
+    ],
+)
+def test_arguments_under_which_losses_are_not_the_windows(changes: Any, message: str, tmp_path: Path) -> None:
+    for said in run_ranks(refused, 2, str(tmp_path), changes):
+        assert said.startswith(message)
+
+
+def refused(folder: str, changes: dict[str, Any]) -> str:
+    with pytest.raises(ValueError, match="context parallelism") as caught:
+        run_trainer(folder, "llama", True, 1, changes)
+    return str(caught.value)
+
+
+def test_a_context_parallel_made_too_early_is_refused(tmp_path: Path) -> None:
+    for said in run_ranks(too_early, 2, str(tmp_path)):
+        assert said.startswith("cp has one rank, the trainer 2: expected a ContextParallel that was made after")
+
+
+def too_early(folder: str) -> str:
+    with pytest.raises(ValueError, match="cp has one rank") as caught:
+        run_trainer(folder, "llama", True, 2, {})
+    return str(caught.value)
+
+
+def trainer_alone(folder: str, how: dict[str, Any]) -> Logs:
+    return run_trainer(folder, "llama", False, 1, how)
+
+
+def sft_alone(folder: str, how: dict[str, Any]) -> Logs:
+    return run_sft(folder, "qwen2_window", False, how)

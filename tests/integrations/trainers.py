@@ -1,0 +1,132 @@
+"""Four steps of Trainer and of TRL's SFTTrainer, over ranks and in one process."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers as hf
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.utils.data import DataLoader
+from trl import SFTConfig, SFTTrainer
+
+import flashcp
+from flashcp.integrations.transformers import Collator, SameBatches, install, parallelize
+from tests.integrations.families import VOCABULARY, make_model
+from tests.integrations.training import my_group
+
+STEPS, ROWS = 4, 3
+
+Logs = list[dict[str, float]]
+
+
+def data(rows: int = 2 * STEPS * ROWS) -> Dataset:
+    """Documents of 3 to 40 random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 41, (rows,), generator=generator).tolist()
+    ids = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    return Dataset.from_dict({"input_ids": ids})
+
+
+def join_accelerate() -> None:
+    """Accelerate reads the ranks from the environment, once for a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        os.environ.pop(name, None)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        rank, size = str(dist.get_rank()), str(dist.get_world_size())
+        os.environ.update(zip(names, (rank, size, rank, size, "localhost", "1"), strict=True))
+
+
+def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes: dict[str, Any]) -> Logs:
+    """What Trainer logs."""
+    join_accelerate()
+    how: dict[str, Any] = {"per_device_train_batch_size": ROWS, "per_device_eval_batch_size": ROWS, "max_steps": STEPS,
+        "logging_steps": 1, "report_to": [], "use_cpu": True, "save_strategy": "no", "learning_rate": 1e-2,
+        "disable_tqdm": True, "eval_strategy": "steps", "eval_steps": STEPS}  # fmt: skip
+    args = hf.TrainingArguments(output_dir=folder, **{**how, **changes})
+    trainer = hf.Trainer(
+        make_model(family, "sdpa"),
+        args,
+        data_collator=hf.DataCollatorWithFlattening(),
+        train_dataset=data(),
+        eval_dataset=data(7),
+    )
+    if over_ranks:
+        parallelize(trainer, flashcp.ContextParallel(my_group(groups)))
+    trainer.train()
+    logs: Logs = trainer.state.log_history
+    return logs
+
+
+def run_sft(folder: str, family: str, over_ranks: bool, changes: dict[str, Any]) -> Logs:
+    """What TRL's SFTTrainer logs, packing as it does."""
+    join_accelerate()
+    how: dict[str, Any] = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 2, "max_steps": STEPS,
+        "logging_steps": 1, "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no",
+        "learning_rate": 1e-2, "disable_tqdm": True, "eval_strategy": "steps", "eval_steps": STEPS, "packing": True,
+        "max_length": 64, "gradient_checkpointing": False}  # fmt: skip
+    trainer = SFTTrainer(
+        make_model(family, "sdpa"),
+        SFTConfig(output_dir=folder, **{**how, **changes}),
+        train_dataset=data(),
+        eval_dataset=data(15),
+        processing_class=tokenizer(),
+    )
+    if over_ranks:
+        parallelize(trainer, flashcp.ContextParallel())
+    trainer.train()
+    logs: Logs = trainer.state.log_history
+    return logs
+
+
+def tokenizer() -> hf.PreTrainedTokenizerFast:
+    """A word for each token."""
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    made = Tokenizer(WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = WhitespaceSplit()
+    return hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", eos_token="w2", pad_token="w0")
+
+
+def predict(folder: str, over_ranks: bool) -> list[tuple[int, float]]:
+    """The label of every row that has one, and the logit it got, in order of both."""
+    join_accelerate()
+    args = hf.TrainingArguments(folder, per_device_eval_batch_size=ROWS, use_cpu=True, report_to=[], disable_tqdm=True)
+    trainer = hf.Trainer(make_model("qwen3", "sdpa"), args, data_collator=hf.DataCollatorWithFlattening())
+    if over_ranks:
+        parallelize(trainer, flashcp.ContextParallel())
+    given = trainer.predict(data(7))
+    logits, labels = (given.predictions, given.label_ids) if over_ranks else (
+        given.predictions[:, :-1], given.label_ids[:, 1:])  # fmt: skip
+    kept = labels != -100
+    of_labels = np.take_along_axis(logits, np.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+    return sorted(zip(labels[kept].tolist(), of_labels[kept].tolist(), strict=True))
+
+
+def run_loop(over_ranks: bool) -> tuple[list[float], list[float]]:
+    """A loop of one's own under Accelerate: losses of its windows, and norms of the parameters it ends with."""
+    join_accelerate()
+    cp = flashcp.ContextParallel()
+    model = make_model("mistral_window", install(cp))
+    batches = SameBatches(cp) if over_ranks else None
+    accelerator = Accelerator(cpu=True, parallelism_config=batches)
+    loader = DataLoader(data(STEPS * ROWS).to_list(), ROWS, collate_fn=Collator(cp, config=model.config))
+    ready = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)
+    losses = []
+    for batch in ready[2]:
+        loss = ready[0](**batch).loss
+        accelerator.backward(loss * cp.world_size)  # Accelerate takes the mean over ranks, this is a sum
+        ready[1].step()
+        ready[1].zero_grad()
+        losses.append(accelerator.reduce(loss.detach(), "sum").item())
+    return losses, [parameter.norm().item() for parameter in model.parameters()]

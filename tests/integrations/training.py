@@ -1,0 +1,81 @@
+"""Loss and gradients of a model over ranks, and of the same documents one by one in one process."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import flashcp
+from flashcp.integrations.transformers import Collator, install
+from tests.integrations.families import VOCABULARY, make_model
+from tests.packs import relative_error
+
+LENGTHS = (37, 5, 1, 64, 21)
+
+Answer = tuple[float, dict[str, Tensor]]
+"""The loss, and every parameter's gradient."""
+
+
+def documents(seed: int = 0) -> list[dict[str, list[int]]]:
+    """Examples of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()} for length in LENGTHS]
+
+
+@cache
+def alone(family: str, windows: int = 1) -> Answer:
+    """Every document by itself: packs of gpt-oss see each other's documents in Transformers 5.24 but under varlen
+    kernels, for its model does not tell the mask where documents begin."""
+    model = make_model(family, "eager")
+    given = [torch.tensor([one["input_ids"]]) for seed in range(windows) for one in documents(seed)]
+    labels = sum(ids.shape[1] - 1 for ids in given)
+    loss = sum(model(ids, labels=ids, use_cache=False, num_items_in_batch=labels).loss for ids in given)
+    loss.backward()  # type: ignore[union-attr]
+    return loss.item(), _gradients(model)
+
+
+def over_ranks(family: str, groups: int = 1, head_ranks: int = 1, bf16: bool = False, **collator: Any) -> Answer | None:
+    """The same over all ranks, each group of them with a window of its own, on rank 0."""
+    cp = flashcp.ContextParallel(my_group(groups), head_ranks=head_ranks)
+    mine = dist.get_rank() // cp.world_size
+    checkpointing = collator.pop("checkpointing", False)
+    model = make_model(family, install(cp))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    batch = Collator(cp, config=model.config, **collator)(documents(mine))
+    batch["num_items_in_batch"] = batch["num_items_in_batch"] * groups
+    trained: nn.Module = DistributedDataParallel(model) if groups > 1 else model
+    with torch.autocast("cpu", enabled=bf16, dtype=torch.bfloat16):
+        loss = trained(**batch).loss
+    (loss * dist.get_world_size() if groups > 1 else loss).backward()  # DDP takes the mean
+    gradients = _gradients(model)
+    for summed in (loss := loss.detach(), *([] if groups > 1 else gradients.values())):
+        dist.all_reduce(summed)
+    return (float(loss), gradients) if dist.get_rank() == 0 else None
+
+
+def my_group(groups: int) -> dist.ProcessGroup:
+    """Of this rank, of so many that share out all ranks."""
+    size = dist.get_world_size() // groups
+    made = [dist.new_group(list(range(first, first + size))) for first in range(0, dist.get_world_size(), size)]
+    return made[dist.get_rank() // size]
+
+
+def differences(answer: Answer, reference: Answer) -> dict[str, float]:
+    """Of the loss and of each gradient, relative."""
+    (loss, gradients), (true_loss, true) = answer, reference
+    assert gradients.keys() == true.keys()
+    errors = {name: relative_error(gradients[name], true[name]) for name in true}
+    return {"loss": abs(loss - true_loss) / true_loss, **errors}
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
