@@ -34,6 +34,7 @@ BEHIND_ONE_DOOR = {
     "hydra": ("experiments/",),
     "omegaconf": ("experiments/",),
     "accelerate": ("flashcp/integrations/",),
+    "torchtitan": ("flashcp/integrations/",),
     "transformers": ("flashcp/integrations/",),
     "wandb": ("train/tracker.py",),
     "yaml": ("flashcp/clusters.py",),

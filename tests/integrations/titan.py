@@ -10,28 +10,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
-
-from flashcp.integrations.torchtitan import with_flashcp
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import CompileConfig
 from torchtitan.distributed import activation_checkpoint
 from torchtitan.models.common.attention import FlexAttention
+from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
+
+from flashcp.integrations.torchtitan import with_flashcp
 
 STEPS, TOKENS, BATCH, VOCABULARY = 4, 128, 4, 2048
 CHECKPOINTING = {"full": activation_checkpoint.FullAC.Config, "selective": activation_checkpoint.SelectiveAC.Config}
-
-Logs = list[tuple[float, float]]
-"""Of each step the loss and the norm of the gradients."""
 
 
 class Packs(BaseDataLoader):
@@ -125,6 +124,17 @@ def configuration(name: str, attention: str, layers: int = 2) -> Any:
     return config
 
 
+class Run(NamedTuple):
+    """logs: of each step the loss and the norm of the gradients. gradients: of the first step, by parameter.
+    validation: losses. calls: of attention on this rank in a step. graphs: that were compiled."""
+
+    logs: list[tuple[float, float]]
+    gradients: dict[str, Tensor]
+    validation: list[float]
+    calls: int
+    graphs: int
+
+
 def train(
     folder: str,
     name: str,
@@ -132,23 +142,23 @@ def train(
     cp: int = 0,
     checkpointing: str = "",
     backend: str = "",
-    parallelism: dict[str, int] | None = None,
-    **options: Any,
-) -> tuple[Logs, list[float]]:
-    """What a Trainer logs, and its validator. cp: ranks that share a pack, 0: torchtitan alone. backend: of the
-    compiler, for each block. options: of FlashCPConfig."""
+    parallelism: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+) -> Run:
+    """torchtitan's Trainer. cp: ranks that share a pack, 0: torchtitan alone. backend: of the compiler, which compiles
+    each block. options: of FlashCPConfig."""
     config = configuration(name, attention)
     if cp:
-        config = with_flashcp(config, timeout_s=30, **options)
+        config = with_flashcp(config, timeout_s=60, **(options or {}))
         config.parallelism = replace(config.parallelism, context_parallel_degree=cp, **(parallelism or {}))
     config.dump_folder = folder
-    others = dist.get_world_size() // max(1, cp) // config.parallelism.tensor_parallel_degree
-    config.training.local_batch_size = BATCH // others
+    groups = dist.get_world_size() // max(1, cp) // config.parallelism.tensor_parallel_degree
+    config.training.local_batch_size = BATCH // groups
     if checkpointing:
         config.activation_checkpoint = CHECKPOINTING[checkpointing]()
     if backend:
         config.compile = CompileConfig(enable=True, components=["model"], backend=backend)
-    logs: Logs = []
+    logs: list[tuple[float, float]] = []
     losses: list[float] = []
     with _as_torchrun_would():
         trainer = config.build()
@@ -156,9 +166,19 @@ def train(
         metrics = trainer.metrics_processor
         metrics.log = lambda step, loss, most, norm, **_: logs.append((loss, norm))
         metrics.log_validation = lambda loss, **_: losses.append(loss)
+        gradients: dict[str, Tensor] = {}
+        trainer.optimizers.register_step_pre_hook(lambda *_: _note_gradients(trainer, gradients))
         trainer.train()
         trainer.close()
-    return logs, losses
+        graphs = counters["stats"]["unique_graphs"]
+    calls = trainer.sharing.cp._calls // STEPS if cp else 0
+    return Run(logs, gradients, losses, calls, graphs)
+
+
+def _grouped_mm(experts: Any, *, A: Tensor, B_t: Tensor, offs: Tensor) -> Tensor:
+    """In fp32 too, as all else: gpt-oss's experts multiply in bf16 alone."""
+    parts = A.float().tensor_split(offs.tolist()[:-1])
+    return torch.cat([part @ weight for part, weight in zip(parts, B_t.float(), strict=True)])
 
 
 @contextmanager
@@ -168,9 +188,11 @@ def _as_torchrun_would() -> Iterator[None]:
         patch.dict(os.environ, LOCAL_RANK=str(dist.get_rank())),
         patch("torchtitan.trainer.time", SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None)),
         patch("torchtitan.models.common.decoder.create_attention_mask", create_block_mask),  # compiled, it takes long
+        patch.object(GptOssGroupedExperts, "_grouped_mm", _grouped_mm),
         torch._dynamo.config.patch(capture_scalar_outputs=torch._dynamo.config.capture_scalar_outputs),
     ):
         torch._dynamo.reset()
+        counters.clear()
         try:
             yield
         finally:
@@ -187,6 +209,14 @@ def _initialize(model: torch.nn.Module) -> None:
             if isinstance(parameter, DTensor):
                 whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
             parameter.copy_(whole)
+
+
+def _note_gradients(trainer: Any, noted: dict[str, Tensor]) -> None:
+    """Those of the first step, whole."""
+    if not noted:
+        for name, parameter in trainer.model_parts[0].named_parameters():
+            x = parameter.grad
+            noted[_plain(name)] = x.full_tensor() if isinstance(x, DTensor) else x.clone()
 
 
 def _plain(name: str) -> str:

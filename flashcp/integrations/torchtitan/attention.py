@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +24,7 @@ class Planned:
     plan: ShardingPlan
 
 
-class FlashCPAttention(Module):  # type: ignore[misc]
+class FlashCPAttention(Module):
     """Attention inside documents over the ranks of a `Planned`; in the place of FlexAttention and VarlenAttention.
 
     It has no state, so one compiled block serves all plans. Shapes as torchtitan writes them: B batch, always 1, L this
@@ -31,7 +32,7 @@ class FlashCPAttention(Module):  # type: ignore[misc]
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):  # type: ignore[misc]
+    class Config(Module.Config):
         window: int | None = None
         """Keys that a row sees at most, its own included. None: all of its document before it."""
 
@@ -40,8 +41,8 @@ class FlashCPAttention(Module):  # type: ignore[misc]
         self.window = config.window
 
     def parallelize(self, parallel_dims: Any) -> None:
-        """Heads that torchtitan's tensor parallelism shares out as DTensors become plain tensors; without DTensors there
-        is nothing to do, and torchtitan would gather the keys and values of all ranks."""
+        """DTensors, whose heads tensor parallelism has shared out, become plain tensors. Where they are plain already
+        torchtitan would gather the keys and values of all ranks: that is left out."""
         if parallel_dims.spmd_backend == "partial_dtensor":
             super().parallelize(parallel_dims)
 
@@ -62,9 +63,8 @@ class FlashCPAttention(Module):  # type: ignore[misc]
         Raises ValueError for what FlashCP does not compute.
         """
         if not isinstance(attention_masks, Planned):
-            raise ValueError(
-                f"attention_masks is {type(attention_masks).__name__}: expected a Planned, as flashcp's Trainer gives it"
-            )
+            given = type(attention_masks).__name__
+            raise ValueError(f"attention_masks is {given}: expected a Planned, as flashcp's Trainer gives it")
         for keyword, given in said.items():
             if given is not None:
                 raise ValueError(f"{keyword}={shown(given)}: expected none, FlashCP does not compute it")
@@ -77,9 +77,9 @@ class FlashCPAttention(Module):  # type: ignore[misc]
 
 
 def _sinks(out_transform: Callable[..., Tensor]) -> Tensor:
-    """gpt-oss scales outputs by its sinks through the log-sum-exp, which has no gradient here: they join the softmax."""
-    layer = getattr(out_transform, "__self__", None)
-    if not isinstance(layer, GptOssAttention):
+    """gpt-oss scales outputs by its sinks through the log-sum-exp, which has no gradient here; in the softmax they do
+    the same."""
+    if not isinstance(out_transform, MethodType) or not isinstance(out_transform.__self__, GptOssAttention):
         raise ValueError(f"out_transform={shown(out_transform)}: expected none, or that of gpt-oss's sinks")
-    sinks: Tensor = layer.sinks
+    sinks: Tensor = out_transform.__self__.sinks
     return sinks

@@ -1,4 +1,4 @@
-"""torchtitan where it would not run by itself: on CPUs, and with a torch that is no nightly build."""
+"""torchtitan where it would not run by itself: on CPUs, and with torch 2.13."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+FSDP_READS_SPMD_TYPES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 _NAMES = ("device_type", "device_module")
 
 
@@ -41,7 +42,7 @@ def make_it_run() -> None:
     """Name CPUs to torchtitan where there is no accelerator, and give torch 2.13 the function that it calls after the
     first step. Whatever of it is imported already is told too."""
     if not hasattr(dist, "set_timeout"):
-        dist.set_timeout = dist.distributed_c10d._set_pg_timeout
+        dist.set_timeout = dist.distributed_c10d._set_pg_timeout  # type: ignore[attr-defined]
     if torch.accelerator.is_available():
         return
     from torchtitan.tools import utils

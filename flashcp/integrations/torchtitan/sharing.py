@@ -32,7 +32,7 @@ class Sharing:
         """
         positions = batch.get("positions")
         if positions is None or set(batch) != {"input", "positions"}:
-            raise ValueError(f"a batch of {', '.join(batch)}: expected input and positions, a value a token, and no more")
+            raise ValueError(f"a batch of {', '.join(batch)}: expected input and positions, a value a token, no more")
         return plan(lengths_of(position_ids=positions), self.cp.holders, self.strategy, layers=self.layers)
 
     def shard(

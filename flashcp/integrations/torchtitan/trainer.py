@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components import validate
@@ -19,9 +20,11 @@ from torchtitan.trainer import Trainer as TorchtitanTrainer
 
 from flashcp.context_parallel import TIMEOUT_S, ContextParallel
 from flashcp.integrations.torchtitan.attention import FlashCPAttention
+from flashcp.integrations.torchtitan.machine import FSDP_READS_SPMD_TYPES
 from flashcp.integrations.torchtitan.sharing import Sharing
 from flashcp.operator import attention
 from flashcp.sharding import Mask
+from flashcp.sharding.documents import check_choice
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,22 +51,22 @@ class FlashCPConfig:
     """Bound on every wait for another rank, seconds"""
 
 
-class SelectiveAC(activation_checkpoint.SelectiveAC):  # type: ignore[misc]
+class SelectiveAC(activation_checkpoint.SelectiveAC):
     """torchtitan's, which keeps what attention computed: recomputing it would bring rows a second time."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(activation_checkpoint.SelectiveAC.Config):  # type: ignore[misc]
+    class Config(activation_checkpoint.SelectiveAC.Config):
         pass
 
     def get_save_ops(self) -> set[Any]:
         return {*super().get_save_ops(), attention}
 
 
-class Validator(validate.Validator):  # type: ignore[misc]
+class Validator(validate.Validator):
     """torchtitan's, on the ranks' rows of each batch. Its trainer sets `sharing`."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(validate.Validator.Config):  # type: ignore[misc]
+    class Config(validate.Validator.Config):
         pass
 
     sharing: Sharing
@@ -74,14 +77,14 @@ class Validator(validate.Validator):  # type: ignore[misc]
         return self.sharing.shard(input_dict, labels)
 
 
-class Trainer(TorchtitanTrainer):  # type: ignore[misc]
+class Trainer(TorchtitanTrainer):
     """torchtitan's, with attention over the ranks of its mesh's `cp` axis.
 
     Raises ValueError for settings under which torchtitan would share out batches itself, or FlashCP cannot compute.
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(TorchtitanTrainer.Config):  # type: ignore[misc]
+    class Config(TorchtitanTrainer.Config):
         flashcp: FlashCPConfig = field(default_factory=FlashCPConfig)
 
     sharing: Sharing
@@ -136,13 +139,13 @@ def check(config: Trainer.Config) -> None:
         ("parallelism.context_parallel_load_balancer", parallelism.context_parallel_load_balancer, None,
          "flashcp.strategy shares out rows"),
         ("parallelism.context_parallel_ptrr_mask_key", parallelism.context_parallel_ptrr_mask_key, None, "as above"),
-        ("training.disable_cuda_graphs", config.training.disable_cuda_graphs, True, "every batch has a plan of its own"),
+        ("training.disable_cuda_graphs", config.training.disable_cuda_graphs, True, "each batch has its plan"),
         ("debug.spmd_typechecking", config.debug.spmd_typechecking, False, "attention has no SPMD type"),
     ):  # fmt: skip
         if value != legal:
             raise ValueError(f"{name}={value!r} with FlashCP: expected {legal!r}, {why}")
-    if parallelism.spmd_backend == "full_dtensor":
-        raise ValueError("parallelism.spmd_backend='full_dtensor' with FlashCP: expected partial_dtensor or spmd_types")
+    backends = ("partial_dtensor", "spmd_types") if FSDP_READS_SPMD_TYPES else ("partial_dtensor",)
+    check_choice(f"with torch {torch.__version__} parallelism.spmd_backend", parallelism.spmd_backend, backends)
     for theirs in (FlexAttention, VarlenAttention, ScaledDotProductAttention):
         for where, *_ in config.model_spec.model.traverse(theirs.Config):
             raise ValueError(f"{where} is {theirs.__name__}: expected FlashCPAttention, as with_flashcp puts it there")
