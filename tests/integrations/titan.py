@@ -25,6 +25,7 @@ from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import CompileConfig
 from torchtitan.distributed import activation_checkpoint
 from torchtitan.models.common.attention import FlexAttention
+from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
 from flashcp.integrations.torchtitan import with_flashcp
@@ -112,6 +113,8 @@ def configuration(name: str, attention: str, layers: int = 2) -> Any:
     if attention == "dense":
         for _, found, layer, field in list(spec.model.traverse(FlexAttention.Config)):
             setattr(layer, field, DenseAttention.Config(block_size=found.block_size))
+    for _, experts, _, _ in spec.model.traverse(GroupedExperts.Config):
+        experts.hidden_dim = 64
     config.model_spec, config.tokenizer, config.dataloader = spec, NoTokenizer.Config(), Packs.Config()
     config.training = replace(
         config.training, steps=STEPS, seq_len=TOKENS, local_batch_size=BATCH, disable_cuda_graphs=True,
