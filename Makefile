@@ -9,6 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
+BESIDE := .venv-integrations
 ARGS ?=
 BUSY ?= 0
 CASE ?=
@@ -20,7 +21,8 @@ CARRIED := hydra-core omegaconf pyyaml packaging einops tqdm \
 BUILT := antlr4-python3-runtime==4.9.3
 GLIBC := 17 24 27 28 31 34 35
 
-.PHONY: help demo cluster-lab lab-cases test lint paper kernels kernels-versions emulate gpu-wheels pins clean
+.PHONY: help demo cluster-lab lab-cases test test-integrations lint docs paper kernels kernels-versions emulate gpu-wheels \
+	pins clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,9 +61,15 @@ lab-cases: $(STAMP) ## the kept labs, or the one named by CASE: rows, pictures, 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
+test-integrations: $(BESIDE)/.installed ## run the tests beside Transformers, Trainer and TRL, in .venv-integrations
+	OMP_NUM_THREADS=1 $(BESIDE)/bin/python -m pytest tests/integrations $(ARGS)
+
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p flashcp
+
+docs: $(STAMP) ## build site/: guides, results and the API; a link that leads nowhere fails
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . site $(ARGS)
 
 paper: $(STAMP) ## the paper's figures from the simulator: rows, pictures, experiments/PAPER_RESULTS.md (some 15 min)
 	for figure in paper_fig3 paper_fig5 paper_fig6 paper_fig7 paper_table2 demo_predicted speedup_parts \
@@ -99,7 +107,7 @@ pins: $(STAMP) ## print what .venv holds, in the form of constraints.txt
 	@$(BIN)/python -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//' | sort -f
 
 clean: ## remove .venv, build folders and caches
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(BESIDE) build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
@@ -108,4 +116,10 @@ $(STAMP): pyproject.toml constraints.txt
 		"flashcp needs Python 3.11 or newer, not PYTHON=$(PYTHON)" >&2; exit 2; }
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(BESIDE)/.installed: $(STAMP) tests/integrations/requirements.txt
+	[ -x $(BESIDE)/bin/python ] || $(BIN)/python -m venv $(BESIDE)
+	$(BESIDE)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/integrations/requirements.txt
+	$(BESIDE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@

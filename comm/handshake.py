@@ -28,6 +28,7 @@ from flashcp.comm.waits import bounded
 
 _TAG = 7701  # keeps headers apart from rows on the same pair of ranks
 _AHEAD = 8  # headers posted and not yet compared
+CLOSED = "this ContextParallel was closed: make another one"
 _FAILED, _ABSENT = 1, 2  # in a header's `failed`
 _HOP_S = 1.0  # what news of a rank that stays away may take from its holder to the others
 
@@ -93,7 +94,7 @@ class Handshake:
         self.rank, self.world_size = across.names[across.rank], across.world_size * self.head_ranks
         self.timeout_s = across.timeout_s
         self.oldest = [0, 0]
-        self.stopped = ""
+        self.stopped, self.closed = "", False
         self._posted: deque[PendingHeader] = deque()
         self._last_words: list[dist.Work | None] = []
 
@@ -108,6 +109,8 @@ class Handshake:
 
     def post(self, header: Header, timeout_s: float | None = None) -> PendingHeader:
         """Send a header; `check` of what is returned waits for the others' and raises as `compare` does."""
+        if self.closed:
+            raise RuntimeError(CLOSED)
         while len(self._posted) >= _AHEAD:
             self._posted[0].check()
         posted = PendingHeader(self, header, self.timeout_s if timeout_s is None else timeout_s)
@@ -133,6 +136,13 @@ class Handshake:
         """Check all headers posted so far."""
         while self._posted:
             self._posted[0].check()
+
+    def close(self) -> None:
+        """Nothing is said any more."""
+        self.closed = True
+        for mail in (self.across, self.inside):
+            if mail is not None:
+                mail.close()
 
     def abandon(self, call: int) -> None:
         """Tell the others, who come to it at their next call, that this rank has failed; waits for nobody."""

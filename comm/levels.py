@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+from flashcp.comm.ending import make_group
+from flashcp.sharding.documents import shown
 
 _JOIN_S = 30.0  # the least time that ranks get to form a group
 
@@ -34,15 +38,15 @@ def make_levels(group: dist.ProcessGroup | DeviceMesh | None, head_ranks: int, t
     numbers that do not fit.
     """
     launched = dist.is_available() and dist.is_initialized()
+    if not _has_this_rank(group, launched):
+        raise ValueError(
+            f"group={_said(group)}: expected a torch.distributed group or a mesh of one or two dims that this rank is "
+            "a member of, or None"
+        )
     if isinstance(group, DeviceMesh) and group.ndim == 2:
         return _of_mesh(group, head_ranks)
-    if isinstance(group, DeviceMesh) and group.ndim == 1:
+    if isinstance(group, DeviceMesh):
         group = group.get_group()
-    if group is not None and (not launched or not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0):
-        raise ValueError(
-            "group: expected a torch.distributed group or a mesh of one or two dims that this rank is a member of, or "
-            "None"
-        )
     ranks = dist.get_world_size(group) if launched else 1
     if ranks % head_ranks:
         raise ValueError(f"head_ranks={head_ranks} with {ranks} ranks: expected a number that divides them")
@@ -58,14 +62,32 @@ def make_levels(group: dist.ProcessGroup | DeviceMesh | None, head_ranks: int, t
     ]
 
 
+def _has_this_rank(group: object, launched: bool) -> bool:
+    """Whether it is a group, or a mesh of one or two dims, and this rank is in it."""
+    if group is None:
+        return True
+    if not launched:
+        return False
+    if isinstance(group, DeviceMesh):
+        return group.ndim in (1, 2) and group.get_coordinate() is not None
+    if not isinstance(group, dist.ProcessGroup):
+        return False
+    with suppress(ValueError):  # of a group that was destroyed
+        return dist.get_rank(group) >= 0
+    return False
+
+
+def _said(group: object) -> str:
+    if isinstance(group, DeviceMesh):
+        return f"a mesh of {' x '.join(map(str, group.shape))}"
+    return "a ProcessGroup" if isinstance(group, dist.ProcessGroup) else shown(group)
+
+
 def _of_mesh(mesh: DeviceMesh, head_ranks: int) -> list[Level]:
     holders, members = mesh.shape
     if head_ranks not in (1, members):
         raise ValueError(f"head_ranks={head_ranks} with a mesh of {holders} x {members}: expected {members}, or none")
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        raise ValueError("group: expected a mesh that this rank is a member of")
-    holder, place = coordinate
+    holder, place = mesh.get_coordinate()  # type: ignore[misc]  # of a member, who has one
     first = holder * members
     levels = (
         Level(mesh.get_group(1), range(first, first + members), True),
@@ -86,7 +108,5 @@ def _part(group: dist.ProcessGroup | None, numbers: Sequence[int], timeout_s: fl
     if key not in _made:
         patience = timedelta(seconds=max(timeout_s, _JOIN_S))
         same = backend == str(dist.get_backend())
-        _made[key] = dist.new_group(
-            ranks, timeout=patience, backend=None if same else backend, use_local_synchronization=True
-        )
+        _made[key] = make_group(ranks, None if same else backend, patience)
     return _made[key]

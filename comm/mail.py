@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashcp.comm.ending import end_group, make_group
 from flashcp.comm.waits import bounded
 
 _TAG = 7702  # of shared bytes
@@ -19,9 +20,10 @@ class Mail:
     """names: what messages and errors call the ranks of the group; their numbers in it unless said otherwise."""
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float, names: Sequence[int] | None = None) -> None:
+        self._own: dist.ProcessGroup | None = None
         if dist.get_backend(group) != "gloo":  # host data: beside a GPU group no stream waits for it
             ranks = dist.get_process_group_ranks(group)
-            group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            group = self._own = make_group(ranks, "gloo")
         self.group, self.timeout_s = group, timeout_s
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.names = range(self.world_size) if names is None else names
@@ -57,3 +59,8 @@ class Mail:
         for work in works:
             self.wait(work, deadline, "the other ranks to set up memory")
         return [bytes(row.tolist()).rstrip(b"\0") for row in arrived]
+
+    def close(self) -> None:
+        """End the group that was made for these messages, if one was."""
+        if self._own is not None:
+            end_group(self._own)

@@ -147,3 +147,10 @@ class Nvshmem(TwoSided):
 def grain_bytes(world_size: int) -> int:
     """The number of bytes that a row must be a multiple of, for the pieces of each rank's rows to be equal."""
     return math.lcm(*(max(1, blocks // world_size) for blocks in _MOST_BLOCKS))
+
+
+def is_available() -> bool:
+    """Whether this torch has NVSHMEM and finds its library."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    return symmetric.is_nvshmem_available()

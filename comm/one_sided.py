@@ -80,6 +80,9 @@ class OneSided(Transport):
     def synchronize(self) -> None:
         self.fabric.synchronize()
 
+    def close(self) -> None:
+        self.fabric.close()
+
     def _round(self) -> list[int]:
         """All ranks, the next one first and this one last: no rank is everybody's first."""
         return [(self.rank + i) % self.world_size for i in range(1, self.world_size + 1)]

@@ -224,6 +224,10 @@ class Transport(ABC):
         time-out."""
         return
 
+    def close(self) -> None:
+        """End this rank's threads; nobody is waited for. Nothing travels afterwards."""
+        return
+
 
 class Alone(Transport):
     """One rank that has nobody to talk to: what it sends it receives."""

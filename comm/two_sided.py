@@ -98,6 +98,9 @@ class TwoSided(Transport):
             transfer.wait()
         self.waits.synchronize()
 
+    def close(self) -> None:
+        self.waits.close()
+
     def _start(self, works: list[Any], tensors: list[Tensor], what: str) -> Transfer:
         """works: what was begun, with a `wait()`; the tensors live at least as long as they do. Both lists may grow
         until somebody waits."""

@@ -56,6 +56,9 @@ class HostWaits:
         """Return when all that was waited for so far has come. Raises what went wrong."""
         self.check()
 
+    def close(self) -> None:
+        """End the thread that looks at the clock, where there is one."""
+
 
 class StreamWaits(HostWaits):
     """The current stream waits, within the time-out of a watchdog: for NCCL (run in a group of one rank) and NVSHMEM.
@@ -92,6 +95,9 @@ class StreamWaits(HostWaits):
             self.check()
             time.sleep(_LOOK_S)
         self.check()
+
+    def close(self) -> None:
+        self._watchdog.close()
 
     def _has_come(self) -> bool:
         """Whether all has come that streams wait for; forgets what has. A transfer that is thrown away comes here from

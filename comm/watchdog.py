@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 
+from flashcp.comm.ending import ends_before_python
+
 _IDLE_S = 10.0  # a thread with nothing to watch ends
 _LOOK_S = 0.1  # at most between two looks; a tenth of a short time-out
 
@@ -31,6 +33,7 @@ class Watchdog:
         self._watched: list[Callable[[], Callable[[], None] | None]] = []
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
+        ends_before_python(self)
 
     def watch(self, started: torch.cuda.Event | None, ended: torch.cuda.Event, late: Callable[[], None]) -> None:
         """`late` is called once, from the watchdog's thread, if `ended` has not come within timeout_s of `started`
@@ -67,8 +70,10 @@ class Watchdog:
         """Forget all that is watched; the thread ends. A later watch starts another."""
         with self._news:
             self._watched.clear()
-            self._thread = None
+            thread, self._thread = self._thread, None
             self._news.notify_all()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(self.timeout_s)
 
     def _run(self, enter: Callable[[], None]) -> None:
         enter()

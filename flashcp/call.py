@@ -71,11 +71,15 @@ class Queries(NamedTuple):
     return_lse: bool
 
 
-class Limits(NamedTuple):
-    """What a layer sees of the past; see ContextParallel.attention."""
+class Layer(NamedTuple):
+    """What is constant in a layer, for compiled code too.
+
+    window, chunk: see ContextParallel.attention. inputs_wait: see Exchange.
+    """
 
     window: int | None
     chunk: int | None
+    inputs_wait: bool
 
 
 @dataclass

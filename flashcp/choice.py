@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashcp.sharding.documents import check_choice, read_document_lengths, read_world_size
+from flashcp.sharding.documents import check_choice, read_document_lengths
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.strategies import STRATEGIES
 from flashcp.simulation import read_cluster_or_machine
@@ -122,7 +122,6 @@ def choose(
     if any(len(batch) != windows for batch in read):
         found = ", ".join(map(str, sorted({len(batch) for batch in read})))
         raise ValueError(f"batches of {found} windows: expected as many in every batch")
-    read_world_size(ranks, windows * min(int(lengths.sum()) for batch in read for lengths in batch))
     setting = make_setting(
         read_cluster_or_machine(cluster),
         ModelShape(query_heads, kv_heads, head_dim, dtype_bytes),

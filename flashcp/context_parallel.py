@@ -8,10 +8,10 @@ from typing import Literal, overload
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from flashcp.call import Begun, Call, Limits, Queries, query_codes, versions
+from flashcp.call import Begun, Call, Layer, Queries, query_codes, versions
 from flashcp.comm.choice import TRANSPORTS, Connection, TransportOptions, connect
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.exchanges.exchange import AttentionSettings
@@ -42,10 +42,10 @@ TIMEOUT_S, LONGEST_S = 60.0, 1e9  # the default; what clocks and sockets take
 class ContextParallel(JoinedRanks):
     """Context-parallel attention over the ranks of a group.
 
-    group: a torch.distributed group; None: the default one, or this rank alone where none is initialised. A
-    `Connection` (`flashcp/comm/choice.py`) that exists already, for ranks inside one process, stands for group,
-    transport, timeout_s, head_ranks and options. A mesh of two dims, [holders, head ranks], stands for group and
-    head_ranks.
+    group: a torch.distributed group or a DeviceMesh of one dim; None: the default group, or this rank alone where none
+    is initialised. A mesh of two dims, [holders, head ranks], stands for group and head_ranks. A `Connection`
+    (`flashcp/comm/choice.py`) that exists already, for ranks inside one process, stands for group, transport,
+    timeout_s, head_ranks and options.
     head_ranks: how many ranks, which follow each other in the group, are one *holder*: a plan gives rows to holders, a
     rank has an even share of its holder's rows, and inside attention all of them for its share of the heads. 1: a
     holder is a rank.
@@ -62,6 +62,7 @@ class ContextParallel(JoinedRanks):
 
     cp.transport and cp.overlap tell what `auto` chose, cp.transport_reason why; cp.stats is a `Clock` of this rank's
     milliseconds. cp.world_size counts ranks, cp.holders = cp.world_size // cp.head_ranks what plans are made for.
+    `close`, or the end of a `with` block, ends it.
     Raises ValueError for names it does not know and groups this rank is no member of. Calls on all ranks must come
     in the same order. Ranks compare call numbers, plans, exchanges, shapes, dtypes, scales and wires before rows move:
     what differs, and whoever fails or stays away, is named in an ExchangeError on every rank within the time-out. After
@@ -102,7 +103,7 @@ class ContextParallel(JoinedRanks):
                 raise ValueError(f"{field}={count!r}: expected a whole number >= 1")
         if not isinstance(options, TransportOptions | None):
             raise ValueError(f"options is a {type(options).__name__}: expected a flashcp.TransportOptions, or None")
-        self.exchange = exchange
+        self.exchange, self._group = exchange, group
         self.attention_name, self.tuning = attention, tuning
         self.backward, self.gradient_wire = backward, gradient_wire
         if isinstance(group, Connection):
@@ -164,9 +165,9 @@ class ContextParallel(JoinedRanks):
             check_inputs(q, k, v)
             return Queries(q, read_scores(q, softmax_scale, softcap, sinks), return_lse)
 
-        limits = self._hand_over(k, v, plan, window, chunk, queries)
+        layer = self._hand_over(k, v, plan, window, chunk, queries)
         scores = read_scores(q, softmax_scale, softcap, sinks)
-        return run(q, k, v, scores, None, self._number, torch.from_numpy(plan.number), limits, return_lse)
+        return run(q, k, v, scores, None, self._number, torch.from_numpy(plan.number), layer, return_lse)
 
     def prefetch(
         self, k: Tensor, v: Tensor, plan: ShardingPlan, *, window: int | None = None, chunk: int | None = None
@@ -177,10 +178,10 @@ class ContextParallel(JoinedRanks):
         With head ranks the ranks of a holder meet here, so that rows travel on to other holders.
         """
         k, v = autocast(k, v)
-        limits = self._hand_over(k, v, plan, window, chunk)
+        layer = self._hand_over(k, v, plan, window, chunk)
         of_plan = torch.from_numpy(plan.number)
-        begun = prefetch(k, v, self._number, of_plan, *limits, torch.is_grad_enabled())
-        return Handle(begun, k, v, self._number, of_plan, limits)
+        begun = prefetch(k, v, self._number, of_plan, layer.window, layer.chunk, torch.is_grad_enabled())
+        return Handle(begun, k, v, self._number, of_plan, layer)
 
     def gather(self, x: Tensor, plan: ShardingPlan, *, window: int | None = None, chunk: int | None = None) -> Tensor:
         """The rows that this rank's queries read and others hold, [rows, ...] in the order of the receive buffer.
@@ -295,6 +296,41 @@ class ContextParallel(JoinedRanks):
             posted.check()
         return Resharding(x, before, after, self._connection, agreed)
 
+    def __repr__(self) -> str:
+        closed = ", closed" if self._closed else ""
+        return (
+            f"ContextParallel(rank {self.rank} of {self.world_size}, head_ranks={self.head_ranks}, "
+            f"exchange={self.exchange}, transport={self.transport}, overlap={self.overlap}, "
+            f"attention={self.attention_name}{closed})"
+        )
+
+    def prepare(self, model: nn.Module) -> None:
+        """Let DistributedDataParallel and fully_shard (FSDP2) inside the model sum gradients, over any backend.
+
+        Both average unless told otherwise, and a rank's loss is here its own rows' part of a loss. Gradients are summed
+        over all ranks of the wrapper, those of other replicas too: divide each rank's loss by the labels of all packs
+        of the step, of every replica. Raises ValueError for a model without such modules, and for FSDP1.
+        """
+        from flashcp.gradients import prepare  # FSDP takes half as long to import as torch
+
+        prepare(model)
+
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Add up the gradients of all ranks that share packs: once a step, after the last backward, on all ranks.
+
+        For parameters that no DistributedDataParallel or fully_shard over these ranks reduces; those of a wrapper over
+        ranks of other replicas are summed here too. A gradient that some ranks have and others do not counts as zero
+        there: all have it afterwards. Synchronizes first. Takes gradients in buckets, in the order of the parameters,
+        and adds in fp32 or wider. Raises ValueError for a wrapper that still averages (see `prepare`), one over a part
+        of these ranks, and sparse gradients; ExchangeError as the class says.
+        """
+        if isinstance(self._group, Connection):
+            raise ValueError("sum_gradients over a Connection: expected a ContextParallel over a group")
+        from flashcp.gradients import sum_gradients
+
+        self.synchronize()
+        sum_gradients(model, self._group)
+
     def begin(
         self,
         k: Tensor,
@@ -322,8 +358,8 @@ class ContextParallel(JoinedRanks):
         window: int | None,
         chunk: int | None,
         queries: Callable[[], Queries | None] = lambda: None,
-    ) -> Limits:
-        """The limits as operators take them. What no operator can be handed is refused before, on all ranks; compiled
+    ) -> Layer:
+        """The layer as operators take it. What no operator can be handed is refused before, on all ranks; compiled
         code has no such arguments."""
         if not torch.compiler.is_compiling():
             header = self._header(k, v, plan, window, chunk, torch.is_grad_enabled(), queries)
@@ -332,7 +368,8 @@ class ContextParallel(JoinedRanks):
             except Exception:
                 self._agree(header)
                 raise
-        return Limits(*(None if size is None else min(int(size), MOST_TOKENS) for size in (window, chunk)))
+        far, wide = (None if size is None else min(int(size), MOST_TOKENS) for size in (window, chunk))
+        return Layer(far, wide, self._exchange.inputs_wait)
 
     def _header(
         self,

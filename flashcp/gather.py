@@ -20,7 +20,7 @@ from flashcp.call import Call
 from flashcp.comm.clock import Clock, span
 from flashcp.comm.exchanges.exchange import Exchange, IncomingKV
 from flashcp.comm.exchanges.receiving import ReceivingExchange
-from flashcp.comm.handshake import Step
+from flashcp.comm.handshake import Header, Step
 from flashcp.kernels.inputs import check_inputs
 from flashcp.kernels.interface import KV, AttentionKernel
 from flashcp.kernels.schedule import Schedule
@@ -40,12 +40,19 @@ class Gathering:
     @untraced
     def rows(self) -> Tensor:
         """The rows that this rank's queries read, [R, ...] in buffer order, differentiable. Raises RuntimeError when
-        called twice, ExchangeError as ContextParallel says."""
+        called twice, and where they left without gradients and now want some; ExchangeError as ContextParallel says."""
         if self._used:
             raise RuntimeError("this handle's rows were taken: gather again")
+        check_gradients(self._x, self._call.header)
         self._used = True
         with self._call.watched():
             return _Gather.apply(self._x, self._call, self._incoming)
+
+
+def check_gradients(x: Tensor, header: Header) -> None:
+    """Raise RuntimeError for rows that left where nobody wanted gradients, and now want some."""
+    if torch.is_grad_enabled() and x.requires_grad and not header.gradients:
+        raise RuntimeError("rows were prefetched without gradients: prefetch again where gradients are on")
 
 
 def halves(x: Tensor) -> KV:

@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from flashcp.call import Limits
+from flashcp.call import Layer
 from flashcp.kernels.inputs import check_inputs, check_return_lse
 from flashcp.kernels.scores import Scores, read_scores
 from flashcp.operator import attention
@@ -19,9 +19,9 @@ class Handle:
     begun: the call's number. ranks, plan: numbers too.
     """
 
-    def __init__(self, begun: Tensor, k: Tensor, v: Tensor, ranks: Tensor, plan: Tensor, limits: Limits) -> None:
+    def __init__(self, begun: Tensor, k: Tensor, v: Tensor, ranks: Tensor, plan: Tensor, layer: Layer) -> None:
         self._begun, self._k, self._v = begun, k, v
-        self._ranks, self._plan, self._limits = ranks, plan, limits
+        self._ranks, self._plan, self._layer = ranks, plan, layer
 
     @overload
     def attention(
@@ -48,16 +48,16 @@ class Handle:
             check_return_lse(return_lse)
         q, _, _ = autocast(q, self._k, self._v)
         scores = read_scores(q, softmax_scale, softcap, sinks)
-        return run(q, self._k, self._v, scores, self._begun, self._ranks, self._plan, self._limits, return_lse)
+        return run(q, self._k, self._v, scores, self._begun, self._ranks, self._plan, self._layer, return_lse)
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, scores: Scores, begun: Tensor | None, ranks: Tensor, plan: Tensor, limits: Limits,
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, begun: Tensor | None, ranks: Tensor, plan: Tensor, layer: Layer,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The operator, with what it is handed, and of its results those that were asked for."""
     out, lse, _ = attention(
-        q, k, v, scores.sinks, begun, ranks, plan, scores.scale, scores.softcap, *limits, return_lse,
+        q, k, v, scores.sinks, begun, ranks, plan, scores.scale, scores.softcap, *layer, return_lse,
         torch.is_grad_enabled(),
     )  # fmt: skip
     return (out, lse) if return_lse else out

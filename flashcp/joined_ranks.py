@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from flashcp.comm.errors import ExchangeError
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.exchanges.exchange import Exchange
 from flashcp.comm.exchanges.heads import Heads
-from flashcp.comm.handshake import Header, PendingHeader, Step
+from flashcp.comm.handshake import CLOSED, Header, PendingHeader, Step
 from flashcp.comm.transport import Transport
+from flashcp.kernels.uploads import to_device
 from flashcp.sharding.holders import positions_of_rank
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.unshard import local_rows, unshard
@@ -46,7 +48,44 @@ class JoinedRanks:
         self.rank = self._transport.rank * self.head_ranks + (inside.rank if inside else 0)
         self._between: Exchange = EXCHANGE_CLASSES[exchange if self.holders > 1 else "exact"](self._transport, meet)
         self._exchange = Heads(inside, self._between, meet, refetch) if inside else self._between
-        self._calls = 0
+        self._calls, self._closed = 0, False
+
+    def close(self) -> None:
+        """End this rank's part: what is under way arrives, then its threads and the groups that were made for it end.
+
+        For all ranks, after their last backward; no rank waits for another but for rows, within the time-out. Every
+        later call raises RuntimeError in one line; closing again does nothing. Receive buffers go with this object.
+        As a context manager it closes at the end of the block, and where that is left by an error it does not wait.
+        Raises ExchangeError as the class says.
+        """
+        self._close(wait=True)
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._close(wait=kind is None)
+
+    def _close(self, wait: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if wait and not (self._handshake and self._handshake.stopped):
+                if self._handshake is not None:
+                    self._handshake.settle()
+                for level in self._levels:
+                    level.synchronize()
+        finally:
+            for level in self._levels:
+                level.close()
+            if self._handshake is not None:
+                self._handshake.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError(CLOSED)
 
     @property
     def sent_bytes(self) -> int:
@@ -116,10 +155,12 @@ class JoinedRanks:
         if self._handshake is not None:
             self._handshake.compare(header._replace(**self._connection.oldest))
 
-    def position_ids(self, plan: ShardingPlan) -> Tensor:
-        """Position inside its document of each of this rank's rows, int64 [rank's tokens]."""
+    def position_ids(self, plan: ShardingPlan, device: torch.device | str | None = None) -> Tensor:
+        """Position inside its document of each of this rank's rows, int64 [rank's tokens], on a device (None: the
+        CPU)."""
         self._check_plan(plan)
-        return torch.from_numpy(positions_of_rank(plan, self.rank, self.head_ranks))
+        positions = torch.from_numpy(positions_of_rank(plan, self.rank, self.head_ranks))
+        return positions if device is None else to_device(positions, torch.device(device))
 
     def _agree(self, make_header: Callable[[], Header]) -> tuple[Header, PendingHeader | None]:
         """Check this rank's arguments and tell the others, who also hear of an error here.
@@ -148,11 +189,13 @@ class JoinedRanks:
         return [level for level in (self._connection.inside, self._transport) if level is not None]
 
     def _check_together(self) -> None:
-        """Raise where an earlier error left the ranks with different receive buffers."""
+        """Raise where this was closed, or an earlier error left the ranks with different receive buffers."""
+        self._check_open()
         if self._exchange.puts and self._handshake is not None:
             self._handshake.check_together()
 
     def _check_plan(self, plan: ShardingPlan) -> None:
+        self._check_open()
         if not isinstance(plan, ShardingPlan):
             raise ValueError(f"plan is a {type(plan).__name__}: expected a ShardingPlan")
         if plan.world_size != self.holders:

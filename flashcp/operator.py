@@ -74,7 +74,7 @@ def _shapes(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
 
 @dataclass
 class Kept:
-    """What waits for the backward, but for the operator's own inputs and outputs, which are None in `saved`."""
+    """What waits for the backward. None in `saved`: the operator's own input or output, which waits as such."""
 
     call: Call
     saved: Saved
@@ -110,13 +110,15 @@ def attention(
     softcap: float,
     window: int | None,
     chunk: int | None,
+    inputs_wait: bool,
     return_lse: bool,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [T, H, D], log-sum-exp fp32 [T, H], [0] where it is not asked for, and the number of what is kept.
 
-    begun: the number that `prefetch` returned for k, v, plan and the limits; None: rows leave now. The other arguments:
-    as for ContextParallel.attention. Differentiable in q, k, v and sinks. Raises as ContextParallel does.
+    begun: the number that `prefetch` returned for k, v, plan, window and chunk; None: rows leave now. inputs_wait: see
+    Exchange. The others: as for ContextParallel.attention. Differentiable in q, k, v and sinks. Raises as
+    ContextParallel does.
     """
     queries = Queries(q, Scores(softmax_scale, softcap, sinks), return_lse)
     # Kernels choose their own precision.
@@ -127,10 +129,12 @@ def attention(
         else:
             start = numbered(int(begun))
         call, saved, out, lse = _attend(start, queries, gradients)
-    inputs = Saved(q, k, v, out, lse, None, None)
-    hidden = Saved(*(None if x is y else x for x, y in zip(saved, inputs, strict=True)))  # type: ignore[arg-type]
-    kept = torch.from_numpy(keeping_number_of(Kept(call, hidden))) if gradients else torch.zeros(1, dtype=torch.int64)
-    return out, lse, kept
+    if not gradients:
+        return out, lse, torch.zeros(1, dtype=torch.int64)
+    if inputs_wait:
+        given = (q, k, v, out, lse, None, None)
+        saved = Saved(*(None if x is y else x for x, y in zip(saved, given, strict=True)))  # type: ignore[arg-type]
+    return out, lse, torch.from_numpy(keeping_number_of(Kept(call, saved)))
 
 
 @_shapes("attention")
@@ -146,6 +150,7 @@ def _(
     softcap: float,
     window: int | None,
     chunk: int | None,
+    inputs_wait: bool,
     return_lse: bool,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,23 +184,28 @@ def _attend(start: Begun, queries: Queries, gradients: bool) -> tuple[Call, Save
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
     sinks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     kept: Tensor,
+    kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v in grad_out's dtype, and of the sinks in theirs, [0] without any."""
+    """Gradients of q, k and v in grad_out's dtype, and of the sinks in theirs, [0] without any. None: is in `kept`."""
     # Compiled code hands over zeros where none arrived.
     if grad_lse is not None and grad_lse.any():
         refuse_gradient(grad_lse)
     waited: Kept = numbered(int(kept))
-    given = Saved(_rows(q), _rows(k), _rows(v), out, lse, None, None)
+    given = (*(None if x is None else _rows(x) for x in (q, k, v)), out, lse, None, None)
     saved = Saved(*(y if x is None else x for x, y in zip(waited.saved, given, strict=True)))  # type: ignore[arg-type]
     call = waited.call
-    with call.watched(), span(f"attention {call.header.call}, backward"), torch.autocast(q.device.type, enabled=False):
+    with (
+        call.watched(),
+        span(f"attention {call.header.call}, backward"),
+        torch.autocast(grad_out.device.type, enabled=False),
+    ):
         call = call.say(Step.BACKWARD)
         settings = replace(call.settings, scores=call.settings.scores._replace(sinks=sinks))
         gradients = call.exchange.backward(call.plan, _rows(grad_out), saved, settings)
@@ -208,32 +218,37 @@ def attention_backward(
 def _(
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
     sinks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     kept: Tensor,
+    kv_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v = (grad_out.new_empty(x.shape) for x in (q, k, v))
-    return grad_q, grad_k, grad_v, grad_out.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    of_rows = (grad_out.shape[0], kv_heads, grad_out.shape[2])
+    of_sinks = grad_out.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return grad_out.new_empty(grad_out.shape), grad_out.new_empty(of_rows), grad_out.new_empty(of_rows), of_sinks
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, sinks, *_, return_lse, _ = inputs
+    q, k, v, sinks, *_, inputs_wait, return_lse, _ = inputs
     out, lse, kept = output
-    ctx.save_for_backward(q, k, v, sinks, out, lse, kept)
+    waiting = (q, k, v, out, lse) if inputs_wait else (None,) * 5
+    ctx.save_for_backward(*waiting, sinks, kept)
+    ctx.like, ctx.kv_heads = {"size": out.shape, "dtype": out.dtype, "device": out.device}, k.shape[1]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((kept,) if return_lse else (lse, kept)))
 
 
 def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    q, k, v, sinks, out, lse, kept = ctx.saved_tensors
+    q, k, v, out, lse, sinks, kept = ctx.saved_tensors
     if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    *gradients, of_sinks = attention_backward(grad_out, grad_lse, q, k, v, sinks, out, lse, kept)
-    return *gradients, None if sinks is None else of_sinks, *(None,) * 9
+        refuse_gradient(grad_lse)
+        grad_out = torch.zeros(**ctx.like)  # other ranks come to this backward: so does this one
+    *gradients, of_sinks = attention_backward(grad_out, grad_lse, q, k, v, sinks, out, lse, kept, ctx.kv_heads)
+    return *gradients, None if sinks is None else of_sinks, *(None,) * 10
 
 
 torch.library.register_autograd(_NAME + "attention", _differentiate, setup_context=_keep, lib=_OPERATORS)

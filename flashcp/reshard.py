@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from flashcp.comm.choice import Connection
 from flashcp.comm.handshake import Header, Step
 from flashcp.comm.transport import OutgoingRows, Transport
+from flashcp.gather import check_gradients
 from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.reshard import Move
@@ -33,10 +34,11 @@ class Resharding:
 
     @untraced
     def rows(self) -> Tensor:
-        """This rank's rows under the other plan, differentiable. Raises RuntimeError when called twice, ExchangeError
-        as ContextParallel says."""
+        """This rank's rows under the other plan, differentiable. Raises RuntimeError when called twice, and where they
+        left without gradients and now want some; ExchangeError as ContextParallel says."""
         if self._moving is None:
             raise RuntimeError("this handle's rows were taken: reshard again")
+        check_gradients(self._x, self._of_call[-1])
         moving, self._moving = self._moving, None
         return _Reshard.apply(self._x, moving, *self._of_call)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flashcp.clusters import clusters, read_cluster
-from flashcp.sharding.documents import read_document_lengths, read_world_size
+from flashcp.sharding.documents import read_document_lengths
 from flashcp.sharding.mask import Mask, read_layers
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.cost import ModelShape
@@ -178,10 +178,7 @@ def _read_packs(packs: object, world_size: int | None, heads: int) -> tuple[list
     if not isinstance(given[0], ShardingPlan):
         ranks = read_ranks(world_size)
         many = given if isinstance(given[0], Sequence | np.ndarray) else [given]
-        lengths = [read_document_lengths(pack) for pack in many]
-        for pack in lengths:
-            read_world_size(ranks, int(pack.sum()))
-        return list(lengths), ranks
+        return [read_document_lengths(pack) for pack in many], ranks
     for plan in given:
         if not isinstance(plan, ShardingPlan):
             raise ValueError(f"packs holds a plan and {plan!r}: expected plans alone, or document lengths alone")

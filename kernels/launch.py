@@ -25,7 +25,7 @@ from flashcp.kernels.intervals import interval_key_tiles, interval_query_tiles
 from flashcp.kernels.one_sided import spins
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.tiles import Tiles, key_tiles, query_tiles
-from flashcp.kernels.tuning import HOPPER_GAIN, Blocks, Pass, Tuning, architecture, choose, tile_heads
+from flashcp.kernels.tuning import HEAD_DIMS, HOPPER_GAIN, Blocks, Pass, Tuning, architecture, choose, tile_heads
 from flashcp.kernels.uploads import Uploaded, to_device
 
 _LOG2E = 1.4426950408889634
@@ -246,8 +246,8 @@ class TritonAttention(AttentionKernel):
         intervals = schedule.seen is not None
         if not self.asked and q.device.type != "cpu" and not _is_plain(q, local, schedule, softcap):
             raise ValueError(
-                "attention='auto' with masks, softcap or another head_dim of v on a GPU, where they never ran: "
-                "expected attention='triton'"
+                "attention='auto' with masks, softcap, another head_dim of v or one beyond 256 on a GPU, where they "
+                "never ran: expected attention='triton'"
             )
         kept = self._prepared.setdefault(schedule, {})
         group = q.shape[1] // local.k.shape[1]
@@ -307,8 +307,9 @@ class TritonAttention(AttentionKernel):
 
 
 def _is_plain(q: Tensor, local: KV, schedule: Schedule, softcap: float) -> bool:
-    """Whether documents are causal, without softcap and of one head_dim: what ran on GPUs, and what Hopper knows."""
-    return schedule.seen is None and not softcap and local.v.shape[2] == q.shape[2]
+    """Whether documents are causal, without softcap and of one head_dim that is not too wide: what ran on GPUs, and
+    what Hopper knows."""
+    return schedule.seen is None and not softcap and local.v.shape[2] == q.shape[2] <= HEAD_DIMS[-1]
 
 
 def _is_hopper(q: Tensor, local: KV, schedule: Schedule, softcap: float) -> bool:

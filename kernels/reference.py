@@ -73,5 +73,6 @@ def _document(
         scores = cap * torch.tanh(scores / cap)
     scores = scores.masked_fill(~sees(mask, len(q)).to(q.device), -torch.inf)
     if sinks is not None:
-        scores = torch.cat((scores, repeat(sinks.double(), "h -> h i 1", i=len(q))), dim=-1)
+        finite = sinks.double().clamp(max=torch.finfo(torch.float64).max)  # infinity takes all weight; inf - inf is NaN
+        scores = torch.cat((scores, repeat(finite, "h -> h i 1", i=len(q))), dim=-1)
     return einsum(scores.softmax(-1)[..., : len(k)], v, "h i j, j h d -> i h d")

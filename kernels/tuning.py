@@ -18,6 +18,8 @@ from flashcp.kernels.schedule import Schedule, Seen
 from flashcp.sharding.documents import expand_ranges
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+LATENT_DIM = 576
+"""Of an MLA model's latents. Compiled for NVIDIA GPUs in bf16 and fp16, never run on one."""
 DTYPES = ("bfloat16", "float16", "float32")
 SHARED_BYTES = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 """Shared memory that one block may take, per architecture."""
@@ -164,6 +166,11 @@ _ROWS: tuple[tuple[str, int, tuple[int, ...], Pass, Blocks, Blocks | None], ...]
     ("gfx942", 2, (256,), _KV, Blocks(16, 32, 4, 1), None),
     ("gfx942", 2, (256,), _Q, Blocks(32, 32, 4, 1), None),
     *(
+        (arch, 2, (LATENT_DIM,), which, blocks, None)
+        for arch in ("sm_80", "sm_90", "sm_100")
+        for which, blocks in ((_F, Blocks(32, 16, 8, 1)), (_KV, Blocks(32, 16, 8, 1)), (_Q, Blocks(16, 16, 8, 1)))
+    ),
+    *(
         row
         for arch, fast in (("sm_80", "tf32x3"), ("sm_90", "tf32x3"), ("sm_100", "tf32x3"), ("gfx942", "ieee"))
         for row in (
@@ -182,7 +189,7 @@ _ROWS: tuple[tuple[str, int, tuple[int, ...], Pass, Blocks, Blocks | None], ...]
 TABLE: dict[tuple[str, int, int, Pass], tuple[Blocks, Blocks]] = {
     (arch, dim, size, which): (long, short or long) for arch, size, dims, which, long, short in _ROWS for dim in dims
 }
-"""(architecture, one of HEAD_DIMS, bytes an element, pass) -> blocks for long and for short documents."""
+"""(architecture, one of HEAD_DIMS or LATENT_DIM, bytes an element, pass) -> blocks for long and for short documents."""
 
 
 def architecture(device: torch.device) -> str:
@@ -197,10 +204,10 @@ def architecture(device: torch.device) -> str:
 
 def table_dim(head_dim: int) -> int:
     """The head_dim of the table whose blocks serve this one: the next larger. Raises ValueError beyond the largest."""
-    for dim in HEAD_DIMS:
+    for dim in (*HEAD_DIMS, LATENT_DIM):
         if head_dim <= dim:
             return dim
-    raise ValueError(f"head_dim={head_dim}: expected at most {HEAD_DIMS[-1]} with attention='triton' on a GPU")
+    raise ValueError(f"head_dim={head_dim}: expected at most {LATENT_DIM} with attention='triton' on a GPU")
 
 
 def choose(
@@ -215,9 +222,15 @@ def choose(
     """The table's blocks for a pass, for long or for short documents: whichever computes less for its speed.
 
     group: query heads a KV head. gain: speed of another kernel on the large tiles, next to the portable one's.
+    Raises ValueError for a head_dim beyond the table.
     """
     if arch == "cpu":
         return Blocks(32, 32, 4, 1)
+    if (arch, table_dim(head_dim), dtype.itemsize, which) not in TABLE:
+        raise ValueError(
+            f"head_dim={head_dim} of {dtype} on {arch}: expected at most {HEAD_DIMS[-1]} with attention='triton', or "
+            "bf16 or fp16 on an NVIDIA GPU"
+        )
     long, short = TABLE[arch, table_dim(head_dim), dtype.itemsize, which]
     large = computed_pairs(which, schedule, long, tile_heads(which, long, schedule, group, gain))
     small = computed_pairs(which, schedule, short, tile_heads(which, short, schedule, group))

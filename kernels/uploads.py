@@ -14,7 +14,7 @@ def to_device(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
     pinned memory keeps what it lent until the copy is done.
     """
     tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
-    if device.type == "cpu" or tensor.device.type != "cpu":
+    if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device, non_blocking=True)
     return tensor.pin_memory().to(device, non_blocking=True)
 

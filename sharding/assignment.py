@@ -32,7 +32,7 @@ class Assignment:
 
     def __post_init__(self) -> None:
         lengths = read_document_lengths(self.document_lengths)
-        world_size = read_world_size(self.world_size, int(lengths.sum()))
+        world_size = read_world_size(self.world_size)
         table = _merge_touching(_sorted_table(self.table))
         _check_cover(lengths, world_size, table)
         workload = read_workload(lengths) if self.workload is None else self.workload

@@ -137,7 +137,7 @@ def least_largest_work(lengths: np.ndarray, world_size: int, workload: Workload 
     workload = read_workload(lengths) if workload is None else workload
     bound = -(-int(workload.document_pairs.sum()) // world_size)
     tokens = int(lengths.sum())
-    fewest = tokens // world_size
+    fewest = max(1, tokens // world_size)  # of a rank that holds the heaviest row
     if fewest > FEW_ROWS or (workload.is_causal and int(lengths.max()) * fewest <= bound):
         return bound
     document, position = np.repeat(np.arange(len(lengths)), lengths), expand_ranges(0 * lengths, lengths)

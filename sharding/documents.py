@@ -43,12 +43,10 @@ def read_document_lengths(document_lengths: Iterable[int] | np.ndarray) -> np.nd
     return lengths
 
 
-def read_world_size(world_size: int, tokens: int) -> int:
-    """The number of ranks. Raises ValueError unless it is a whole number from 1 to `tokens`."""
+def read_world_size(world_size: int) -> int:
+    """The number of ranks. Raises ValueError unless it is a whole number >= 1."""
     if not isinstance(world_size, Integral) or isinstance(world_size, bool) or world_size < 1:
         raise ValueError(f"world_size={world_size!r}: expected a whole number >= 1")
-    if world_size > tokens:
-        raise ValueError(f"world_size={world_size} with a pack of {tokens} tokens: expected at most one rank per token")
     return int(world_size)
 
 

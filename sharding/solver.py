@@ -53,7 +53,7 @@ def solve_plan(
         raise ImportError("solve_plan needs OR-tools: pip install flashcp[exact]") from error
     lengths = read_document_lengths(document_lengths)
     tokens = int(lengths.sum())
-    ranks = range(read_world_size(world_size, tokens))
+    ranks = range(read_world_size(world_size))
     if granule < 1:
         raise ValueError(f"granule={granule}: expected a whole number >= 1")
     if exchange not in ("exact", "compacted"):

@@ -73,7 +73,8 @@ def every_file_is_one_module() -> Iterator[None]:
     names: dict[Path, list[str]] = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if file and Path(file).is_relative_to(ROOT) and not Path(file).is_relative_to(ROOT / ".venv"):
+        inside = Path(file).relative_to(ROOT).parts if file and Path(file).is_relative_to(ROOT) else ()
+        if inside and not inside[0].startswith(".venv"):
             names.setdefault(Path(file).resolve(), []).append(name)
     assert {str(file): known for file, known in names.items() if len(known) > 1} == {}
 

@@ -25,7 +25,8 @@ import flashcp
 from tests.checkout import ROOT, checkout_files, checkout_links, python_files
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-ROOMS = sorted({name.split("/")[0] for name in python_files() if "/" in name} - {"flashcp", "tests"})
+BESIDE = {"flashcp", "docs", "examples", "tests"}
+ROOMS = sorted({name.split("/")[0] for name in python_files() if "/" in name} - BESIDE)
 IMPORT_ALL = f"import {', '.join(f'flashcp.{room}' for room in ROOMS)}, flashcp; print(flashcp.__file__)"
 PLAN = "import sys, flashcp; flashcp.plan([100, 28], 4); assert 'torch' not in sys.modules"
 

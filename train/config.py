@@ -77,8 +77,6 @@ class TrainConfig:
                 f"batch_windows={self.batch_windows}: expected a multiple of data_parallel={self.data_parallel}"
             )
         ranks, windows = world_size // self.data_parallel, self.batch_windows // self.data_parallel
-        if self.context * windows < ranks:
-            raise ValueError(f"context={self.context}: expected at least one token a rank, world_size={world_size}")
         if not 2 <= self.context <= LONGEST_CONTEXT:  # a token alone has no next token to predict
             raise ValueError(f"context={self.context}: expected a whole number from 2 to {LONGEST_CONTEXT}")
         if self.context * windows > LONGEST_CONTEXT:

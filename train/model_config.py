@@ -61,6 +61,8 @@ class ModelConfig:
             raise ValueError(
                 f"model.full_every={self.full_every}: expected model.window or model.chunk for the other layers"
             )
+        if self.full_every > self.layers:
+            raise ValueError(f"model.full_every={self.full_every}: expected at most model.layers={self.layers}")
         if self.dim % self.heads or self.dim // self.heads % 2:
             raise ValueError(f"model.dim={self.dim}: expected an even multiple of model.heads={self.heads}")
         if self.latent and self.kv_heads != self.heads:

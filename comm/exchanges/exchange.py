@@ -152,12 +152,14 @@ class Exchange(ABC):
     """One way for KV to travel. `name` is a key of `flashcp.sharding.exchanges.EXCHANGES`.
 
     splits_heads: whether ranks share out heads, as `flashcp.sharding.holders.members_heads` does. moves_later: whether
-    rows also travel while attention is computed, so that ranks must come to that together. meet: returns when all ranks
+    rows also travel while attention is computed, so that ranks must come to that together. inputs_wait: whether the
+    backward needs q, k, v and the output as they are here, or only others in their place. meet: returns when all ranks
     are known to do the same, for exchanges that read others' rows before attention.
     """
 
     name: str
     moves_later = False
+    inputs_wait = True
     splits_heads = False
 
     def __init__(self, transport: Transport, meet: Callable[[], None]) -> None:

@@ -51,6 +51,7 @@ class Heads(Exchange):
     """
 
     moves_later = True
+    inputs_wait = False
 
     def __init__(
         self, transport: Transport, between: Exchange, meet: Callable[[], None], refetch: bool = False
@@ -122,7 +123,8 @@ class Heads(Exchange):
         return InputGradients(grad_q, grad_k, grad_v, of_sinks)
 
     def log_sums(self, plan: ShardingPlan, saved: Saved) -> Tensor:
-        (home,) = self._to_rows(plan, saved.lse[..., None], [saved.lse.shape[1]], "log-sum-exp")
+        lse = self.between.log_sums(plan, saved)  # [C, H / h]: an exchange between holders may share out heads too
+        (home,) = self._to_rows(plan, lse[..., None], [lse.shape[1]], "log-sum-exp")
         return home[..., 0]
 
     def release(self, saved: Saved) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flashcp.comm.clock import span
+from flashcp.comm.ending import ends_before_python
 from flashcp.comm.errors import ExchangeError
 from flashcp.comm.fabrics.base import ARRIVED, FREED, NO_PUT, Fabric, Put, Region, head_bytes
 from flashcp.kernels.interface import WaitFlags
@@ -52,6 +53,7 @@ class ShmFabric(Fabric):
         self._pending: dict[threading.Event, list[Put]] = {}  # puts that were asked for together, until all have landed
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
+        ends_before_python(self)
 
     @property
     def oldest_put(self) -> int:
@@ -112,6 +114,13 @@ class ShmFabric(Fabric):
             self._await_landed(landed)
         self._raise_error()
 
+    def close(self) -> None:
+        with self._news:
+            thread, self._thread = self._thread, None
+            self._news.notify()
+        if thread is not None:
+            thread.join(self.timeout_s)  # it ends behind the put that it is at
+
     def _await_landed(self, landed: threading.Event) -> None:
         deadline = time.monotonic() + self.timeout_s
         while not landed.wait(_LEFT_S):
@@ -140,9 +149,13 @@ class ShmFabric(Fabric):
     def _has_puts(self) -> bool:
         """Wait for some; False when this thread is to end."""
         with self._news:
-            if not self._news.wait_for(lambda: self._pending, _IDLE_S):
+            if not self._news.wait_for(lambda: self._pending or self._is_over(), _IDLE_S):
                 self._thread = None  # the next put starts another: operators come and go
-            return self._thread is not None
+            return not self._is_over()
+
+    def _is_over(self) -> bool:
+        """Whether this thread was told to end."""
+        return self._thread is not threading.current_thread()
 
     def _serve(self) -> None:
         """One put, or a moment's sleep where no place is free."""
@@ -162,6 +175,8 @@ class ShmFabric(Fabric):
                         del self._pending[landed]
                 if ready is not None or not puts:
                     return
+            if self._is_over():
+                return
             if time.monotonic() - since > self.timeout_s:
                 put = pending[0][1][0]
                 raise self.timed_out(f"rank {self.names[put.to]} to free its receive buffer (epoch {put.after})")

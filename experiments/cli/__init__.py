@@ -29,6 +29,7 @@ VERBS = {
     "simulate": "cli.simulate",
     "bench": "cli.bench",
     "report": "sweep.report",
+    "doctor": "cli.doctor",
 }
 """Modules of `experiments/` with `main(words) -> exit code`; `usage.txt` says what they do. One that reads a Hydra
 configuration names it in `CONFIG`, or finds it in `keys(words)`: `--help` lists its keys, and then what stands in a

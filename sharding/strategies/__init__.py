@@ -48,19 +48,19 @@ def plan(
     document_lengths: tokens of each document of the pack, in pack order. world_size: ranks.
     masks: a `flashcp.Mask` for all documents, or one each; causal by default. layers: the model's mix, for masks that a
     layer narrows: [(mask, how many layers have it), ...]; then the sum of all layers' work is what is balanced.
-    options: keyword options of the strategy. Ranks differ by at most one row, whatever the strategy.
-    Raises ValueError for lengths below 1, no documents, more ranks than tokens, unknown names, and masks that do not
-    fit.
+    options: keyword options of the strategy. Ranks differ by at most one row, whatever the strategy; some have none
+    of a pack with fewer tokens than ranks.
+    Raises ValueError for lengths below 1, no documents, unknown names, and masks that do not fit.
     """
     lengths = read_document_lengths(document_lengths)
-    read_world_size(world_size, int(lengths.sum()))
+    read_world_size(world_size)
     return plan_workload(read_workload(lengths, masks, layers), world_size, strategy, **options)
 
 
 def plan_workload(workload: Workload, world_size: int, strategy: str = "flashcp", **options: object) -> ShardingPlan:
     """As `plan`, for masks and layers that were read before."""
     lengths = workload.masks.length
-    ranks = read_world_size(world_size, int(lengths.sum()))
+    ranks = read_world_size(world_size)
     check_choice("strategy", strategy, STRATEGIES)
     function = STRATEGIES[strategy]
     taken = list(inspect.signature(function).parameters)[2:]

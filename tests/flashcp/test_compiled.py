@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import flashcp
@@ -89,11 +90,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_twenty_plans_are_one_graph_with_the_eager_values(ranks: int) -> None:
-    cases = [("aot_eager", *case) for case in CASES]
+    cases = [("aot_eager", *case) for case in (CASES[:2] if ranks == 4 else CASES)]
+    if ranks > 1:
+        cases += [("aot_eager", "exact", 2, False, {}), ("aot_eager", "exact", 2, True, {})]
     if ranks == 2:
-        cases += [("aot_eager", "exact", 2, False, {}), ("aot_eager", "exact", 2, True, {}), ("inductor", *CASES[0])]
+        cases.append(("inductor", *CASES[0]))
     for case, found in zip(cases, run_cases(of_compiled, ranks, cases, timeout_s=300), strict=True):
         for compiled, worst in found:
             assert compiled == 1, case
@@ -188,3 +191,47 @@ def kept_alive(compiles: bool) -> list[int]:
 def test_nothing_outlives_its_step() -> None:
     for found in run_cases(kept_alive, 2, [(False,), (True,)]):
         assert found == [[0, 0, 0]] * 2
+
+
+class Stack(nn.Module):
+    """Two blocks, computed again in the backward."""
+
+    def __init__(self, cp: flashcp.ContextParallel) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(cp, prefetches) for prefetches in (False, True))
+
+    def forward(self, x: Tensor, plan: flashcp.ShardingPlan) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, plan, use_reentrant=False)
+        return x
+
+
+def sharded(exchange: str, head_ranks: int) -> float:
+    """How far gradients of blocks that FSDP shards, torch.compile compiles and checkpointing repeats lie from those of
+    the plain ones, summed over ranks."""
+    torch._dynamo.reset()
+    cp = flashcp.ContextParallel(exchange=exchange, head_ranks=head_ranks, timeout_s=60)
+    torch.manual_seed(0)
+    plain = Stack(cp)
+    fast = Stack(cp)
+    fast.load_state_dict(plain.state_dict())
+    for block in fast.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+        fully_shard(block)
+    fully_shard(fast)
+    cp.prepare(fast)
+    worst = 0.0
+    for plan in plans(cp, 3):
+        for model in (plain, fast):
+            model.zero_grad()
+            model(rows(cp, plan), plan).square().sum().backward()
+        cp.sum_gradients(plain)
+        for a, b in zip(fast.parameters(), plain.parameters(), strict=True):
+            worst = max(worst, relative_error(a.grad.full_tensor(), b.grad))
+    return worst
+
+
+def test_fsdp_compilation_and_checkpointing_at_once() -> None:
+    cases = [("exact", 1), ("all_gather", 2)]
+    for case, found in zip(cases, run_cases(sharded, 2, cases, timeout_s=120), strict=True):
+        assert max(found) < 1e-5, case

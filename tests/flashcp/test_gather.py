@@ -240,6 +240,25 @@ def test_bad_calls_say_what_is_wrong() -> None:
             assert part in text
 
 
+def late_gradients() -> None:
+    """Rows that left under no_grad: as `prefetch` has it, nobody may want gradients of them later."""
+    cp = flashcp.ContextParallel(timeout_s=20)
+    plan, other = (flashcp.plan((8, 8), cp.world_size, name) for name in ("per_document", "contiguous"))
+    x = torch.ones(16 // cp.world_size, 4, requires_grad=True)
+    with torch.no_grad():
+        handles = cp.prefetch_gather(x, plan), cp.prefetch_reshard(x, plan, other)
+    for handle in handles:
+        with pytest.raises(RuntimeError, match="without gradients: prefetch again where gradients are on"):
+            handle.rows()
+        with torch.no_grad():
+            assert (handle.rows() == 1).all()
+
+
+def test_rows_that_left_without_gradients_have_none_later() -> None:
+    for world_size in (1, 2):
+        run_ranks(late_gradients, world_size)
+
+
 def where_no_rows_come(exchange: str, head_ranks: int) -> str:
     cp = flashcp.ContextParallel(exchange=exchange, head_ranks=head_ranks, timeout_s=20)
     plan = flashcp.plan((8, 8), cp.holders)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 import flashcp
@@ -320,6 +320,27 @@ def what_does_not_fit() -> list[str]:
     note(cp.attention, x, x[:, :3], x[:, :3], plan)
     note(cp.attention, x[1:], x[1:], x[1:], plan)
     return said
+
+
+def over_one_dim() -> tuple[int, int, int]:
+    whole = init_device_mesh("cpu", (1, 4, 1), mesh_dim_names=("dp", "cp", "tp"))
+    with flashcp.ContextParallel(whole["cp"], head_ranks=2, timeout_s=20) as cp:
+        plan = flashcp.plan(LENGTHS, cp.holders)
+        q, k, v, _ = sharded(cp, plan)
+        *qkv, _ = random_qkv(sum(LENGTHS), 8, 4, 8, torch.float32, 0)
+        full = flashcp.reference_attention(*qkv, LENGTHS)
+        assert torch.allclose(cp.unshard(cp.attention(q, k, v, plan), plan).double(), full, atol=1e-5)
+    wrong = {"a mesh of 1 x 4 x 1": whole, "'cp'": "cp", "3": 3, "-100": dist.GroupMember.NON_GROUP_MEMBER}
+    outside = DeviceMesh("cpu", [0, 1, 2])
+    for said, group in (wrong | {"a mesh of 3": outside} if cp.rank == 3 else wrong).items():
+        expected = f"group={said}: expected a torch.distributed group or a mesh of one or two dims that this rank is a "
+        with pytest.raises(ValueError, match=expected):
+            flashcp.ContextParallel(group)
+    return cp.rank, cp.holders, cp.head_ranks
+
+
+def test_a_mesh_of_one_dim_stands_for_its_group_and_no_other_kind_of_group_does() -> None:
+    assert run_ranks(over_one_dim, 4) == [(rank, 2, 2) for rank in range(4)]
 
 
 def test_what_does_not_fit_is_said_in_one_line() -> None:

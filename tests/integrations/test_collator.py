@@ -96,8 +96,8 @@ def test_the_last_label_of_a_row_is_none_of_the_next() -> None:
         ({"cu_seq_lens_q": [0, 4], "attention_mask": torch.tensor([[1, 1, 1, 0]])},
          "attention_mask has zeros beside cu_seq_lens_q: expected none"),
         ({"attention_mask": torch.ones(1, 1, 4, 4)}, "attention_mask is [1, 1, 4, 4]: expected [1, 4]"),
-        ({"cu_seq_lens_q": [0, 4], "pixel_values": torch.ones(1, 3, 8, 8)},
-         "pixel_values is [1, 3, 8, 8]: expected a tensor of a value for each of [1, 4] tokens"),
+        ({"cu_seq_lens_q": [0, 4], "audio": torch.ones(1, 3, 8)},
+         "audio is [1, 3, 8]: expected a tensor of a value for each of [1, 4] tokens"),
         ({"cu_seq_lens_q": [0, 4], "names": ["a"]}, "names is a list: expected a tensor of a value for each"),
     ],
 )  # fmt: skip
@@ -117,6 +117,7 @@ def test_unknown_strategies_and_options_are_refused() -> None:
 def test_other_tokens_are_another_plan() -> None:
     one, same, other = (collate(features=documents(seed))["plan"] for seed in (0, 0, 1))
     assert (one.fingerprint, hash(one)) == (same.fingerprint, hash(same))
+    assert one == same != other
     assert one.fingerprint != other.fingerprint
     narrow = one.narrow(window=3)
     assert narrow.fingerprint not in (one.fingerprint, other.narrow(window=3).fingerprint)

@@ -52,6 +52,16 @@ def test_gradient_checkpointing(family: str) -> None:
     check(family, 2, checkpointing=True)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_autocast(family: str) -> None:
+    check(family, 2, 0.05, bf16=True)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt_oss"])
+def test_fsdp(family: str) -> None:
+    check(family, 2, fsdp=True, checkpointing=True)
+
+
 def test_two_windows_under_ddp() -> None:
     check("gpt_oss", 4, groups=2, head_ranks=2)
     check("llama", 4, groups=2)

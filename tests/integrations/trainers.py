@@ -75,7 +75,7 @@ def run_sft(folder: str, family: str, over_ranks: bool, changes: dict[str, Any])
     how: dict[str, Any] = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 2, "max_steps": STEPS,
         "logging_steps": 1, "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no",
         "learning_rate": 1e-2, "disable_tqdm": True, "eval_strategy": "steps", "eval_steps": STEPS, "packing": True,
-        "max_length": 64, "gradient_checkpointing": False}  # fmt: skip
+        "max_length": 64, "activation_checkpointing": False}  # fmt: skip
     trainer = SFTTrainer(
         make_model(family, "sdpa"),
         SFTConfig(output_dir=folder, **{**how, **changes}),

@@ -9,12 +9,13 @@ import re
 from functools import cache
 from itertools import product
 from math import prod
+from typing import Any
 
 import pytest
 
 from flashcp.kernels.ahead import TARGETS, TRANSFERS, Build, build, build_hopper_backward, build_rows, build_transfer
 from flashcp.kernels.launch import PROGRAMS_PER_SM
-from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, table_dim
+from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, LATENT_DIM, SHARED_BYTES, TABLE, Blocks, Pass, table_dim
 
 pytest.importorskip("triton")
 F, KV, Q = Pass
@@ -62,7 +63,8 @@ def name(case: tuple[Pass, str, int, str, Blocks]) -> str:
 
 def test_the_table_is_whole() -> None:
     keys = product(TARGETS, HEAD_DIMS, (2, 4), Pass)
-    assert set(TABLE) == set(keys)
+    latents = product(("sm_80", "sm_90", "sm_100"), (LATENT_DIM,), (2,), Pass)
+    assert set(TABLE) == {*keys, *latents}
     assert set(SHARED_BYTES) == set(TARGETS)
     assert set(DTYPES) == {"float32", "float16", "bfloat16"}
 
@@ -112,6 +114,18 @@ def test_masks_softcap_and_two_head_dims_compile(arch: str, which: Pass, kind: s
     assert 0 < found.shared_bytes <= SHARED_BYTES[arch]
     assert found.wgmma + found.mma > 0
     assert "apart" in MASKS[kind] or found.spilled_bytes <= 64 * (which is KV)
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"v_dim": 512, "intervals": True}, {"parallel": True, "intervals": True}], ids=str
+)
+@pytest.mark.parametrize("which", Pass)
+def test_latents_fit_the_chip(which: Pass, kind: dict[str, Any]) -> None:
+    """Keys of 576 columns and values of 512, or padded to as many; dK and dV may spill a little."""
+    found = build(which, "sm_90", LATENT_DIM, "bfloat16", TABLE["sm_90", LATENT_DIM, 2, which][0], **kind)
+    assert 0 < found.shared_bytes <= SHARED_BYTES["sm_90"]
+    assert found.mma > 0
+    assert found.spilled_bytes <= 64 * (which is KV)
 
 
 def test_the_log_sum_exp_of_the_key_gradients_is_loaded_a_block_ahead() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -125,6 +126,24 @@ def test_sinks_are_in_the_log_sum_exp_and_leave_rows_of_nothing_alone() -> None:
     assert torch.equal(joined[:, 0], out[:, 0])
     assert torch.allclose(joined[0, 1], out[0, 1] / 2)
     assert sink_gradients(joined, torch.ones_like(out), joined_lse, sinks)[0] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["cpu", "varlen"])
+def test_a_sink_of_infinity_takes_all_weight(attention: str, dtype: torch.dtype) -> None:
+    """Its head gives zeros and has no gradients; the other head is as it would be."""
+    qkv, grad = inputs(60, (2, 2), dtype)
+    qkv = [x.requires_grad_() for x in qkv]
+    sinks = torch.tensor([torch.inf, 0.5], dtype=dtype).requires_grad_()
+    found = []
+    for attend in (partial(flashcp.varlen_attention, attention=attention), flashcp.reference_attention):
+        out = attend(*qkv, (50, 10), masks=Mask("window", 9), sinks=sinks)
+        found.append((out, *torch.autograd.grad(out, [*qkv, sinks], grad.to(out.dtype))))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.isfinite().all()
+        alone = ours[:1] if ours.dim() == 1 else ours[:, 0]
+        assert alone.count_nonzero() == 0
+        assert relative_error(ours, theirs) < (1e-5 if dtype is torch.float32 else 1e-2)
 
 
 SHARDED = [

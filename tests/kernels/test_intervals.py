@@ -121,6 +121,8 @@ CASES |= {
     "softcap 2, causal, staged": Case((40, 21), (Mask(), Mask()), 2, (2, 1), 16, fp32, SMALL, 2.0, "staged"),
     "softcap 2, fp16": Case((40, 21), (Mask(), Mask("full")), 2, (2, 1), 16, fp16, SMALL, 2.0),
     "values narrower than keys": Case((40, 21), (Mask(), Mask("full")), 2, (2, 1), 48, fp32, SMALL, v_dim=32),
+    "latents": Case((18, 9), (Mask("window", 6), Mask()), 2, (2, 1), 576, fp32, SMALL, v_dim=512),
+    "latents, fp16, staged": Case((18, 9), (Mask(),) * 2, 2, (2, 1), 576, fp16, SMALL, 0.0, "staged", v_dim=512),
     "values narrower, causal": Case((23, 18), (Mask(),) * 2, 2, (2, 2), 36, fp32, SMALL, 0.0, "staged", 1, 32),
 }
 
@@ -299,9 +301,11 @@ def test_rows_that_see_nothing_beside_rows_that_do() -> None:
 def test_auto_on_a_gpu_refuses_what_never_ran_there() -> None:
     from flashcp.kernels.launch import TritonAttention
 
-    q, wide = (torch.empty(8, 1, dim, device="meta") for dim in (16, 32))
+    q, wide, latent = (torch.empty(8, 1, dim, device="meta") for dim in (16, 32, 576))
     masked = whole_pack_schedule(np.array([8]), read_masks(Mask("window", 2), np.array([8])))
     causal = whole_pack_schedule(np.array([8]))
-    for schedule, softcap, v in ((masked, 0.0, q), (causal, 50.0, q), (causal, 0.0, wide)):
-        with pytest.raises(ValueError, match=r"attention=.auto. with masks, softcap or .* expected attention=.triton."):
-            TritonAttention(asked=False).attend(q, KV(q, v), KV(q, v), schedule, 0.25, softcap=softcap)
+    for schedule, softcap, k, v in (
+        (masked, 0.0, q, q), (causal, 50.0, q, q), (causal, 0.0, q, wide), (causal, 0.0, latent, latent),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"attention=.auto. with masks, softcap, .* expected attention=.triton."):
+            TritonAttention(asked=False).attend(k, KV(k, v), KV(k, v), schedule, 0.25, softcap=softcap)

@@ -56,8 +56,13 @@ def test_blocks_that_cannot_be_built_are_named() -> None:
 
 def test_the_table_serves_every_head_dim_up_to_its_largest() -> None:
     assert [table_dim(d) for d in (1, 16, 17, 64, 72, 80, 96, 128, 192)] == [16, 16, 32, 64, 80, 80, 96, 128, 256]
-    with pytest.raises(ValueError, match="head_dim=257: expected at most 256"):
-        table_dim(257)
+    assert table_dim(257) == table_dim(576) == 576
+    with pytest.raises(ValueError, match="head_dim=577: expected at most 576"):
+        table_dim(577)
+    schedule = whole_pack_schedule(np.array([40]))
+    for arch, dtype in (("gfx942", torch.bfloat16), ("sm_90", torch.float32)):
+        with pytest.raises(ValueError, match=rf"head_dim=576 of {dtype} on {arch}: expected at most 256"):
+            choose(Pass.FORWARD, arch, 576, dtype, schedule)
 
 
 def test_short_documents_get_small_tiles() -> None:

@@ -20,7 +20,7 @@ from flashcp.sharding.strategies import STRATEGIES
 from flashcp.sharding.strategies.flashcp.blocks import cut_blocks, kept_blocks
 from flashcp.sharding.strategies.flashcp.density import below, density_of
 from flashcp.sharding.strategies.flashcp.members import members
-from flashcp.sharding.strategies.flashcp.state import charge, layout, no_holders
+from flashcp.sharding.strategies.flashcp.state import charge, layout, layout_mix, no_holders
 from tests.drawn import Pack, packs
 
 GEMMA = [(Mask("causal"), 8), (Mask("window", 1024), 40)]
@@ -72,6 +72,21 @@ def test_density_counts_what_the_workload_counts(pack: Pack) -> None:
             if not (of & (start > 0) & (start < row) & (row < stop)).any():
                 expected = int(workload.pairs_below(np.array([document]), np.array([row]))[0])
                 assert below(density, at, row) == expected
+
+
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=6), st.sampled_from([1, 4]), st.randoms())
+def test_full_documents_are_laid_out_as_any_other(rows: list[int], granularity: int, rng: random.Random) -> None:
+    length, ranks = sum(rows), len(rows)
+    workload = read_workload(np.array([length]), Mask("full"), [(Mask(), 3)])
+    density = density_of(workload, np.array([0]), length)
+    ours, theirs = (no_holders(np.array([length]), ranks) for _ in range(2))
+    for holders in (ours, theirs):
+        holders.number[0] = ranks
+        holders.rank[:, 0], holders.rows[:, 0] = range(ranks), rows
+    ours.work[:, 0] = theirs.work[:, 0] = [3 * length * held + rng.randint(-9, 9) for held in rows]
+    layout(ours, 0, 0, granularity, density)
+    layout_mix(theirs, 0, 0, granularity, density)
+    assert all(map(np.array_equal, ours, theirs))
 
 
 @pytest.mark.parametrize("mask", [Mask(), Mask("full"), Mask("window", 40), Mask("chunk", 64), Mask("prefix", 30)])

@@ -111,7 +111,6 @@ def test_a_plan_prints_as_a_short_table() -> None:
         ([2**40], 1, "at most"),
         ([2**30] * 3, 1, "at most"),
         (5, 1, "whole numbers"),
-        ([4], 5, "world_size=5 with a pack of 4 tokens"),
         ([4], 0, "world_size=0"),
         ([4], True, "world_size=True"),
         ([4], 2.0, "world_size=2.0"),

@@ -48,7 +48,6 @@ def test_omegaconf_composes_it() -> None:
             r"batch_windows=1048576: one plan for 4294967296 tokens, expected at most 2147483647",
         ),
         ({"batch_windows": 0}, 1, r"batch_windows=0: expected a whole number >= 1"),
-        ({"context": 3}, 4, r"context=3: expected at least one token a rank, world_size=4"),
         ({"out": ""}, 1, r"out is empty"),
         ({"data": {"overflow": "split"}}, 1, r"data\.overflow='split': expected one of truncate, carry"),
         ({"data": {"epochs": -1}}, 1, r"data\.epochs=-1: expected a whole number >= 0"),

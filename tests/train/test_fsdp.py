@@ -40,8 +40,7 @@ def sharded(
     whole = {name: weight.numel() for name, weight in model.named_parameters()}
     for module in (*model.blocks, model):
         fully_shard(module)
-        module.set_gradient_divide_factor(1.0)  # the loss is a sum over ranks
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no sum that divides
+    cp.prepare(model)
     share = max(weight.to_local().numel() / whole[name] for name, weight in model.named_parameters())
     tokens, labels, _ = (cp.shard(x, plan) for x in pack())
     loss = model.loss(tokens, labels, cp.position_ids(plan), plan)

@@ -82,6 +82,7 @@ def test_which_layers_see_all() -> None:
 @pytest.mark.parametrize(("changes", "said"), [
     ({"window": 4, "chunk": 4}, "model.window=4 and model.chunk=4: expected one of them to be 0"),
     ({"full_every": 2}, "model.full_every=2: expected model.window or model.chunk for the other layers"),
+    ({"window": 9, "full_every": 5}, "model.full_every=5: expected at most model.layers=4"),
     ({"latent": 8}, "model.latent=8 with model.kv_heads=2: expected model.heads"),
     ({"softcap": -1.0}, "model.softcap=-1.0: expected a finite number >= 0"),
 ])  # fmt: skip

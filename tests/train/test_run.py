@@ -138,6 +138,20 @@ def test_three_ranks_and_a_context_they_do_not_divide(single: list[dict[str, Any
     assert losses == pytest.approx([row["loss"] for row in single], rel=1e-5)
 
 
+def test_windows_of_fewer_tokens_than_ranks(tmp_path: Path) -> None:
+    tiny = {"context": 2, "model": {"layers": 1, "dim": 24, "heads": 3, "kv_heads": 3}}
+    train({**small(tmp_path / "single"), **tiny})
+    cases = [
+        ({**small(tmp_path / exchange, sharding={"name": strategy}, exchange={"name": exchange}), **tiny},)
+        for strategy, exchange in METHODS
+    ]
+    run_cases(train, 3, cases)
+    for _, exchange in METHODS:
+        for row, alone in zip(read_rows(tmp_path / exchange), read_rows(tmp_path / "single"), strict=True):
+            assert row["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+            assert row["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+
+
 def test_the_loss_is_the_mean_over_the_labelled_tokens_of_all_packs_of_a_step(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("ab" * 20)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flashcp.context_parallel import ContextParallel
+from flashcp.integrations.transformers.images import block_masks, own_images
 from flashcp.integrations.transformers.layers import layers_of
 from flashcp.lengths import lengths_of, shift_labels
 from flashcp.sharding import ShardingPlan, plan
@@ -37,6 +38,11 @@ class WindowPlan(ShardingPlan):
         """The plan's, and the window's checksum in it."""
         return f"{int(super().fingerprint, 16) ^ self.window:016x}"
 
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and self.window == getattr(other, "window", 0)
+
+    __hash__ = ShardingPlan.__hash__
+
 
 class Collator:
     """Around a data collator: its batch as one pack, of which this rank's rows are returned.
@@ -44,11 +50,13 @@ class Collator:
     inner: yields input_ids [rows, tokens] and one of position_ids, cu_seq_lens_q, seq_idx (DataCollatorWithFlattening,
     TRL's with padding_free), or an attention_mask, of which each row is a document and zeros are left out. None: every
     example is a document, its input_ids and, where it has them, labels.
-    strategy, options: as for `flashcp.plan`. config: of the model; the plan then balances its mix of layers.
+    strategy, options: as for `flashcp.plan`. config: of the model; the plan then balances its mix of layers. blocks:
+    name of an input; runs of tokens for which it is 1 see each other, as Gemma 3's images do (`token_type_ids`).
 
     Returns input_ids, position_ids, labels, shift_labels and other inputs of a value a token, all [1, rank's tokens];
     plan; num_items_in_batch, how many labels the whole window has, int64 []; use_cache, False. Labels are shifted
-    inside documents already, under both names: the last row of a document has none.
+    inside documents already, under both names: the last row of a document has none. pixel_values, of all images in the
+    order of the pack, stay whole, for a model with `take_own_features`.
     Raises ValueError for batches that do not say where documents begin, and inputs that are not of a value a token.
     """
 
@@ -59,15 +67,18 @@ class Collator:
         strategy: str = "flashcp",
         *,
         config: Any | None = None,
+        blocks: str | None = None,
         **options: Any,
     ) -> None:
         check_choice("strategy", strategy, STRATEGIES)
         self.rank, self.holders, self.head_ranks = cp.rank, cp.holders, cp.head_ranks
         self.inner, self.strategy, self.options = inner or _flatten, strategy, options
         self.layers = None if config is None else layers_of(config)
+        self.image, self.blocks = getattr(config, "image_token_id", None), blocks
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         batch = dict(self.inner(features))
+        pixels = batch.pop("pixel_values", None)
         tokens = batch.get("input_ids")
         if not isinstance(tokens, Tensor) or tokens.dim() != 2:
             raise ValueError(f"input_ids is {_kind(tokens)}: expected a tensor [rows, tokens] from the inner collator")
@@ -81,10 +92,15 @@ class Collator:
         positions = torch.from_numpy(positions_of_rank(made, self.rank, self.head_ranks))
         mine: dict[str, Any] = {name: value.index_select(0, rows)[None] for name, value in packed.items()}
         mine |= {"position_ids": positions[None], "plan": made, "use_cache": False}
+        if pixels is not None:
+            mine |= own_images(packed["input_ids"], rows, pixels, self.image)
         return mine | {"num_items_in_batch": packed["labels"].ne(IGNORE).sum()}
 
     def _plan(self, lengths: np.ndarray, packed: dict[str, Tensor]) -> WindowPlan:
-        made = plan(lengths, self.holders, self.strategy, layers=self.layers, **self.options)
+        options = {"layers": self.layers, **self.options}
+        if self.blocks is not None:
+            options["masks"] = block_masks(packed[self.blocks].numpy(), lengths)
+        made = plan(lengths, self.holders, self.strategy, **options)
         window = zlib.crc32(packed["input_ids"].contiguous().numpy().tobytes())
         window = zlib.crc32(packed["labels"].contiguous().numpy().tobytes(), window)
         return WindowPlan(**{field.name: getattr(made, field.name) for field in fields(made)}, window=window)

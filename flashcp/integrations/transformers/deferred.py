@@ -12,12 +12,15 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 # Functions of `transformers.masking_utils` whose masks documents, windows and chunks say too.
 _KNOWN = {
     "causal_mask_function",
-    "sliding_window_overlay.<locals>.inner_mask",
-    "chunked_overlay.<locals>.inner_mask",
     "packed_sequence_mask_function.<locals>.inner_mask",
     "remap_positions_for_packed_sequence.<locals>.inner_mask",
     "and_masks.<locals>.and_mask",
     "or_masks.<locals>.or_mask",
+}
+# ... and where they keep how far back a row looks.
+_BACK = {
+    "sliding_window_overlay.<locals>.inner_mask": "sliding_window",
+    "chunked_overlay.<locals>.inner_mask": "chunk_size",
 }
 _BLOCKS = "blockwise_overlay.<locals>.inner_mask"
 
@@ -45,23 +48,28 @@ class DeferredMask:
         """What eager attention takes."""
         return eager_mask(**self.asked)
 
-    def check(self, tokens: int, back: int | None, with_blocks: bool) -> None:
-        """Raise ValueError where it masks anything else than a plan does for a layer that looks so far `back`."""
+    def check(self, tokens: int, back: int | None, longest_block: int) -> None:
+        """Raise ValueError where it masks anything else than a plan does for a layer that looks so far `back`.
+        longest_block: rows of the plan's longest block, 0: it has none."""
         _, _, _, kv_length = self.shape
         if kv_length != tokens:
             raise ValueError(f"attention over {kv_length} keys, {tokens} rows and a plan: expected no cache, no prefix")
         padding = self.asked.get("attention_mask")
         if padding is not None and not padding.all():
             raise ValueError("attention_mask has zeros beside a plan: expected none; Collator leaves padding out")
-        asked = self.asked.get("local_size")
+        asked = None
+        for part in _parts(self.asked["mask_function"]):
+            name = _name(part)
+            if name in _BACK:
+                asked = dict(zip(part.__code__.co_freevars, part.__closure__, strict=True))[_BACK[name]].cell_contents
+            elif name == _BLOCKS and not longest_block:
+                raise ValueError(f"mask function {name} beside a plan: expected blocks in the plan's masks")
+            elif name not in (*_KNOWN, _BLOCKS):
+                raise ValueError(f"mask function {name} beside a plan: expected causal, windows, chunks and packed")
         if asked != back:
             raise ValueError(f"the layer's mask looks {asked} rows back, its attention {back}: expected the same")
-        for name in _names(self.asked["mask_function"]):
-            if name not in _KNOWN and not (name == _BLOCKS and with_blocks):
-                hint = (
-                    "blocks in the plan's masks" if name == _BLOCKS else "causal, windows, chunks and packed documents"
-                )
-                raise ValueError(f"mask function {name} beside a plan: expected {hint}")
+        if back is not None and back < longest_block:  # Transformers lets its rows look no further back in it
+            raise ValueError(f"a block of {longest_block} rows in a layer that looks {back} back: expected no more")
 
 
 def defer(**asked: Any) -> Any:
@@ -70,11 +78,15 @@ def defer(**asked: Any) -> Any:
     return given if isinstance(given, DeferredMask) else DeferredMask(**asked)
 
 
-def _names(function: Any) -> Iterator[str]:
-    """Of a mask function and of those that it is made of."""
-    yield getattr(function, "__qualname__", type(function).__name__)
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _parts(function: Any) -> Iterator[Any]:
+    """A mask function and those that it is made of."""
+    yield function
     for cell in getattr(function, "__closure__", None) or ():
         held = cell.cell_contents
         for one in held if isinstance(held, tuple | list) else (held,):
             if callable(one):
-                yield from _names(one)
+                yield from _parts(one)

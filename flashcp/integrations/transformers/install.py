@@ -84,6 +84,8 @@ def _under_plan(
     for keyword, given in said.items():
         if given is not None and keyword not in _ELSEWHERE and not (keyword == "output_attentions" and not given):
             raise ValueError(f"{keyword}={shown(given)} beside a plan: expected none, FlashCP does not compute it")
+    if not isinstance(plan, ShardingPlan):
+        raise ValueError(f"plan is a {type(plan).__name__}: expected a ShardingPlan")
     if dropout:
         raise ValueError(f"dropout={dropout} beside a plan: expected 0 (attention_dropout in the configuration)")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
@@ -92,7 +94,8 @@ def _under_plan(
         raise ValueError(f"a batch of {len(query)} rows beside a plan: expected one, the pack's")
     chunk = chunk_of(getattr(module, "config", None), getattr(module, "layer_idx", None))
     if isinstance(attention_mask, DeferredMask):
-        attention_mask.check(query.shape[2], chunk or window, len(plan.masks.block_document) > 0)
+        blocks = plan.masks.block_stop - plan.masks.block_start
+        attention_mask.check(query.shape[2], chunk or window, int(blocks.max(initial=0)))
     elif attention_mask is not None:
         what = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(f"attention_mask {what} beside a plan: expected none")
@@ -112,7 +115,7 @@ def _under_plan(
 def _without_plan(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, said: dict[str, Any]
 ) -> tuple[Tensor, None]:
-    """sdpa, or the model's own eager attention for what sdpa would leave out."""
+    """sdpa, or the model's own eager attention for a softcap and sinks, which sdpa has not."""
     if said.get("softcap") is None and said.get("s_aux") is None:
         mask = attention_mask.boolean if isinstance(attention_mask, DeferredMask) else attention_mask
         out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, **said)

@@ -21,6 +21,7 @@ from flashcp.sharding.exchanges import rows_of_layers
 from flashcp.sharding.masks import Workload, read_workload
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import ShardTable
+from flashcp.sharding.strategies.equal_pieces import contiguous
 from flashcp.sharding.strategies.flashcp.blocks import keep_blocks_whole
 from flashcp.sharding.strategies.flashcp.density import HELPERS as COUNTING
 from flashcp.sharding.strategies.flashcp.density import density_of
@@ -84,9 +85,8 @@ def flashcp(
     ):
         if not legal:
             raise ValueError(f"{name}={value}: expected {wanted}")
-    if world_size == 1:
-        nothing = np.zeros_like(document_lengths)
-        return ShardTable(np.arange(len(document_lengths)), nothing, document_lengths, nothing)
+    if world_size == 1 or document_lengths.sum() <= world_size:  # all rows on one rank, or at most one on each
+        return contiguous(document_lengths, world_size)
 
     workload = read_workload(document_lengths) if workload is None else workload.reduced
     pairs = int(workload.document_pairs.sum())
