@@ -6,6 +6,7 @@ torchrun --nproc-per-node=2 examples/torchtitan_llama3.py
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -37,13 +38,14 @@ def write_assets(folder: Path) -> None:
 
 
 def main() -> None:
-    init_logger()
+    if os.environ["RANK"] == "0":
+        init_logger()
     with tempfile.TemporaryDirectory() as folder:
         write_assets(Path(folder))
         config = llama3_debugmodel()
         config.hf_assets_path, config.dataloader.dataset_path = folder, f"{folder}/text"
-        config.training.local_batch_size, config.training.seq_len, config.training.steps = 2, 512, 5
-        config.dump_folder, config.checkpoint.enable = folder, False
+        config.training.local_batch_size, config.training.seq_len, config.training.steps = 2, 512, 20
+        config.dump_folder, config.checkpoint.enable, config.metrics.log_freq = folder, False, 5
         config.parallelism.context_parallel_degree = 2
 
         trainer: Trainer = with_flashcp(config).build()

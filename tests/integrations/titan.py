@@ -129,7 +129,7 @@ def configuration(name: str, attention: str, layers: int = 2) -> Any:
 
 class Run(NamedTuple):
     """logs: of each step the loss and the norm of the gradients. gradients: of the first step, by parameter.
-    validation: losses. calls: of attention on this rank in a step. graphs: that were compiled."""
+    validation: losses. calls: of attention on this rank in that step. graphs: that were compiled."""
 
     logs: list[tuple[float, float]]
     gradients: dict[str, Tensor]
@@ -138,29 +138,20 @@ class Run(NamedTuple):
     graphs: int
 
 
-def train(
-    folder: str,
-    name: str,
-    attention: str = "flex",
-    cp: int = 0,
-    checkpointing: str = "",
-    backend: str = "",
-    parallelism: dict[str, Any] | None = None,
-    options: dict[str, Any] | None = None,
-) -> Run:
-    """torchtitan's Trainer. cp: ranks that share a pack, 0: torchtitan alone. backend: of the compiler, which compiles
-    each block. options: of FlashCPConfig."""
-    config = configuration(name, attention)
+def train(folder: str, name: str, attention: str, cp: int = 0, how: dict[str, Any] | None = None) -> Run:
+    """torchtitan's Trainer. cp: ranks that share a pack, 0: torchtitan alone. how: checkpointing, full or selective;
+    backend, of the compiler, which compiles each block; parallelism, torchtitan's; options, of FlashCPConfig."""
+    config, how = configuration(name, attention), how or {}
     if cp:
-        config = with_flashcp(config, timeout_s=60, **(options or {}))
-        config.parallelism = replace(config.parallelism, context_parallel_degree=cp, **(parallelism or {}))
+        config = with_flashcp(config, timeout_s=60, **how.get("options", {}))
+        config.parallelism = replace(config.parallelism, context_parallel_degree=cp, **how.get("parallelism", {}))
     config.dump_folder = folder
     groups = dist.get_world_size() // max(1, cp) // config.parallelism.tensor_parallel_degree
     config.training.local_batch_size = BATCH // groups
-    if checkpointing:
-        config.activation_checkpoint = CHECKPOINTING[checkpointing]()
-    if backend:
-        config.compile = CompileConfig(enable=True, components=["model"], backend=backend)
+    if "checkpointing" in how:
+        config.activation_checkpoint = CHECKPOINTING[how["checkpointing"]]()
+    if "backend" in how:
+        config.compile = CompileConfig(enable=True, components=["model"], backend=how["backend"])
     logs: list[tuple[float, float]] = []
     losses: list[float] = []
     with _as_torchrun_would():
@@ -170,12 +161,18 @@ def train(
         metrics.log = lambda step, loss, most, norm, **_: logs.append((loss, norm))
         metrics.log_validation = lambda loss, **_: losses.append(loss)
         gradients: dict[str, Tensor] = {}
-        trainer.optimizers.register_step_pre_hook(lambda *_: _note_gradients(trainer, gradients))
+        calls: list[int] = []
+
+        def note(*_: Any) -> None:
+            calls.append(trainer.sharing.cp._calls if cp else 0)
+            if not gradients:
+                gradients.update(_gradients(trainer.model_parts[0]))
+
+        trainer.optimizers.register_step_pre_hook(note)
         trainer.train()
         trainer.close()
         graphs = counters["stats"]["unique_graphs"]
-    calls = trainer.sharing.cp._calls // STEPS if cp else 0
-    return Run(logs, gradients, losses, calls, graphs)
+    return Run(logs, gradients, losses, calls[0], graphs)
 
 
 def _grouped_mm(experts: Any, *, A: Tensor, B_t: Tensor, offs: Tensor) -> Tensor:
@@ -214,12 +211,10 @@ def _initialize(model: torch.nn.Module) -> None:
             parameter.copy_(whole)
 
 
-def _note_gradients(trainer: Any, noted: dict[str, Tensor]) -> None:
-    """Those of the first step, whole."""
-    if not noted:
-        for name, parameter in trainer.model_parts[0].named_parameters():
-            x = parameter.grad
-            noted[_plain(name)] = x.full_tensor() if isinstance(x, DTensor) else x.clone()
+def _gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Whole, by parameter."""
+    named = {_plain(name): parameter.grad for name, parameter in model.named_parameters()}
+    return {name: x.full_tensor() if isinstance(x, DTensor) else x.clone() for name, x in named.items()}
 
 
 def _plain(name: str) -> str:
