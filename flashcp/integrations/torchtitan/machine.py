@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torchtitan.tools import utils
 
 FSDP_READS_SPMD_TYPES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 _NAMES = ("device_type", "device_module")
@@ -45,8 +46,6 @@ def make_it_run() -> None:
         dist.set_timeout = dist.distributed_c10d._set_pg_timeout  # type: ignore[attr-defined]
     if torch.accelerator.is_available():
         return
-    from torchtitan.tools import utils
-
     found = {"device_type": "cpu", "device_module": _Cpu()}
     for name, module in list(sys.modules.items()):
         if module is utils or (name.startswith("torchtitan.") and getattr(module, "device_type", None) == "cuda"):
