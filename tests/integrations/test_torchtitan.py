@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import flashcp
 from tests.packs import relative_error
 from tests.ranks import run_cases, run_ranks
 
@@ -72,6 +73,10 @@ def test_two_ranks(folder: str, name: str, attention: str, how: dict[str, Any]) 
         assert run.calls == LAYERS * (2 if how.get("checkpointing") == "full" else 1)
 
 
+def test_one_rank(folder: str) -> None:
+    same(run_ranks(train, 1, folder, LLAMA, "flex", 1, timeout_s=PATIENCE_S)[0], alone(folder, LLAMA))
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -99,10 +104,8 @@ def test_windows_of_both_kinds_of_attention_are_the_layers() -> None:
         config = with_flashcp(configuration(GPT_OSS, attention, layers=3))
         found = [one.window for _, one, _, _ in config.model_spec.model.traverse(FlashCPAttention.Config)]
         assert found == [128, None, 128], attention
-        assert [(mask.name, mask.size, count) for mask, count in layers_of(config.model_spec.model) or []] == [
-            ("window", 128, 2),
-            ("causal", 0, 1),
-        ]
+        assert layers_of(config.model_spec.model) == [(flashcp.Mask("window", 128), 2), (flashcp.Mask(), 1)]
+    assert layers_of(with_flashcp(configuration(LLAMA, "flex")).model_spec.model) is None
 
 
 def test_the_command_line_takes_torchtitans_names() -> None:
@@ -178,6 +181,4 @@ def test_inputs_that_nobody_would_share_out_are_refused(batch: dict[str, Any]) -
 
 
 def one_rank() -> Sharing:
-    from flashcp import ContextParallel
-
-    return Sharing(ContextParallel(), "flashcp", None)
+    return Sharing(flashcp.ContextParallel(), "flashcp", None)
