@@ -44,8 +44,8 @@ def main() -> None:
         write_assets(Path(folder))
         config = llama3_debugmodel()
         config.hf_assets_path, config.dataloader.dataset_path = folder, f"{folder}/text"
-        config.training.local_batch_size, config.training.seq_len, config.training.steps = 2, 512, 20
-        config.dump_folder, config.checkpoint.enable, config.metrics.log_freq = folder, False, 5
+        config.training.local_batch_size, config.training.seq_len, config.training.steps = 2, 512, 12
+        config.dump_folder, config.checkpoint.enable, config.metrics.log_freq = folder, False, 3
         config.parallelism.context_parallel_degree = 2
 
         trainer: Trainer = with_flashcp(config).build()
