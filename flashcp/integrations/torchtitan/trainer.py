@@ -96,11 +96,9 @@ class Trainer(TorchtitanTrainer):
             self.validator.sharing = self.sharing
         # All ranks hear of rows that did not come before any of them takes a step.
         self.optimizers.register_step_pre_hook(lambda *_: self.sharing.cp.synchronize())
-        if self.device.type == "cpu":
-            for part in self.model_parts:
-                for module in part.modules():
-                    if isinstance(module, FSDPModule):
-                        module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply on the way
+        for part in self.model_parts:
+            if isinstance(part, FSDPModule):
+                self.sharing.cp.prepare(part)  # gloo cannot sum as torchtitan asks
 
     def init_distributed(self) -> ParallelDims:
         """As torchtitan's; the ranks of the cp axis join here. One rank alone where its degree is 1."""
