@@ -61,7 +61,7 @@ lab-cases: $(STAMP) ## the kept labs, or the one named by CASE: rows, pictures, 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-integrations: $(BESIDE)/.installed ## run the tests beside Transformers, Trainer and TRL, in .venv-integrations
+test-integrations: $(BESIDE)/.installed ## run the tests beside Transformers, Trainer, TRL and torchtitan, in .venv-integrations
 	OMP_NUM_THREADS=1 $(BESIDE)/bin/python -m pytest tests/integrations $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy

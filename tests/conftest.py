@@ -30,6 +30,7 @@ LIBRARIES = (
     "omegaconf",
     "pyarrow",
     "tokenizers",
+    "torchtitan",
     "tqdm",
     "transformers",
     "trl",

@@ -35,6 +35,7 @@ BEHIND_ONE_DOOR = {
     "omegaconf": ("experiments/",),
     "safetensors": ("train/export.py",),
     "accelerate": ("flashcp/integrations/",),
+    "torchtitan": ("flashcp/integrations/",),
     "transformers": ("flashcp/integrations/",),
     "wandb": ("train/tracker.py",),
     "yaml": ("flashcp/clusters.py",),
