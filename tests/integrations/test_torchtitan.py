@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     from flashcp.integrations.torchtitan import FlashCPAttention, Sharing, Trainer, config_registry, with_flashcp
     from flashcp.integrations.torchtitan.machine import FSDP_READS_SPMD_TYPES
     from flashcp.integrations.torchtitan.trainer import check, layers_of
-    from tests.integrations.titan import STEPS, Run, configuration, train
+    from tests.integrations.titan import STEPS, WINDOW, Run, configuration, train
 
 LLAMA, QWEN, GPT_OSS = "llama3_debugmodel", "qwen3_debugmodel", "gpt_oss_debugmodel"
 LAYERS, PATIENCE_S = 2, 170
@@ -103,8 +103,8 @@ def test_windows_of_both_kinds_of_attention_are_the_layers() -> None:
     for attention in ("flex", "varlen"):
         config = with_flashcp(configuration(GPT_OSS, attention, layers=3))
         found = [one.window for _, one, _, _ in config.model_spec.model.traverse(FlashCPAttention.Config)]
-        assert found == [128, None, 128], attention
-        assert layers_of(config.model_spec.model) == [(flashcp.Mask("window", 128), 2), (flashcp.Mask(), 1)]
+        assert found == [WINDOW, None, WINDOW], attention
+        assert layers_of(config.model_spec.model) == [(flashcp.Mask("window", WINDOW), 2), (flashcp.Mask(), 1)]
     assert layers_of(with_flashcp(configuration(LLAMA, "flex")).model_spec.model) is None
 
 

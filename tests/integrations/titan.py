@@ -24,13 +24,14 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import CompileConfig
 from torchtitan.distributed import activation_checkpoint
-from torchtitan.models.common.attention import FlexAttention
+from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 from torchtitan.models.common.moe import GroupedExperts
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
 from flashcp.integrations.torchtitan import with_flashcp
 
 STEPS, TOKENS, BATCH, VOCABULARY = 4, 128, 4, 2048
+WINDOW = 16  # of gpt-oss: documents are longer
 CHECKPOINTING = {"full": activation_checkpoint.FullAC.Config, "selective": activation_checkpoint.SelectiveAC.Config}
 
 
@@ -110,6 +111,11 @@ def configuration(name: str, attention: str, layers: int = 2) -> Any:
     registry = import_module(f"torchtitan.models.{model}").model_registry
     spec = registry(config.model_spec.flavor, attn_backend="flex" if attention == "dense" else attention)
     spec.model.layers = spec.model.layers[:layers]
+    for one in (layer.attention for layer in spec.model.layers):
+        if getattr(one, "sliding_window_size", None):
+            one.sliding_window_size = WINDOW
+            if isinstance(one.inner_attention, VarlenAttention.Config):
+                one.inner_attention = VarlenAttention.Config(window_size=(WINDOW - 1, 0))
     if attention == "dense":
         for _, found, layer, field in list(spec.model.traverse(FlexAttention.Config)):
             setattr(layer, field, DenseAttention.Config(block_size=found.block_size))
