@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flashcp.call import Layer
+from flashcp.eager import EagerAttention
 from flashcp.kernels.inputs import check_inputs, check_return_lse
 from flashcp.kernels.scores import Scores, read_scores
 from flashcp.operator import attention
@@ -56,10 +57,13 @@ def run(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The operator, with what it is handed, and of its results those that were asked for."""
-    out, lse, _ = attention(
-        q, k, v, scores.sinks, begun, ranks, plan, scores.scale, scores.softcap, *layer, return_lse,
-        torch.is_grad_enabled(),
-    )  # fmt: skip
+    gradients = torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        out, lse, _ = attention(
+            q, k, v, scores.sinks, begun, ranks, plan, scores.scale, scores.softcap, *layer, return_lse, gradients
+        )
+    else:
+        out, lse = EagerAttention.apply(q, k, v, scores.sinks, begun, ranks, plan, scores, layer, return_lse, gradients)
     return (out, lse) if return_lse else out
 
 

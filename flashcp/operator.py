@@ -5,7 +5,8 @@
 
 Plans, ranks, rows under way and what waits for the backward reach an operator by number (`sharding/numbered.py`), so
 that other plans compile nothing anew. Rows under way and what waits live as long as their number: the compiler and
-checkpointing keep, drop and make it again as they do with any tensor.
+checkpointing keep, drop and make it again as they do with any tensor. Calls that are not compiled go through
+`flashcp/eager.py`.
 
 All ranks come to the same operators in the same order. Compiled code leaves it so, for all ranks compile one program:
 what the compiler moves, drops or repeats, it does on every rank. Headers name what differs.
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from flashcp.call import Begun, Call, Queries, query_codes
 from flashcp.comm.clock import span
-from flashcp.comm.exchanges.exchange import Saved
+from flashcp.comm.exchanges.exchange import InputGradients, Saved
 from flashcp.comm.handshake import Step
 from flashcp.kernels.inputs import check_inputs
 from flashcp.kernels.interface import KV
@@ -78,6 +79,11 @@ class Kept:
 
     call: Call
     saved: Saved
+
+    def whole(self, *own: Tensor | None) -> Saved:
+        """With the operator's q, k, v, output and log-sum-exp where None stands for them."""
+        pairs = zip(self.saved, (*own, None, None), strict=True)
+        return Saved(*(given if held is None else held for held, given in pairs))  # type: ignore[arg-type]
 
 
 @_operator("prefetch")
@@ -198,20 +204,22 @@ def attention_backward(
     if grad_lse is not None and grad_lse.any():
         refuse_gradient(grad_lse)
     waited: Kept = numbered(int(kept))
-    given = (*(None if x is None else _rows(x) for x in (q, k, v)), out, lse, None, None)
-    saved = Saved(*(y if x is None else x for x, y in zip(waited.saved, given, strict=True)))  # type: ignore[arg-type]
-    call = waited.call
-    with (
-        call.watched(),
-        span(f"attention {call.header.call}, backward"),
-        torch.autocast(grad_out.device.type, enabled=False),
-    ):
+    saved = waited.whole(*(None if x is None else _rows(x) for x in (q, k, v)), out, lse)
+    grad_q, grad_k, grad_v, of_sinks = differentiate(waited.call, saved, sinks, grad_out)
+    own = grad_out.new_empty(0) if of_sinks is None else of_sinks
+    return grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous(), own
+
+
+def differentiate(call: Call, saved: Saved, sinks: Tensor | None, grad_out: Tensor) -> InputGradients:
+    """Gradients of q, k and v in grad_out's dtype, and of the sinks in theirs."""
+    no_autocast = torch.autocast(grad_out.device.type, enabled=False)
+    with call.watched(), span(f"attention {call.header.call}, backward"), no_autocast:
         call = call.say(Step.BACKWARD)
         settings = replace(call.settings, scores=call.settings.scores._replace(sinks=sinks))
         gradients = call.exchange.backward(call.plan, _rows(grad_out), saved, settings)
-    grad_q, grad_k, grad_v = (x.to(grad_out.dtype).contiguous() for x in gradients[:3])
-    own = grad_out.new_empty(0) if sinks is None or gradients.sinks is None else gradients.sinks.to(sinks.dtype)
-    return grad_q, grad_k, grad_v, own
+    of_sinks = None if sinks is None or gradients.sinks is None else gradients.sinks.to(sinks.dtype)
+    grad_q, grad_k, grad_v = (x.to(grad_out.dtype) for x in gradients[:3])
+    return InputGradients(grad_q, grad_k, grad_v, of_sinks)
 
 
 @_shapes("attention_backward")

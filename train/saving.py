@@ -50,7 +50,9 @@ class Saver:
         if config.every and config.asynchronous:
             self._beside = ranks.beside(timeout_s)
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="flashcp-checkpoint")
-            self._stager = DefaultStager(StagingOptions(ranks.device.type == "cuda", False, False, False))
+            copies = ("use_shared_memory", "use_async_staging", "use_non_blocking_copy")
+            pinned = ranks.device.type == "cuda"
+            self._stager = DefaultStager(StagingOptions(use_pinned_memory=pinned, **dict.fromkeys(copies, False)))
             # Here and for good: catching warnings in the thread would change the filters of all threads.
             warnings.filterwarnings("ignore", message=ALONE, category=UserWarning)
 

@@ -48,6 +48,9 @@ def late(real: Write) -> Write:
 def train_written_late(config: dict[str, Any], die_at: int = 0) -> None:
     with writing(late):
         train_and_die_at(config, die_at) if die_at else train(config)
+        latest = find_latest(Path(config["out"]))  # here and now: whoever fails waits for what it had begun
+        assert latest is not None
+        assert latest.name == ("step_00000003" if die_at else "step_00000006")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -56,7 +59,7 @@ def test_a_checkpoint_is_of_its_own_step_and_resumes_bit_for_bit(world_size: int
     run_ranks(train, world_size, small(tmp_path / "whole", checkpoint={"every": 3}))
     run_ranks(train_written_late, world_size, small(tmp_path / "late", checkpoint=beside))
     resumed = tmp_path / "resumed"
-    run_ranks(train_written_late, world_size, small(resumed, checkpoint=beside), 4)  # what was begun stays
+    run_ranks(train_written_late, world_size, small(resumed, checkpoint=beside), 4)
     run_ranks(train, world_size, small(resumed, checkpoint={**beside, "resume": "latest"}))
     for step in ("step_00000003", "step_00000006"):
         for name in ("late", "resumed"):
