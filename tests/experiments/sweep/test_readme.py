@@ -60,7 +60,8 @@ def test_a_table_is_what_its_rows_say(page: Path) -> None:
     """When rows change: python -c "from tests.experiments.sweep.test_readme import rewrite; rewrite()"."""
     (name, block), text = BLOCKS[page], page.read_text(encoding="utf-8")
     assert [found[0] for found in BLOCK.finditer(text)] == [block()]
-    assert text.index(f"<!-- {name} -->") < text.index("\n|")
+    if page == README:  # what a newcomer sees first
+        assert text.index(f"<!-- {name} -->") < text.index("\n|")
 
 
 def test_the_committed_demo_shows_both_links_and_its_point() -> None:
