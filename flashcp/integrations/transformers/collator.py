@@ -105,7 +105,9 @@ class Collator:
         made = plan(lengths, self.holders, self.strategy, **options)
         window = zlib.crc32(packed["input_ids"].contiguous().numpy().tobytes())
         window = zlib.crc32(packed["labels"].contiguous().numpy().tobytes(), window)
-        return WindowPlan(**{field.name: getattr(made, field.name) for field in fields(made)}, window=window)
+        return WindowPlan(
+            **{field.name: getattr(made, field.name) for field in fields(made) if field.init}, window=window
+        )
 
 
 def _flatten(features: list[Any]) -> dict[str, Tensor]:
