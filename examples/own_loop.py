@@ -51,8 +51,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
             dist.all_reduce(loss := loss.detach())
-            if cp.rank == 0 and step % 6 == 5:
-                print({"loss": f"{loss.item():.3f}"}, flush=True)
+            print(f"loss: {loss:.3f}\n" if cp.rank == 0 and step % 6 == 5 else "", end="", flush=True)
     dist.destroy_process_group()
 
 
