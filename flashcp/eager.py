@@ -12,34 +12,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flashcp.call import Layer
 from flashcp.comm.exchanges.exchange import Saved
-from flashcp.kernels.scores import Scores
 from flashcp.operator import Kept, attention, differentiate, refuse_gradient
 from flashcp.sharding.numbered import numbered
 
 
 class EagerAttention(torch.autograd.Function):
-    """Of the operator's arguments those that are tensors come first."""
+    """Takes what the operator takes."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor | None,
-        begun: Tensor | None,
-        ranks: Tensor,
-        plan: Tensor,
-        scores: Scores,
-        layer: Layer,
-        return_lse: bool,
-        gradients: bool,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse, kept = attention(
-            q, k, v, sinks, begun, ranks, plan, scores.scale, scores.softcap, *layer, return_lse, gradients
-        )
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
+        q, k, v, sinks, *_, return_lse, gradients = given
+        out, lse, kept = attention(*given)
         if not return_lse:
             ctx.mark_non_differentiable(lse)
         if gradients and any(ctx.needs_input_grad):
@@ -56,4 +40,4 @@ class EagerAttention(torch.autograd.Function):
         *of_call, sinks = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros(**ctx.like)  # other ranks come to this backward: so does this one
-        return *differentiate(ctx.call, Saved(*of_call), sinks, grad_out), *(None,) * 7
+        return *differentiate(ctx.call, Saved(*of_call), sinks, grad_out), *(None,) * 10

@@ -57,13 +57,11 @@ def run(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The operator, with what it is handed, and of its results those that were asked for."""
-    gradients = torch.is_grad_enabled()
-    if torch.compiler.is_compiling():
-        out, lse, _ = attention(
-            q, k, v, scores.sinks, begun, ranks, plan, scores.scale, scores.softcap, *layer, return_lse, gradients
-        )
-    else:
-        out, lse = EagerAttention.apply(q, k, v, scores.sinks, begun, ranks, plan, scores, layer, return_lse, gradients)
+    calls = attention if torch.compiler.is_compiling() else EagerAttention.apply
+    out, lse, *_ = calls(
+        q, k, v, scores.sinks, begun, ranks, plan, scores.scale, scores.softcap, *layer, return_lse,
+        torch.is_grad_enabled(),
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 

@@ -144,22 +144,8 @@ def attention(
 
 
 @_shapes("attention")
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    begun: Tensor | None,
-    ranks: Tensor,
-    plan: Tensor,
-    softmax_scale: float,
-    softcap: float,
-    window: int | None,
-    chunk: int | None,
-    inputs_wait: bool,
-    return_lse: bool,
-    gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, return_lse, _ = others
     lse = q.new_empty(q.shape[:2] if return_lse else (0,), dtype=torch.float32)
     return q.new_empty(q.shape), lse, torch.empty(1, dtype=torch.int64, device="cpu")
 
@@ -223,18 +209,8 @@ def differentiate(call: Call, saved: Saved, sinks: Tensor | None, grad_out: Tens
 
 
 @_shapes("attention_backward")
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    sinks: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
-    kept: Tensor,
-    kv_heads: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(grad_out: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, _, _, _, sinks, *_, kv_heads = others
     of_rows = (grad_out.shape[0], kv_heads, grad_out.shape[2])
     of_sinks = grad_out.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return grad_out.new_empty(grad_out.shape), grad_out.new_empty(of_rows), grad_out.new_empty(of_rows), of_sinks

@@ -101,8 +101,6 @@ def _under_plan(
         raise ValueError(f"attention_mask {what} beside a plan: expected none")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave fp32, the projection of v does not
-        q, k, v = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (q, k, v))
     own, other = v.shape[-1], q.shape[-1]
     if own < other:  # latent attention (MLA): rows of zeros travel along
         v = pad(v, (0, other - own))
