@@ -9,7 +9,9 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
+import flashcp
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.nvshmem import is_available
 from flashcp.experiments.cli import doctor
@@ -60,6 +62,21 @@ def test_what_is_wrong_is_said_and_the_exit_code_is_1(
     facts = json.loads(capsys.readouterr().out)
     assert not facts["healthy"]
     assert facts["ranks"][0]["self_test"]["exact"]["failed"].startswith("ValueError: timeout_s=-1.0: expected seconds")
+
+
+def test_gradients_that_are_no_numbers_fail(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = flashcp.ContextParallel.attention
+
+    def spoilt(cp: flashcp.ContextParallel, q: Tensor, k: Tensor, v: Tensor, plan: flashcp.ShardingPlan) -> Tensor:
+        v = v.clone()
+        v.register_hook(lambda grad: grad * torch.nan)
+        return real(cp, q, k, v, plan)
+
+    monkeypatch.setattr(flashcp.ContextParallel, "attention", spoilt)
+    assert main(["doctor"]) == 1
+    assert "self-test   exact: FAILED: error inf" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("word", ["ranks=0", "ranks=x", "ranks=65", "rank=2", "ranks"])
