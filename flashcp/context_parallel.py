@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -343,7 +344,7 @@ class ContextParallel(JoinedRanks):
     ) -> Begun:
         """Agree with the other ranks and let rows leave; the operators call this. queries: None where they come
         later."""
-        header = self._header(k, v, plan, window, chunk, gradients, lambda: queries)
+        header = partial(self._header, k, v, plan, window, chunk, gradients, lambda: queries)
         call = self._call(header, k, plan, window, chunk)
         sending = self.stats.measure("exposed_exchange_ms", f"attention {call.header.call}, send rows")
         with torch.no_grad(), sending, call.watched():
@@ -362,7 +363,7 @@ class ContextParallel(JoinedRanks):
         """The layer as operators take it. What no operator can be handed is refused before, on all ranks; compiled
         code has no such arguments."""
         if not torch.compiler.is_compiling():
-            header = self._header(k, v, plan, window, chunk, torch.is_grad_enabled(), queries)
+            header = partial(self._header, k, v, plan, window, chunk, torch.is_grad_enabled(), queries)
             try:
                 header()
             except Exception:
@@ -380,28 +381,24 @@ class ContextParallel(JoinedRanks):
         chunk: int | None,
         gradients: bool,
         read_queries: Callable[[], Queries | None],
-    ) -> Callable[[], Header]:
-        """What this rank tells the others of a call; checks its arguments when it is called."""
-
-        def header() -> Header:
-            self._check_plan(plan)
-            queries = read_queries()
-            check_inputs(k if queries is None else queries.q, k, v, self._exchange.tokens(plan))
-            of_queries = {"query_heads": 0} if queries is None else query_codes(queries)
-            self._exchange.check(of_queries["query_heads"], k.shape[1])
-            self._kernel(k).check_masks(plan.narrow(window, chunk).masks)
-            return Header(
-                **header_codes(plan.narrow(window, chunk), k),
-                **of_queries,
-                exchange=list(EXCHANGE_CLASSES).index(self.exchange),
-                kv_heads=k.shape[1],
-                head_dim=k.shape[2],
-                gradients=gradients,
-                refetch=self.backward == "refetch",
-                gradient_wire=GRADIENT_WIRES.index(self.gradient_wire),
-            )
-
-        return header
+    ) -> Header:
+        """What this rank tells the others of a call, whose arguments it checks."""
+        self._check_plan(plan)
+        queries, narrow = read_queries(), plan.narrow(window, chunk)
+        check_inputs(k if queries is None else queries.q, k, v, self._exchange.tokens(plan))
+        of_queries = {"query_heads": 0} if queries is None else query_codes(queries)
+        self._exchange.check(of_queries["query_heads"], k.shape[1])
+        self._kernel(k).check_masks(narrow.masks)
+        return Header(
+            **header_codes(narrow, k),
+            **of_queries,
+            exchange=list(EXCHANGE_CLASSES).index(self.exchange),
+            kv_heads=k.shape[1],
+            head_dim=k.shape[2],
+            gradients=gradients,
+            refetch=self.backward == "refetch",
+            gradient_wire=GRADIENT_WIRES.index(self.gradient_wire),
+        )
 
     def _call(
         self, header: Callable[[], Header], rows: Tensor, plan: ShardingPlan, window: int | None, chunk: int | None

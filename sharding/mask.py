@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -61,6 +62,13 @@ class LayerKind(NamedTuple):
     window: int
     chunk: int
     layers: int
+
+
+def count_layers(masks: Iterable[Mask]) -> list[tuple[Mask, int]] | None:
+    """The mix of layers of which each has one of these masks, as `flashcp.plan(layers=)` takes it; None where all are
+    causal."""
+    mix = list(Counter(masks).items())
+    return None if all(mask.is_causal for mask, _ in mix) else mix
 
 
 def read_layers(layers: Iterable[tuple[Mask, int]] | None) -> tuple[LayerKind, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -23,8 +22,8 @@ from flashcp.integrations.torchtitan.attention import FlashCPAttention
 from flashcp.integrations.torchtitan.machine import FSDP_READS_SPMD_TYPES
 from flashcp.integrations.torchtitan.sharing import Sharing
 from flashcp.operator import attention
-from flashcp.sharding import Mask
 from flashcp.sharding.documents import check_choice
+from flashcp.sharding.mask import Mask, count_layers
 
 
 @dataclass(kw_only=True, slots=True)
@@ -126,8 +125,7 @@ class Trainer(TorchtitanTrainer):
 def layers_of(model: Any) -> list[tuple[Mask, int]] | None:
     """The layer mix of a model's configuration, as `flashcp.plan(layers=)` takes it; None where all are causal."""
     windows = [found.window for _, found, _, _ in model.traverse(FlashCPAttention.Config)]
-    mix = Counter(Mask() if window is None else Mask("window", window) for window in windows)
-    return None if set(mix) == {Mask()} else list(mix.items())
+    return count_layers(Mask() if window is None else Mask("window", window) for window in windows)
 
 
 def check(config: Trainer.Config) -> None:

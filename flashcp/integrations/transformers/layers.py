@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
-from flashcp.sharding.mask import Mask
+from flashcp.sharding.mask import Mask, count_layers
 
 _TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -38,5 +37,4 @@ def layers_of(config: Any) -> list[tuple[Mask, int]] | None:
             masks.append(Mask("chunk", chunk))
         else:
             masks.append(Mask("window", window) if kind == "sliding_attention" and window else Mask())
-    mix = list(Counter(masks).items())
-    return None if mix == [(Mask(), len(masks))] else mix
+    return count_layers(masks)
