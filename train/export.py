@@ -10,7 +10,6 @@ A decoder is written as the class of Transformers that computes the same, and re
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from flashcp.train.lineage import UNFINISHED, find_latest
 from flashcp.train.model import Decoder
 from flashcp.train.model_config import ModelConfig
 from flashcp.train.ranks import Ranks
+from flashcp.train.summary import write_json
 
 NO_TOKENIZER = "none"
 DEEPSEEK_LATENT_EPS = 1e-6  # of its latent's norm, which no configuration sets
@@ -85,12 +85,12 @@ def export(checkpoint: Path, out: Path, tokenizer: str = "") -> Exported:
         shutil.rmtree(unfinished, ignore_errors=True)  # what a killed export left
         unfinished.mkdir(parents=True)
         library.save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
-        _write_json(unfinished / "config.json", config)
+        write_json(unfinished / "config.json", config)
         if isinstance(reads, FileTokenizer):
             (unfinished / "tokenizer.json").write_text(reads.to_json(), encoding="utf-8")
             end = {"eos_token": data["end_token"]} if data["end_token"] else {}
             kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-            _write_json(unfinished / "tokenizer_config.json", {**kind, **end, "model_max_length": context})
+            write_json(unfinished / "tokenizer_config.json", {**kind, **end, "model_max_length": context})
         os.rename(unfinished, out)
     except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -200,7 +200,3 @@ def _tokenizer(data: Mapping[str, Any], place: str) -> Tokenizer | None:
             f"tokenizer={name!r}: not the one that the run had (another SHA-256); expected its file, or {NO_TOKENIZER}"
         )
     return read
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
