@@ -111,13 +111,9 @@ def bench_calibrate(bench: CalibrateBench) -> Iterator[Calibration]:
     timer = KernelTimer(device, bench.repeats)
     timer.check(shape)
     shapes = [random_shape(shape, random) for _ in schedules]
-    shown = bar(zip(schedules, shapes, strict=True), total=len(schedules), unit="schedule", desc="attention", delay=2.0)
-    measured = np.array([timer.times(one, some) for one, some in shown]).T.tolist()
+    measured = attention_us(timer, schedules, shapes)
     attention, predicted = fit_attention(schedules, shapes, measured, bench.schedules)
-    copied_bytes = [shape.kv_bytes * 4**power for power in range(3, 9)]
-    copied = copy_us(copied_bytes, shape.kv_bytes, bench.repeats, device)
-    copy_slope, copy_start = fit_line([2 * size for size in copied_bytes], copied)  # read and written
-    copies = CopyCost(1e-3 / copy_slope, copy_start)
+    copies = copy_cost(shape, bench.repeats, device)
     ranks_here = torch.cuda.device_count() if cuda else 2
     link = Link(gbps=50.0, latency_us=5.0)
     linked = ranks_here > 1
@@ -161,6 +157,21 @@ def random_shape(shape: AttentionShape, random: np.random.Generator) -> Attentio
     """All heads, or the share of them that one of several ranks has."""
     ranks = int(random.choice([ranks for ranks in SHARES if shape.kv_heads % ranks == 0]))
     return shape._replace(query_heads=shape.query_heads // ranks, kv_heads=shape.kv_heads // ranks)
+
+
+def attention_us(
+    timer: KernelTimer, schedules: Sequence[RankSchedule], shapes: Sequence[AttentionShape]
+) -> list[list[float]]:
+    """Times of each schedule at its shape: forward, and backward."""
+    pairs = bar(zip(schedules, shapes, strict=True), total=len(schedules), unit="schedule", desc="attention", delay=2.0)
+    return cast(list[list[float]], np.array([timer.times(one, some) for one, some in pairs]).T.tolist())
+
+
+def copy_cost(shape: AttentionShape, repeats: int, device: torch.device) -> CopyCost:
+    """What copies of rows of K and V cost."""
+    sizes = [shape.kv_bytes * 4**power for power in range(3, 9)]
+    slope, start = fit_line([2 * size for size in sizes], copy_us(sizes, shape.kv_bytes, repeats, device))
+    return CopyCost(1e-3 / slope, start)  # what is copied is read and written
 
 
 def copy_us(sizes: Sequence[int], row_bytes: int, repeats: int, device: torch.device) -> list[float]:

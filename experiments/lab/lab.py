@@ -13,13 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flashcp.experiments.bench.calibration import cluster_text
 from flashcp.experiments.cli.launch import BAD_INPUT, RanksFailedError
 from flashcp.experiments.folders import check_file
 from flashcp.experiments.lab.alone import LabError
 from flashcp.experiments.lab.cases import LabBench
 from flashcp.experiments.lab.faults import Answering, CutSeen, cuts_seen
+from flashcp.experiments.lab.kernels import time_kernels
 from flashcp.experiments.lab.nodes import Node, built_nodes
-from flashcp.experiments.lab.predict import predict
+from flashcp.experiments.lab.predict import lab_machine, predict
 from flashcp.experiments.lab.rows import fault_rows, lab_rows, training_rows
 from flashcp.experiments.lab.scale import OPEN, Rates, Scale
 from flashcp.experiments.lab.start import run_on_nodes
@@ -29,7 +31,8 @@ from flashcp.experiments.sweep.results import REFERENCE, RESULTS, Row, write_row
 
 __all__ = ["bench_lab", "lab_table"]
 
-WRITTEN = ("settings.json", "records.jsonl", "predicted.json", RESULTS, "lab.png")
+MACHINE = "machine.yaml"
+WRITTEN = ("settings.json", "records.jsonl", MACHINE, "predicted.json", RESULTS, "lab.png")
 """Files of `out`, beside what the ranks of each step said."""
 
 
@@ -47,6 +50,8 @@ def bench_lab(bench: LabBench, out: str) -> tuple[list[Row], Path]:
     if bench.train_steps:
         for config in train_configs(bench, folder / "train").values():
             config.check(bench.world_size)
+    print(f"{bench.case}: timing attention", file=sys.stderr)
+    whole = time_kernels(bench)
     try:
         link = dataclasses.replace(OPEN, delay_us=bench.delay_us)
         with built_nodes(bench.nodes, bench.ranks_per_node, link, bench.cores) as nodes:
@@ -54,13 +59,15 @@ def bench_lab(bench: LabBench, out: str) -> tuple[list[Row], Path]:
             settings.write_text(json.dumps(dataclasses.asdict(bench)))
             records.write_text("")
             ranks = _Ranks(bench, nodes, settings, records)
-            print(f"{bench.case}: measuring the ranks' rates", file=sys.stderr)
+            print("measuring the ranks' rates", file=sys.stderr)
             ranks.run("rate")
             scale = Scale.of(bench, Rates(**_read(records)[0]))
             print(f"emulated: {scale}", file=sys.stderr)
             for node in nodes:
                 node.shape(scale.link_gbps)
-            predicted = predict(bench, scale)
+            machine = lab_machine(scale, whole)
+            (folder / MACHINE).write_text(cluster_text(machine, f"{bench.case}, as flashcp bench lab found it"))
+            predicted = predict(bench, machine)
             (folder / "predicted.json").write_text(json.dumps(predicted, indent=1))
             print(f"predicted: {folder / 'predicted.json'}; now measuring", file=sys.stderr)
             ranks.run("run")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import TypeVar
 
-from flashcp.clusters import read_cluster
 from flashcp.experiments.lab.cases import LabBench, Work
 from flashcp.experiments.lab.scale import RATED, Scale
 from flashcp.simulation import simulate
@@ -13,22 +12,19 @@ from flashcp.simulator.cost import Link, Links
 from flashcp.simulator.machine import Machine
 from flashcp.train.link import attention_operations
 
-CALIBRATED = "this_machine"
-"""The cluster file whose kernels are those of the lab's ranks, on a core of their own."""
 Costs = TypeVar("Costs")
 
 
-def lab_machine(scale: Scale) -> Machine:
+def lab_machine(scale: Scale, whole: Machine) -> Machine:
     """The lab as the simulator knows machines.
 
-    Its kernels are the calibrated ones, all slower by one factor: a rank has a share of a core.
+    whole: its kernels on a core of their own. A rank has a share of one, so all are slower by one factor.
     """
-    bench, rates, whole = scale.bench, scale.rates, read_cluster(CALIBRATED)
+    bench, rates = scale.bench, scale.rates
     share = rates.tflops / _tflops(whole, bench)
     attention = whole.attention
     return replace(
         whole,
-        name="lab",
         attention=replace(
             attention, forward=_slowed(attention.forward, share), backward=_slowed(attention.backward, share)
         ),
@@ -40,13 +36,11 @@ def lab_machine(scale: Scale) -> Machine:
             Link(scale.link_gbps, rates.latency_us),
             shared_port=True,
         ),
-        provenance={},
     )
 
 
-def predict(bench: LabBench, scale: Scale) -> dict[str, list[float]]:
+def predict(bench: LabBench, machine: Machine) -> dict[str, list[float]]:
     """Milliseconds of each method, batch by batch: of its slowest group of ranks, forward and backward."""
-    machine = lab_machine(scale)
     works = [bench.work(batch) for batch in bench.batches]
     return {method: [max(_ms(bench, machine, one) for one in each[method]) for each in works] for method in works[0]}
 

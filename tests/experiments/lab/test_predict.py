@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from flashcp.clusters import read_cluster
 from flashcp.experiments.lab.cases import LabBench
 from flashcp.experiments.lab.predict import lab_machine, predict
 from flashcp.experiments.lab.scale import RATED, Rates, Scale
@@ -12,10 +13,11 @@ from flashcp.train.link import attention_operations
 
 BENCH = LabBench(context=2048, windows=2, methods=["llama3", "flashcp"])
 RATES = Rates(tflops=0.01, latency_us=2000.0, node_gbps=0.5)
+WHOLE = read_cluster("this_machine")
 
 
 def test_the_machine_attends_at_the_rate_that_was_measured() -> None:
-    machine = lab_machine(Scale(BENCH, RATES, 0.04))
+    machine = lab_machine(Scale(BENCH, RATES, 0.04), WHOLE)
     found = simulate(
         RATED, 1, cluster=machine, methods=["flashcp"], query_heads=8, kv_heads=8, head_dim=32, dtype_bytes=4
     )
@@ -27,7 +29,7 @@ def test_the_machine_attends_at_the_rate_that_was_measured() -> None:
 
 
 def test_a_slower_link_takes_more_from_who_sends_more() -> None:
-    slow, fast = (predict(BENCH, Scale(BENCH, RATES, gbps)) for gbps in (0.005, 0.5))
+    slow, fast = (predict(BENCH, lab_machine(Scale(BENCH, RATES, gbps), WHOLE)) for gbps in (0.005, 0.5))
     assert [len(slow[method]) for method in ("llama3", "flashcp")] == [2, 2]
     assert sum(slow["llama3"]) / sum(slow["flashcp"]) > sum(fast["llama3"]) / sum(fast["flashcp"]) > 1
 
