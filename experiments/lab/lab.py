@@ -50,8 +50,6 @@ def bench_lab(bench: LabBench, out: str) -> tuple[list[Row], Path]:
     if bench.train_steps:
         for config in train_configs(bench, folder / "train").values():
             config.check(bench.world_size)
-    print(f"{bench.case}: timing attention", file=sys.stderr)
-    whole = time_kernels(bench)
     try:
         link = dataclasses.replace(OPEN, delay_us=bench.delay_us)
         with built_nodes(bench.nodes, bench.ranks_per_node, link, bench.cores) as nodes:
@@ -59,6 +57,8 @@ def bench_lab(bench: LabBench, out: str) -> tuple[list[Row], Path]:
             settings.write_text(json.dumps(dataclasses.asdict(bench)))
             records.write_text("")
             ranks = _Ranks(bench, nodes, settings, records)
+            print(f"{bench.case}: timing attention", file=sys.stderr)
+            whole = time_kernels(bench)
             print("measuring the ranks' rates", file=sys.stderr)
             ranks.run("rate")
             scale = Scale.of(bench, Rates(**_read(records)[0]))
