@@ -1,4 +1,4 @@
-"""What a rank of the lab would compute at on a core of its own: attention and copies, timed here before it is built."""
+"""How fast a rank of the lab would be on a core of its own: attention and copies, timed before the ranks start."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ REST = "this_machine"
 """The cluster file of what is not timed: no module's time depends on it."""
 SCHEDULES = 64
 REPEATS = 3
-SHRUNK = (4, 2, 1)
-"""Of the lab's context: what a rank has of a plan for more ranks, or of one for a group of them."""
+PARTS = (4, 2, 1)
+"""Of the lab's context and of its ranks, for the random packs and plans."""
 
 
 def time_kernels(bench: LabBench) -> Machine:
@@ -34,8 +34,8 @@ def time_kernels(bench: LabBench) -> Machine:
     Raises RuntimeError where attention differs from the reference, ValueError where times grow with nothing.
     """
     random = np.random.default_rng(bench.seed)
-    contexts = [max(2 * bench.world_size, bench.context // part) for part in SHRUNK]
-    sizes = sorted({bench.world_size, max(1, bench.world_size // 2), max(1, bench.world_size // 4)})
+    contexts = [max(2 * bench.world_size, bench.context // part) for part in PARTS]
+    sizes = sorted({max(1, bench.world_size // part) for part in PARTS})
     heads = shapes_of(bench)
     with _one_thread():
         timer = KernelTimer(torch.device("cpu"), REPEATS)

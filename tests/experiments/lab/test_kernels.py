@@ -1,4 +1,4 @@
-"""The kernels of a lab, timed before it is built."""
+"""The kernels of a lab, timed before its ranks start."""
 
 from __future__ import annotations
 
