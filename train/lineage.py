@@ -79,6 +79,12 @@ def _checked(lineage: str) -> str:
     return lineage
 
 
+def free_name(path: Path) -> Path:
+    """The path, or with _2, _3, ... after it where something is there."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}_{number}") for number in itertools.count(2)))
+    return next(name for name in names if not name.exists())
+
+
 @dataclass
 class Lineage:
     """A run that writes checkpoints into `out`. source: the checkpoint that it goes on from, if any."""
@@ -102,9 +108,7 @@ class Lineage:
 
     def place(self, step: int) -> Path:
         """Where to write the checkpoint of a step: a name that is free."""
-        name = self.out / "checkpoints" / f"step_{step:08d}"
-        names = itertools.chain([name], (name.with_name(f"{name.name}_{number}") for number in itertools.count(2)))
-        return next(path for path in names if not path.exists())
+        return free_name(self.out / "checkpoints" / f"step_{step:08d}")
 
     def publish(self, unfinished: Path, path: Path, keep: int) -> None:
         """Give a whole checkpoint its name and let `latest` mean it; of this lineage's own no more than `keep` stay,

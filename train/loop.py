@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import math
+import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor
 
 from flashcp.context_parallel import ContextParallel
 from flashcp.limits import Count, Seconds, one_of
 from flashcp.train.checkpoint import Progress
 from flashcp.train.data.loader import Batch
 from flashcp.train.model import Decoder
+from flashcp.train.nonfinite import MOST_SKIPPED, ON_NONFINITE, NonFiniteError, are_finite, what_is_not_finite
 from flashcp.train.optimizer import FlatGradients, OptimizerConfig, learning_rate
 from flashcp.train.ranks import DEVICES, Ranks
 
@@ -33,6 +34,7 @@ class LoopConfig:
     device: Annotated[str, one_of(DEVICES)] = "auto"
     timeout_s: Seconds = 600.0
     progress: bool = True
+    on_nonfinite: Annotated[str, one_of(ON_NONFINITE)] = "stop"
 
 
 @dataclass(eq=False)
@@ -54,11 +56,13 @@ class Trainer:
     def steps(self) -> Iterator[dict[str, Any]]:
         """Train to the last step, or to the last whole group of packs when the documents end before it.
 
-        Yields a row after every step, equal on all ranks; `progress` is then up to date.
-        Raises FloatingPointError when the loss is not finite.
+        Yields a row after every step that was taken, equal on all ranks; `progress` is then up to date.
+        Raises NonFiniteError on all ranks, before a weight has changed, where the loss or its gradients are not finite;
+        with on_nonfinite="skip" for the last of MOST_SKIPPED such steps in a row.
         """
+        skipped = 0
         while self.progress.step < self.config.steps:
-            started = time.perf_counter()
+            started, before = time.perf_counter(), replace(self.progress)
             packs = list(itertools.islice(self.batches, self.config.accumulation))
             if len(packs) < self.config.accumulation:
                 return
@@ -69,12 +73,21 @@ class Trainer:
             self.progress.skipped += sum(pack.skipped for pack in packs)
             self.progress.position = packs[-1].position
             self.cp.stats.reset()
-            rate = learning_rate(self.optimizer_config, self.progress.step, self.config.steps)
-            loss, norm = self._step(packs, rate)
-            yield self._row(packs, loss, norm, rate, started, loader_ms)
+            loss, norm = self.learn(packs)
+            if are_finite(loss, norm):
+                rate = self._update(norm)
+                skipped = 0
+                yield self._row(packs, loss, norm, rate, started, loader_ms)
+                continue
+            skipped += 1
+            message = f"step {self.progress.step}: {self.not_finite(packs, loss, norm)}"
+            if self.config.on_nonfinite == "stop" or skipped == MOST_SKIPPED:
+                raise NonFiniteError(message, before, packs)
+            if self.ranks.rank == 0:
+                print(f"left out: {message}", file=sys.stderr)
 
-    def _step(self, packs: list[Batch], rate: float) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Returns this rank's share of the loss, and the norm of the gradients."""
+    def learn(self, packs: list[Batch]) -> tuple[float, float]:
+        """The loss of some packs over all ranks, and the norm of its gradients, which are then in place."""
         # The denominator counts labels over all ranks and packs, so shares and gradients add up over both.
         labelled = max(1, sum(pack.labelled for pack in packs))
         device = self.ranks.device
@@ -82,21 +95,38 @@ class Trainer:
         self.gradients.zero()
         for pack in packs:
             here = pack.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            with self._autocast():
                 loss = self.model.loss(here.tokens, here.labels, here.position_ids, here.plan)
             (loss / labelled).backward()
             share += loss.detach().double() / labelled
         # Rows that never came are known only now where streams wait for them: before any rank adds up their gradients.
         self.cp.synchronize()
         self.gradients.sum_over_ranks()
-        norm = self.gradients.clip(self.optimizer_config.clip_norm)
+        total, norms = self.ranks.sum(share.item(), self.gradients.norm())  # both wait for the device
+        return total, norms / self.ranks.world_size
+
+    def not_finite(self, packs: list[Batch], loss: float, norm: float) -> str:
+        """What is not finite in the packs whose gradients are in place. Every rank must call it."""
+        with self._autocast():
+            where = what_is_not_finite(self.model, self.cp, packs, self.ranks)
+        return f"the loss is {loss}, the norm of its gradients {norm}: {where}"
+
+    def _update(self, norm: float) -> float:
+        """One step of the optimizer. Returns the learning rate."""
+        rate = learning_rate(self.optimizer_config, self.progress.step, self.config.steps)
+        self.gradients.clip(norm, self.optimizer_config.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        return share, norm
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize(self.ranks.device)  # it belongs to the step's time
+        return rate
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def _row(
-        self, packs: list[Batch], share: Tensor, norm: Tensor, rate: float, started: float, loader_ms: float
+        self, packs: list[Batch], loss: float, norm: float, rate: float, started: float, loader_ms: float
     ) -> dict[str, Any]:
         """Times are the slowest rank's; imbalance, critical rows and saving are means over the packs, of all ranks:
         the largest of the replicas', imbalance over the mean work of all, the least saving.
@@ -104,7 +134,6 @@ class Trainer:
         attention_ms, exposed_exchange_ms, wait_ms: the operator's clock, all layers, forward and backward.
         loader_ms: waiting for batches that should have been ready.
         """
-        (loss,) = self.ranks.sum(share.item())  # .item() waits for the device
         step_ms = 1e3 * (time.perf_counter() - started)
         planned = [
             value
@@ -125,14 +154,12 @@ class Trainer:
         imbalance, critical, lost, bound = (
             sum(largest[len(own) + i : len(own) + len(planned) : 4]) / len(packs) for i in range(4)
         )
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"step {self.progress.step}: the loss is {loss}")
         tokens = sum(pack.size for pack in packs)
         return {
             "step": self.progress.step,
             "loss": loss,
             "lr": rate,
-            "grad_norm": norm.item(),
+            "grad_norm": norm,
             "tokens": tokens,
             "labelled_tokens": sum(pack.labelled for pack in packs),
             "documents": sum(pack.documents for pack in packs),

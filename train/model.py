@@ -63,9 +63,16 @@ class Decoder(nn.Module):
             self.output.weight = self.embedding.weight
         self._draw_weights(seed)
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, plan: ShardingPlan, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        plan: ShardingPlan,
+        labels: Tensor | None = None,
+        reduction: str = "sum",
+    ) -> Tensor:
         """Logits [T, V] of this rank's tokens [T], at positions [T] inside their documents; given labels [T], the sum
-        of their cross entropies instead."""
+        of their cross entropies instead, or with reduction="none" each of them [T]."""
         rotary = self.rotary(position_ids)
         x_TD = self.embedding(tokens)
         for block in self.blocks:
@@ -74,21 +81,22 @@ class Decoder(nn.Module):
             else:
                 x_TD = block(x_TD, rotary, plan)
         x_TD = self.norm(x_TD)
-        return self.output(x_TD) if labels is None else self._cross_entropy(x_TD, labels)
+        return self.output(x_TD) if labels is None else self._cross_entropy(x_TD, labels, reduction)
 
     def loss(self, tokens: Tensor, labels: Tensor, position_ids: Tensor, plan: ShardingPlan) -> Tensor:
         """Cross entropy summed (not averaged) over this rank's labelled tokens, fp32 scalar. With `loss_rows` no more
         rows of logits exist at a time: the backward computes them again, part by part."""
         return self(tokens, position_ids, plan, labels)  # not around `forward`, where FSDP gathers weights
 
-    def _cross_entropy(self, x_TD: Tensor, labels: Tensor) -> Tensor:
+    def _cross_entropy(self, x_TD: Tensor, labels: Tensor, reduction: str) -> Tensor:
         def of_rows(x: Tensor, some: Tensor) -> Tensor:
-            return F.cross_entropy(self.output(x).float(), some, ignore_index=NO_LABEL, reduction="sum")
+            return F.cross_entropy(self.output(x).float(), some, ignore_index=NO_LABEL, reduction=reduction)
 
         if not self.loss_rows:
             return of_rows(x_TD, labels)
         parts = zip(x_TD.split(self.loss_rows), labels.split(self.loss_rows), strict=True)
-        return torch.stack([checkpoint(of_rows, *part, use_reentrant=False) for part in parts]).sum()
+        losses = [checkpoint(of_rows, *part, use_reentrant=False) for part in parts]
+        return torch.stack(losses).sum() if reduction == "sum" else torch.cat(losses)
 
     @torch.no_grad()
     def _draw_weights(self, seed: int) -> None:

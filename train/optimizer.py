@@ -73,9 +73,11 @@ class FlatGradients:
         if dist.is_initialized():
             dist.all_reduce(self._buffer)
 
-    def clip(self, max_norm: float) -> torch.Tensor:
-        """Scale to a norm of at most `max_norm` (0: leave). Returns the norm before, a scalar."""
-        norm = torch.linalg.vector_norm(self._buffer)
-        if max_norm:
-            self._buffer.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+    def norm(self) -> float:
+        """Of all of them together; waits for the device."""
+        return torch.linalg.vector_norm(self._buffer).item()
+
+    def clip(self, norm: float, max_norm: float) -> None:
+        """Scale from their norm to one of at most `max_norm` (0: leave)."""
+        if max_norm and (scale := max_norm / (norm + 1e-6)) < 1:
+            self._buffer.mul_(scale)

@@ -35,8 +35,10 @@ from flashcp.train.lock import only_writer
 from flashcp.train.loop import Trainer
 from flashcp.train.model import Decoder
 from flashcp.train.model_config import ModelConfig
+from flashcp.train.nonfinite import NonFiniteError
 from flashcp.train.optimizer import build_optimizer
 from flashcp.train.ranks import Ranks, launched_rank, world
+from flashcp.train.replay import keep
 from flashcp.train.saving import Saver
 from flashcp.train.summary import spread, summarise, versions, write_json
 from flashcp.train.trace import TRACE, traced
@@ -221,7 +223,7 @@ class Training:
             (out / "summary.json").unlink(missing_ok=True)  # an earlier run's
             print(f"transport {cp.transport}: {cp.transport_reason}", file=sys.stderr)
             shutil.rmtree(out / TRACE, ignore_errors=True)
-        with steps:
+        with steps, self._kept():
             for row in traced(steps, out / TRACE, trainer.ranks.rank) if config.profile else steps:
                 steps.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
                 if self.tracker:
@@ -232,6 +234,15 @@ class Training:
                 self.saver.after_step(progress)
                 yield row
         self.saver.wait()
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """A step that ends the run because it is not finite is kept, to be repeated."""
+        try:
+            yield
+        except NonFiniteError as error:
+            kept = keep(self.config, self.trainer, self.saver, error)
+            raise FloatingPointError(f"{error}; {kept}") from error
 
     def finish(self, **more: Any) -> dict[str, Any] | None:
         """Write summary.json, with `more` in it, and return it; None on the other ranks."""

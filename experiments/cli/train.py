@@ -8,11 +8,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from flashcp.experiments.cli import show
 from flashcp.experiments.cli.compose import Job, Multirun, is_multirun, run_app
-from flashcp.experiments.cli.launch import Run, launch
+from flashcp.experiments.cli.launch import Run, launch, rank_environment, start_ranks
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep.results import NO_OVERLAP
@@ -22,6 +23,7 @@ from flashcp.schema import read_dataclass
 from flashcp.sharding.methods import METHODS
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.sources import SOURCES, DataConfig, open_source
+from flashcp.train.replay import KeptStep
 from flashcp.train.run import prepare
 
 CONFIG = "train"
@@ -46,6 +48,7 @@ class RunSettings(TrainConfig):
     world_size: Count = 2
     threads: Count = 1
     method: str = ""
+    replay: str = ""
     sweep: SweepSettings = field(default_factory=SweepSettings)
 
 
@@ -82,6 +85,9 @@ def train(job: Job) -> float | None:
 
     Of a multirun: returns the final loss, for sweepers that ask for it.
     """
+    if job.settings["replay"]:
+        _replay(job)
+        return None
     if is_multirun():
         return Multirun.run_job(job)
     one = read_run(job.settings).placed(job.settings["out"] or "outputs/train", group="", tags=[commit()])
@@ -100,6 +106,24 @@ def train(job: Job) -> float | None:
     text = f"{one.provider}: {summary['steps']} steps on {one.world_size} ranks, final loss {summary['final_loss']:.4f}"
     show(summary, f"{text}, {step:.0f} ms a step, {speed:.0f} tokens/s; written to {one.out}")
     return None
+
+
+def _replay(job: Job) -> None:
+    """Compute a step that a run kept once more, on as many ranks; what comes out goes to standard output."""
+    for word in job.overrides:
+        if is_multirun() or not word.startswith(("replay=", "threads=")):
+            raise ValueError(f"replay={job.settings['replay']!r} with {word}: expected replay= alone, or threads= too")
+    step = KeptStep.read(Path(job.settings["replay"]).expanduser())
+    step.windows()
+    print(f"the run found: {step.found}", file=sys.stderr)
+    arguments, environment = ["-m", "flashcp.train.replay", str(step.folder)], rank_environment(step.config)
+    log = step.folder / "ranks.log"
+    outcome = start_ranks(arguments, step.world_size, job.settings["threads"], log, environment, lambda: None)
+    if outcome.code:
+        print(f"flashcp: error: {outcome.error}", file=sys.stderr)
+        sys.exit(outcome.code)
+    found = log.read_text(encoding="utf-8").splitlines()[-1]
+    show({"found": found}, found)
 
 
 main = partial(run_app, train, CONFIG)

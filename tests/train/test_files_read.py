@@ -69,14 +69,14 @@ def letters_of_step_5(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
     from flashcp.train.loop import Trainer
 
     seen: set[str] = set()
-    real = Trainer._step
+    real = Trainer.learn
 
-    def step(self: Trainer, packs: Any, rate: float) -> Any:
+    def step(self: Trainer, packs: Any) -> Any:
         if self.progress.step == 5:
             seen.update(chr(token) for pack in packs for token in pack.tokens.tolist() if token < 256)
-        return real(self, packs, rate)
+        return real(self, packs)
 
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "learn", step)
     train(config)
     monkeypatch.undo()
     return seen

@@ -81,12 +81,12 @@ def test_checkpoints_that_is_a_file_is_refused_before_the_first_step(tmp_path: P
 def test_a_folder_that_becomes_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flashcp.train.loop import Trainer
 
-    real = Trainer._step
+    real = Trainer.learn
 
     def step(self: Trainer, *given: object) -> object:
         (tmp_path / "run" / "checkpoints").write_text("in the way")
         return real(self, *given)
 
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "learn", step)
     with pytest.raises(CheckpointError, match=r"step_00000001: cannot be written: (NotADirectory|FileExists)Error"):
         train(small(tmp_path / "run", loop={"steps": 2}, checkpoint={"every": 1}))

@@ -49,13 +49,13 @@ def test_each_trains_as_it_does_alone(tmp_path: Path) -> None:
 
 def test_a_step_of_one_comes_between_two_steps_of_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
-    step = Trainer._step
+    step = Trainer.learn
 
     def watched(self: Trainer, *arguments: Any) -> Any:
         steps.append(self.cp.exchange)
         return step(self, *arguments)
 
-    monkeypatch.setattr(Trainer, "_step", watched)
+    monkeypatch.setattr(Trainer, "learn", watched)
     in_turns(configs(tmp_path))
     names = [exchange for _, exchange in METHODS.values()]
     assert steps == [names[number] for turn in range(6) for number in order_of_turn(turn, 3)]

@@ -35,6 +35,7 @@ class Batch:
     The others are of all replicas together. size: tokens. documents: their number.
     labelled: labelled tokens, the loss's denominator. heaviness: the replica's work over the mean of the replicas.
     dropped, carried, skipped, position: see TokenWindow. digest: CRC-32 of all tokens and lengths, of all replicas.
+    windows: what it was made of. first_document: of the replica's pack, among theirs.
     """
 
     tokens: torch.Tensor
@@ -51,6 +52,8 @@ class Batch:
     skipped: int
     position: Position
     digest: int
+    windows: Sequence[TokenWindow]
+    first_document: int
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on a device."""
@@ -93,6 +96,10 @@ class Share(NamedTuple):
         count = len(windows) // self.replicas
         return join_windows(windows[self.replica * count : (self.replica + 1) * count])
 
+    def first_document(self, windows: Sequence[TokenWindow]) -> int:
+        """How many documents the windows of the replicas before this one have."""
+        return sum(len(one.document_lengths) for one in windows[: self.replica * (len(windows) // self.replicas)])
+
 
 def make_batch(windows: Sequence[TokenWindow], share: Share, plan: ShardingPlan) -> Batch:
     """A rank's rows of its replica's share of the windows, under the replica's plan."""
@@ -116,6 +123,8 @@ def make_batch(windows: Sequence[TokenWindow], share: Share, plan: ShardingPlan)
         skipped=whole.skipped,
         position=whole.position,
         digest=zlib.crc32(whole.document_lengths.data, zlib.crc32(whole.tokens.data)),
+        windows=windows,
+        first_document=share.first_document(windows),
     )
 
 

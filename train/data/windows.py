@@ -42,6 +42,13 @@ class TokenWindow:
         return int((self.labels != NO_LABEL).sum())
 
 
+def labels_of(tokens: np.ndarray, document_lengths: np.ndarray) -> np.ndarray:
+    """Each token's next one in the same piece, NO_LABEL for a piece's last."""
+    labels = np.roll(tokens, -1)
+    labels[np.cumsum(document_lengths) - 1] = NO_LABEL
+    return labels
+
+
 def join_windows(windows: Sequence[TokenWindow]) -> TokenWindow:
     """Consecutive windows behind each other as one: documents stay cut where the windows end."""
     tokens, labels, lengths = (
@@ -106,7 +113,6 @@ def pack_documents(
         else:
             position = document.after
             held = {}
-        labels = np.roll(tokens, -1)  # the next token of the same piece
-        labels[np.cumsum(window.document_lengths) - 1] = NO_LABEL
+        labels = labels_of(tokens, window.document_lengths)
         yield TokenWindow(tokens, labels, window.document_lengths, position, window.dropped, window.carried, skipped)
         skipped = 0
