@@ -68,6 +68,8 @@ class Trainer:
                 return
             loader_ms = 1e3 * (time.perf_counter() - started)
             self.progress.step += 1
+            if self.ranks.heartbeat:
+                self.ranks.heartbeat.doing = f"in step {self.progress.step}"
             self.progress.dropped += sum(pack.dropped for pack in packs)
             self.progress.carried += sum(pack.carried for pack in packs)
             self.progress.skipped += sum(pack.skipped for pack in packs)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from flashcp.limits import LONGEST_WAIT_S
+from flashcp.train.heartbeat import Heartbeat, start_number
 
 __all__ = ["DEVICES", "LONGEST_WAIT_S", "Ranks", "Replica", "exit_code", "launched_rank", "world"]
 
@@ -43,6 +44,7 @@ class Ranks:
     world_size: int
     device: torch.device
     group: dist.ProcessGroup | None = None  # that they talk in; None: the default one
+    heartbeat: Heartbeat | None = None
 
     def beside(self, timeout_s: float) -> Ranks:
         """The same ranks in a group of their own, for a thread that talks while others do. Every rank must call it."""
@@ -110,11 +112,13 @@ def launched_rank() -> tuple[int, int]:
 
 
 @contextmanager
-def world(device: str, timeout_s: float) -> Iterator[Ranks]:
+def world(device: str, timeout_s: float, silent_s: float = 0.0) -> Iterator[Ranks]:
     """Join the run's ranks and leave them at the end: nccl with a GPU for each local rank, else gloo.
 
     A default process group that is there already is used and left alone; a process that no launcher started
-    is one rank without a group. device: `auto`, `cpu` or `cuda`. Raises ValueError for `cuda` without a GPU.
+    is one rank without a group. device: `auto`, `cpu` or `cuda`. silent_s: after which a rank that says nothing is
+    named and the others end (`flashcp.train.heartbeat`); 0: ranks do not watch each other.
+    Raises ValueError for `cuda` without a GPU.
     """
     rank, world_size = launched_rank()
     here = _device(device)
@@ -122,15 +126,36 @@ def world(device: str, timeout_s: float) -> Iterator[Ranks]:
         yield Ranks(rank, world_size, here)
         return
     own_gpu = here.type == "cuda" and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(
         "nccl" if own_gpu else "gloo",
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timeout,
         device_id=here if own_gpu else None,
+        **_launchers_store(rank, world_size, timeout),
     )
+    heartbeat = Heartbeat(rank, world_size, silent_s) if silent_s else None
     try:
-        yield Ranks(rank, world_size, here)
+        yield Ranks(rank, world_size, here, heartbeat=heartbeat)
+    except BaseException:
+        if heartbeat:
+            heartbeat.kill_the_stopped()
+        raise
     finally:
         dist.destroy_process_group()
+        if heartbeat:
+            heartbeat.close()
+
+
+def _launchers_store(rank: int, world_size: int, timeout: timedelta) -> dict[str, Any]:
+    """What `init_process_group` is told where torchrun keeps a store for its ranks.
+
+    The store outlives ranks that are started again, and torch (2.13) reads what the dead ones wrote: addresses where
+    nobody listens. So every start has a part of the store to itself.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    return {"store": dist.PrefixStore(f"flashcp/start/{start_number()}", store), "rank": rank, "world_size": world_size}
 
 
 def _device(name: str) -> torch.device:
@@ -177,4 +202,4 @@ def _first_to_report() -> bool:
         return True
     port = int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, timeout=timedelta(seconds=5))
-    return store.add("flashcp/reports", 1) == 1
+    return store.add(f"flashcp/reports/{start_number()}", 1) == 1

@@ -116,7 +116,8 @@ def run_in_turns(configs: Sequence[TrainConfig]) -> list[dict[str, Any] | None]:
     _check_turns(configs)
     ready = [prepare(config, launched_rank()[1]) for config in configs]
     loop = configs[0].loop
-    with world(loop.device, loop.timeout_s) as ranks, ExitStack() as stack:
+    silent_s = max(config.parallel.timeout_s for config in configs)
+    with world(loop.device, loop.timeout_s, silent_s) as ranks, ExitStack() as stack:
         link = slowed_link(configs[0], ready[0].source, ready[0].tokenizer, ranks)  # one rate for all
         pairs = zip(configs, ready, strict=True)
         runs = [stack.enter_context(_training(config, one, ranks, link)) for config, one in pairs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 import os
@@ -33,6 +34,9 @@ FAILED_RANK = re.compile(rb"rank +: (?P<rank>\d+) \(local_rank: \d+\)\s+exitcode
 GLOO_NOISE = re.compile(
     r"\[[^\]\s]*\.(?:cc|h):\d+\] |[.,]? *(?:This may indicate .*|Please check logs .*|\.\.\.GLHF!.*)$"
 )
+SILENT_RANK = re.compile(rb": rank (\d+) has been silent for ")
+PR_SET_PDEATHSIG = 1  # of prctl, in linux/prctl.h
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PATIENCE_S = 10.0
 """How long others may go on when one has failed: time to name it."""
 METRICS = "metrics.jsonl"  # the ranks' first file
@@ -54,7 +58,8 @@ class Run:
     """One training run: what `launch` starts.
 
     case: the work that providers are compared on, in short. provider: the method, as tables name it, or the overlap
-    where levels of overlap are compared on one method. threads: of each rank.
+    where levels of overlap are compared on one method. threads: of each rank. max_restarts: how often all ranks start
+    anew, from the latest checkpoint, when one has failed.
     """
 
     case: str
@@ -62,6 +67,7 @@ class Run:
     world_size: int
     threads: int
     config: TrainConfig
+    max_restarts: int = 0
 
     @property
     def out(self) -> Path:
@@ -118,7 +124,8 @@ def launch(*runs: Run, watch: Callable[[], None] | None = None) -> Outcome:
             why = f"cannot be written ({error.strerror}: {error.filename})"
             raise ValueError(f"out={str(run.out)!r}: {why}") from error
     arguments = ["-m", "flashcp.train", *map(str, configs)]
-    outcome = start_ranks(arguments, first.world_size, first.threads, log, rank_environment(first.config), watch)
+    environment, restarts = rank_environment(first.config), first.max_restarts
+    outcome = start_ranks(arguments, first.world_size, first.threads, log, environment, watch, restarts)
     if outcome.code == BAD_INPUT and not any((run.out / METRICS).exists() for run in runs):  # before the first step
         leave_no_trace([*configs, log], sorted(made, key=lambda folder: -len(folder.parts)))
     return outcome
@@ -142,13 +149,15 @@ def start_ranks(
     log: Path,
     environment: Mapping[str, str] | None = None,
     watch: Callable[[], None] | None = None,
+    max_restarts: int = 0,
 ) -> Outcome:
     """Run `python ARGUMENTS` as every rank of a run on this machine, to its end; what they say goes to `log`.
 
-    threads: of each rank. environment: beside this process's. watch: as for `launch`.
+    threads: of each rank. environment: beside this process's. watch: as for `launch`. max_restarts: as for `Run`.
     """
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    command = [sys.executable, *(ranks if world_size > 1 else []), *arguments]
+    ranks.append(f"--max-restarts={max_restarts}")
+    command = [sys.executable, *(ranks if world_size > 1 or max_restarts else []), *arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": str(threads), **(environment or {})}
     log.touch()
     with log.open("rb") as said:
@@ -164,7 +173,15 @@ def side_by_side(
         failed_at = math.inf
         try:
             for command in commands:  # here, for one that is interrupted in between leaves none behind
-                processes.append(subprocess.Popen(command, env=environment, stdout=written, stderr=subprocess.STDOUT))
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        env=environment,
+                        stdout=written,
+                        stderr=subprocess.STDOUT,
+                        preexec_fn=_ends_with_its_parent,
+                    )
+                )
             while working := [process for process in processes if process.poll() is None]:
                 with suppress(subprocess.TimeoutExpired):
                     working[0].wait(timeout=0.2)
@@ -181,6 +198,12 @@ def side_by_side(
     watch()
     code = next((process.returncode for process in processes if process.returncode), 0)
     return diagnose(log, code) if code else Outcome(0, "")
+
+
+def _ends_with_its_parent() -> None:
+    """In a launcher before it starts: where this process is killed, the system terminates it. Linux alone can."""
+    if _LIBC is not None:
+        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Echo:
@@ -213,6 +236,7 @@ def diagnose(log: Path, code: int) -> Outcome:
     ended = {rank: status for rank, status in listed.items() if status != -signal.SIGTERM} or lost  # its launcher's
     complaints = [found[1].decode(errors="replace") for found in COMPLAINT.finditer(text)]
     heard = {line.split()[1] for line in complaints if line.startswith("rank ")}
+    heard |= {found[1].decode() for found in SILENT_RANK.finditer(text)}  # and were killed for it
     silent = [rank for rank, status in ended.items() if status < 0 and str(rank) not in heard]
     if complaints and not silent:
         line = " ".join(GLOO_NOISE.sub("", complaints[0]).split())

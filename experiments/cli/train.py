@@ -17,7 +17,7 @@ from flashcp.experiments.cli.launch import Run, launch, rank_environment, start_
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep.results import NO_OVERLAP
-from flashcp.limits import Count
+from flashcp.limits import Count, Natural
 from flashcp.options import read_sharding
 from flashcp.schema import read_dataclass
 from flashcp.sharding.methods import METHODS
@@ -47,6 +47,7 @@ class RunSettings(TrainConfig):
     out: str = ""
     world_size: Count = 2
     threads: Count = 1
+    max_restarts: Natural = 0
     method: str = ""
     replay: str = ""
     sweep: SweepSettings = field(default_factory=SweepSettings)
@@ -77,7 +78,12 @@ def read_run(values: Mapping[str, Any], label: str = "") -> Run:
         throttle = config.parallel.throttle_gbps
         case = f"{case}-{provider}" + (f"-{throttle:g}gbps" if throttle else "")
         provider = config.parallel.overlap
-    return Run(case + label, provider, settings.world_size, settings.threads, config)
+    if settings.max_restarts and not (config.checkpoint.every and config.checkpoint.resume == "latest"):
+        raise ValueError(
+            f"max_restarts={settings.max_restarts} with checkpoint.every={config.checkpoint.every} and "
+            f"checkpoint.resume={config.checkpoint.resume}: expected checkpoints to start again from, and latest"
+        )
+    return Run(case + label, provider, settings.world_size, settings.threads, config, settings.max_restarts)
 
 
 def train(job: Job) -> float | None:
