@@ -146,11 +146,12 @@ def place(work: np.ndarray, variant: Variant, step: Step) -> np.ndarray:
 
 def simulate_module(planned: Planned, variant: Variant) -> Module:
     """The timelines of a method."""
-    if variant.exchange == "ulysses":  # a holder alone runs one kernel: whose it is makes no difference
-        copies = COPIES["best effort" if variant.implementation == "best effort" else "published"]  # ours orders rows
+    copies = COPIES[variant.implementation]
+    if variant.exchange == "ulysses" and variant.implementation == "ours":
+        copies = COPIES["published"]  # ours orders rows
+    if planned.ranks == 1:  # a holder alone runs one kernel: whose it is makes no difference
         return share_heads(planned, best_effort(planned, "exact"), copies)
-    inner = RUN[variant.implementation](planned, variant.exchange)
-    return share_heads(planned, inner, COPIES[variant.implementation])
+    return share_heads(planned, RUN[variant.implementation](planned, variant.exchange), copies)
 
 
 def _work(workload: Workload) -> float:

@@ -69,7 +69,7 @@ class Planned:
         self.machine, self.shape = setting.machine, member_shape(setting.shape, setting.head_ranks)
         self.cost, self.copies = self.machine.attention, self.machine.copies
         self.links = member_links(self.machine.links, setting.head_ranks)
-        self.overlap = "none" if self.ranks == 1 < setting.head_ranks else setting.overlap
+        self.overlap = "none" if self.ranks == 1 else setting.overlap
         self.reads = plan_reads(plan, self.cost.tiles)
         self._holds = (np.arange(self.ranks)[:, None] == self.reads.rank).astype(np.float64)
         self.own_us, self.read_us, self.source_us = map(cache, (self._own_us, self._read_us, self._source_us))

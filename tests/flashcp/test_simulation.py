@@ -33,6 +33,13 @@ def test_the_numbers_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> 
     assert (table.names, len(table)) == (tuple(VARIANTS), len(VARIANTS))
 
 
+@pytest.mark.parametrize("overlap", ["none", "staged", "fused"])
+def test_a_rank_alone_has_nothing_to_gain_and_nothing_of_others(overlap: str) -> None:
+    for one in flashcp.simulate(LENGTHS, 1, overlap=overlap, methods=[*VARIANTS, "flashcp+all_gather", "flashcp+ring"]):
+        assert (one.speedup, one.module_ms) == pytest.approx((1.0, one.attention_ms))
+        assert (one.exchange_ms, one.exposed_exchange_ms, one.copies_ms, one.kv_buffer_mib) == (0.0, 0.0, 0.0, 0.0)
+
+
 def test_several_packs_are_means() -> None:
     packs = [LENGTHS, [500, 12_000], np.array([13_000])]
     singly = [flashcp.simulate(pack, 4, methods="flashcp", head_ranks=2)["flashcp"] for pack in packs]

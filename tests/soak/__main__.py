@@ -1,0 +1,152 @@
+"""What a long job does, two thousand times over, on every rank: does anything grow, is everything still right?
+
+    python -m torch.distributed.run --standalone --nproc-per-node=4 -m tests.soak 2000 FOLDER       (`make soak`)
+
+Every step draws a pack, masks, strategy, exchange, transport, head ranks and overlap, the same on all ranks, and runs
+forward and backward. Operators live for some steps and are closed. Every tenth step is compared with the float64
+reference. Rank 0 writes samples.csv, a line a rank and sample, and says what grew; the exit code is then 1.
+"""
+
+from __future__ import annotations
+
+import csv
+import gc
+import os
+import random
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import flashcp
+from flashcp.comm.exchanges import EXCHANGE_CLASSES
+from tests.flashcp.test_masks import KINDS, masks_of
+from tests.packs import random_qkv, relative_error
+
+OPERATORS = 6
+BOUND = 1e-5
+COMPARED, SAMPLES = 10, 100
+MAY_GROW = {"rss_mib": 1.05, "descriptors": 1.0, "threads": 1.0, "shared_memory": 1.0}
+"""The most of the second half over the most of the second quarter; the first quarter fills caches."""
+
+
+class Choice(NamedTuple):
+    """What an operator is made with."""
+
+    exchange: str
+    transport: str
+    head_ranks: int
+    overlap: str
+    backward: str
+    gradient_wire: str
+
+
+class Sample(NamedTuple):
+    """Of one rank. shared_memory: entries of /dev/shm that are mapped here."""
+
+    step: int
+    rank: int
+    rss_mib: float
+    descriptors: int
+    threads: int
+    shared_memory: int
+
+
+def draw_choice(draw: random.Random, ranks: int) -> Choice:
+    exchange, transport = draw.choice(list(EXCHANGE_CLASSES)), draw.choice(("shm", "gloo"))
+    head_ranks = draw.choice([count for count in (1, 2, 4) if ranks % count == 0])
+    waits = transport == "shm" and exchange in ("exact", "compacted", "all_gather")
+    overlap = draw.choice(("none", "staged", *["fused"] * waits))
+    return Choice(
+        exchange, transport, head_ranks, overlap, draw.choice(("keep", "refetch")), draw.choice(("model", "fp32"))
+    )
+
+
+def run_step(step: int, draw: random.Random, operators: dict[Choice, flashcp.ContextParallel]) -> float:
+    """One forward and backward; its largest relative error where it is compared, else 0."""
+    choice = draw_choice(draw, dist.get_world_size())
+    if choice not in operators:
+        if len(operators) == OPERATORS:
+            operators.pop(draw.choice(list(operators))).close()
+        operators[choice] = flashcp.ContextParallel(**choice._asdict(), timeout_s=60)
+    cp = operators[choice]
+    lengths = tuple(draw.choice((1, 2, 17, 64, draw.randrange(1, 200))) for _ in range(draw.randrange(1, 7)))
+    masks, strategy = masks_of(draw.choice(KINDS), (*lengths, 8)[: len(lengths)]), draw.choice(flashcp.strategies())
+    plan = flashcp.plan(lengths, cp.holders, strategy, masks=masks)
+    q, k, v, grad = random_qkv(sum(lengths), 16, 16 if choice.exchange == "ulysses" else 4, 8, torch.float32, step)
+    local = [cp.shard(x, plan).requires_grad_() for x in (q, k, v)]
+    out = cp.prefetch(*local[1:], plan).attention(local[0]) if draw.random() < 0.5 else cp.attention(*local, plan)
+    gradients = torch.autograd.grad(out, local, cp.shard(grad, plan))
+    if step % COMPARED:
+        return 0.0
+    whole = [x.double().requires_grad_() for x in (q, k, v)]
+    reference = flashcp.reference_attention(*whole, lengths, masks=masks)
+    expected = (reference, *torch.autograd.grad(reference, whole, grad.double()))
+    size = float(grad.norm() * q.norm() * v.norm()) / sum(lengths)
+    got = [cp.unshard(x.detach(), plan) for x in (out, *gradients)]
+    return max(min(relative_error(a, b), float((a - b).norm()) / size) for a, b in zip(got, expected, strict=True))
+
+
+def sample(step: int) -> Sample:
+    gc.collect()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/" in line}
+    rss_mib = int(status["VmRSS"].split()[0]) / 1024
+    return Sample(step, dist.get_rank(), rss_mib, len(os.listdir("/proc/self/fd")), int(status["Threads"]), len(mapped))
+
+
+def what_grew(samples: Iterable[Sample]) -> list[str]:
+    """A line for each quantity of each rank that grew."""
+    found, every = [], sorted(samples)
+    for rank in sorted({one.rank for one in every}):
+        own = [one for one in every if one.rank == rank]
+        early, late = own[len(own) // 4 : len(own) // 2], own[len(own) // 2 :]
+        for name, ratio in MAY_GROW.items():
+            before, after = (max(getattr(one, name) for one in some) for some in (early, late))
+            if after > ratio * before:
+                found.append(f"rank {rank}: {name} grew from {before:.0f} to {after:.0f}")
+    return found
+
+
+def main(steps: int, folder: Path) -> int:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    operators: dict[Choice, flashcp.ContextParallel] = {}
+    samples: list[Sample] = []
+    worst, begun = 0.0, time.perf_counter()
+    for step in tqdm(range(1, steps + 1), unit="step", disable=dist.get_rank() > 0):
+        worst = max(worst, run_step(step, random.Random(step), operators))
+        if worst > BOUND:
+            raise AssertionError(f"step {step}: relative error {worst:.1e}")
+        if step % max(1, steps // SAMPLES) == 0:
+            samples.append(sample(step))
+    for cp in operators.values():
+        cp.close()
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (samples, worst))
+    dist.destroy_process_group()
+    every = [Sample(*one) for some, _ in told for one in some]
+    grew = what_grew(every)
+    if int(os.environ["RANK"]) == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "samples.csv").open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([Sample._fields, *every])
+        seconds = time.perf_counter() - begun
+        print(f"{steps} steps in {seconds:.0f} s; largest relative error {max(error for _, error in told):.1e}")
+        for name in MAY_GROW:
+            last = [getattr(one, name) for one in every if one.step == every[-1].step]
+            first = [getattr(one, name) for one in every if one.step == every[0].step]
+            print(
+                f"{name}: {min(first):.0f} to {max(first):.0f} at first, {min(last):.0f} to {max(last):.0f} at the end"
+            )
+        print("\n".join(grew) or "nothing grew")
+    return 1 if grew else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2])))

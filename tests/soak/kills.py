@@ -1,0 +1,109 @@
+"""kill -9 at random moments: of a rank, of `flashcp`, of torchrun.
+
+    python -m tests.soak.kills 20 FOLDER          (`make kills`)
+
+Each of the three is killed so many times. All processes have to be gone within 15 s and nothing may be left in
+/dev/shm. The same command then goes on from the latest checkpoint: its losses have to be, to the bit, those of a run
+that nobody disturbed. Every second run saves beside its training. A row each in kills.csv; exit code 1 where one
+failed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from flashcp.train.lineage import find_latest
+from tests.checkout import ROOT
+from tests.processes import Job, under_way
+
+STEPS, EVERY = 120, 7
+KILLED = ("rank", "flashcp", "torchrun")
+MEMORY = Path("/dev/shm")
+
+
+class Kill(NamedTuple):
+    """step: the last that was written down. gone_s: until no process was left. resumed: the checkpoint, if there was
+    one. same: losses to the bit."""
+
+    killed: str
+    asynchronous: bool
+    step: int
+    gone_s: float
+    left_in_memory: int
+    resumed: str
+    same: bool
+
+
+def command(out: Path, asynchronous: bool) -> list[str]:
+    model = ["model.layers=2", "model.dim=32", "model.heads=4", "model.kv_heads=2"]
+    loop = [f"loop.steps={STEPS}", "loop.device=cpu", "loop.accumulation=1", "tracker.wandb=disabled", "context=515"]
+    kept = [f"checkpoint.every={EVERY}", "checkpoint.resume=latest", f"checkpoint.asynchronous={asynchronous}"]
+    flashcp = [sys.executable, "-m", "flashcp.experiments.cli.main", "train"]
+    return [*flashcp, *model, *loop, *kept, f"out={out}"]
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def process_of(job: Job, killed: str, draw: random.Random) -> int:
+    if killed == "flashcp":
+        return job.launcher.pid
+    ranks = job.ranks()
+    if killed == "rank":
+        return draw.choice(list(ranks.values()))
+    return int(Path(f"/proc/{ranks[0]}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def kill_once(
+    killed: str, asynchronous: bool, draw: random.Random, folder: Path, whole: list[tuple[int, float]]
+) -> Kill:
+    words, before = command(folder / "run", asynchronous), set(MEMORY.iterdir())
+    with under_way(words, folder, steps=draw.randrange(1, STEPS - 20)) as job:
+        time.sleep(draw.random() * 0.3)
+        os.kill(process_of(job, killed, draw), signal.SIGKILL)
+        gone_s = job.gone(60.0)
+    step, left = job.steps(), len(set(MEMORY.glob("flashcp-*")) - before)
+    latest = find_latest(folder / "run")
+    subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
+    return Kill(killed, asynchronous, step, gone_s, left, latest.name if latest else "", losses(folder) == whole)
+
+
+def main(count: int, folder: Path, seed: int = 0) -> int:
+    draw, found = random.Random(seed), []
+    with tempfile.TemporaryDirectory() as place:
+        undisturbed = Path(place) / "whole"
+        undisturbed.mkdir()
+        subprocess.run(command(undisturbed / "run", False), cwd=ROOT, check=True, capture_output=True, timeout=120)
+        whole = losses(undisturbed)
+        assert len(whole) == STEPS
+        for number in tqdm(range(len(KILLED) * count), unit="kill"):
+            here = Path(place) / str(number)
+            here.mkdir()
+            found.append(kill_once(KILLED[number % len(KILLED)], number // 3 % 2 == 1, draw, here, whole))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "kills.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([Kill._fields, *found])
+    for killed in KILLED:
+        own = [one for one in found if one.killed == killed]
+        print(f"{killed}: {len(own)} kills, all gone after {max(one.gone_s for one in own):.1f} s at most")
+    bad = [one for one in found if one.gone_s > 15.0 or one.left_in_memory or not one.same]
+    print("\n".join(map(str, bad)) or "nothing left, every resumed run equal to the bit")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2])))
