@@ -67,7 +67,7 @@ def bench_lab(bench: LabBench, out: str) -> tuple[list[Row], Path]:
                 node.shape(scale.link_gbps)
             machine = lab_machine(scale, whole)
             (folder / MACHINE).write_text(cluster_text(machine, f"{bench.case}, as flashcp bench lab found it"))
-            predicted = predict(bench, machine)
+            predicted = predict(scale, machine)
             (folder / "predicted.json").write_text(json.dumps(predicted, indent=1))
             print(f"predicted: {folder / 'predicted.json'}; now measuring", file=sys.stderr)
             ranks.run("run")

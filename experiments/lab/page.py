@@ -64,6 +64,7 @@ def _lab(place: Path, here: Path) -> dict[str, Any]:
         "about": about.kind.removeprefix("emulated: "),
         "source": f"{about.device}; {about.versions}, commit {about.commit}, {about.date[:10]}",
         "lines": made,
+        "baseline": next(line for line in made if line.method == BASELINE),
         "out_of_order": out_of_order(made),
         "off": [line for line in told if abs(line.off) > LARGEST_ERROR],
         "farthest": max(told, key=lambda line: abs(line.off), default=None),

@@ -62,7 +62,22 @@ class LabRank:
         tflops = measured_tflops(RATED, (bench.query_heads, bench.kv_heads, bench.head_dim), ranks)
         one_row = self.function([Work(0, plan([ranks.world_size], ranks.world_size, "contiguous"), "exact")])
         latency_ms = statistics.median(self.timed(one_row) for _ in range(ROUNDS))
-        self.write(tflops=tflops, latency_us=1e3 * latency_ms / 2, node_gbps=self._node_gbps())
+        self.write(
+            tflops=tflops,
+            latency_us=1e3 * latency_ms / 2,
+            node_gbps=self._node_gbps(),
+            socket_gbps=self._socket_gbps(latency_ms / 2),
+        )
+
+    def _socket_gbps(self, latency_ms: float) -> float:
+        """Of an all-gather of K and V, beside which nothing is computed."""
+        work = Work(0, plan([self.bench.context], self.ranks.world_size, "contiguous"), "all_gather")
+        cp, shape = self._operator(work), self.bench.shape
+        rows = torch.zeros(len(cp.position_ids(work.plan)), shape.kv_bytes // shape.dtype_bytes)
+        ms = statistics.median(self.timed(lambda: cp.gather(rows, work.plan)) for _ in range(ROUNDS))
+        blocks = 2 * (self.ranks.world_size - 1)  # that it hands on and gets
+        moved = blocks * work.plan.route("all_gather").block_rows * shape.kv_bytes
+        return moved / (1e6 * max(ms - latency_ms, 0.1 * ms))
 
     def _node_gbps(self) -> float:
         """GB/s from rank 0 to rank 1, which share a node where nodes have several ranks; no limit where they do not."""

@@ -61,6 +61,7 @@ def lab_rows(
         row("lab", "attention_tflops", "TFLOP/s", (None, scale.rates.tflops, None), kind),
         row("lab", TAKEN, "cores", (None, next(record[TAKEN] for record in records if TAKEN in record), None), kind),
         row("lab", "latency_us", "us", (None, scale.rates.latency_us, None), kind),
+        row("lab", "socket_gbps", "GB/s", (None, scale.rates.socket_gbps, None), kind),
     ]
     base, base_predicted = found[BASELINE].ms, np.array(predicted[BASELINE])
     for method, numbers in found.items():

@@ -22,12 +22,14 @@ class Rates:
     """What was measured in a lab before it runs.
 
     tflops: 10^12 attention operations a second of the slowest rank, all at once, forward and backward. latency_us: of
-    an exchange of one row a rank, one pass of the operator. node_gbps: GB/s between two ranks of a node.
+    an exchange of one row a rank, one pass of the operator. node_gbps: GB/s between two ranks of a node. socket_gbps:
+    GB/s that a rank sends and receives, added up, when all do and nothing holds them back but their cores.
     """
 
     tflops: float
     latency_us: float
     node_gbps: float
+    socket_gbps: float
 
 
 @dataclass(frozen=True)

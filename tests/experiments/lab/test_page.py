@@ -24,6 +24,7 @@ def rows(speedups: dict[str, tuple[float, float, float, float]]) -> list[Row]:
     for method, (p20, median, p80, predicted) in speedups.items():
         made += [
             row(method, "module_ms", 1.0, 1000 / median, 2.0),
+            row(method, "predicted_ms", None, 800 / predicted, None),
             row(method, "speedup", p20, median, p80),
             row(method, "predicted_speedup", predicted, predicted, predicted),
             row(method, "link_mb", None, 102.0, None),
@@ -52,9 +53,10 @@ def test_the_page_shows_what_is_off(tmp_path: Path, capsys: pytest.CaptureFixtur
         write_rows(folder, rows(BASE | speedups))
     assert main(["report", str(tmp_path), f"page={tmp_path / 'page.md'}"]) == 0
     text = (tmp_path / "page.md").read_text()
-    assert "| flashcp | 500 | 2.00 (1.90 - 2.10) | 2.30 | +15% | 102 | +2.0% |" in text
-    assert "| flashcp | 500 | 2.00 (1.90 - 2.10) | 0.90 | **-55%** | 102 | +2.0% |" in text
-    assert "| ring | 1000 | not told apart (0.98 - 1.02) | 3.00 |" in text
+    assert "| flashcp | 500 | 348 | -30% | 2.00 (1.90 - 2.10) | 2.30 | +15% | 102 | +2.0% |" in text
+    assert "| flashcp | 500 | 889 | +78% | 2.00 (1.90 - 2.10) | 0.90 | **-55%** | 102 | +2.0% |" in text
+    assert "| ring | 1000 | 267 | -73% | not told apart (0.98 - 1.02) | 3.00 |" in text
+    assert text.count("`llama3` itself is predicted -20% off, and with it every speedup") == 1
     assert text.count("the prediction says the opposite") == 2  # flashcp over llama3, flashcp over ring
     assert "![measured beside predicted speedups](good/lab.png)" in text
     assert (bad / "lab.png").stat().st_size > 10_000

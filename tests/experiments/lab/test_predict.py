@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from flashcp.clusters import read_cluster
@@ -12,7 +14,7 @@ from flashcp.simulation import simulate
 from flashcp.train.link import attention_operations
 
 BENCH = LabBench(context=2048, windows=2, methods=["llama3", "flashcp"])
-RATES = Rates(tflops=0.01, latency_us=2000.0, node_gbps=0.5)
+RATES = Rates(tflops=0.01, latency_us=2000.0, node_gbps=0.5, socket_gbps=10.0)
 WHOLE = read_cluster("this_machine")
 
 
@@ -28,10 +30,28 @@ def test_the_machine_attends_at_the_rate_that_was_measured() -> None:
     assert machine.links.node.gbps == 0.5
 
 
+def predicted(link_gbps: float, bench: LabBench = BENCH, **rates: float) -> dict[str, list[float]]:
+    scale = Scale(bench, replace(RATES, **rates), link_gbps)
+    return predict(scale, lab_machine(scale, WHOLE))
+
+
 def test_a_slower_link_takes_more_from_who_sends_more() -> None:
-    slow, fast = (predict(BENCH, lab_machine(Scale(BENCH, RATES, gbps), WHOLE)) for gbps in (0.005, 0.5))
+    slow, fast = (predicted(gbps) for gbps in (0.005, 0.5))
     assert [len(slow[method]) for method in ("llama3", "flashcp")] == [2, 2]
     assert sum(slow["llama3"]) / sum(slow["flashcp"]) > sum(fast["llama3"]) / sum(fast["flashcp"]) > 1
+
+
+def test_what_sockets_take_is_taken_from_attention() -> None:
+    free, dear = predicted(50.0), predicted(50.0, socket_gbps=0.001)
+    moved = 14 * 256 * BENCH.shape.kv_bytes  # seven blocks out, seven in; as much in the backward
+    for before, after in zip(free["llama3"], dear["llama3"], strict=True):
+        assert after - before == pytest.approx(2 * moved / (1e6 * 0.001), rel=0.05)
+    assert sum(dear["flashcp"]) < 0.6 * sum(dear["llama3"])
+
+
+def test_ranks_that_share_a_node_have_no_sockets() -> None:
+    alone = replace(BENCH, replicas=4)
+    assert predicted(50.0, alone, socket_gbps=1e-6) == predicted(50.0, alone)
 
 
 def test_a_rate_that_no_link_of_the_lab_has_is_refused() -> None:
@@ -42,6 +62,6 @@ def test_a_rate_that_no_link_of_the_lab_has_is_refused() -> None:
 
 def test_a_links_rate_is_the_clusters_by_bytes_an_operation() -> None:
     one = Scale.of(BENCH, RATES)
-    twice = Scale.of(BENCH, Rates(0.02, 2000.0, 0.5))
+    twice = Scale.of(BENCH, Rates(0.02, 2000.0, 0.5, 10.0))
     assert twice.link_gbps == pytest.approx(2 * one.link_gbps)
     assert f"{1e3 * one.link_gbps:.3g} MB/s = 50 GB/s of a rank of h100-ib-400g" in str(one)
