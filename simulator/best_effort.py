@@ -24,13 +24,13 @@ def best_effort(planned: Planned, exchange: str) -> Module:
     forward, backward = _forward(planned, Hops(hop)), _backward(planned, Hops(hop_home), home, wire)
     alone = Hops(hop).around() + Hops(hop_home).around()
     kept = (ranks - 1) * block
-    return Module(forward, backward, alone, kept, kept * 4 / planned.shape.dtype_bytes + home)
+    return Module(forward, backward, alone, kept, kept * 4 / planned.shape.dtype_bytes + home * (ranks > 1))
 
 
 def _hop_us(planned: Planned, exchange: str, block: float) -> np.ndarray:
     """A block from each rank's predecessor: one link for `ring`, all rings of a collective for the others."""
     links, ranks = planned.links, planned.ranks
-    if exchange == "ring":
+    if exchange == "ring" or ranks == 1:
         return planned.hop_us(block)
     return np.full(ranks, links.collective_us(block, ranks) / (ranks - 1))
 
@@ -64,5 +64,5 @@ def _backward(planned: Planned, hops: Hops, home: float, wire: int) -> Timeline:
         come = hops.send(np.maximum(come, planned.behind(leaves, step)))
     timeline.beside("exchange", planned.behind(leaves, 1), come)
     timeline.wait(come)
-    timeline.run("copies", planned.sum_us(home, wire))
+    timeline.run("copies", planned.sum_us(home, wire) * (ranks > 1))
     return timeline

@@ -41,7 +41,7 @@ def _forward(planned: Planned, exchange: str, there: np.ndarray, bare: bool) -> 
     timeline = Timeline(planned.ranks)
     # Rows that leave are picked and put side by side once, a block cleared before and written twice.
     moved, launches = (2 * there.sum(axis=1), 1) if exchange == "exact" else (5 * there.max(axis=1), 5)
-    timeline.run("copies", planned.copies.us(moved, launches) * (not bare))
+    timeline.run("copies", planned.copies.us(moved, launches) * (planned.ranks > 1 and not bare))
     arrived = _arrivals(planned, exchange, there, timeline.now)
     timeline.beside("exchange", timeline.now, arrived.max(axis=0))
     attend(planned, timeline, arrived)
@@ -69,7 +69,7 @@ def attend(planned: Planned, timeline: Timeline, arrived: np.ndarray) -> None:
 def _backward(planned: Planned, exchange: str, back: np.ndarray) -> Timeline:
     timeline = Timeline(planned.ranks)
     timeline.run("attention", planned.first_us(True))
-    if exchange != "exact" and planned.overlap != "fused":
+    if exchange != "exact" and planned.overlap != "fused" and planned.ranks > 1:
         timeline.run("copies", planned.copies.us(2 * back.sum(axis=1)))  # all blocks but its own, side by side
     leave = timeline.now
     home = _homecoming(planned, back, leave).max(axis=0)
@@ -146,7 +146,8 @@ def _ring(planned: Planned) -> Module:
 
 def _ring_forward(planned: Planned, hops: Hops) -> Timeline:
     ranks, timeline = planned.ranks, Timeline(planned.ranks)
-    timeline.run("copies", planned.copies.us(4 * planned.block_bytes("ring"), 4))
+    if ranks > 1:
+        timeline.run("copies", planned.copies.us(4 * planned.block_bytes("ring"), 4))
     if planned.overlap == "none":
         for _ in range(1, ranks):
             coming = hops.send(timeline.now)
@@ -176,6 +177,6 @@ def _ring_backward(planned: Planned, hops: Hops, home: float) -> Timeline:
             timeline.run("attention", planned.local_us(True))
         timeline.wait(coming)
         timeline.run("copies", add)
-    if not beside:
+    if not beside or planned.ranks == 1:
         timeline.run("attention", planned.local_us(True))
     return timeline

@@ -146,12 +146,12 @@ def place(work: np.ndarray, variant: Variant, step: Step) -> np.ndarray:
 
 def simulate_module(planned: Planned, variant: Variant) -> Module:
     """The timelines of a method."""
-    copies = COPIES[variant.implementation]
-    if variant.exchange == "ulysses" and variant.implementation == "ours":
-        copies = COPIES["published"]  # ours orders rows
-    if planned.ranks == 1:  # a holder alone runs one kernel: whose it is makes no difference
+    if variant.exchange == "ulysses" or planned.ranks == planned.setting.head_ranks == 1:
+        # One kernel: whose it is makes no difference. Of ours, ulysses orders rows.
+        copies = COPIES["best effort" if variant.implementation == "best effort" else "published"]
         return share_heads(planned, best_effort(planned, "exact"), copies)
-    return share_heads(planned, RUN[variant.implementation](planned, variant.exchange), copies)
+    inner = RUN[variant.implementation](planned, variant.exchange)
+    return share_heads(planned, inner, COPIES[variant.implementation])
 
 
 def _work(workload: Workload) -> float:

@@ -127,9 +127,9 @@ def published_ring(planned: Planned) -> Module:
         backward.wait(came_home)  # what the ranks behind have added; this one's share comes on top
         backward.add(step)
         backward.wait(arrived)
-        came_home = backward.send(hop_home)
+        came_home = backward.send(hop_home) if ranks > 1 else 0.0
     backward.wait(came_home)
-    alone = 2 * (ranks - 1) * float(hop.max()) + ranks * float(hop_home.max())
+    alone = (2 * (ranks - 1) * float(hop.max()) + ranks * float(hop_home.max())) * (ranks > 1)
     return Module(forward, backward, alone, 0.0, 2 * (block + home))
 
 

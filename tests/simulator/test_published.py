@@ -72,3 +72,10 @@ def test_the_zigzag_s_host_waits_for_every_document(machine: Machine) -> None:
     waited = more * machine.published.sync_us + launches * machine.copies.launch_us
     copies = [sum(timeline.busy["copies"] for timeline in module[:2]) for module in (one, many)]
     assert copies[1] - copies[0] == pytest.approx(np.full(RANKS, waited))
+
+
+def test_alone_there_is_nobody_to_send_to(machine: Machine) -> None:
+    for strategy in ("contiguous", "per_document"):
+        _, module = run(machine, strategy, ranks=1)
+        assert module.exchange_us == 0
+        assert not module.forward.busy["exchange"].any()
