@@ -21,8 +21,8 @@ CARRIED := hydra-core omegaconf pyyaml packaging einops tqdm \
 BUILT := antlr4-python3-runtime==4.9.3
 GLIBC := 17 24 27 28 31 34 35
 
-.PHONY: help demo cluster-lab lab-cases test test-integrations lint docs paper kernels kernels-versions emulate gpu-wheels \
-	pins clean
+.PHONY: help demo cluster-lab lab-cases test test-integrations lint soak kills docs paper kernels kernels-versions emulate \
+	gpu-wheels pins clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,13 @@ test-integrations: $(BESIDE)/.installed ## run the tests beside Transformers, Tr
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p flashcp
+
+soak: $(STAMP) ## 2,000 steps of random packs, masks and operators on four processes: is all right, does anything grow?
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node=4 \
+		-m tests.soak 2000 experiments/results/soak
+
+kills: $(STAMP) ## kill -9 of a rank, of flashcp and of torchrun, 20 times each: who stays, is the resumed run the same?
+	$(BIN)/python -m tests.soak.kills 20 experiments/results/kills
 
 docs: $(STAMP) ## build site/: guides, results and the API; a link that leads nowhere fails
 	$(BIN)/sphinx-build -q -W --keep-going -c docs . site $(ARGS)

@@ -4,35 +4,38 @@
 
 Every step draws a pack, masks, strategy, exchange, transport, head ranks and overlap, the same on all ranks, and runs
 forward and backward. Operators live for some steps and are closed. Every tenth step is compared with the float64
-reference. Rank 0 writes samples.csv, a line a rank and sample, and says what grew; the exit code is then 1.
+reference. Rank 0 writes results.csv and soak.png, and says what grew; the exit code is then 1.
 """
 
 from __future__ import annotations
 
-import csv
 import gc
 import os
 import random
+import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import flashcp
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
+from flashcp.experiments.sweep.results import Number, to_row, write_rows
 from tests.flashcp.test_masks import KINDS, masks_of
 from tests.packs import random_qkv, relative_error
 
 OPERATORS = 6
 BOUND = 1e-5
 COMPARED, SAMPLES = 10, 100
-MAY_GROW = {"rss_mib": 1.05, "descriptors": 1.0, "threads": 1.0, "shared_memory": 1.0}
-"""The most of the second half over the most of the second quarter; the first quarter fills caches."""
+MAY_GROW = {"rss_mib": 1.1, "descriptors": 1.25, "threads": 1.25, "shared_memory": 1.25}
+"""The most of the second half over the most of the second quarter; the first quarter fills caches. Operators of one kind
+have more threads and descriptors than those of another: a leak would add some at every one of hundreds of ends."""
 
 
 class Choice(NamedTuple):
@@ -87,9 +90,12 @@ def run_step(step: int, draw: random.Random, operators: dict[Choice, flashcp.Con
     whole = [x.double().requires_grad_() for x in (q, k, v)]
     reference = flashcp.reference_attention(*whole, lengths, masks=masks)
     expected = (reference, *torch.autograd.grad(reference, whole, grad.double()))
-    size = float(grad.norm() * q.norm() * v.norm()) / sum(lengths)
+    size = float(grad.norm() * q.abs().max() * v.abs().max())  # of the terms of gradients that cancel: a row alone
     got = [cp.unshard(x.detach(), plan) for x in (out, *gradients)]
-    return max(min(relative_error(a, b), float((a - b).norm()) / size) for a, b in zip(got, expected, strict=True))
+    return max(
+        relative_error(found, wanted.detach()) if wanted.norm() > 1e-9 * size else float(found.norm()) / size
+        for found, wanted in zip(got, expected, strict=True)
+    )
 
 
 def sample(step: int) -> Sample:
@@ -133,19 +139,33 @@ def main(steps: int, folder: Path) -> int:
     every = [Sample(*one) for some, _ in told for one in some]
     grew = what_grew(every)
     if int(os.environ["RANK"]) == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "samples.csv").open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([Sample._fields, *every])
-        seconds = time.perf_counter() - begun
-        print(f"{steps} steps in {seconds:.0f} s; largest relative error {max(error for _, error in told):.1e}")
+        case = f"{steps} steps on {len(told)} processes"
+        numbers = [Number("soak", "largest_error", "1", None, max(error for _, error in told), None)]
+        numbers.append(Number("soak", "seconds", "s", None, time.perf_counter() - begun, None))
         for name in MAY_GROW:
-            last = [getattr(one, name) for one in every if one.step == every[-1].step]
-            first = [getattr(one, name) for one in every if one.step == every[0].step]
-            print(
-                f"{name}: {min(first):.0f} to {max(first):.0f} at first, {min(last):.0f} to {max(last):.0f} at the end"
-            )
+            for when, step in (("first", every[0].step), ("last", every[-1].step)):
+                found = sorted(getattr(one, name) for one in every if one.step == step)
+                numbers.append(Number("soak", f"{name}_{when}", "", found[0], statistics.median(found), found[-1]))
+        print("\n".join(f"{one.metric}: {one.median:.4g}" for one in numbers))
         print("\n".join(grew) or "nothing grew")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_rows(folder, [to_row(case, one, f"CPU, {os.cpu_count()} cores") for one in numbers])
+        draw(every, folder / "soak.png")
     return 1 if grew else 0
+
+
+def draw(samples: Sequence[Sample], place: Path) -> None:
+    """What each rank held, over the steps."""
+    figure, axes = plt.subplots(len(MAY_GROW), sharex=True, figsize=(8, 9))
+    for axis, name in zip(axes, MAY_GROW, strict=True):
+        for rank in sorted({one.rank for one in samples}):
+            own = [one for one in samples if one.rank == rank]
+            axis.plot([one.step for one in own], [getattr(one, name) for one in own], label=f"rank {rank}")
+        axis.set_ylabel(name.replace("_", " "))
+        axis.set_ylim(bottom=0)
+    axes[0].legend(ncols=4)
+    axes[-1].set_xlabel("step")
+    figure.savefig(place, dpi=100, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,11 @@
 
 Each of the three is killed so many times. All processes have to be gone within 15 s and nothing may be left in
 /dev/shm. The same command then goes on from the latest checkpoint: its losses have to be, to the bit, those of a run
-that nobody disturbed. Every second run saves beside its training. A row each in kills.csv; exit code 1 where one
-failed.
+that nobody disturbed. Every second run saves beside its training. Rows go to results.csv; exit code 1 where one failed.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import random
@@ -22,8 +20,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
+from flashcp.experiments.bench.harness import spread
+from flashcp.experiments.sweep.results import Number, to_row, write_rows
 from flashcp.train.lineage import find_latest
 from tests.checkout import ROOT
 from tests.processes import Job, under_way
@@ -94,12 +95,19 @@ def main(count: int, folder: Path, seed: int = 0) -> int:
             here = Path(place) / str(number)
             here.mkdir()
             found.append(kill_once(KILLED[number % len(KILLED)], number // 3 % 2 == 1, draw, here, whole))
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "kills.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([Kill._fields, *found])
+    numbers = []
     for killed in KILLED:
         own = [one for one in found if one.killed == killed]
-        print(f"{killed}: {len(own)} kills, all gone after {max(one.gone_s for one in own):.1f} s at most")
+        numbers += [
+            Number(killed, "kills", "1", None, len(own), None),
+            Number(killed, "gone_s", "s", *spread(np.array([one.gone_s for one in own]))),
+            Number(killed, "gone_s_most", "s", None, max(one.gone_s for one in own), None),
+            Number(killed, "resumed_to_the_bit", "1", None, sum(one.same for one in own), None),
+            Number(killed, "left_in_memory", "1", None, sum(one.left_in_memory for one in own), None),
+        ]
+        print(", ".join(f"{one.metric} {one.median:.3g}" for one in numbers[-5:]), f"({killed})")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder, [to_row(f"{STEPS} steps on 2 ranks", one, f"CPU, {os.cpu_count()} cores") for one in numbers])
     bad = [one for one in found if one.gone_s > 15.0 or one.left_in_memory or not one.same]
     print("\n".join(map(str, bad)) or "nothing left, every resumed run equal to the bit")
     return 1 if bad else 0
