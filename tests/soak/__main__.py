@@ -34,8 +34,8 @@ OPERATORS = 6
 BOUND = 1e-5
 COMPARED, SAMPLES = 10, 100
 MAY_GROW = {"rss_mib": 1.1, "descriptors": 1.25, "threads": 1.25, "shared_memory": 1.25}
-"""The most of the second half over the most of the second quarter; the first quarter fills caches. Operators of one kind
-have more threads and descriptors than those of another: a leak would add some at every one of hundreds of ends."""
+"""The most of the second half over the most of the second quarter; the first quarter fills caches. Some operators have
+more threads and descriptors than those of another: a leak would add some at every one of hundreds of ends."""
 
 
 class Choice(NamedTuple):
