@@ -14,7 +14,8 @@ myst_fence_as_directive = ["mermaid"]
 # The root is the source folder, so that a link between pages serves the repository and the site.
 root_doc = "docs/index"
 include_patterns = [
-    "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "experiments/*.md", "experiments/results/demo/*.md",
+    "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "RELIABILITY.md", "docs/*.md", "experiments/*.md",
+    "experiments/results/demo/*.md",
 ]  # fmt: skip
 exclude_patterns = ["docs/conf.py"]
 myst_heading_anchors = 4  # as code hosts name them

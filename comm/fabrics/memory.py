@@ -15,6 +15,7 @@ import numpy as np
 from flashcp.comm.errors import HeapError
 
 FOLDER = Path("/dev/shm")
+WANTED = f"no shared memory in {FOLDER}; transport='gloo' needs none, a container gets more by its --shm-size"
 Memory = TypeVar("Memory")
 
 
@@ -29,7 +30,7 @@ def shared_memories(
 
     def memories(index: int, size: int) -> list[np.ndarray]:
         path = FOLDER / f"flashcp-{uuid.uuid4().hex}"
-        blame = f"rank {names[rank] if names else rank}: no shared memory in {FOLDER}"
+        blame = f"rank {names[rank] if names else rank}: {WANTED}"
         try:
             own, paths = agreed(share, lambda: _map(path, size, make=True), OSError, blame, path.name)
             files = {other: FOLDER / name for other, name in enumerate(paths)}

@@ -101,7 +101,8 @@ def run_step(step: int, draw: random.Random, operators: dict[Choice, flashcp.Con
 def sample(step: int) -> Sample:
     gc.collect()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/" in line}
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = {line.split(maxsplit=5)[5] for line in maps if "/dev/shm/" in line}  # their names are gone: ... (deleted)
     rss_mib = int(status["VmRSS"].split()[0]) / 1024
     return Sample(step, dist.get_rank(), rss_mib, len(os.listdir("/proc/self/fd")), int(status["Threads"]), len(mapped))
 
