@@ -1,0 +1,22 @@
+"""What the soak calls growing."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.soak.__main__ import Sample, what_grew
+
+
+def samples(late: float) -> list[Sample]:
+    """Of two ranks: the first quarter fills, the second half of rank 1 has so many times the threads."""
+    made = []
+    for step in range(1, 101):
+        for rank in (0, 1):
+            threads = 10 if step > 25 else step % 10
+            made.append(Sample(step, rank, 300.0 + step % 7, 40, int(threads * (late if rank and step > 50 else 1)), 1))
+    return made
+
+
+@pytest.mark.parametrize(("late", "found"), [(1.0, []), (1.2, []), (1.5, ["rank 1: threads grew from 10 to 15"])])
+def test_only_what_goes_on_growing_is_told(late: float, found: list[str]) -> None:
+    assert what_grew(samples(late)) == found
