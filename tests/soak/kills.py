@@ -29,7 +29,7 @@ from flashcp.train.lineage import find_latest
 from tests.checkout import ROOT
 from tests.processes import Job, under_way
 
-STEPS, EVERY = 120, 7
+STEPS, EVERY = 60, 7
 KILLED = ("rank", "flashcp", "torchrun")
 MEMORY = Path("/dev/shm")
 
