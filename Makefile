@@ -9,7 +9,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 STAMP := .venv/.installed
-BESIDE := .venv-integrations
+# NEWEST=1: with the newest versions of all of them, in an environment of its own.
+NEWEST ?=
+BESIDE := .venv-integrations$(if $(NEWEST),-newest)
 ARGS ?=
 BUSY ?= 0
 CASE ?=
@@ -61,7 +63,7 @@ lab-cases: $(STAMP) ## the kept labs, or the one named by CASE: rows, pictures, 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-integrations: $(BESIDE)/.installed ## run the tests beside Transformers, Trainer, TRL and torchtitan, in .venv-integrations
+test-integrations: $(BESIDE)/.installed ## run the tests beside Transformers, Trainer, TRL and torchtitan (NEWEST=1: their newest versions)
 	OMP_NUM_THREADS=1 $(BESIDE)/bin/python -m pytest tests/integrations $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
@@ -114,7 +116,7 @@ pins: $(STAMP) ## print what .venv holds, in the form of constraints.txt
 	@$(BIN)/python -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//' | sort -f
 
 clean: ## remove .venv, build folders and caches
-	rm -rf .venv $(BESIDE) build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-integrations* build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
@@ -127,6 +129,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(BESIDE)/.installed: $(STAMP) tests/integrations/requirements.txt
 	[ -x $(BESIDE)/bin/python ] || $(BIN)/python -m venv $(BESIDE)
-	$(BESIDE)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/integrations/requirements.txt
+	$(BESIDE)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(NEWEST),--upgrade) \
+		-r <(sed '$(if $(NEWEST),s/==.*//)' tests/integrations/requirements.txt)
 	$(BESIDE)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@

@@ -46,6 +46,11 @@ class Masks:
         """Whether in every document all rows see each other."""
         return np.array_equal(self.block_stop - self.block_start, self.length)
 
+    @cached_property
+    def longest_block(self) -> int:
+        """Rows of it; 0 where there is none."""
+        return int((self.block_stop - self.block_start).max(initial=0))
+
     def lowest(self, document: np.ndarray, row: np.ndarray) -> np.ndarray:
         """The first key that a row sees."""
         block = self._block_of(document, row)

@@ -38,6 +38,7 @@ class ShardingPlan(Assignment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _ = self.masks.longest_block  # found here once: torch.compile reads it as it stands, and cannot find it
         self._take_number()
 
     def _take_number(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.integrations.trainers import STEPS, Logs, predict, run_loop, run_sft, run_trainer
+from tests.integrations.training import PATIENT_S
 from tests.ranks import run_ranks
 
 
@@ -19,27 +20,35 @@ def same(logs: Logs, reference: Logs, limit: float = 1e-4) -> None:
         assert found == pytest.approx(wanted, rel=limit), name
 
 
+ACCUMULATED = {"gradient_accumulation_steps": 2, "activation_checkpointing": True}
+FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+
+
 @pytest.mark.parametrize(
-    "how",
-    [{}, {"gradient_accumulation_steps": 2, "activation_checkpointing": True}, {"bf16": True}, {"streamed": True}],
+    "how", [{}, ACCUMULATED, {"bf16": True}, {"streamed": True}, FSDP2, {**FSDP2, **ACCUMULATED}, COMPILED]
 )
 def test_trainer(tmp_path: Path, how: dict[str, Any]) -> None:
-    (one,) = run_ranks(trainer_alone, 1, str(tmp_path), how)
-    for logs in run_ranks(run_trainer, 2, str(tmp_path), "llama", True, 1, how):
+    one_rank = {name: value for name, value in how.items() if name not in FSDP2 and name not in COMPILED}
+    (one,) = run_ranks(trainer_alone, 1, str(tmp_path), one_rank)
+    for logs in run_ranks(run_trainer, 2, str(tmp_path), "llama", True, 1, how, timeout_s=PATIENT_S):
         same(logs, one, 2e-2 if "bf16" in how else 1e-4)
 
 
-def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [{}, FSDP2])
+def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, how: dict[str, Any]) -> None:
     (one,) = run_ranks(trainer_alone, 1, str(tmp_path), {})
-    run_ranks(run_trainer, 2, str(tmp_path), "llama", True, 1, {"save_strategy": "steps", "save_steps": STEPS // 2})
+    saved = {"save_strategy": "steps", "save_steps": STEPS // 2, **how}
+    run_ranks(run_trainer, 2, str(tmp_path), "llama", True, 1, saved)
     shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
-    for logs in run_ranks(run_trainer, 2, str(tmp_path), "llama", True, 1, {"resume": True}):
+    for logs in run_ranks(run_trainer, 2, str(tmp_path), "llama", True, 1, {"resume": True, **how}):
         same(logs, one)
 
 
-def test_two_groups_are_two_data_parallel_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [{}, FSDP2])
+def test_two_groups_are_two_data_parallel_ranks(tmp_path: Path, how: dict[str, Any]) -> None:
     two = run_ranks(run_trainer, 2, str(tmp_path), "llama", False, 1, {})
-    for logs in run_ranks(run_trainer, 4, str(tmp_path), "llama", True, 2, {}):
+    for logs in run_ranks(run_trainer, 4, str(tmp_path), "llama", True, 2, how):
         same(logs, two[0])
 
 
@@ -61,9 +70,10 @@ def test_predictions_are_of_the_same_rows(tmp_path: Path) -> None:
         assert [logit for _, logit in found] == pytest.approx([logit for _, logit in one], rel=1e-4, abs=1e-5)
 
 
-def test_accelerates_own_loop() -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_accelerates_own_loop(sharded: bool) -> None:
     (losses, norms), *_ = run_ranks(run_loop, 1, False)
-    for found_losses, found_norms in run_ranks(run_loop, 2, True):
+    for found_losses, found_norms in run_ranks(run_loop, 2, True, sharded):
         assert found_losses == pytest.approx(losses, rel=1e-4)
         assert found_norms == pytest.approx(norms, rel=1e-4)
 

@@ -10,12 +10,15 @@ import torch
 import torch.distributed as dist
 import transformers as hf
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
@@ -49,6 +52,12 @@ def join_accelerate() -> None:
         os.environ.update(zip(names, (rank, size, rank, size, "localhost", "1"), strict=True))
 
 
+def take_fsdp_on_cpus() -> None:
+    """Accelerate has FSDP for devices that are none, and takes DDP for CPUs without a word: here they pass for GPUs."""
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
 def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes: dict[str, Any]) -> Logs:
     """What Trainer logs."""
     join_accelerate()
@@ -59,6 +68,8 @@ def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes
     documents = data().to_iterable_dataset() if changes.pop("streamed", False) else data()
     resume = changes.pop("resume", False)
     args = hf.TrainingArguments(output_dir=folder, **{**how, **changes})
+    if args.fsdp and over_ranks:
+        take_fsdp_on_cpus()
     trainer = hf.Trainer(
         make_model(family, "sdpa"),
         args,
@@ -69,6 +80,7 @@ def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes
     if over_ranks:
         parallelize(trainer, flashcp.ContextParallel(my_group(groups)))
     trainer.train(resume_from_checkpoint=resume)
+    assert not (args.fsdp and over_ranks) or isinstance(trainer.model_wrapped, FSDPModule)
     logs: Logs = trainer.state.log_history
     return logs
 
@@ -120,13 +132,16 @@ def predict(folder: str, over_ranks: bool) -> list[tuple[int, float]]:
     return sorted(zip(labels[kept].tolist(), of_labels[kept].tolist(), strict=True))
 
 
-def run_loop(over_ranks: bool) -> tuple[list[float], list[float]]:
+def run_loop(over_ranks: bool, sharded: bool = False) -> tuple[list[float], list[float]]:
     """A loop of one's own under Accelerate: losses of its windows, and norms of the parameters it ends with."""
     join_accelerate()
+    if sharded:
+        take_fsdp_on_cpus()
     cp = flashcp.ContextParallel()
     model = make_model("mistral_window", install(cp))
     batches = SameBatches(cp) if over_ranks else None
-    accelerator = Accelerator(cpu=True, parallelism_config=batches)
+    fsdp = FullyShardedDataParallelPlugin(2, auto_wrap_policy="transformer_based_wrap") if sharded else None
+    accelerator = Accelerator(cpu=True, parallelism_config=batches, fsdp_plugin=fsdp)
     loader = DataLoader(data(STEPS * ROWS).to_list(), ROWS, collate_fn=Collator(cp, config=model.config))
     ready = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)
     losses = []
@@ -136,4 +151,6 @@ def run_loop(over_ranks: bool) -> tuple[list[float], list[float]]:
         ready[1].step()
         ready[1].zero_grad()
         losses.append(accelerator.reduce(loss.detach(), "sum").item())
-    return losses, [parameter.norm().item() for parameter in model.parameters()]
+    assert not sharded or isinstance(ready[0], FSDPModule)
+    norms = [parameter.norm() for parameter in ready[0].parameters()]
+    return losses, [float(norm.full_tensor() if isinstance(norm, DTensor) else norm) for norm in norms]

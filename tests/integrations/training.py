@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,6 +21,8 @@ from flashcp.integrations.transformers import Collator, install
 from tests.integrations.families import VOCABULARY, make_model
 
 LENGTHS = (37, 5, 1, 64, 21)
+PATIENT_S = 280.0
+"""For what is compiled, on a machine with other work too."""
 
 Answer = tuple[float, dict[str, Tensor]]
 """The loss, and every parameter's gradient."""
@@ -31,13 +35,14 @@ def documents(seed: int = 0, lengths: Sequence[int] = LENGTHS) -> list[dict[str,
 
 
 @cache
-def alone(family: str, windows: int = 1, lengths: Sequence[int] = LENGTHS) -> Answer:
+def alone(family: str, windows: int = 1, lengths: Sequence[int] = LENGTHS, bf16: bool = False) -> Answer:
     """Every document by itself: packs of gpt-oss see each other's documents in Transformers 5.24 but under varlen
     kernels, for its model does not tell the mask where documents begin."""
     model = make_model(family, "eager")
     given = [torch.tensor([one["input_ids"]]) for seed in range(windows) for one in documents(seed, lengths)]
     labels = sum(ids.shape[1] - 1 for ids in given)
-    loss = sum(model(ids, labels=ids, use_cache=False, num_items_in_batch=labels).loss for ids in given)
+    with torch.autocast("cpu", enabled=bf16, dtype=torch.bfloat16):
+        loss = sum(model(ids, labels=ids, use_cache=False, num_items_in_batch=labels).loss for ids in given)
     loss.backward()  # type: ignore[union-attr]
     return loss.item(), gradients_of(model)
 
@@ -47,25 +52,70 @@ def over_ranks(family: str, groups: int = 1, head_ranks: int = 1, bf16: bool = F
     lengths = collator.pop("lengths", LENGTHS)
     cp = flashcp.ContextParallel(my_group(groups), head_ranks=head_ranks)
     mine = dist.get_rank() // cp.world_size
-    checkpointing, fsdp = collator.pop("checkpointing", False), collator.pop("fsdp", False)
+    checkpointing, wrapped = collator.pop("checkpointing", False), collator.pop("wrapped", "")
+    compiled = collator.pop("compiled", "")
     model = make_model(family, install(cp))
     if checkpointing:
         model.gradient_checkpointing_enable()
-    batch = Collator(cp, config=model.config, **collator)(documents(mine, lengths))
-    batch["num_items_in_batch"] = batch["num_items_in_batch"] * groups
-    trained: nn.Module = DistributedDataParallel(model) if groups > 1 else model
-    if fsdp:
+    collate = Collator(cp, config=model.config, **collator)
+    trained: Any = DistributedDataParallel(model) if wrapped == "ddp" else model
+    if compiled == "layers":
+        torch._dynamo.reset()
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager", fullgraph=True)
+    if wrapped == "fsdp":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for layer in (*model.model.layers, model):
             fully_shard(layer, mesh=mesh)
-    with torch.autocast("cpu", enabled=bf16, dtype=torch.bfloat16):
-        loss = trained(**batch).loss
-    averaged = groups > 1 or fsdp
-    (loss * dist.get_world_size() if averaged else loss).backward()
+    if compiled not in ("", "layers"):
+        torch._dynamo.reset()
+        trained = torch.compile(trained, backend=compiled)
+    averaged = bool(wrapped)
+    for used in (lengths[::-1], lengths) if compiled else (lengths,):  # the graph of one plan computes the next
+        model.zero_grad()
+        batch = collate(documents(mine, used))
+        batch["num_items_in_batch"] = batch["num_items_in_batch"] * groups
+        with torch.autocast("cpu", enabled=bf16, dtype=torch.bfloat16):
+            loss = trained(**batch).loss
+        (loss * dist.get_world_size() if averaged else loss).backward()
     gradients = gradients_of(model)
     for summed in (loss := loss.detach(), *([] if averaged else gradients.values())):
         dist.all_reduce(summed)
     return (float(loss), gradients) if dist.get_rank() == 0 else None
+
+
+def probe(family: str, head_ranks: int) -> tuple[float, float]:
+    """Where one document's tokens change: the most that a logit of the others moves, and the least that a row of its
+    own does."""
+    cp = flashcp.ContextParallel(head_ranks=head_ranks)
+    model = make_model(family, install(cp))
+    collate, changed, found = Collator(cp, config=model.config), 3, []
+    for seed in (0, 1):
+        examples = documents()
+        examples[changed] = documents(seed)[changed]
+        batch = collate(examples)
+        with torch.no_grad():
+            found.append(cp.unshard(model(**batch).logits[0], batch["plan"]))
+    moved = [float(x) for x in (found[0] - found[1]).abs().amax(1)]
+    first, past = sum(LENGTHS[:changed]), sum(LENGTHS[: changed + 1])
+    return max(moved[:first] + moved[past:]), min(moved[first:past])
+
+
+def count_graphs(family: str) -> tuple[list[int], list[str]]:
+    """How many graphs a model has after each of some windows, two of one length, then of two others, and each thing
+    that ended a graph."""
+    cp = flashcp.ContextParallel()
+    model = make_model(family, install(cp))
+    collate, counter, counts = Collator(cp, config=model.config), CompileCounter(), []
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model, backend=counter)
+    for seed, lengths in enumerate((LENGTHS, LENGTHS[::-1], (41, 30), (3, 50))):
+        batch = collate(documents(seed, lengths))
+        batch["plan"] = flashcp.ShardingPlan.from_json(batch["plan"].to_json())  # as one that no collator made
+        compiled(**batch)
+        counts.append(counter.frame_count)
+    return counts, list(counters["graph_break"])
 
 
 def my_group(groups: int) -> dist.ProcessGroup:

@@ -262,3 +262,9 @@ def test_masks_of_many_kinds_are_read_kind_by_kind() -> None:
     assert masks.window.tolist() == [mask.size for mask in kinds]
     assert masks.block_document.tolist() == list(range(500))
     assert masks.block_start.tolist() == [mask.blocks[0][0] for mask in kinds]
+
+
+def test_the_longest_block_of_a_pack() -> None:
+    blocks = [Mask("causal", blocks=[(1, 3), (4, 9)]), Mask(), Mask("prefix", 6)]
+    assert plan([10, 20, 30], 2, masks=blocks).masks.longest_block == 6
+    assert plan([10, 20, 30], 2).masks.longest_block == 0

@@ -1,4 +1,8 @@
-"""A mask that is made only where it is needed: under a plan nobody reads [rows, rows] of booleans."""
+"""A mask that is made only where it is needed: under a plan nobody reads [rows, rows] of booleans.
+
+torch.compile cannot look into functions. So what a mask is made of is read when it is asked for, outside of compiled
+code: that ends one graph a kind of mask and forward, and none a layer.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 from transformers.masking_utils import eager_mask, sdpa_mask
+
+from flashcp.untraced import untraced
 
 # Functions of `transformers.masking_utils` whose masks documents, windows and chunks say too.
 _KNOWN = {
@@ -26,12 +32,27 @@ _BLOCKS = "blockwise_overlay.<locals>.inner_mask"
 
 
 class DeferredMask:
-    """What Transformers asks a mask function for, under the names of `transformers.masking_utils.sdpa_mask`."""
+    """What Transformers asks a mask function for, under the names of `transformers.masking_utils.sdpa_mask`.
+
+    back: how far a row looks back, None: as far as there is. blocks: whether it has blocks. unknown: the name of a part
+    that is neither, empty where there is none.
+    """
 
     ndim = 4  # Transformers then hands it on as it is
 
     def __init__(self, **asked: Any) -> None:
         self.asked = asked
+        self.back: int | None = None
+        self.blocks, self.unknown = False, ""
+        for part in _parts(asked["mask_function"]):
+            name = _name(part)
+            if name in _BACK:
+                cells = dict(zip(part.__code__.co_freevars, part.__closure__, strict=True))
+                self.back = cells[_BACK[name]].cell_contents
+            elif name == _BLOCKS:
+                self.blocks = True
+            elif name not in _KNOWN:
+                self.unknown = self.unknown or name
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -57,21 +78,17 @@ class DeferredMask:
         padding = self.asked.get("attention_mask")
         if padding is not None and not padding.all():
             raise ValueError("attention_mask has zeros beside a plan: expected none; Collator leaves padding out")
-        asked = None
-        for part in _parts(self.asked["mask_function"]):
-            name = _name(part)
-            if name in _BACK:
-                asked = dict(zip(part.__code__.co_freevars, part.__closure__, strict=True))[_BACK[name]].cell_contents
-            elif name == _BLOCKS and not longest_block:
-                raise ValueError(f"mask function {name} beside a plan: expected blocks in the plan's masks")
-            elif name not in (*_KNOWN, _BLOCKS):
-                raise ValueError(f"mask function {name} beside a plan: expected causal, windows, chunks and packed")
-        if asked != back:
-            raise ValueError(f"the layer's mask looks {asked} rows back, its attention {back}: expected the same")
+        if self.blocks and not longest_block:
+            raise ValueError(f"mask function {_BLOCKS} beside a plan: expected blocks in the plan's masks")
+        if self.unknown:
+            raise ValueError(f"mask function {self.unknown} beside a plan: expected causal, windows, chunks and packed")
+        if self.back != back:
+            raise ValueError(f"the layer's mask looks {self.back} rows back, its attention {back}: expected the same")
         if back is not None and back < longest_block:  # Transformers lets its rows look no further back in it
             raise ValueError(f"a block of {longest_block} rows in a layer that looks {back} back: expected no more")
 
 
+@untraced
 def defer(**asked: Any) -> Any:
     """The mask function that is registered."""
     given = asked.get("attention_mask")
