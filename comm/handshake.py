@@ -22,14 +22,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, PeerFailedError, PlanMismatchError
+from flashcp.comm.errors import (
+    ExchangeError,
+    ExchangeTimeoutError,
+    PeerFailedError,
+    PlanMismatchError,
+    RowsDifferError,
+)
 from flashcp.comm.mail import Mail
 from flashcp.comm.waits import bounded
 
 _TAG = 7701  # keeps headers apart from rows on the same pair of ranks
 _AHEAD = 8  # headers posted and not yet compared
 CLOSED = "this ContextParallel was closed: make another one"
-_FAILED, _ABSENT = 1, 2  # in a header's `failed`
+_FAILED, _ABSENT, _DIFFER = 1, 2, 3  # in a header's `failed`
 _HOP_S = 1.0  # what news of a rank that stays away may take from its holder to the others
 
 
@@ -45,10 +51,11 @@ class Step(IntEnum):
 class Header(NamedTuple):
     """What a rank is about to do, one int64 each.
 
-    failed: 1 when it stopped with an error of its own; 2 when it did not come, as others say of it. step: which
-    exchange of the call, a `Step`. plan: as this layer narrows it. query_heads and what follows from scores: 0 while
+    failed: 1 when it stopped with an error of its own; 2 when it did not come, as others say of it; 3 + s when rows of
+    rank s came to it that are not those that were sent. step: which exchange of the call, a `Step`. plan: as this layer narrows it. query_heads and what follows from scores: 0 while
     only KV leaves. dtype, scale and softcap: codes that differ when the values do. sinks: whether there are any.
-    log_sums: whether they are returned. gathers: whether rows of any kind travel, for nobody's queries yet.
+    log_sums: whether they are returned. gathers: whether rows of any kind travel, for nobody's queries yet. verify_rows: whether checksums
+    travel beside rows.
     oldest, oldest_inside: the oldest inbox between holders and inside the holder that the rank still reads; they are
     passed on, not compared.
     """
@@ -71,6 +78,7 @@ class Header(NamedTuple):
     refetch: int = 0
     gradient_wire: int = 0
     gathers: int = 0
+    verify_rows: int = 0
     oldest: int = 0
     oldest_inside: int = 0
 
@@ -83,7 +91,8 @@ class Handshake:
 
     across: reaches the rank of the same place in every other holder. inside: reaches the other ranks of this holder;
     None where a rank is a holder. Both name a rank by its number among all.
-    stopped: why ranks may have come apart, by an error that was raised here; empty while all is well.
+    stopped: why ranks may have come apart, by an error that was raised here; empty while all is well. abandoned:
+    whether this rank then left the others where they were.
     oldest: the least `oldest` and `oldest_inside` of all ranks in the headers compared last: the same on all ranks at
     the same point of the program.
     """
@@ -94,7 +103,7 @@ class Handshake:
         self.rank, self.world_size = across.names[across.rank], across.world_size * self.head_ranks
         self.timeout_s = across.timeout_s
         self.oldest = [0, 0]
-        self.stopped, self.closed = "", False
+        self.stopped, self.abandoned, self.closed = "", False, False
         self._posted: deque[PendingHeader] = deque()
         self._last_words: list[dist.Work | None] = []
 
@@ -119,9 +128,10 @@ class Handshake:
             posted.pass_on()
         return posted
 
-    def check_together(self) -> None:
-        """Raises ExchangeError where an earlier error may have left ranks at different points of the program."""
-        if self.stopped:
+    def check_together(self, puts: bool) -> None:
+        """Raises ExchangeError where an earlier error may have left ranks at different points of the program. puts:
+        whether rows are put into others' memory, where any error may have."""
+        if self.stopped and (puts or self.abandoned):
             raise ExchangeError(f"ranks came apart at an earlier error, make a new ContextParallel: {self.stopped}")
 
     def meet_inside(self) -> None:
@@ -144,11 +154,13 @@ class Handshake:
             if mail is not None:
                 mail.close()
 
-    def abandon(self, call: int) -> None:
+    def abandon(self, call: int, error: ExchangeError) -> None:
         """Tell the others, who come to it at their next call, that this rank has failed; waits for nobody."""
+        self.abandoned = True
+        code = _DIFFER + error.source if isinstance(error, RowsDifferError) else _FAILED
         holder = torch.zeros(self.head_ranks, len(Header._fields), dtype=torch.int64)
         words = holder[self.rank % self.head_ranks]
-        words[:2] = torch.tensor([_FAILED, call])
+        words[:2] = torch.tensor([code, call])
         for mail, said in ((self.inside, words), (self.across, holder)):
             for rank in mail.others if mail else []:
                 with suppress(RuntimeError):
@@ -256,6 +268,11 @@ class PendingHeader:
 def _judge(headers: Tensor, mine: Header) -> None:
     if mine.failed:
         return  # this rank has an error of its own to raise
+    for reader, (code, call) in enumerate(headers[:, :2].tolist()):
+        if code >= _DIFFER:
+            raise PeerFailedError(
+                f"rank {reader} received rows of rank {code - _DIFFER} that are not those that were sent (call {call})"
+            )
     for code, error, what in (
         (_FAILED, PeerFailedError, "stopped with an error before the exchange (call {call}); see its own message"),
         (
