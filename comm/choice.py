@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from flashcp.comm.errors import ExchangeError, PeerFailedError, PlanMismatchError
+from flashcp.comm.errors import ExchangeError, PeerFailedError, PlanMismatchError, RowsDifferError
 from flashcp.comm.fabrics.base import Fabric, Region
 from flashcp.comm.fabrics.memory import FOLDER, shared_memories
 from flashcp.comm.fabrics.shm import ShmFabric
@@ -87,14 +87,16 @@ class Connection(NamedTuple):
     @contextmanager
     def watched(self, call: int) -> Iterator[None]:
         """Errors name the call; ranks that do not wait for this one hear of its failure at their next call."""
+        if self.handshake is not None:
+            self.handshake.call = call
         try:
             yield
         except ExchangeError as error:
             if self.handshake is not None:
                 self.handshake.stopped = self.handshake.stopped or str(error)
-                if not isinstance(error, PlanMismatchError | PeerFailedError):  # which all ranks know
-                    self.handshake.abandon(call, error)
-            if f"call {call}" in str(error):
+                if not isinstance(error, PlanMismatchError | PeerFailedError | RowsDifferError):  # which all ranks know
+                    self.handshake.abandon(call)
+            if "(call " in str(error):
                 raise
             named = copy(error)  # a transport may raise it again, in another call
             named.args = (f"{error} (call {call})",)
@@ -141,7 +143,7 @@ def connect(
                 f"verify_rows=True over {transport.name}: expected a transport whose rows the host waits for, "
                 f"{' or '.join(VERIFIABLE)}"
             )
-        transport = Verified(transport, mail.names) if verify_rows else transport
+        transport = Verified(transport, mail.names, handshake.note) if verify_rows else transport
         reasons.append(why)
         if level.inside:
             inside = transport

@@ -12,15 +12,11 @@ class ExchangeTimeoutError(ExchangeError):
 
 
 class PeerFailedError(ExchangeError):
-    """A rank stopped with an error of its own, or received rows that are not those that were sent."""
+    """A rank stopped with an error of its own before its rows left."""
 
 
 class RowsDifferError(ExchangeError):
-    """This rank received rows that are not those that were sent. source: the number of the rank that sent them."""
-
-    def __init__(self, message: str, source: int = -1) -> None:
-        super().__init__(message)
-        self.source = source
+    """A rank received rows that are not those that were sent; raised on all ranks."""
 
 
 class PlanMismatchError(ExchangeError):

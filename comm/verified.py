@@ -1,7 +1,8 @@
 """Rows that are verified: the checksum of each message travels beside it, and its reader compares.
 
 A message is the rows of one rank for one reader in one transfer. Checksums go over the same transport, as transfers of
-their own. They tell of rows that were changed, cut short, sent twice, or put where others belong.
+their own. They tell of rows that were changed, cut short, or put where others belong. A reader that finds such rows
+goes on, so that all ranks come to the next header together, where they raise.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from flashcp.comm.errors import RowsDifferError
 from flashcp.comm.transport import Departures, Inbox, OutgoingRows, Transfer, Transport
 from flashcp.kernels.interface import WaitFlags
 
@@ -22,14 +22,14 @@ VERIFIABLE = ("shm", "gloo")
 
 
 class Verified(Transport):
-    """Carries rows over another transport of `VERIFIABLE`. names: what errors call ranks.
+    """Carries rows over another transport of `VERIFIABLE`. names: what errors call ranks. note: is told whose rows
+    differ, when somebody waits for them.
 
-    Beside every inbox lies one for checksums, int64 [ranks, 1]. `Transfer.wait` raises RowsDifferError. `sent_bytes` and
-    `receive_bytes` count checksums.
+    Beside every inbox lies one for checksums, int64 [ranks, 1]. `sent_bytes` and `receive_bytes` count checksums.
     """
 
-    def __init__(self, inner: Transport, names: Sequence[int]) -> None:
-        self._inner, self._names = inner, names
+    def __init__(self, inner: Transport, names: Sequence[int], note: Callable[[int], None]) -> None:
+        self._inner, self._names, self._note = inner, names, note
         self.name, self.rank, self.world_size = inner.name, inner.rank, inner.world_size
         self.one_sided, self.throttle_gbps = inner.one_sided, inner.throttle_gbps
         self._beside: dict[int, int] = {}  # by the ticket of an inbox, that of its checksums
@@ -63,11 +63,10 @@ class Verified(Transport):
     def all_to_all(
         self, outgoing: OutgoingRows, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int]
     ) -> Transfer:
-        outgoing, one_each = _packed(outgoing), [1] * self.world_size
+        outgoing = _packed(outgoing)
         moving = self._inner.all_to_all(outgoing, sent, inbox, received, offsets)
-        sums = _checksums(outgoing.packed().split(list(sent)))
-        told = self._inner.all_to_all(sums, one_each, _beside(inbox), one_each, [self.rank] * self.world_size)
-        return self._compared(moving, told, outgoing.what, inbox, {i: i for i in range(len(sent))}, _places(received))
+        told = self._tell([_checksum(rows) for rows in outgoing.packed().split(list(sent))], inbox)
+        return self._compared(moving, told, inbox, dict(enumerate(range(len(sent)))), _places(received))
 
     def one_by_one(
         self, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int], what: str
@@ -86,24 +85,23 @@ class Verified(Transport):
         lines = {source: source - (source > own) for source in range(ranks) if source != own}
 
         def close() -> Transfer:
-            return self._compared(moving.close(), told.close(), what, inbox, lines, _places(received))
+            return self._compared(moving.close(), told.close(), inbox, lines, _places(received))
 
         return _OneByOne(moving, told, close)
 
     def all_gather(self, block: OutgoingRows, inbox: Inbox) -> Transfer:
         block, ranks = _packed(block), self.world_size
         moving = self._inner.all_gather(block, inbox)
-        told = self._inner.all_gather(_checksums([block.packed()]), _beside(inbox))
-        places = _places([len(block)] * ranks)
-        return self._compared(moving, told, block.what, inbox, {i: i for i in range(ranks)}, places)
+        told = self._tell([_checksum(block.packed())] * ranks, inbox)
+        return self._compared(moving, told, inbox, dict(enumerate(range(ranks))), _places([len(block)] * ranks))
 
     def shift(self, outgoing: OutgoingRows, inbox: Inbox, step: int, into: slice, offset: int) -> Transfer:
         outgoing, before = _packed(outgoing), (self.rank - 1) % self.world_size
         moving = self._inner.shift(outgoing, inbox, step, into, offset)
-        sums = _checksums([outgoing.packed()] if len(outgoing) else [])
+        sums = _lines([_checksum(outgoing.packed())] if len(outgoing) else [])
         line = slice(step, step + (into.stop > into.start))
         told = self._inner.shift(sums, _beside(inbox), step, line, step)
-        return self._compared(moving, told, outgoing.what, inbox, {before: step}, {before: into})
+        return self._compared(moving, told, inbox, {before: step}, {before: into})
 
     def check(self, flags: WaitFlags) -> None:
         self._inner.check(flags)
@@ -114,14 +112,13 @@ class Verified(Transport):
     def close(self) -> None:
         self._inner.close()
 
+    def _tell(self, sums: list[int], inbox: Inbox) -> Transfer:
+        """Each reader its own."""
+        one_each = [1] * self.world_size
+        return self._inner.all_to_all(_lines(sums), one_each, _beside(inbox), one_each, [self.rank] * len(sums))
+
     def _compared(
-        self,
-        moving: Transfer,
-        told: Transfer,
-        what: str,
-        inbox: Inbox,
-        lines: Mapping[int, int],
-        places: Mapping[int, slice],
+        self, moving: Transfer, told: Transfer, inbox: Inbox, lines: Mapping[int, int], places: Mapping[int, slice]
     ) -> Transfer:
         """Rows and checksums as one transfer. lines, places: of each source's checksum and rows in the two inboxes."""
         sums = _beside(inbox).rows
@@ -129,13 +126,8 @@ class Verified(Transport):
         def await_rows(source: int) -> None:
             moving.wait(source)
             told.wait(source)
-            found, sent = _checksum(inbox.rows[places[source]]), int(sums[lines[source]])
-            if found != sent:
-                raise RowsDifferError(
-                    f"rank {self._names[self.rank]} received {what} of rank {self._names[source]} that are not those "
-                    f"that were sent: checksum {found:08x} of what came, {sent:08x} of what left",
-                    source=self._names[source],
-                )
+            if _checksum(inbox.rows[places[source]]) != int(sums[lines[source]]):
+                self._note(self._names[source])
 
         def leave() -> None:
             moving.leave()
@@ -153,7 +145,7 @@ class _OneByOne(Departures):
 
     def send(self, to: int, rows: Tensor) -> None:
         self._of_rows.send(to, rows)
-        self._of_sums.send(to, _checksums([rows]).packed())
+        self._of_sums.send(to, _lines([_checksum(rows)]).packed())
 
     def close(self) -> Transfer:
         return self._close()
@@ -174,10 +166,9 @@ def _beside(inbox: Inbox) -> Inbox:
     return inbox.beside
 
 
-def _checksums(messages: Sequence[Tensor]) -> OutgoingRows:
-    """int64 [messages, 1]."""
-    sums = torch.tensor([_checksum(rows) for rows in messages], dtype=torch.int64)
-    return OutgoingRows(sums.view(-1, 1), what="checksums")
+def _lines(sums: list[int]) -> OutgoingRows:
+    """int64 [sums, 1]."""
+    return OutgoingRows(torch.tensor(sums, dtype=torch.int64).view(-1, 1), what="checksums")
 
 
 def _checksum(rows: Tensor) -> int:

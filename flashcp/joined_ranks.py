@@ -78,6 +78,8 @@ class JoinedRanks:
                     self._handshake.settle()
                 for level in self._levels:
                     level.synchronize()
+                if self._handshake is not None:
+                    self._handshake.check_noted()
         finally:
             for level in self._levels:
                 level.close()
@@ -171,9 +173,7 @@ class JoinedRanks:
         self._check_together()
         self._calls += 1
         try:
-            header = make_header()._replace(
-                call=self._calls, verify_rows=self.verify_rows, **self._connection.oldest
-            )
+            header = make_header()._replace(call=self._calls, verify_rows=self.verify_rows, **self._connection.oldest)
         except Exception:
             if self._handshake is not None:
                 with suppress(ExchangeError):
