@@ -1,6 +1,6 @@
-"""Faults on purpose: a transport that mistreats what passes through it, and ranks that die, stop or raise.
+"""Faults on purpose: messages that are mistreated where a transport sends them, and ranks that die, stop or raise.
 
-    with faulty(Fault("corrupt", rank=1)):          # the second rows that leave rank 1 have one bit more
+    with faulty(Fault("corrupt", rank=1)):          # of the second rows that leave rank 1, one bit is another
         cp = flashcp.ContextParallel(...)
 
 Everything else in an operator is as it always is. Nothing here runs outside of tests.
@@ -21,17 +21,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashcp.comm import choice
+from flashcp.comm.fabrics.base import Put
 from flashcp.comm.levels import Level
-from flashcp.comm.transport import ALL, Departures, Inbox, OutgoingRows, Transfer, Transport
-from flashcp.kernels.interface import WaitFlags
+from flashcp.comm.one_sided import OneSided
+from flashcp.comm.transport import Inbox, OutgoingRows, Transfer, Transport
+from flashcp.comm.two_sided import Begun, TwoSided
 
 MESSAGE = ("corrupt", "misplace", "truncate", "drop", "duplicate", "delay", "reorder")
 """What can happen to a message. corrupt: a bit of it is another. misplace: its rows come in another order. truncate:
-its second half stays away. drop: all of it. duplicate: it is sent twice. delay: it leaves late. reorder: the next
-transfer leaves before it."""
+its second half stays away. drop: all of it. duplicate: it is sent twice. delay: it leaves late. reorder: what is sent
+next leaves before it."""
 RANK = ("kill", "stop", "raise")
 """What can happen to a rank."""
 DELAY_S = 0.3
+_NOBODYS_TAG = 1
 
 
 class Mishap(RuntimeError):
@@ -39,11 +42,11 @@ class Mishap(RuntimeError):
 
 
 class Fault(NamedTuple):
-    """What goes wrong. kind: of MESSAGE or RANK. rank: among all. inside: on the level inside a holder. what: which
-    transfers count, `nth`, from 0: the one that it happens to. begun: a rank's fault comes behind it, not before."""
+    """What goes wrong, once. kind: of MESSAGE or RANK. rank: among all. inside: on the level inside a holder. what,
+    nth: the transfer, among those of the name, from 0. begun: a rank's fault comes behind its messages, not before."""
 
     kind: str
-    rank: int
+    rank: int = 1
     inside: bool = False
     what: str = "rows"
     nth: int = 1
@@ -64,153 +67,116 @@ def faulty(fault: Fault | None) -> Iterator[None]:
 
     def made(level: Level, *others: Any) -> tuple[Transport, str]:
         transport, why = make(level, *others)
-        if fault is None or dist.get_rank() != fault.rank or level.inside != fault.inside:
-            return transport, why
-        return Faulty(transport, fault), why
+        if fault is not None and dist.get_rank() == fault.rank and level.inside == fault.inside:
+            (Puts if isinstance(transport, OneSided) else Sends)(transport, fault)  # type: ignore[arg-type]
+        return transport, why
 
     with patch.object(choice, "_transport", made):
         yield
 
 
-class Faulty(Transport):
-    """Carries rows over another transport. The fault happens once."""
-
-    def __init__(self, inner: Transport, fault: Fault) -> None:
-        self._inner, self._fault, self._seen = inner, fault, -1
-        self._held: list[Callable[[], Transfer]] = []
-        self.name, self.rank, self.world_size = inner.name, inner.rank, inner.world_size
-        self.one_sided, self.throttle_gbps = inner.one_sided, inner.throttle_gbps
-
-    sent_bytes = property(lambda self: self._inner.sent_bytes)  # type: ignore[assignment]
-    receive_bytes = property(lambda self: self._inner.receive_bytes)  # type: ignore[assignment]
-    oldest = property(lambda self: self._inner.oldest)  # type: ignore[assignment]
-
-    def inbox(self, rows: int, most: int, row: Sequence[int], like: Tensor, steps: int = 1) -> Inbox:
-        return self._inner.inbox(rows, most, row, like, steps)
-
-    def is_open(self, ticket: int) -> bool:
-        return self._inner.is_open(ticket)
-
-    def free(self, ticket: int) -> None:
-        self._inner.free(ticket)
-
-    def check(self, flags: WaitFlags) -> None:
-        self._inner.check(flags)
-
-    def synchronize(self) -> None:
-        self._inner.synchronize()
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def all_to_all(
-        self, outgoing: OutgoingRows, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int]
-    ) -> Transfer:
-        def begin(parts: list[Tensor]) -> Transfer:
-            rows, counts = OutgoingRows(torch.cat(parts), what=outgoing.what), [len(part) for part in parts]
-            return self._inner.all_to_all(rows, counts, inbox, received, offsets)
-
-        return self._pass(outgoing.what, list(outgoing.packed().split(list(sent))), begin)
-
-    def one_by_one(
-        self, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int], what: str
-    ) -> Departures:
-        departures = self._inner.one_by_one(sent, inbox, received, offsets, what)
-        return FaultyDepartures(departures, self) if what == self._fault.what else departures
-
-    def all_gather(self, block: OutgoingRows, inbox: Inbox) -> Transfer:
-        rows, ranks = block.packed(), self.world_size
-        if not self.one_sided:
-            return self._pass(
-                block.what, [rows], lambda parts: self._inner.all_gather(OutgoingRows(*parts, what=block.what), inbox)
-            )
-        each = [len(rows)] * ranks  # a put for each reader, as it is underneath
-        copies = OutgoingRows(rows.repeat(ranks, *[1] * (rows.dim() - 1)), what=block.what)
-        return self.all_to_all(copies, each, inbox, each, [len(rows) * self.rank] * ranks)
-
-    def shift(self, outgoing: OutgoingRows, inbox: Inbox, step: int, into: slice, offset: int) -> Transfer:
-        def begin(parts: list[Tensor]) -> Transfer:
-            return self._inner.shift(OutgoingRows(*parts, what=outgoing.what), inbox, step, into, offset)
-
-        return self._pass(outgoing.what, [outgoing.packed()], begin)
+class _Mischief:
+    def __init__(self, fault: Fault) -> None:
+        self.fault, self._seen = fault, -1
+        self.held: list[Callable[[], object]] = []
 
     def is_due(self, what: str) -> bool:
         """Counts a transfer; whether it is the one."""
-        self._seen += what == self._fault.what
-        return what == self._fault.what and self._seen == self._fault.nth
+        self._seen += what == self.fault.what
+        return what == self.fault.what and self._seen == self.fault.nth
 
     def spoil(self, rows: Tensor) -> Tensor:
         """A message as its reader gets it."""
-        kind = self._fault.kind
+        kind = self.fault.kind
         if kind == "corrupt":
             rows = rows.clone()
             rows.view(-1).view(torch.uint8)[-2] ^= 1
-        return {"misplace": rows.flip(0), "truncate": rows[: len(rows) // 2], "drop": rows[:0]}.get(kind, rows)
+        return {"misplace": rows.flip(0), "truncate": rows[: len(rows) // 2]}.get(kind, rows).contiguous()
 
-    def strike(self, begun: bool) -> None:
-        """Where it is a rank's fault: now, if it is the time for it."""
-        if self._fault.kind in RANK and begun == self._fault.begun:
-            strike(self._fault.kind)
+    def release(self) -> None:
+        """What was held back leaves."""
+        held, self.held = self.held, []
+        for leave in held:
+            leave()
 
-    def _pass(self, what: str, parts: list[Tensor], begin: Callable[[list[Tensor]], Transfer]) -> Transfer:
-        """parts: the messages of a transfer, by reader; begin: lets them leave."""
-        kind = self._fault.kind
-        if not self.is_due(what):
-            transfer = begin(parts)
-            for late in self._held[:]:
-                late()
-            return transfer
-        self.strike(begun=False)
-        if kind == "delay":
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """What happens to the rank before and behind the operation."""
+        if self.fault.kind == "delay":
             time.sleep(DELAY_S)
-        if kind == "drop" and not self.one_sided and len(parts) == self.world_size:
-            return Transfer()  # an operation of all ranks is done or not
-        if kind == "reorder":
-            return self._late(lambda: begin(parts))
-        victim = next(i for i, part in enumerate(parts) if len(part) and (i != self.rank or len(parts) == 1))
-        transfer = begin([self.spoil(part) if i == victim else part for i, part in enumerate(parts)])
-        if kind == "duplicate":
-            begin(parts)
-        self.strike(begun=True)
-        return transfer
-
-    def _late(self, begin: Callable[[], Transfer]) -> Transfer:
-        """A transfer that begins behind the next one, or when somebody waits for it."""
-        begun: list[Transfer] = []
-
-        def late() -> Transfer:
-            if not begun:
-                self._held.remove(late)
-                begun.append(begin())
-            return begun[0]
-
-        self._held.append(late)
-        return Transfer([ALL], lambda source: late().wait(), lambda: late().leave())
+        if self.fault.kind in RANK and not self.fault.begun:
+            strike(self.fault.kind)
+        yield
+        if self.fault.kind in RANK:
+            strike(self.fault.kind)
 
 
-class FaultyDepartures(Departures):
-    """Rows for one rank after another; it happens to the first ones of the transfer that are any."""
+class Puts(_Mischief):
+    """Where a one-sided transport puts rows."""
 
-    def __init__(self, inner: Departures, transport: Faulty) -> None:
-        self._inner, self._transport = inner, transport
-        self._is_due, self._held = transport.is_due(transport._fault.what), list[tuple[int, Tensor]]()
+    def __init__(self, transport: OneSided, fault: Fault) -> None:
+        super().__init__(fault)
+        self._rank, self._put = transport.rank, transport.fabric.put
+        transport.fabric.put = self.put  # type: ignore[method-assign]
 
-    def send(self, to: int, rows: Tensor) -> None:
-        kind = self._transport._fault.kind
-        if not self._is_due or not len(rows):
-            return self._inner.send(to, rows)
-        self._is_due = False
-        self._transport.strike(begun=False)
-        if kind == "delay":
-            time.sleep(DELAY_S)
-        if kind == "reorder":
-            return self._held.append((to, rows))
-        self._inner.send(to, self._transport.spoil(rows))
-        if kind == "duplicate":
-            self._inner.send(to, rows)
-        self._transport.strike(begun=True)
+    def put(self, puts: Sequence[Put]) -> Callable[[], None]:
+        theirs = [put for put in puts if put.to != self._rank and put.stop > put.start]
+        if not theirs or not self.is_due(theirs[0].outgoing.what):
+            left = self._put(puts)
+            self.release()
+            return left
+        victim, rest, kind = theirs[0], [put for put in puts if put is not theirs[0]], self.fault.kind
+        with self.around():
+            if kind == "drop":
+                return self._put(rest)
+            if kind == "reorder":
+                self.held.append(lambda: self._put([victim]))
+                return self._put(rest)
+            if kind == "duplicate":
+                return self._put([*puts, victim])
+            rows = self.spoil(victim.outgoing.packed()[victim.start : victim.stop])
+            outgoing = OutgoingRows(rows, what=victim.outgoing.what)
+            return self._put([victim._replace(outgoing=outgoing, start=0, stop=len(rows)), *rest])
 
-    def close(self) -> Transfer:
-        for to, rows in self._held:
-            self._inner.send(to, rows)
-        return self._inner.close()
+
+class Sends(_Mischief):
+    """Where a two-sided transport sends rows, or gives them to all ranks."""
+
+    def __init__(self, transport: TwoSided, fault: Fault) -> None:
+        super().__init__(fault)
+        self._transport, self._batch, self._all_gather = transport, transport.batch, transport.all_gather
+        self._unawaited: list[Begun] = []
+        transport.batch, transport.all_gather = self.batch, self.all_gather  # type: ignore[method-assign]
+
+    def batch(self, operations: Sequence[tuple[Any, Tensor, int]], what: str, tag: int) -> list[Begun]:
+        sends = [one for one in operations if one[0] is dist.isend and one[1].numel()]
+        if not sends or not self.is_due(what):
+            works = self._batch(operations, what, tag)
+            self.release()
+            return works
+        victim, rest, kind = sends[0], [one for one in operations if one is not sends[0]], self.fault.kind
+
+        def again() -> None:
+            self._unawaited += self._batch([victim], what, tag)
+
+        with self.around():
+            if kind == "drop":
+                return self._batch(rest, what, tag)
+            if kind == "reorder":
+                self.held.append(again)
+                return self._batch(rest, what, tag)
+            works = self._batch([(victim[0], self.spoil(victim[1]), victim[2]), *rest], what, tag)
+            if kind == "duplicate":
+                again()
+            return works
+
+    def all_gather(self, block: OutgoingRows, inbox: Inbox) -> Transfer:
+        if not self.is_due(block.what):
+            return self._all_gather(block, inbox)
+        with self.around():
+            if self.fault.kind == "drop":  # nothing leaves, and nothing comes
+                nothing = torch.empty(1, 1, dtype=torch.uint8)
+                other = (self._transport.rank + 1) % self._transport.world_size
+                works = self._batch([(dist.irecv, nothing, other)], block.what, _NOBODYS_TAG)
+                return self._transport._start(works, [nothing], block.what)
+            return self._all_gather(OutgoingRows(self.spoil(block.packed()), what=block.what), inbox)

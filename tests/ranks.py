@@ -44,12 +44,12 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0, lost: Collection[int] = ()
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0, lost: Collection[int] | None = None
 ) -> list[Any]:
     """`fn(*args)` on every rank of a fresh gloo group -> its results in rank order.
 
     lost: ranks that are to die or stop on the way. Their result is None, their processes are ended when the others have
-    answered. Raises RankError when another rank raises, dies, or is silent for timeout_s.
+    answered. Not None: `fn` breaks its group, whose ranks do not come together once more at the end. Raises RankError when another rank raises, dies, or is silent for timeout_s.
     """
     return _POOL.run(fn, world_size, [args], timeout_s, lost)[0]
 
@@ -93,7 +93,7 @@ class Pool:
         world_size: int,
         cases: list[Sequence[Any]],
         timeout_s: float,
-        lost: Collection[int] = (),
+        lost: Collection[int] | None = None,
     ) -> list[list[Any]]:
         calls = [pickle.dumps((fn, case)) for case in cases]  # what cannot be pickled fails in the caller
         try:
@@ -103,12 +103,14 @@ class Pool:
             print(f"a second try, with new workers: {error}", file=sys.stderr)
             return self._run(world_size, calls, timeout_s, lost)
 
-    def _run(self, world_size: int, calls: list[bytes], timeout_s: float, lost: Collection[int]) -> list[list[Any]]:
+    def _run(
+        self, world_size: int, calls: list[bytes], timeout_s: float, lost: Collection[int] | None
+    ) -> list[list[Any]]:
         self._start(world_size)
         with tempfile.TemporaryDirectory() as folder:
             for rank, worker in enumerate(self.workers[:world_size]):
-                worker.pipe.send((folder, rank, world_size, timeout_s, calls))
-            return self._collect(world_size, len(calls), timeout_s, Path(folder), lost)
+                worker.pipe.send((folder, rank, world_size, timeout_s, calls, lost is None))
+            return self._collect(world_size, len(calls), timeout_s, Path(folder), lost or ())
 
     def _start(self, world_size: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -194,7 +196,7 @@ def _serve(pipe: Connection) -> None:
     pipe.send("ready")
     while True:
         try:
-            folder, rank, world_size, timeout_s, calls = pipe.recv()
+            folder, rank, world_size, timeout_s, calls, whole = pipe.recv()
         except EOFError:  # the test session is over
             return
         with open(f"{folder}/stack{rank}", "w") as stack:
@@ -220,7 +222,8 @@ def _serve(pipe: Connection) -> None:
                     pipe.send_bytes(pickle.dumps(("result", fn(*case))))
                 watch()
                 with suppress(RuntimeError):  # a test may have broken its group on purpose
-                    dist.barrier()  # nobody closes its sockets while another still reads
+                    if whole:
+                        dist.barrier()  # nobody closes its sockets while another still reads
             except BaseException:
                 pipe.send_bytes(pickle.dumps(("raised", f":\n{traceback.format_exc()}")))
             if dist.is_initialized():
