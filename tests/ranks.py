@@ -49,7 +49,8 @@ def run_ranks(
     """`fn(*args)` on every rank of a fresh gloo group -> its results in rank order.
 
     lost: ranks that are to die or stop on the way. Their result is None, their processes are ended when the others have
-    answered. Not None: `fn` breaks its group, whose ranks do not come together once more at the end. Raises RankError when another rank raises, dies, or is silent for timeout_s.
+    answered. Not None: `fn` breaks its group, whose ranks do not come together once more at the end.
+    Raises RankError when another rank raises, dies, or is silent for timeout_s.
     """
     return _POOL.run(fn, world_size, [args], timeout_s, lost)[0]
 

@@ -1,7 +1,7 @@
 """A table of faults: whatever happens to a message or a rank, all others end within a bound and say what happened.
 
-A cell is a fault, an exchange, a transport, and the level that it happens on: between holders, which are ranks there, or
-inside a holder of two.
+A cell is a fault, an exchange, a transport, and the level that it happens on: between holders, which are ranks there,
+or inside a holder of two.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ OTHER = {
 
 class Cell(NamedTuple):
     """`right`: nothing is noticed, and numbers are right. `unnoticed`: numbers are wrong. `differ`: all ranks name who
-    received what of whom. `disagree`: all name who does something else. `gone`: all name a rank that they waited for."""
+    received what of whom. `disagree`: all name who does something else. `gone`: all name a rank that they waited
+    for."""
 
     answer: str
     fault: Fault
@@ -53,9 +54,9 @@ class Cell(NamedTuple):
     verify_rows: bool = False
 
     def __str__(self) -> str:
-        kind, rank, inside, what, *_, begun = self.fault
-        where = f"{'behind' if begun else 'at'} {what}" if kind in RANK else what
-        words = [kind, where, self.exchange, self.transport, "inside" if inside else "between"]
+        fault = self.fault
+        where = f"{'behind' if fault.begun else 'at'} {fault.what}" if fault.kind in RANK else fault.what
+        words = [fault.kind, where, self.exchange, self.transport, "inside" if fault.inside else "between"]
         return " ".join([*words, *["verified"] * self.verify_rows]).replace(" ", "-")
 
 
@@ -77,10 +78,12 @@ def table() -> Iterator[Cell]:
             yield Cell("differ", Fault("corrupt", inside=True), exchange, transport, verify_rows=True)
         yield Cell("unnoticed", Fault("misplace"), "exact", transport)
         for what in ("queries", "outputs", "gradients"):
-            fault = Fault("corrupt", inside=True, what=what, nth=0)
+            fault = Fault("corrupt", inside=True, what=what, nth=int(what != "gradients"))
             yield Cell("differ", fault, "exact", transport, verify_rows=True)
         for kind in ("delay", "reorder", "duplicate"):
-            yield Cell("right", Fault(kind, inside=True), "exact", transport)
+            # Over gloo the rows of a holder come before its next header, and so before what could overtake them.
+            waits = kind == "reorder" and transport == "gloo"
+            yield Cell("gone" if waits else "right", Fault(kind, inside=True), "exact", transport)
         for kind in ("drop", "raise", "kill"):
             yield Cell("gone", Fault(kind, inside=True), "exact", transport)
         for kind, what, begun in (
@@ -188,7 +191,7 @@ def shared_memory() -> set[str]:
     return {path.name for path in FOLDER.glob("flashcp-*")}
 
 
-@pytest.mark.parametrize("cell", table(), ids=str)
+@pytest.mark.parametrize("cell", list(table()), ids=str)
 def test_a_fault_is_harmless_or_named_within_the_bound(cell: Cell) -> None:
     before, fault = shared_memory(), cell.fault
     ranks = 4 if fault.inside else 3
