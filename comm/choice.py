@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from flashcp.comm.errors import ExchangeError, PeerFailedError, PlanMismatchError, RowsDifferError
 from flashcp.comm.fabrics.base import Fabric, Region
 from flashcp.comm.fabrics.memory import FOLDER, shared_memories
 from flashcp.comm.fabrics.shm import ShmFabric
@@ -24,6 +28,7 @@ from flashcp.comm.nvshmem import Nvshmem
 from flashcp.comm.one_sided import OneSided
 from flashcp.comm.transport import Alone, Transport
 from flashcp.comm.two_sided import TwoSided
+from flashcp.comm.verified import VERIFIABLE, Verified
 
 TRANSPORTS = ("shm", "gloo", "nccl", "cuda_symmetric", "nvshmem")
 
@@ -79,6 +84,24 @@ class Connection(NamedTuple):
         elif self.handshake is not None:
             self.handshake.settle()
 
+    @contextmanager
+    def watched(self, call: int) -> Iterator[None]:
+        """Errors name the call; ranks that do not wait for this one hear of its failure at their next call."""
+        if self.handshake is not None:
+            self.handshake.call = call
+        try:
+            yield
+        except ExchangeError as error:
+            if self.handshake is not None:
+                self.handshake.stopped = self.handshake.stopped or str(error)
+                if not isinstance(error, PlanMismatchError | PeerFailedError | RowsDifferError):  # which all ranks know
+                    self.handshake.abandon(call)
+            if "(call " in str(error):
+                raise
+            named = copy(error)  # a transport may raise it again, in another call
+            named.args = (f"{error} (call {call})",)
+            raise named from error
+
 
 def connect(
     group: dist.ProcessGroup | DeviceMesh | None,
@@ -86,11 +109,13 @@ def connect(
     timeout_s: float,
     options: TransportOptions,
     head_ranks: int = 1,
+    verify_rows: bool = False,
 ) -> Connection:
     """This rank's connection over a group; None: the default one, or this rank alone where none is initialised.
 
     name: of a transport; `auto`: the best that all ranks can use, on each level; two names joined by a plus are those
     of the level inside a holder and of that between holders. timeout_s: bound on every wait. head_ranks: of a holder.
+    verify_rows: checksums travel beside rows.
 
     All ranks of the group call this together. Raises ValueError for names and numbers that do not fit and groups that
     this rank is no member of.
@@ -113,6 +138,12 @@ def connect(
             options if level is levels[-1] else replace(options, throttle_gbps=0.0)
         )  # nodes' links are the slow ones
         transport, why = _transport(level, mail, one, handshake, slowed)
+        if verify_rows and transport.name not in VERIFIABLE:
+            raise ValueError(
+                f"verify_rows=True over {transport.name}: expected a transport whose rows the host waits for, "
+                f"{' or '.join(VERIFIABLE)}"
+            )
+        transport = Verified(transport, mail.names, handshake.note) if verify_rows else transport
         reasons.append(why)
         if level.inside:
             inside = transport

@@ -15,6 +15,10 @@ class PeerFailedError(ExchangeError):
     """A rank stopped with an error of its own before its rows left."""
 
 
+class RowsDifferError(ExchangeError):
+    """A rank received rows that are not those that were sent; raised on all ranks."""
+
+
 class PlanMismatchError(ExchangeError):
     """Ranks came to one exchange with different plans, exchanges or shapes; raised on all of them."""
 

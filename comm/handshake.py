@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from enum import IntEnum
 from typing import NamedTuple
@@ -22,7 +23,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, PeerFailedError, PlanMismatchError
+from flashcp.comm.errors import (
+    ExchangeError,
+    ExchangeTimeoutError,
+    PeerFailedError,
+    PlanMismatchError,
+    RowsDifferError,
+)
 from flashcp.comm.mail import Mail
 from flashcp.comm.waits import bounded
 
@@ -30,6 +37,7 @@ _TAG = 7701  # keeps headers apart from rows on the same pair of ranks
 _AHEAD = 8  # headers posted and not yet compared
 CLOSED = "this ContextParallel was closed: make another one"
 _FAILED, _ABSENT = 1, 2  # in a header's `failed`
+_MOST_RANKS = 1 << 20
 _HOP_S = 1.0  # what news of a rank that stays away may take from its holder to the others
 
 
@@ -45,10 +53,12 @@ class Step(IntEnum):
 class Header(NamedTuple):
     """What a rank is about to do, one int64 each.
 
-    failed: 1 when it stopped with an error of its own; 2 when it did not come, as others say of it. step: which
+    failed: 1 when it stopped with an error of its own; 2 when it did not come, as others say of it; negative
+    when rows of a rank came to it, in a call, that are not those that were sent (`Handshake.note`). step: which
     exchange of the call, a `Step`. plan: as this layer narrows it. query_heads and what follows from scores: 0 while
     only KV leaves. dtype, scale and softcap: codes that differ when the values do. sinks: whether there are any.
     log_sums: whether they are returned. gathers: whether rows of any kind travel, for nobody's queries yet.
+    verify_rows: whether checksums travel beside rows.
     oldest, oldest_inside: the oldest inbox between holders and inside the holder that the rank still reads; they are
     passed on, not compared.
     """
@@ -71,6 +81,7 @@ class Header(NamedTuple):
     refetch: int = 0
     gradient_wire: int = 0
     gathers: int = 0
+    verify_rows: int = 0
     oldest: int = 0
     oldest_inside: int = 0
 
@@ -83,7 +94,9 @@ class Handshake:
 
     across: reaches the rank of the same place in every other holder. inside: reaches the other ranks of this holder;
     None where a rank is a holder. Both name a rank by its number among all.
-    stopped: why ranks may have come apart, by an error that was raised here; empty while all is well.
+    stopped: why ranks may have come apart, by an error that was raised here; empty while all is well. abandoned:
+    whether this rank then left the others where they were.
+    call: which one this rank is at.
     oldest: the least `oldest` and `oldest_inside` of all ranks in the headers compared last: the same on all ranks at
     the same point of the program.
     """
@@ -94,7 +107,8 @@ class Handshake:
         self.rank, self.world_size = across.names[across.rank], across.world_size * self.head_ranks
         self.timeout_s = across.timeout_s
         self.oldest = [0, 0]
-        self.stopped, self.closed = "", False
+        self.stopped, self.abandoned, self.closed = "", False, False
+        self.call, self._noted = 0, 0
         self._posted: deque[PendingHeader] = deque()
         self._last_words: list[dist.Work | None] = []
 
@@ -113,15 +127,27 @@ class Handshake:
             raise RuntimeError(CLOSED)
         while len(self._posted) >= _AHEAD:
             self._posted[0].check()
+        header = header._replace(failed=header.failed or self._noted)
         posted = PendingHeader(self, header, self.timeout_s if timeout_s is None else timeout_s)
         self._posted.append(posted)
         if self.inside is None:  # there is nobody to hear first
             posted.pass_on()
         return posted
 
-    def check_together(self) -> None:
-        """Raises ExchangeError where an earlier error may have left ranks at different points of the program."""
-        if self.stopped:
+    def note(self, source: int) -> None:
+        """Rows of rank `source` came to this rank that are not those that were sent: its next header says so, and all
+        ranks raise RowsDifferError when they compare it. The first one counts."""
+        self._noted = self._noted or -(1 + source + _MOST_RANKS * self.call)
+
+    def check_noted(self) -> None:
+        """Raises RowsDifferError for what was noted since headers were compared: where no other header follows."""
+        if self._noted:
+            _judge_rows({self.rank: self._noted})
+
+    def check_together(self, puts: bool) -> None:
+        """Raises ExchangeError where an earlier error may have left ranks at different points of the program. puts:
+        whether rows are put into others' memory, where any error may have."""
+        if self.stopped and (puts or self.abandoned):
             raise ExchangeError(f"ranks came apart at an earlier error, make a new ContextParallel: {self.stopped}")
 
     def meet_inside(self) -> None:
@@ -146,9 +172,10 @@ class Handshake:
 
     def abandon(self, call: int) -> None:
         """Tell the others, who come to it at their next call, that this rank has failed; waits for nobody."""
+        self.abandoned = True
         holder = torch.zeros(self.head_ranks, len(Header._fields), dtype=torch.int64)
         words = holder[self.rank % self.head_ranks]
-        words[:2] = torch.tensor([_FAILED, call])
+        words[:2] = torch.tensor([self._noted or _FAILED, call])
         for mail, said in ((self.inside, words), (self.across, holder)):
             for rank in mail.others if mail else []:
                 with suppress(RuntimeError):
@@ -177,7 +204,7 @@ class PendingHeader:
                 {rank: inside.receive(self._holder[rank], rank, _TAG) for rank in inside.others} if inside else {}
             )
             self._across = {rank: across.receive(self._headers[rank], rank, _TAG) for rank in across.others}
-            self._sends = [(inside, inside.send(own, rank, _TAG)) for rank in inside.others] if inside else []
+            self._sends = [(inside, rank, inside.send(own, rank, _TAG)) for rank in inside.others] if inside else []
 
     def pass_on(self) -> None:
         """Wait for the other ranks of this holder, earlier headers first, and tell the other holders what was said;
@@ -209,7 +236,7 @@ class PendingHeader:
             self.differs = bool(said[:, 0].any() or (said != said[0]).any())
         across = self._handshake.across
         with bounded(self._timeout_s, self._handshake.rank, "headers to leave"):
-            self._sends += [(across, across.send(self._holder, rank, _TAG)) for rank in across.others]
+            self._sends += [(across, rank, across.send(self._holder, rank, _TAG)) for rank in across.others]
 
     def _hear(self, mail: Mail, receives: dict[int, dist.Work | None], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -242,20 +269,23 @@ class PendingHeader:
         headers = self._headers.flatten(0, 1)
         try:
             _judge(headers, header)
-        except ExchangeError:
-            handshake._last_words += [work for _, work in self._sends]  # who has failed does not fetch them
+        except ExchangeError as error:
+            handshake._last_words += [work for *_, work in self._sends]  # who has failed does not fetch them
+            if isinstance(error, RowsDifferError):
+                handshake._noted = 0  # all know
             raise
         deadline = time.monotonic() + self._timeout_s
-        for mail, work in self._sends:
-            mail.wait(work, deadline, "headers to leave")
+        for mail, rank, work in self._sends:
+            mail.wait(work, deadline, f"its header to reach rank {mail.names[rank]}")
         handshake.oldest = headers[:, -2:].amin(0).tolist()
-        if header.failed and not headers[:, 0].all():
+        if header.failed > 0 and not headers[:, 0].all():
             handshake.stopped = handshake.stopped or f"rank {handshake.rank} failed alone (call {header.call})"
 
 
 def _judge(headers: Tensor, mine: Header) -> None:
-    if mine.failed:
+    if mine.failed > 0:
         return  # this rank has an error of its own to raise
+    _judge_rows(dict(enumerate(headers[:, 0].tolist())))
     for code, error, what in (
         (_FAILED, PeerFailedError, "stopped with an error before the exchange (call {call}); see its own message"),
         (
@@ -278,6 +308,20 @@ def _judge(headers: Tensor, mine: Header) -> None:
             )
             what = "plan or the layer's window or chunk" if field == "plan" else field.replace("_", " ")
             raise PlanMismatchError(f"ranks disagree on {what} (call {mine.call}): {said}")
+
+
+def _judge_rows(failed: Mapping[int, int]) -> None:
+    """failed: of the headers of some ranks."""
+    readers: dict[tuple[int, int], list[int]] = {}
+    for reader, code in failed.items():
+        if code < 0:
+            readers.setdefault(divmod(-code - 1, _MOST_RANKS), []).append(reader)
+    if readers:
+        said = (
+            f"{_named(some)} received rows of rank {source} that are not those that were sent (call {call})"
+            for (call, source), some in sorted(readers.items())
+        )
+        raise RowsDifferError("; ".join(said))
 
 
 def _operation(exchange: int, gathers: int) -> str:

@@ -53,11 +53,11 @@ class Mail:
         padded = torch.frombuffer(bytearray(words[:_WORDS].ljust(_WORDS, b"\0")), dtype=torch.uint8).clone()
         arrived = torch.empty((self.world_size, _WORDS), dtype=torch.uint8)
         arrived[self.rank] = padded
-        works = [self.receive(arrived[rank], rank, _TAG) for rank in self.others]
-        works += [self.send(padded, rank, _TAG) for rank in self.others]
+        works = [(rank, self.receive(arrived[rank], rank, _TAG)) for rank in self.others]
+        works += [(rank, self.send(padded, rank, _TAG)) for rank in self.others]
         deadline = time.monotonic() + self.timeout_s
-        for work in works:
-            self.wait(work, deadline, "the other ranks to set up memory")
+        for rank, work in works:
+            self.wait(work, deadline, f"rank {self.names[rank]} to set up memory")
         return [bytes(row.tolist()).rstrip(b"\0") for row in arrived]
 
     def close(self) -> None:

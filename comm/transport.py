@@ -68,10 +68,12 @@ def row_bytes(rows: Tensor) -> int:
 
 
 class Inbox(NamedTuple):
-    """Memory for others' rows, [rows, ...]. ticket: what the transport knows it by; 0 for memory of its own."""
+    """Memory for others' rows, [rows, ...]. ticket: what the transport knows it by; 0 for memory of its own. beside:
+    where what is told of the rows arrives (`verified.py`)."""
 
     rows: Tensor
     ticket: int = 0
+    beside: Inbox | None = None
 
 
 class Transfer:

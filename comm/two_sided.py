@@ -1,14 +1,18 @@
 """Two-sided transport: torch.distributed's sends, receives and collectives (gloo; nccl, so far in a group of one rank).
 
 Rows travel as bytes, so any dtype does. Over gloo the host waits for rows, over NCCL the stream that needs them.
+
+Over gloo rows go by a send and a receive each, but where all ranks get the same: whoever stays away can be named. Those
+of one transfer have a tag of their own, for gloo ends the process of a rank that is sent more bytes than it expects.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,6 +25,16 @@ from flashcp.comm.waits import HostWaits, StreamWaits
 
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 """torch 2.13 has both, and warns of the older name."""
+_FIRST_TAG, _TAGS = 8192, 1 << 16  # past those of mail; a transfer's returns after so many
+
+
+class Begun(NamedTuple):
+    """An operation that was begun. work: with a `wait()`, or None. source: whose rows it brings; ALL of an operation of
+    all ranks, none where rows leave. awaited: what a rank waits for that waits for it."""
+
+    work: Any
+    source: int | None
+    awaited: str
 
 
 class TwoSided(Transport):
@@ -37,19 +51,30 @@ class TwoSided(Transport):
         self.waits: HostWaits = (HostWaits if self.name == "gloo" else StreamWaits)(
             names[self.rank] if names else self.rank, timeout_s
         )
+        self._names: Sequence[int] = names or range(self.world_size)
         self._under_way: weakref.WeakSet[Transfer] = weakref.WeakSet()
+        self._transfers = 0
         self._has_met = self.name == "gloo"
 
     def all_to_all(
         self, outgoing: OutgoingRows, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int]
     ) -> Transfer:
         self.waits.check()
-        rows = outgoing.packed()
-        work = dist.all_to_all_single(
-            _bytes(inbox.rows), _bytes(rows), list(received), list(sent), group=self.group, async_op=True
-        )
-        self.sent_bytes += (sum(sent) - sent[self.rank]) * row_bytes(rows)
-        return self._start([work], [rows, inbox.rows], outgoing.what)
+        rows, what = outgoing.packed(), outgoing.what
+        if self.name == "gloo" and rows.device.type == "cpu":
+            leaving, arriving = (x.split(list(count)) for x, count in ((rows, sent), (inbox.rows, received)))
+            arriving[self.rank].copy_(leaving[self.rank])
+            others = [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
+            operations = [(dist.irecv, arriving[source], source) for source in reversed(others)]
+            operations += [(dist.isend, leaving[to], to) for to in others]  # no rank is everybody's first
+            works = self.batch(operations, what, self.next_tag())
+        else:
+            work = dist.all_to_all_single(
+                _bytes(inbox.rows), _bytes(rows), list(received), list(sent), group=self.group, async_op=True
+            )
+            works = [Begun(work, ALL, f"{what} of another rank")]
+            self.sent_bytes += (sum(sent) - sent[self.rank]) * row_bytes(rows)
+        return self._start(works, [rows, inbox.rows], what)
 
     def one_by_one(
         self, sent: Sequence[int], inbox: Inbox, received: Sequence[int], offsets: Sequence[int], what: str
@@ -63,9 +88,10 @@ class TwoSided(Transport):
 
     def all_gather(self, block: OutgoingRows, inbox: Inbox) -> Transfer:
         self.waits.check()
-        rows, works = block.packed(), []
+        rows, works = block.packed(), list[Begun]()
         if rows.numel():  # else on no rank: blocks are equally large
-            works = [getattr(dist, ALL_GATHER)(_bytes(inbox.rows), _bytes(rows), group=self.group, async_op=True)]
+            work = getattr(dist, ALL_GATHER)(_bytes(inbox.rows), _bytes(rows), group=self.group, async_op=True)
+            works = [Begun(work, ALL, f"{block.what} of another rank")]
             self.sent_bytes += (self.world_size - 1) * rows.nbytes
         return self._start(works, [rows, inbox.rows], block.what)
 
@@ -83,18 +109,33 @@ class TwoSided(Transport):
             self._has_met = True
             dist.all_reduce(torch.zeros(1, device=rows.device), group=self.group)
         after, before = ((self.rank + way) % self.world_size for way in (1, -1))
-        works = self.batch([(dist.isend, rows, after), (dist.irecv, arriving, before)])
+        operations = [(dist.isend, rows, after), (dist.irecv, arriving, before)]
+        works = self.batch(operations, outgoing.what, self.next_tag())
         return self._start(works, [rows, arriving], outgoing.what)
 
-    def batch(self, operations: Sequence[tuple[Any, Tensor, int]]) -> list[Any]:
+    def next_tag(self) -> int:
+        """Of a transfer's messages; all ranks come to their transfers in the same order."""
+        self._transfers += 1
+        return _FIRST_TAG + self._transfers % _TAGS
+
+    def batch(self, operations: Iterable[tuple[Any, Tensor, int]], what: str, tag: int) -> list[Begun]:
         """Begin sends and receives (`dist.isend` or `dist.irecv`, rows, the other rank); none of empty tensors."""
-        batch = [
-            dist.P2POp(operation, _bytes(rows), group=self.group, group_peer=other)
-            for operation, rows, other in operations
-            if rows.numel()
+        asked = [(operation, rows, other) for operation, rows, other in operations if rows.numel()]
+        if not asked:
+            return []
+        works = dist.batch_isend_irecv([
+            dist.P2POp(operation, _bytes(rows), group=self.group, tag=tag, group_peer=other)
+            for operation, rows, other in asked
+        ])  # fmt: skip
+        self.sent_bytes += sum(rows.nbytes for operation, rows, _ in asked if operation is dist.isend)
+        if self.name != "gloo":  # the batch is one operation
+            return [Begun(work, ALL, f"{what} of another rank") for work in works]
+        return [
+            Begun(work, other, f"{what} of rank {self._names[other]}")
+            if operation is dist.irecv
+            else Begun(work, None, f"its {what} to leave for rank {self._names[other]}")
+            for work, (operation, _, other) in zip(works, asked, strict=True)
         ]
-        self.sent_bytes += sum(rows.nbytes for operation, rows, _ in operations if operation is dist.isend)
-        return dist.batch_isend_irecv(batch) if batch else []
 
     def synchronize(self) -> None:
         for transfer in list(self._under_way):
@@ -104,17 +145,17 @@ class TwoSided(Transport):
     def close(self) -> None:
         self.waits.close()
 
-    def _start(self, works: list[Any], tensors: list[Tensor], what: str) -> Transfer:
-        """works: what was begun, with a `wait()`; the tensors live at least as long as they do. Both lists may grow
-        until somebody waits."""
+    def _start(self, works: list[Begun], tensors: list[Tensor], what: str) -> Transfer:
+        """works: what was begun; the tensors live at least as long as it does. Both lists may grow until somebody waits
+        for all."""
         waits, home = self.waits, self.waits.home(tensors[0].device)
 
         def land(source: int = ALL) -> None:
-            landing = [work for work in works if work is not None]
-            works.clear()
-            if landing:
-                with span(f"wait for {what}"):
-                    waits.wait(landing, what, home)
+            landing = [begun for begun in works if ALL in (source, begun.source) or begun.source == source]
+            works[:] = [begun for begun in works if begun not in landing]
+            for awaited, begun in groupby((one for one in landing if one.work is not None), lambda one: one.awaited):
+                with span(f"wait for {awaited}"):
+                    waits.wait([one.work for one in begun], awaited, home)
 
         def land_unseen(memory: list[Tensor]) -> None:
             # Rows that nobody waits for (a handle thrown away) must still land: their memory goes with the transfer.
@@ -125,7 +166,7 @@ class TwoSided(Transport):
             except Exception:  # a finalizer has nobody to tell
                 return
 
-        transfer = Transfer([ALL], land, land)
+        transfer = Transfer(sorted({begun.source for begun in works if begun.source is not None}), land, land)
         weakref.finalize(transfer, land_unseen, tensors).atexit = False  # holds them meanwhile
         self._under_way.add(transfer)
         return transfer
@@ -136,13 +177,14 @@ class _OneByOne(Departures):
 
     def __init__(self, transport: TwoSided, inbox: Inbox, received: Sequence[int], what: str) -> None:
         arriving = inbox.rows.split(list(received))
-        self._transport, self._tensors = transport, [inbox.rows]
-        self._works = transport.batch([(dist.irecv, rows, source) for source, rows in enumerate(arriving)])
+        self._transport, self._tensors, self._what, self._tag = transport, [inbox.rows], what, transport.next_tag()
+        receives = [(dist.irecv, rows, source) for source, rows in enumerate(arriving)]
+        self._works = transport.batch(receives, what, self._tag)
         self._transfer = transport._start(self._works, self._tensors, what)
 
     def send(self, to: int, rows: Tensor) -> None:
         self._tensors.append(rows)
-        self._works += self._transport.batch([(dist.isend, rows, to)])
+        self._works += self._transport.batch([(dist.isend, rows, to)], self._what, self._tag)
 
     def close(self) -> Transfer:
         return self._transfer

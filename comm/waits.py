@@ -46,9 +46,10 @@ class HostWaits:
     def wait(self, works: Sequence[Any], what: str, home: torch.cuda.Stream | None) -> None:
         """Return when the works are done, or when the current stream does nothing more before they are.
 
-        home: of the memory that the works read and write, see `home`. Raises ExchangeTimeoutError, ExchangeError.
+        what: they are, and whose. home: of the memory that the works read and write, see `home`. Raises
+        ExchangeTimeoutError, ExchangeError.
         """
-        with bounded(self.timeout_s, self.rank, f"{what} of another rank") as limit:
+        with bounded(self.timeout_s, self.rank, what) as limit:
             for work in works:
                 work.wait(limit)
 
@@ -86,7 +87,7 @@ class StreamWaits(HostWaits):
         if ended is not None:
             self._has_come()
             self._awaited.append(ended)
-            said = f"rank {self.rank} waited {self.timeout_s:g} s for {what} of another rank, on its GPU"
+            said = f"rank {self.rank} waited {self.timeout_s:g} s for {what}, on its GPU"
             self._watchdog.watch(started, ended, partial(self.note, ExchangeTimeoutError(said)))
         self.check()
 

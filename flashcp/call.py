@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
 
 from flashcp.comm.choice import Connection
-from flashcp.comm.errors import ExchangeError, PeerFailedError, PlanMismatchError
 from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV
 from flashcp.comm.handshake import Handshake, Header, Step
 from flashcp.kernels.inputs import check_return_lse
@@ -39,28 +37,16 @@ class Call:
         local ones be computed before."""
         if self.handshake is None:
             return self
-        if self.exchange.puts:
-            self.handshake.check_together()
+        self.handshake.check_together(self.exchange.puts)
         posted = self.handshake.post(self.header._replace(step=step, **self.connection.oldest))
         if not self.exchange.transport.one_sided:
             with self.settings.clock.measure("wait_ms", "headers"):
                 posted.check()
         return replace(self, settings=replace(self.settings, agree=posted.check))
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Errors name the call; ranks that do not wait for this one hear of its failure at their next call."""
-        try:
-            yield
-        except ExchangeError as error:
-            known = isinstance(error, PlanMismatchError | PeerFailedError)  # to all ranks
-            if self.handshake is not None:
-                self.handshake.stopped = self.handshake.stopped or str(error)
-                if not known:
-                    self.handshake.abandon(self.header.call)
-            if f"call {self.header.call}" in str(error):
-                raise
-            raise type(error)(f"{error} (call {self.header.call})") from error
+    def watched(self) -> AbstractContextManager[None]:
+        """See `Connection.watched`."""
+        return self.connection.watched(self.header.call)
 
 
 class Queries(NamedTuple):

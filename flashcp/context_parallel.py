@@ -59,7 +59,8 @@ class ContextParallel(JoinedRanks):
     `model` (the dtype of q, k and v) or `fp32`; `auto`: fp32 where sums would be rounded on their way again, in a ring
     and where ranks of a holder share a KV head. timeout_s: bound on every wait for another rank. tuning: block
     shapes for the Triton kernels instead of the table's. options: of one-sided transports,
-    `flashcp.TransportOptions(heap_mib=..., region_mib=..., throttle_gbps=...)`.
+    `flashcp.TransportOptions(heap_mib=..., region_mib=..., throttle_gbps=...)`. verify_rows: checksums travel beside
+    rows and gradients, over `shm` and gloo; a rank that receives others than were sent raises an ExchangeError.
 
     cp.transport and cp.overlap tell what `auto` chose, cp.transport_reason why; cp.stats is a `Clock` of this rank's
     milliseconds. cp.world_size counts ranks, cp.holders = cp.world_size // cp.head_ranks what plans are made for.
@@ -84,6 +85,7 @@ class ContextParallel(JoinedRanks):
         options: TransportOptions | None = None,
         head_ranks: int = 1,
         gradient_wire: str = "auto",
+        verify_rows: bool = False,
     ) -> None:
         for field, name, legal in (
             ("exchange", exchange, tuple(EXCHANGE_CLASSES)),
@@ -102,6 +104,8 @@ class ContextParallel(JoinedRanks):
         for field, count in (("stages", stages), ("head_ranks", head_ranks)):
             if not isinstance(count, int) or count < 1:
                 raise ValueError(f"{field}={count!r}: expected a whole number >= 1")
+        if not isinstance(verify_rows, bool):
+            raise ValueError(f"verify_rows={verify_rows!r}: expected True or False")
         if not isinstance(options, TransportOptions | None):
             raise ValueError(f"options is a {type(options).__name__}: expected a flashcp.TransportOptions, or None")
         self.exchange, self._group = exchange, group
@@ -109,13 +113,13 @@ class ContextParallel(JoinedRanks):
         self.backward, self.gradient_wire = backward, gradient_wire
         if isinstance(group, Connection):
             given = (("transport", transport, "auto"), ("timeout_s", timeout_s, TIMEOUT_S), ("options", options, None),
-                     ("head_ranks", head_ranks, 1))  # fmt: skip
+                     ("head_ranks", head_ranks, 1), ("verify_rows", verify_rows, False))  # fmt: skip
             for field, value, unsaid in given:
                 if value != unsaid:
                     raise ValueError(f"{field}={value!r}: expected none beside a Connection, which has its own")
         else:
-            group = connect(group, transport, timeout_s, options or TransportOptions(), head_ranks)
-        super().__init__(group, exchange, backward == "refetch")
+            group = connect(group, transport, timeout_s, options or TransportOptions(), head_ranks, verify_rows)
+        super().__init__(group, exchange, backward == "refetch", verify_rows)
         self._number = torch.from_numpy(number_of(self))
         self.overlap = self._choose_overlap(overlap)
         self.stages = stages

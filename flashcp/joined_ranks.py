@@ -32,10 +32,11 @@ class JoinedRanks:
     """A rank among those that share packs. `ContextParallel` says what its attributes mean.
 
     exchange: the name of what carries KV between holders. refetch: whether received KV is not kept for the backward.
+    verify_rows: whether checksums travel beside rows.
     """
 
-    def __init__(self, connection: Connection, exchange: str, refetch: bool) -> None:
-        self._connection, self.transport = connection, connection.name
+    def __init__(self, connection: Connection, exchange: str, refetch: bool, verify_rows: bool) -> None:
+        self._connection, self.transport, self.verify_rows = connection, connection.name, verify_rows
         self.stats = stats = Clock()
 
         def meet() -> None:
@@ -77,6 +78,8 @@ class JoinedRanks:
                     self._handshake.settle()
                 for level in self._levels:
                     level.synchronize()
+                if self._handshake is not None:
+                    self._handshake.check_noted()
         finally:
             for level in self._levels:
                 level.close()
@@ -170,7 +173,7 @@ class JoinedRanks:
         self._check_together()
         self._calls += 1
         try:
-            header = make_header()._replace(call=self._calls, **self._connection.oldest)
+            header = make_header()._replace(call=self._calls, verify_rows=self.verify_rows, **self._connection.oldest)
         except Exception:
             if self._handshake is not None:
                 with suppress(ExchangeError):
@@ -191,8 +194,8 @@ class JoinedRanks:
     def _check_together(self) -> None:
         """Raise where this was closed, or an earlier error left the ranks with different receive buffers."""
         self._check_open()
-        if self._exchange.puts and self._handshake is not None:
-            self._handshake.check_together()
+        if self._handshake is not None:
+            self._handshake.check_together(self._exchange.puts)
 
     def _check_plan(self, plan: ShardingPlan) -> None:
         self._check_open()

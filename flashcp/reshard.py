@@ -30,7 +30,8 @@ class Resharding:
         self, x: Tensor, before: ShardingPlan, after: ShardingPlan, connection: Connection, header: Header
     ) -> None:
         self._x, self._of_call = x, (before, after, connection, header)
-        self._moving: _Moving | None = _Moving(connection.transport, before, after, x.detach())
+        with connection.watched(header.call):
+            self._moving: _Moving | None = _Moving(connection.transport, before, after, x.detach())
 
     @untraced
     def rows(self) -> Tensor:
@@ -76,7 +77,8 @@ class _Reshard(torch.autograd.Function):
         header: Header,
     ) -> Tensor:
         ctx.of_call = before, after, connection, header
-        return moving.finish()
+        with connection.watched(header.call):
+            return moving.finish()
 
     @staticmethod
     @once_differentiable
@@ -84,7 +86,8 @@ class _Reshard(torch.autograd.Function):
         before, after, connection, header = ctx.of_call
         if connection.handshake is not None:
             connection.handshake.compare(header._replace(step=Step.BACKWARD))
-        return _Moving(connection.transport, after, before, grad).finish(), None, None, None, None, None
+        with connection.watched(header.call):
+            return _Moving(connection.transport, after, before, grad).finish(), None, None, None, None, None
 
 
 class _Way(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flashcp.comm.choice import Connection
-from flashcp.comm.handshake import Handshake, Header, Step
+from flashcp.comm.handshake import Header, Step
 from flashcp.comm.transport import OutgoingRows, Transport
 from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.documents import expand_ranges
@@ -28,13 +28,13 @@ def unshard(local: Tensor, plan: ShardingPlan, connection: Connection, header: H
     The gradient of a local row is the sum over ranks of the gradients of its copies, added in fp32 in rank order, on
     each of the two levels. header: what the ranks compared before, and compare again before gradients move.
     """
-    between, handshake, _, inside = connection
+    between, inside = connection.transport, connection.inside
     device, rows = local.device, local
     if inside is not None and inside.world_size > 1:
         blocks = _of_holder(int(plan.tokens[between.rank]), inside.world_size, device)
-        rows = _Unshard.apply(rows, blocks, inside, handshake if between.world_size == 1 else None, header)
+        rows = _Unshard.apply(rows, blocks, inside, connection, between.world_size == 1, header)
     if inside is None or between.world_size > 1:  # else a plan of one holder, whose rows are the pack as it lies
-        rows = _Unshard.apply(rows, _of_plan(plan, device), between, handshake, header)
+        rows = _Unshard.apply(rows, _of_plan(plan, device), between, connection, True, header)
     return rows
 
 
@@ -72,19 +72,28 @@ def _blocks(tokens: np.ndarray, order: np.ndarray, device: torch.device) -> _Blo
 
 
 class _Unshard(torch.autograd.Function):
-    """Rows of some ranks on each of them. handshake: None where the ranks compare notes at another place."""
+    """Rows of some ranks on each of them. transport: one of the connection's. compares: whether the ranks compare notes
+    here before gradients move, and not at another place."""
 
     @staticmethod
     def forward(
-        ctx: Any, local: Tensor, blocks: _Blocks, transport: Transport, handshake: Handshake | None, header: Header
+        ctx: Any,
+        local: Tensor,
+        blocks: _Blocks,
+        transport: Transport,
+        connection: Connection,
+        compares: bool,
+        header: Header,
     ) -> Tensor:
-        ctx.blocks, ctx.transport, ctx.handshake, ctx.header = blocks, transport, handshake, header
+        ctx.blocks, ctx.header = blocks, header
+        ctx.transport, ctx.connection, ctx.compares = transport, connection, compares
         most = max(blocks.tokens)
         block = local.new_zeros((most, *local.shape[1:]))
         block[: len(local)] = local
         total = most * len(blocks.tokens)
         inbox = transport.inbox(total, total, block.shape[1:], block)
-        transport.all_gather(OutgoingRows(block), inbox).finish()
+        with connection.watched(header.call):
+            transport.all_gather(OutgoingRows(block), inbox).finish()
         full = inbox.rows.index_select(0, blocks.places.here())
         transport.free(inbox.ticket)
         return full
@@ -93,14 +102,15 @@ class _Unshard(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         transport, (tokens, order, _) = ctx.transport, ctx.blocks
-        if ctx.handshake is not None:
-            ctx.handshake.compare(ctx.header._replace(step=Step.BACKWARD))
+        if ctx.compares and ctx.connection.handshake is not None:
+            ctx.connection.handshake.compare(ctx.header._replace(step=Step.BACKWARD))
         own, ranks = tokens[transport.rank], len(tokens)
         inbox = transport.inbox(own * ranks, max(tokens) * ranks, grad.shape[1:], grad)
         offsets = [count * transport.rank for count in tokens]
         leaving = OutgoingRows(grad.index_select(0, order.here()))
-        transport.all_to_all(leaving, tokens, inbox, [own] * ranks, offsets).finish()
+        with ctx.connection.watched(ctx.header.call):
+            transport.all_to_all(leaving, tokens, inbox, [own] * ranks, offsets).finish()
         wide = torch.promote_types(grad.dtype, torch.float32)
         total = inbox.rows.unflatten(0, (ranks, own)).to(wide).sum(0)
         transport.free(inbox.ticket)
-        return total.to(grad.dtype), None, None, None, None
+        return total.to(grad.dtype), None, None, None, None, None

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -43,12 +43,16 @@ class RankError(AssertionError):
     """A rank raised, died or stayed silent; the message names it and carries its traceback."""
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0, lost: Collection[int] | None = None
+) -> list[Any]:
     """`fn(*args)` on every rank of a fresh gloo group -> its results in rank order.
 
-    Raises RankError when a rank raises, dies, or is silent for timeout_s.
+    lost: ranks that are to die or stop on the way. Their result is None, their processes are ended when the others have
+    answered. Not None: `fn` breaks its group, whose ranks do not come together once more at the end.
+    Raises RankError when another rank raises, dies, or is silent for timeout_s.
     """
-    return run_cases(fn, world_size, [args], timeout_s=timeout_s)[0]
+    return _POOL.run(fn, world_size, [args], timeout_s, lost)[0]
 
 
 def run_cases(
@@ -85,22 +89,29 @@ class Pool:
         self.workers: list[_Worker] = []
 
     def run(
-        self, fn: Callable[..., Any], world_size: int, cases: list[Sequence[Any]], timeout_s: float
+        self,
+        fn: Callable[..., Any],
+        world_size: int,
+        cases: list[Sequence[Any]],
+        timeout_s: float,
+        lost: Collection[int] | None = None,
     ) -> list[list[Any]]:
         calls = [pickle.dumps((fn, case)) for case in cases]  # what cannot be pickled fails in the caller
         try:
-            return self._run(world_size, calls, timeout_s)
+            return self._run(world_size, calls, timeout_s, lost)
         except _NoGroupError as error:
             # Seen once in some ten thousand groups: all ranks stay inside gloo's constructor. New processes go on.
             print(f"a second try, with new workers: {error}", file=sys.stderr)
-            return self._run(world_size, calls, timeout_s)
+            return self._run(world_size, calls, timeout_s, lost)
 
-    def _run(self, world_size: int, calls: list[bytes], timeout_s: float) -> list[list[Any]]:
+    def _run(
+        self, world_size: int, calls: list[bytes], timeout_s: float, lost: Collection[int] | None
+    ) -> list[list[Any]]:
         self._start(world_size)
         with tempfile.TemporaryDirectory() as folder:
             for rank, worker in enumerate(self.workers[:world_size]):
-                worker.pipe.send((folder, rank, world_size, timeout_s, calls))
-            return self._collect(world_size, len(calls), timeout_s, Path(folder))
+                worker.pipe.send((folder, rank, world_size, timeout_s, calls, lost is None))
+            return self._collect(world_size, len(calls), timeout_s, Path(folder), lost or ())
 
     def _start(self, world_size: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -111,7 +122,9 @@ class Pool:
                 self._drop([worker])
                 raise RankError(f"a worker process did not start within {START_S:.0f} s")
 
-    def _collect(self, world_size: int, case_count: int, timeout_s: float, folder: Path) -> list[list[Any]]:
+    def _collect(
+        self, world_size: int, case_count: int, timeout_s: float, folder: Path, lost: Collection[int]
+    ) -> list[list[Any]]:
         workers = self.workers[:world_size]
         rank_of = {worker.pipe: rank for rank, worker in enumerate(workers)}
         results: list[list[Any]] = [[None] * world_size for _ in range(case_count)]
@@ -131,11 +144,14 @@ class Pool:
                     answers[rank] += 1
                 if kind in ("joined", "result") and not failures:
                     deadline = time.monotonic() + timeout_s
-                if kind in ("raised", "died"):
+                if kind == "raised" or (kind == "died" and rank not in lost):
                     failures.append(f"rank {rank} of {world_size} {kind} in case {answers[rank]}{value}")
                     deadline = min(deadline, time.monotonic() + GRACE_S)
                 if kind in ("done", "died"):
                     del rank_of[pipe]
+            if lost and all(count == case_count for rank, count in enumerate(answers) if rank not in lost):
+                for rank in lost:  # else the others would wait for it at the end
+                    workers[rank].process.kill()
         error: type[RankError] = RankError
         if not joined and not failures:
             error = _NoGroupError
@@ -181,7 +197,7 @@ def _serve(pipe: Connection) -> None:
     pipe.send("ready")
     while True:
         try:
-            folder, rank, world_size, timeout_s, calls = pipe.recv()
+            folder, rank, world_size, timeout_s, calls, whole = pipe.recv()
         except EOFError:  # the test session is over
             return
         with open(f"{folder}/stack{rank}", "w") as stack:
@@ -207,7 +223,8 @@ def _serve(pipe: Connection) -> None:
                     pipe.send_bytes(pickle.dumps(("result", fn(*case))))
                 watch()
                 with suppress(RuntimeError):  # a test may have broken its group on purpose
-                    dist.barrier()  # nobody closes its sockets while another still reads
+                    if whole:
+                        dist.barrier()  # nobody closes its sockets while another still reads
             except BaseException:
                 pipe.send_bytes(pickle.dumps(("raised", f":\n{traceback.format_exc()}")))
             if dist.is_initialized():

@@ -72,6 +72,7 @@ class ParallelConfig:
     transport: str = "auto"
     backward: str = "keep"
     gradient_wire: str = "auto"
+    verify_rows: bool = False
     timeout_s: Seconds = 60.0
     stages: int = 2
     head_ranks: HeadRanks = 1
@@ -130,6 +131,7 @@ class ParallelConfig:
                 transport=self.transport,
                 backward=self.backward,
                 gradient_wire=self.gradient_wire,
+                verify_rows=self.verify_rows,
                 timeout_s=self.timeout_s,
                 tuning=tuning,
                 stages=self.stages,

@@ -177,7 +177,7 @@ class Heads(Exchange):
         """The rows of an inbox, once they are there and this rank's have left, in the order of attention. kept: for the
         backward; an inbox in which they lie until then is free when nothing holds its memory any more. Else the caller
         frees it when it has read them."""
-        rows, ticket = incoming.inbox
+        rows, ticket, _ = incoming.inbox
         incoming.transfer.finish()
         if (order := self.order(plan, rows.device)) is not None:
             rows = rows[order[1]]

@@ -59,7 +59,7 @@ class ReceivingExchange(Exchange):
         out = out.to(q.dtype)
         with settings.clock.measure("exposed_exchange_ms"):
             incoming.transfer.finish()  # rows that nobody reads here, too: the region is free only when all landed
-        rows, ticket = incoming.inbox
+        rows, ticket, _ = incoming.inbox
         return out, self.held(Saved(q, *local, out, lse, rows, torch.tensor([ticket])), settings)
 
     def _at_once(

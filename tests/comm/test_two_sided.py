@@ -209,7 +209,7 @@ def alone_at_the_exchange(thrown_away: bool) -> str:
 
 @pytest.mark.parametrize("thrown_away", [False, True])
 def test_synchronize_waits_for_what_is_under_way_and_tells_of_what_was_thrown_away(thrown_away: bool) -> None:
-    assert run_ranks(alone_at_the_exchange, 2, thrown_away)[0] == "rank 0 waited 0.3 s for rows of another rank"
+    assert run_ranks(alone_at_the_exchange, 2, thrown_away)[0] == "rank 0 waited 0.3 s for rows of rank 1"
 
 
 def under_way(backend: str) -> bool:

@@ -281,6 +281,7 @@ def test_bad_calls_say_what_is_wrong() -> None:
         ("transport", "nccl"),
         ("backward", "nope"),
         ("gradient_wire", "bf16"),
+        ("verify_rows", "yes"),
         ("timeout_s", 0),
         ("timeout_s", float("inf")),
     ],

@@ -87,9 +87,9 @@ def order_of(exchange: str, transport: str) -> list[str]:
             said.append("leave")
         return leaving(self, outgoing, *rest, **more)
 
-    def sent(self: Any, operations: Any) -> Any:
+    def sent(self: Any, operations: Any, *rest: Any) -> Any:
         said.extend("leave" for operation, rows, _ in operations if operation is dist.isend and len(rows))
-        return batch(self, operations)
+        return batch(self, operations, *rest)
 
     def sent_together(self: Any, outgoing: Any, *rest: Any) -> Any:
         if outgoing.what == "gradients":

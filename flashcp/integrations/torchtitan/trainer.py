@@ -44,6 +44,8 @@ class FlashCPConfig:
     """Whether received rows are kept for the backward pass, or brought again (refetch)"""
     gradient_wire: str = "auto"
     """What gradients of keys and values travel in"""
+    verify_rows: bool = False
+    """Whether checksums travel beside rows, and rows that differ are an error"""
     head_ranks: int = 1
     """Ranks that follow each other and share out the heads of the same rows"""
     timeout_s: float = TIMEOUT_S
