@@ -15,6 +15,8 @@ BESIDE := .venv-integrations$(if $(NEWEST),-newest)
 ARGS ?=
 BUSY ?= 0
 CASE ?=
+SECONDS ?= 60
+ONLY ?=
 # What a machine with torch, triton and numpy alone lacks; WITH="fa3-fwd==0.0.3" adds to it, e.g. a peer of 28 MB.
 WHEELS ?= gpu-wheels
 WITH ?=
@@ -23,7 +25,7 @@ CARRIED := hydra-core omegaconf pyyaml packaging einops tqdm \
 BUILT := antlr4-python3-runtime==4.9.3
 GLIBC := 17 24 27 28 31 34 35
 
-.PHONY: help demo cluster-lab lab-cases test test-integrations lint soak kills docs paper kernels kernels-versions emulate \
+.PHONY: help demo cluster-lab lab-cases test test-integrations lint soak kills fuzz docs paper kernels kernels-versions emulate \
 	gpu-wheels pins clean
 
 help: ## list the targets
@@ -92,6 +94,9 @@ kernels: $(STAMP) ## compile every shipped Triton kernel for sm_80, sm_90, sm_10
 
 emulate: $(STAMP) ## the CUDA exchange on emulated GPUs: a thousand random schedules against the reference (2 min)
 	$(BIN)/python -m tests.emulation.schedules $(ARGS)
+
+fuzz: $(STAMP) ## spoil the input of every parser, SECONDS=60 each, or of those whose names hold ONLY; exit code 1 for a failure
+	$(BIN)/python -m tests.fuzz $(SECONDS) "$(ONLY)"
 
 # torch imports triton only when something asks for it: another one, first on the path, needs no other torch.
 kernels-versions: $(STAMP) ## the same with triton 3.6.0 and the newest release, each in a folder of its own

@@ -29,6 +29,7 @@ from flashcp.comm.one_sided import OneSided
 from flashcp.comm.transport import Alone, Transport
 from flashcp.comm.two_sided import TwoSided
 from flashcp.comm.verified import VERIFIABLE, Verified
+from flashcp.sharding.values import read_number, shown
 
 TRANSPORTS = ("shm", "gloo", "nccl", "cuda_symmetric", "nvshmem")
 
@@ -49,8 +50,7 @@ class TransportOptions:
 
     def __post_init__(self) -> None:
         for field, value in vars(self).items():
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ValueError(f"{field}={value!r}: expected a number >= 0")
+            read_number(field, value, lambda number: 0 <= number < math.inf, "a number >= 0")
 
 
 class Connection(NamedTuple):
@@ -126,7 +126,7 @@ def connect(
         raise ValueError(f"transport={name!r}: expected one name, for rows travel on one level")
     if not levels:
         if name not in ("auto", "none"):
-            raise ValueError(f"transport={name!r}: expected one of auto, none")
+            raise ValueError(f"transport={shown(name)}: expected one of auto, none")
         return Connection(Alone(), None, "one rank alone", Alone() if head_ranks > 1 else None)
     mails = [Mail(level.group, timeout_s, level.ranks) for level in levels]
     handshake = Handshake(mails[-1], mails[0] if len(mails) == 2 else None)

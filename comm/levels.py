@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from flashcp.comm.ending import make_group
-from flashcp.sharding.documents import shown
+from flashcp.sharding.values import shown
 
 _JOIN_S = 30.0  # the least time that ranks get to form a group
 

@@ -84,7 +84,7 @@ def varlen_attention(
     check_return_lse(return_lse)
     check_tuning(tuning)
     attention_name(attention, q.device)  # raises; the operator reads `auto` itself, for what that refuses
-    lengths = document_lengths if isinstance(document_lengths, Tensor) else _tensor(document_lengths)
+    lengths = _checked(document_lengths) if isinstance(document_lengths, Tensor) else _tensor(document_lengths)
     empty = k.new_empty((0, 2, *k.shape[1:]))
     out, lse = attention_operator(
         q,
@@ -100,6 +100,16 @@ def varlen_attention(
         return_lse,
     )
     return (out, lse) if return_lse else out
+
+
+def _checked(lengths: Tensor) -> Tensor:
+    """Raises ValueError for a tensor that cannot be looked at as a list of lengths."""
+    if lengths.layout is not torch.strided or lengths.is_meta or lengths.dtype.is_floating_point:
+        raise ValueError(
+            f"document_lengths is a {lengths.layout} tensor of {lengths.dtype} on {lengths.device}: expected a dense "
+            "one of whole numbers, on the CPU"
+        )
+    return lengths
 
 
 def _tensor(document_lengths: Iterable[int]) -> Tensor:

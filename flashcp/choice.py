@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashcp.sharding.documents import check_choice, read_document_lengths
+from flashcp.sharding.documents import read_document_lengths
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.strategies import STRATEGIES
+from flashcp.sharding.values import check_choice, holds_items, is_whole, read_list, shown
 from flashcp.simulation import read_cluster_or_machine
 from flashcp.simulator.cost import ModelShape
 from flashcp.simulator.machine import Machine
@@ -131,9 +132,9 @@ def choose(
     step = Step(windows)
     groups = [count for count in range(1, windows + 1) if not (windows % count or ranks % count)]
     if data_parallel is not None:
-        if data_parallel not in groups:
+        if not is_whole(data_parallel) or data_parallel not in groups:
             expected = ", ".join(map(str, groups))
-            raise ValueError(f"data_parallel={data_parallel!r}: expected one of {expected}, or none")
+            raise ValueError(f"data_parallel={shown(data_parallel)}: expected one of {expected}, or none")
         groups = [data_parallel]
     pairs = _pairs(strategy, exchange)
     first = [Variant("+".join(pairs[0]), *pairs[0], head_ranks=0, data_parallel=count) for count in groups]
@@ -181,11 +182,12 @@ def _predict(
 def _read_batch(batch: object) -> list[np.ndarray]:
     """The windows of a batch, one where it holds lengths."""
     listed = _listed(batch, "a batch")
-    nested = isinstance(listed[0], Iterable)
+    nested = holds_items(listed[0])
     return [read_document_lengths(window) for window in (listed if nested else [listed])]  # type: ignore[arg-type]
 
 
 def _listed(values: object, name: str) -> list[object]:
-    if not isinstance(values, Iterable) or isinstance(values, str) or not (listed := list(values)):
-        raise ValueError(f"{name}={values!r}: expected document lengths, or windows of them")
+    expected = "document lengths, or windows of them"
+    if not (listed := read_list(name, values, expected)):
+        raise ValueError(f"{name}={shown(values)}: expected {expected}")
     return listed

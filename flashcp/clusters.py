@@ -15,9 +15,9 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from flashcp.files import read_bounded
+from flashcp.files import read_bounded, read_path
 from flashcp.schema import read_dataclass
-from flashcp.sharding.documents import check_choice
+from flashcp.sharding.values import check_choice, shown
 from flashcp.simulator.machine import Machine, check_machine
 
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
@@ -37,9 +37,11 @@ def read_cluster(name: str) -> Machine:
 
 def read_cluster_file(path: str) -> Machine:
     """The machine in a file like those of `conf/cluster/`. Raises ValueError for anything else."""
-    field = f"cluster_file={path!r}"
+    field = f"cluster_file={shown(path)}"
+    if not isinstance(path, str | Path):
+        raise ValueError(f"{field}: expected the path of a file")
     try:
-        values = _load(read_bounded(Path(path).expanduser(), field, most_mib=1).decode(), field)
+        values = _load(read_bounded(read_path(path, "cluster_file"), field, most_mib=1).decode(), field)
     except UnicodeDecodeError as error:
         raise ValueError(f"{field}: not YAML ({error})") from error
     except RecursionError as error:
@@ -98,7 +100,7 @@ def _load(text: str, field: str) -> Any:
         return {} if found is None else found
     names, files = found.pop("defaults", None) or [], _files()
     if not isinstance(names, list):
-        raise ValueError(f"{field}: defaults={names!r}: expected a list of {', '.join(files)}")
+        raise ValueError(f"{field}: defaults={shown(names)}: expected a list of {', '.join(files)}")
     merged: dict[str, Any] = {}
     for name in names if "_self_" in names else [*names, "_self_"]:
         if name == "_self_":
@@ -106,7 +108,7 @@ def _load(text: str, field: str) -> Any:
         elif isinstance(name, str) and name in files:
             merged = _merged(merged, _load(files[name].read_text("utf-8"), field))
         elif name != "cluster_schema":  # files of earlier versions name it
-            raise ValueError(f"{field}: defaults holds {name!r}: expected one of {', '.join(files)}, _self_")
+            raise ValueError(f"{field}: defaults holds {shown(name)}: expected one of {', '.join(files)}, _self_")
     return merged
 
 

@@ -27,11 +27,12 @@ from flashcp.kernels.selection import ATTENTION, select_attention, waits_inside
 from flashcp.kernels.tuning import Tuning, check_tuning
 from flashcp.operator import prefetch
 from flashcp.reshard import Resharding
-from flashcp.sharding.documents import MOST_TOKENS, check_choice
+from flashcp.sharding.documents import MOST_RANKS, MOST_TOKENS
 from flashcp.sharding.numbered import number_of
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.reshard import check_same_pack
 from flashcp.sharding.route import GRADIENT_WIRES
+from flashcp.sharding.values import check_choice, read_number, read_whole, shown
 from flashcp.untraced import untraced
 
 __all__ = ["ContextParallel", "Handle"]
@@ -95,17 +96,15 @@ class ContextParallel(JoinedRanks):
             ("gradient_wire", gradient_wire, GRADIENT_WIRES),
         ):
             check_choice(field, name, legal)
-        if not isinstance(timeout_s, int | float) or not 0.001 <= timeout_s <= LONGEST_S:
-            raise ValueError(f"timeout_s={timeout_s!r}: expected seconds from 0.001 to {LONGEST_S:.0e}")
-        for one in str(transport).split("+")[:2]:
-            if one not in ("auto", "none", *TRANSPORTS):
-                check_choice("transport", transport, ("auto", "none", *TRANSPORTS))
+        legal_s = f"seconds from 0.001 to {LONGEST_S:.0e}"
+        wait_s = read_number("timeout_s", timeout_s, lambda number: 0.001 <= number <= LONGEST_S, legal_s)
+        transports = ("auto", "none", *TRANSPORTS)
+        if not isinstance(transport, str) or not set(transport.split("+")[:2]) <= set(transports):
+            check_choice("transport", transport, transports)
         check_tuning(tuning)
-        for field, count in (("stages", stages), ("head_ranks", head_ranks)):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{field}={count!r}: expected a whole number >= 1")
+        stages, head_ranks = read_whole("stages", stages), read_whole("head_ranks", head_ranks, most=MOST_RANKS)
         if not isinstance(verify_rows, bool):
-            raise ValueError(f"verify_rows={verify_rows!r}: expected True or False")
+            raise ValueError(f"verify_rows={shown(verify_rows)}: expected True or False")
         if not isinstance(options, TransportOptions | None):
             raise ValueError(f"options is a {type(options).__name__}: expected a flashcp.TransportOptions, or None")
         self.exchange, self._group = exchange, group
@@ -116,9 +115,9 @@ class ContextParallel(JoinedRanks):
                      ("head_ranks", head_ranks, 1), ("verify_rows", verify_rows, False))  # fmt: skip
             for field, value, unsaid in given:
                 if value != unsaid:
-                    raise ValueError(f"{field}={value!r}: expected none beside a Connection, which has its own")
+                    raise ValueError(f"{field}={shown(value)}: expected none beside a Connection, which has its own")
         else:
-            group = connect(group, transport, timeout_s, options or TransportOptions(), head_ranks, verify_rows)
+            group = connect(group, transport, wait_s, options or TransportOptions(), head_ranks, verify_rows)
         super().__init__(group, exchange, backward == "refetch", verify_rows)
         self._number = torch.from_numpy(number_of(self))
         self.overlap = self._choose_overlap(overlap)
@@ -276,7 +275,8 @@ class ContextParallel(JoinedRanks):
 
         Only rows whose rank changes travel. The plans may cut other documents out of the same tokens: a plan of one
         document of all tokens with `contiguous` gives linear attention the order of the pack. Differentiable.
-        Raises ValueError for plans of other tokens or ranks and for head ranks, ExchangeError as the class says.
+        Raises ValueError for plans of other tokens or ranks, 8-bit floats and head ranks, ExchangeError as the class
+        says.
         """
         return self.prefetch_reshard(x, before, after).rows()
 
@@ -290,6 +290,8 @@ class ContextParallel(JoinedRanks):
             if self.head_ranks > 1:
                 raise ValueError(f"reshard with head_ranks={self.head_ranks}: expected 1")
             check_rows("x", x, int(before.tokens[self.rank]), self.rank)
+            if x.dtype.is_floating_point and x.dtype.itemsize < 2:  # torch indexes none of these
+                raise ValueError(f"x is {x.dtype}: expected numbers of 16 bits or more, or whole ones")
             check_same_pack(before, after)
             codes = header_codes(before, x)
             codes["plan"] ^= header_codes(after, x)["plan"] >> 1

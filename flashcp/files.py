@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 from pathlib import Path
 
+from flashcp.sharding.values import shown
+
 MIB = 1 << 20
+
+
+def read_path(text: str | Path, field: str) -> Path:
+    """A path that a user wrote, `~` being home. Raises ValueError, naming the field, for one that no file can have."""
+    try:
+        path = Path(text).expanduser()
+        path.lstat()
+    except (RuntimeError, ValueError) as error:  # a user that there is not, a null byte
+        raise ValueError(f"{field}={shown(str(text))}: {error}") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"{field}={shown(str(text))}: {error.strerror}") from error
+    return path
 
 
 def check_regular(file: Path, label: str) -> None:

@@ -21,7 +21,7 @@ from flashcp.comm.clock import Clock, span
 from flashcp.comm.exchanges.exchange import Exchange, IncomingKV
 from flashcp.comm.exchanges.receiving import ReceivingExchange
 from flashcp.comm.handshake import Header, Step
-from flashcp.kernels.inputs import check_inputs
+from flashcp.kernels.inputs import check_heads, check_inputs
 from flashcp.kernels.interface import KV, AttentionKernel
 from flashcp.kernels.schedule import Schedule
 from flashcp.kernels.scores import Scores
@@ -116,6 +116,7 @@ class Pairs(NamedTuple):
 
 def check_pairs(tensors: Pairs, tokens: int) -> None:
     """Raises ValueError unless all five fit together."""
+    check_heads(tensors.q, tensors.k, tensors.v, own_v_dim=True)
     for local, received, name in ((tensors.k, tensors.received_k, "k"), (tensors.v, tensors.received_v, "v")):
         if not isinstance(received, Tensor) or received.shape[1:] != local.shape[1:] or received.dtype != local.dtype:
             is_tensor = isinstance(received, Tensor)

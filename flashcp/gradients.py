@@ -22,6 +22,7 @@ def prepare(model: nn.Module) -> None:
 
     Raises ValueError for a model without any, and for FSDP1.
     """
+    _check_model(model)
     kinds = (DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
     wrappers = [module for module in model.modules() if isinstance(module, kinds)]
     if not wrappers or any(isinstance(one, FullyShardedDataParallel) for one in wrappers):
@@ -46,6 +47,7 @@ def sum_gradients(model: nn.Module, group: dist.ProcessGroup | DeviceMesh | None
     taken in fp32 or wider. Raises ValueError for a wrapper that averages over the group, one over a part of it, and
     sparse gradients.
     """
+    _check_model(model)
     ranks = _ranks(group)
     summed = set(_summed_by_wrappers(model, ranks))
     weights = [weight for weight in model.parameters() if weight.requires_grad and weight not in summed]
@@ -66,6 +68,11 @@ def sum_gradients(model: nn.Module, group: dist.ProcessGroup | DeviceMesh | None
             gradients.append(weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad)
     for bucket in _buckets(gradients):
         _sum(bucket, groups)
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
 
 
 def _summed_by_wrappers(model: nn.Module, ranks: set[int]) -> Iterator[nn.Parameter]:

@@ -70,7 +70,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not all(isinstance(x, Tensor) for x in tensors):
         return tensors
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.dtype.itemsize <= 4 else x for x in tensors)

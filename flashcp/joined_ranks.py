@@ -22,6 +22,7 @@ from flashcp.comm.transport import Transport
 from flashcp.kernels.uploads import to_device
 from flashcp.sharding.holders import positions_of_rank
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.values import is_whole, shown
 from flashcp.unshard import local_rows, unshard
 from flashcp.untraced import untraced
 
@@ -160,10 +161,11 @@ class JoinedRanks:
 
     def position_ids(self, plan: ShardingPlan, device: torch.device | str | None = None) -> Tensor:
         """Position inside its document of each of this rank's rows, int64 [rank's tokens], on a device (None: the
-        CPU)."""
+        CPU). Raises ValueError for what is no device."""
         self._check_plan(plan)
+        place = None if device is None else _read_device(device)
         positions = torch.from_numpy(positions_of_rank(plan, self.rank, self.head_ranks))
-        return positions if device is None else to_device(positions, torch.device(device))
+        return positions if place is None else to_device(positions, place)
 
     def _agree(self, make_header: Callable[[], Header]) -> tuple[Header, PendingHeader | None]:
         """Check this rank's arguments and tell the others, who also hear of an error here.
@@ -213,10 +215,18 @@ class JoinedRanks:
 def _check_dim(name: str, x: Tensor, dim: int) -> None:
     if not isinstance(x, Tensor) or x.layout is not torch.strided:
         raise ValueError(f"{name} is a {type(x).__name__}: expected a dense tensor")
-    if not isinstance(dim, int):
-        raise ValueError(f"dim={dim!r}: expected a whole number")
+    if not is_whole(dim):
+        raise ValueError(f"dim={shown(dim)}: expected a whole number")
     if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim={dim}: expected an axis of {name}, which has {x.dim()}")
+        raise ValueError(f"dim={shown(dim)}: expected an axis of {name}, which has {x.dim()}")
+
+
+def _read_device(device: object) -> torch.device:
+    """Raises ValueError for what is no device."""
+    if isinstance(device, torch.device | str):
+        with suppress(RuntimeError):
+            return torch.device(device)
+    raise ValueError(f"device={shown(device)}: expected a torch.device, its name, or None")
 
 
 def header_codes(plan: ShardingPlan, x: Tensor) -> dict[str, int]:

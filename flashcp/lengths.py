@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashcp.sharding.documents import read_document_lengths, shown
+from flashcp.sharding.documents import read_document_lengths
+from flashcp.sharding.values import read_whole, shown
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 Numbers = Any
 """A tensor on any device, an array or nested lists of whole numbers."""
@@ -42,28 +43,41 @@ def shift_labels(labels: Tensor, document_lengths: Iterable[int] | np.ndarray, i
     """The label of each row's next row, and `ignore` for the last row of each document.
 
     labels: a whole pack's [..., tokens], the label of a row being its own token, as Transformers' collators give them.
-    Raises ValueError unless the documents have as many tokens.
+    Raises ValueError unless the documents have as many tokens, and for an `ignore` that the labels cannot hold.
     """
+    import torch
+
     ends = np.cumsum(read_document_lengths(document_lengths)) - 1
-    if labels.shape[-1] != ends[-1] + 1:
-        raise ValueError(f"labels {list(labels.shape)}: expected [..., {ends[-1] + 1}], the tokens of all documents")
+    dense = isinstance(labels, torch.Tensor) and labels.layout is torch.strided
+    if not dense or labels.dim() < 1 or labels.shape[-1] != ends[-1] + 1:
+        said = list(labels.shape) if dense else f"is a {type(labels).__name__}"
+        raise ValueError(f"labels {said}: expected [..., {ends[-1] + 1}], the tokens of all documents")
+    holds = torch.int64 if labels.dtype.is_floating_point or labels.dtype.is_complex else labels.dtype
+    ignore = read_whole("ignore", ignore, *_ends(holds))
     shifted = labels.roll(-1, dims=-1)
     shifted[..., ends.tolist()] = ignore
     return shifted
 
 
+def _ends(dtype: dtype) -> tuple[int, int]:
+    """The least and the most whole number."""
+    import torch
+
+    return (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+
+
 def _read(name: str, numbers: Numbers) -> np.ndarray:
     """int64 [rows, tokens], or [documents + 1] of cu_seqlens."""
-    host = numbers.detach().cpu() if hasattr(numbers, "detach") else numbers
     try:
-        array = np.asarray(host)
-    except (TypeError, ValueError) as error:
+        array = np.asarray(numbers.detach().cpu() if hasattr(numbers, "detach") else numbers)
+    except Exception as error:  # of a tensor without data, or of the caller's own object
         raise ValueError(f"{name}={shown(numbers)}: expected whole numbers") from error
     legal, shape = ((1,), "[documents + 1]") if name == "cu_seqlens" else ((1, 2), "[tokens] or [rows, tokens]")
     if array.ndim not in legal or not array.size:
         raise ValueError(f"{name} has shape {array.shape}: expected {shape}")
     if array.dtype.kind not in "iu":
-        raise ValueError(f"{name} holds {array.dtype} (first value {array.flat[0]!r}): expected whole numbers")
+        first = shown(array.flat[0])
+        raise ValueError(f"{name} holds {array.dtype} (first value {first}): expected whole numbers")
     array = array.astype(np.int64)
     return array if name == "cu_seqlens" else np.atleast_2d(array)
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from flashcp.schema import read_options
-from flashcp.sharding.documents import check_choice
 from flashcp.sharding.mask import Mask
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import STRATEGIES, plan
+from flashcp.sharding.values import check_choice
 
 
 def read_sharding(sharding: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from flashcp.clusters import clusters, read_cluster
 from flashcp.sharding.documents import read_document_lengths
 from flashcp.sharding.mask import Mask, read_layers
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.values import holds_items, read_list, shown
 from flashcp.simulator.cost import ModelShape
 from flashcp.simulator.machine import Machine, check_machine
 from flashcp.simulator.pack import Pack
@@ -59,8 +58,8 @@ class Simulation:
 
     def column(self, name: str) -> dict[str, float | str]:
         """One field of every method, by the methods' names. Raises ValueError for a field that there is not."""
-        if name not in self.columns:
-            raise ValueError(f"column {name!r}: expected one of {', '.join(self.columns)}")
+        if not isinstance(name, str) or name not in self.columns:
+            raise ValueError(f"column {shown(name)}: expected one of {', '.join(self.columns)}")
         return {one.name: getattr(one, name) for one in self.methods}
 
     def __getitem__(self, method: str) -> Summary:
@@ -136,11 +135,10 @@ def simulate(
         query_heads, kv_heads, head_dim, dtype_bytes, ffn_dim=ffn_dim, mask=mask, name="", **_read_mix(layers)
     )
     setting = make_setting(machine, model, overlap, gradient_wire)
-    named = [methods] if isinstance(methods, str) else list(methods)
     step, given = read_step(batch_windows, micro_batches, waits, ranks), isinstance(read[0], ShardingPlan)
     if given and step.windows > 1:
         raise ValueError(f"batch_windows={batch_windows} with plans: expected 1, a plan holds its whole batch")
-    chosen = choose_variants(named, given, heads or 1)
+    chosen = choose_variants(methods, given, heads or 1)
     variants, left_out = that_share_heads(chosen, setting, ranks, step, heads)
     summaries = simulate_methods(read, variants, ranks, setting, model, step=step, head_ranks=heads, workers=workers)
     return Simulation(tuple(summaries), machine, ranks, len(read), left_out, step.batch_windows, model)
@@ -153,7 +151,7 @@ def read_cluster_or_machine(cluster: object) -> Machine:
         return cluster
     if isinstance(cluster, str):
         return read_cluster(cluster)
-    raise ValueError(f"cluster={cluster!r}: expected one of {', '.join(clusters())}, or a Machine")
+    raise ValueError(f"cluster={shown(cluster)}: expected one of {', '.join(clusters())}, or a Machine")
 
 
 def _read_mix(layers: object) -> dict[str, int]:
@@ -163,7 +161,8 @@ def _read_mix(layers: object) -> dict[str, int]:
     kinds = read_layers(layers)
     narrowed = [kind for kind in kinds if kind.window or kind.chunk]
     if len(narrowed) > 1:
-        raise ValueError(f"layers={layers!r}: expected causal layers and one kind of others; simulate a plan for more")
+        expected = "causal layers and one kind of others; simulate a plan for more"
+        raise ValueError(f"layers={shown(layers)}: expected {expected}")
     fields = {"layers": sum(kind.layers for kind in kinds)}
     for kind in narrowed:
         fields |= {"window": kind.window, "chunk": kind.chunk, "narrowed_layers": kind.layers}
@@ -172,17 +171,19 @@ def _read_mix(layers: object) -> dict[str, int]:
 
 def _read_packs(packs: object, world_size: int | None, heads: int) -> tuple[list[Pack], int]:
     """Plans or document lengths, and the ranks they are for. heads: ranks that a plan's holder has."""
-    given = [packs] if isinstance(packs, ShardingPlan) else packs
-    if not isinstance(given, Sequence | np.ndarray) or isinstance(given, str) or not len(given):
-        raise ValueError(f"packs={packs!r}: expected document lengths of a pack or of several, or plans")
+    expected = "document lengths of a pack or of several, or plans"
+    given = [packs] if isinstance(packs, ShardingPlan) else read_list("packs", packs, expected)
+    if not given:
+        raise ValueError(f"packs={shown(packs)}: expected {expected}")
     if not isinstance(given[0], ShardingPlan):
         ranks = read_ranks(world_size)
-        many = given if isinstance(given[0], Sequence | np.ndarray) else [given]
-        return [read_document_lengths(pack) for pack in many], ranks
+        many = given if holds_items(given[0]) else [given]
+        return [read_document_lengths(pack) for pack in many], ranks  # type: ignore[arg-type]
     for plan in given:
         if not isinstance(plan, ShardingPlan):
-            raise ValueError(f"packs holds a plan and {plan!r}: expected plans alone, or document lengths alone")
-    sizes = {plan.world_size * heads for plan in given} | ({world_size} if world_size is not None else set())
+            raise ValueError(f"packs holds a plan and {shown(plan)}: expected plans alone, or document lengths alone")
+    told_ranks = None if world_size is None else read_ranks(world_size)
+    sizes = {plan.world_size * heads for plan in given} | ({told_ranks} if told_ranks else set())
     if len(sizes) > 1:
         told = "" if world_size is None else f"world_size={world_size!r} with "
         found = ", ".join(map(str, sorted({plan.world_size * heads for plan in given})))

@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from flashcp.sharding.documents import shown
+from flashcp.sharding.values import shown
 
 _LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)

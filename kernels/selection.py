@@ -10,6 +10,7 @@ from flashcp.kernels.cpu import CpuAttention
 from flashcp.kernels.interface import AttentionKernel
 from flashcp.kernels.tuning import Tuning
 from flashcp.kernels.varlen import NAMES, select_varlen
+from flashcp.sharding.values import check_choice
 
 ATTENTION = ("cpu", "triton", *NAMES)
 _CPU = CpuAttention()
@@ -18,8 +19,7 @@ _CPU = CpuAttention()
 def attention_name(name: str, device: torch.device) -> str:
     """What `auto` stands for: `triton` on a GPU, `cpu` elsewhere. Raises ValueError as `select_attention` does, but for
     varlen kernels that are not installed: which one runs is found out where it runs, outside of compiled code."""
-    if name not in ("auto", *ATTENTION):
-        raise ValueError(f"attention={name!r}: expected one of auto, {', '.join(ATTENTION)}")
+    check_choice("attention", name, ("auto", *ATTENTION))
     if name == "auto":
         name = "triton" if device.type == "cuda" else "cpu"
     if name == "cpu" and device.type != "cpu":

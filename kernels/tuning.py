@@ -16,6 +16,7 @@ import torch
 
 from flashcp.kernels.schedule import Schedule, Seen
 from flashcp.sharding.documents import expand_ranges
+from flashcp.sharding.values import check_choice, read_flag, shown
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 LATENT_DIM = 576
@@ -62,8 +63,7 @@ class Blocks:
         for name, legal in (("block_m", (16, 32, 64, 128, 256)), ("block_n", (16, 32, 64, 128, 256)),
                             ("warps", (1, 2, 4, 8, 16)), ("stages", (1, 2, 3, 4, 5)),
                             ("precision", ("ieee", "tf32x3"))):  # fmt: skip
-            if getattr(self, name) not in legal:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(str, legal))}")
+            check_choice(name, getattr(self, name), legal)
 
     def tile_rows(self, which: Pass) -> int:
         """Rows of a tile of that pass: keys for dK and dV, queries otherwise."""
@@ -76,9 +76,10 @@ class Blocks:
     @classmethod
     def from_text(cls, text: str) -> Blocks:
         """The blocks `to_text` wrote; the precision may be left out. Raises ValueError for anything else."""
-        match = _TEXT.fullmatch(text)
+        match = _TEXT.fullmatch(text) if isinstance(text, str) else None
         if match is None:
-            raise ValueError(f"{text!r}: expected QUERY_ROWSxKEY_ROWSxWARPSxSTAGES[xPRECISION], such as 128x64x8x3")
+            shape = "QUERY_ROWSxKEY_ROWSxWARPSxSTAGES[xPRECISION], such as 128x64x8x3"
+            raise ValueError(f"{shown(text)}: expected {shape}")
         block_m, block_n, warps, stages = map(int, match.groups()[:4])
         return cls(block_m, block_n, warps, stages, match[5] or "ieee")
 
@@ -89,12 +90,19 @@ class Tuning:
 
     deterministic: whether two backward runs agree bit for bit. Where they need not, Hopper computes the backward in
     one kernel that adds to dQ in any order (`kernels/hopper_backward.py`), unless blocks for it are asked for.
+    Raises ValueError for anything else.
     """
 
     forward: Blocks | None = None
     backward_kv: Blocks | None = None
     backward_q: Blocks | None = None
     deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        for which in Pass:
+            if not isinstance(blocks := self.of(which), Blocks | None):
+                raise ValueError(f"{which.value}={shown(blocks)}: expected flashcp.kernels.tuning.Blocks, or None")
+        read_flag("deterministic", self.deterministic)
 
     def of(self, which: Pass) -> Blocks | None:
         """What replaces the table's entry for a pass."""
@@ -109,13 +117,15 @@ class Tuning:
     @classmethod
     def from_text(cls, text: str) -> Tuning:
         """The tuning `to_text` wrote. Raises ValueError for anything else."""
+        if not isinstance(text, str):
+            raise ValueError(f"tuning {shown(text)}: expected text")
         chosen = {}
         for part in filter(None, text.split(",")):
             if part == ANY_ORDER:
                 continue
             name, _, blocks = part.partition("=")
             if name not in {which.value for which in Pass}:
-                raise ValueError(f"tuning {part!r}: expected one of {', '.join(f'{w.value}=' for w in Pass)}")
+                raise ValueError(f"tuning {shown(part)}: expected one of {', '.join(f'{w.value}=' for w in Pass)}")
             chosen[name] = Blocks.from_text(blocks)
         return cls(**chosen, deterministic=ANY_ORDER not in text.split(","))
 

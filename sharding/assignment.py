@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Integral
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from flashcp.sharding.documents import document_offsets, expand_ranges, read_doc
 from flashcp.sharding.mask import LayerKind
 from flashcp.sharding.masks import Masks, Workload, read_workload
 from flashcp.sharding.shards import Segments, Shard, ShardTable, ShardView
+from flashcp.sharding.values import read_whole, shown
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,6 +36,8 @@ class Assignment:
         table = _merge_touching(_sorted_table(self.table))
         _check_cover(lengths, world_size, table)
         workload = read_workload(lengths) if self.workload is None else self.workload
+        if not isinstance(workload, Workload):
+            raise ValueError(f"workload={shown(workload)}: expected a Workload, or None")
         if not np.array_equal(workload.masks.length, lengths):
             raise ValueError("masks of documents of other lengths")
         given = (("document_lengths", lengths), ("world_size", world_size), ("table", table), ("workload", workload))
@@ -100,8 +102,7 @@ class Assignment:
 
     def check_rank(self, rank: int) -> None:
         """Raise ValueError for a rank that there is not."""
-        if not isinstance(rank, Integral) or not 0 <= rank < self.world_size:
-            raise ValueError(f"rank={rank!r}: expected 0 to {self.world_size - 1}")
+        read_whole("rank", rank, 0, self.world_size - 1, f"0 to {self.world_size - 1}")
 
 
 def _freeze(*arrays: np.ndarray) -> np.ndarray:
@@ -111,6 +112,8 @@ def _freeze(*arrays: np.ndarray) -> np.ndarray:
 
 
 def _sorted_table(table: ShardTable) -> ShardTable:
+    if not isinstance(table, ShardTable):
+        raise ValueError(f"table={shown(table)}: expected a ShardTable")
     columns = [np.asarray(column) for column in table]
     if len({column.shape for column in columns}) != 1 or columns[0].ndim != 1:
         raise ValueError(f"shard arrays of shapes {[column.shape for column in columns]}: expected one length")

@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
+from flashcp.sharding.values import read_whole
+
 Pack = TypeVar("Pack")
 Result = TypeVar("Result")
+MOST_WORKERS = 1024
 AT_A_TIME = 16  # packs handed to a worker together: one takes some ten milliseconds
 
 
@@ -16,10 +19,9 @@ def map_ordered(function: Callable[[Pack], Result], packs: Iterable[Pack], worke
     """The function's result for each pack, in order; the same for any number of workers.
 
     Workers are fresh processes (torch and its threads may live in this one), so all that goes there must be picklable.
-    Raises ValueError for no workers.
+    Raises ValueError for no workers, and for more than MOST_WORKERS.
     """
-    if workers < 1:
-        raise ValueError(f"workers={workers}: expected a whole number >= 1")
+    workers = read_whole("workers", workers, most=MOST_WORKERS)
     if workers == 1:
         yield from map(function, packs)
         return

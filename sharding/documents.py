@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from numbers import Integral
 
 import numpy as np
 
+from flashcp.sharding.values import read_list, read_whole, shown
+
 MOST_TOKENS = 2**31 - 1  # of a pack: its work, tokens squared, then fits int64
-MOST_SHOWN = 300  # characters of a value in an error
+MOST_RANKS = 2**20
+"""Of a plan: arrays of one number a rank are made before anything else is known."""
 
 
 def read_document_lengths(document_lengths: Iterable[int] | np.ndarray) -> np.ndarray:
@@ -16,16 +18,12 @@ def read_document_lengths(document_lengths: Iterable[int] | np.ndarray) -> np.nd
 
     Raises ValueError for an empty list, a length that is not a whole number, or one below 1.
     """
-    try:
-        given = np.asarray(document_lengths if isinstance(document_lengths, np.ndarray) else list(document_lengths))
-    except (TypeError, ValueError) as error:
-        said = shown(document_lengths)
-        raise ValueError(f"document_lengths={said}: expected a list of whole numbers >= 1") from error
+    given = document_lengths if isinstance(document_lengths, np.ndarray) else _array(document_lengths)
     if given.ndim != 1 or given.size == 0:
         raise ValueError(f"document_lengths has shape {given.shape}: expected a list of at least one whole number >= 1")
     if given.dtype.kind not in "iu":
         raise ValueError(
-            f"document_lengths holds {given.dtype} (first value {given[0]!r}): expected whole numbers >= 1"
+            f"document_lengths holds {given.dtype} (first value {shown(given[0])}): expected whole numbers >= 1"
         )
     tokens = given.sum(dtype=np.float64)
     if given.max() > MOST_TOKENS or tokens > MOST_TOKENS:
@@ -43,24 +41,18 @@ def read_document_lengths(document_lengths: Iterable[int] | np.ndarray) -> np.nd
     return lengths
 
 
+def _array(document_lengths: Iterable[int]) -> np.ndarray:
+    items = read_list("document_lengths", document_lengths, "a list of whole numbers >= 1")
+    try:
+        return np.asarray(items)
+    except Exception as error:  # items may be anything, tensors among them
+        said = shown(document_lengths)
+        raise ValueError(f"document_lengths={said}: expected a list of whole numbers >= 1") from error
+
+
 def read_world_size(world_size: int) -> int:
-    """The number of ranks. Raises ValueError unless it is a whole number >= 1."""
-    if not isinstance(world_size, Integral) or isinstance(world_size, bool) or world_size < 1:
-        raise ValueError(f"world_size={world_size!r}: expected a whole number >= 1")
-    return int(world_size)
-
-
-def check_choice(field: str, value: object, legal: Iterable[object]) -> None:
-    """Raise ValueError, naming value, field and what is legal, for a choice that there is not."""
-    choices = list(legal)
-    if value not in choices:
-        raise ValueError(f"{field}={value!r}: expected one of {', '.join(map(str, choices))}")
-
-
-def shown(value: object) -> str:
-    """A value as an error of one line tells it: arrays break theirs, and lists of a pack's documents have no end."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+    """The number of ranks. Raises ValueError unless it is a whole number from 1 to MOST_RANKS."""
+    return read_whole("world_size", world_size, most=MOST_RANKS)
 
 
 def document_offsets(document_lengths: np.ndarray) -> np.ndarray:

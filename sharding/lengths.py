@@ -8,17 +8,21 @@ RedPajama's shares are its token counts; its means are our estimates.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
 import numpy as np
 
 from flashcp.sharding.packing import pack_lengths
+from flashcp.sharding.values import MOST_ITEMS, read_number, read_whole, shown
 
 LONG_DOCUMENT = 32_768
 """Tokens above which `long_document_weight` applies."""
 SIGMA = 1.0
 """Spread of a subset's lognormal: the standard deviation of the logarithm of a length."""
+MOST_SIGMA = 8
+"""Beyond it nearly all documents have one token, and some more than int64 holds."""
 BYTES_PER_TOKEN = 4
 Subsets = Mapping[str, tuple[float, float]]
 BLOCK = 4096  # documents drawn at a time: a stream is the same however many of them are taken
@@ -92,8 +96,7 @@ def sample_lengths(
     name: str, count: int, seed: int, *, long_document_weight: float = 1.0, sigma: float = SIGMA
 ) -> np.ndarray:
     """Tokens of the first `count` documents of a data set's stream, int64 [count]; see `length_stream`."""
-    if count < 1:
-        raise ValueError(f"count={count}: expected a whole number >= 1")
+    count = read_whole("count", count, most=MOST_ITEMS)
     stream = length_stream(name, seed, long_document_weight=long_document_weight, sigma=sigma)
     return np.fromiter(islice(stream, count), np.int64, count)
 
@@ -104,12 +107,12 @@ def length_stream(name: str, seed: int, *, long_document_weight: float = 1.0, si
     long_document_weight: multiplies the share of documents over 32K tokens; 1 is the data set as published.
     sigma: of the lognormal (`pile`, `redpajama`). Raises ValueError for an unknown name or a value <= 0.
     """
-    if name not in LENGTH_DATA:
-        raise ValueError(f"data set {name!r}: expected one of {', '.join(LENGTH_DATA)}")
-    for field, value in (("long_document_weight", long_document_weight), ("sigma", sigma)):
-        if not 0 < value < np.inf:
-            raise ValueError(f"{field}={value}: expected a number > 0")
-    blocks = _blocks(name, np.random.default_rng(seed), long_document_weight, sigma)
+    if not isinstance(name, str) or name not in LENGTH_DATA:
+        raise ValueError(f"data set {shown(name)}: expected one of {', '.join(LENGTH_DATA)}")
+    seed = read_whole("seed", seed, 0)
+    weight = read_number("long_document_weight", long_document_weight, lambda one: 0 < one < np.inf, "a number > 0")
+    sigma = read_number("sigma", sigma, lambda one: 0 < one <= MOST_SIGMA, f"a number > 0 and <= {MOST_SIGMA}")
+    blocks = _blocks(name, np.random.default_rng(seed), weight, sigma)
     return (length for block in blocks for length in block.tolist())
 
 
@@ -127,6 +130,7 @@ def windows(
 
     overflow: what becomes of a document that does not fit (`flashcp.sharding.packing`).
     """
+    count = read_whole("count", count, 0, sys.maxsize)
     lengths = length_stream(name, seed, long_document_weight=long_document_weight, sigma=sigma)
     return (window.document_lengths for window in islice(pack_lengths(lengths, context, overflow), count))
 

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from flashcp.sharding.documents import MOST_TOKENS, check_choice, shown
+from flashcp.sharding.documents import MOST_TOKENS
+from flashcp.sharding.values import check_choice, is_whole, read_list, shown
 
 KINDS = ("causal", "window", "chunk", "full", "prefix")
 SIZED = ("window", "chunk", "prefix")
@@ -38,7 +38,7 @@ class Mask:
 
     def __init__(self, kind: str = "causal", size: int | None = None, blocks: Iterable[Sequence[int]] = ()) -> None:
         check_choice("mask", kind, KINDS)
-        if kind in SIZED and not (_is_whole(size) and 1 <= size <= MOST_TOKENS):  # type: ignore[operator]
+        if kind in SIZED and not (is_whole(size) and 1 <= size <= MOST_TOKENS):  # type: ignore[operator]
             raise ValueError(f"Mask({kind!r}, {shown(size)}): expected a whole number of rows >= 1 and < 2**31")
         if kind not in SIZED and size is not None:
             raise ValueError(f"Mask({kind!r}, {shown(size)}): expected no size")
@@ -78,14 +78,12 @@ def read_layers(layers: Iterable[tuple[Mask, int]] | None) -> tuple[LayerKind, .
     """
     if layers is None:
         return ()
-    wrong = ValueError(f"layers={shown(layers)}: expected [(flashcp.Mask, how many), ...]")
+    expected = "[(flashcp.Mask, how many), ...]"
+    wrong = ValueError(f"layers={shown(layers)}: expected {expected}")
     kinds = []
-    try:
-        given = [(mask, count) for mask, count in layers]
-    except (TypeError, ValueError):
-        raise wrong from None
-    for mask, count in given:
-        if not isinstance(mask, Mask) or not _is_whole(count) or not 1 <= count <= MOST_LAYERS:
+    for pair in read_list("layers", layers, expected, MOST_LAYERS):
+        mask, count = _read_pair(pair, wrong)
+        if not isinstance(mask, Mask) or not is_whole(count) or not 1 <= count <= MOST_LAYERS:
             raise wrong
         if mask.kind not in ("causal", "window", "chunk") or mask.blocks:
             raise ValueError(
@@ -98,20 +96,22 @@ def read_layers(layers: Iterable[tuple[Mask, int]] | None) -> tuple[LayerKind, .
     return tuple(kinds)
 
 
-def _is_whole(number: object) -> bool:
-    return isinstance(number, Integral) and not isinstance(number, bool)
+def _read_pair(pair: object, wrong: ValueError) -> tuple[Any, Any]:
+    """Two things. Raises `wrong` for anything else."""
+    try:
+        first, second = pair  # type: ignore[misc]
+    except Exception:  # what a caller iterates over may raise anything
+        raise wrong from None
+    return first, second
 
 
 def _read_blocks(kind: str, blocks: Iterable[Sequence[int]]) -> tuple[tuple[int, int], ...]:
-    wrong = ValueError(
-        f"Mask({kind!r}, blocks={shown(blocks)}): expected [(start, stop), ...] with 0 <= start < stop < 2**31"
-    )
-    try:
-        pairs = sorted((start, stop) for start, stop in blocks)
-    except (TypeError, ValueError):
-        raise wrong from None
-    if not all(_is_whole(start) and _is_whole(stop) and 0 <= start < stop <= MOST_TOKENS for start, stop in pairs):
+    expected = "[(start, stop), ...] with 0 <= start < stop < 2**31"
+    wrong = ValueError(f"Mask({kind!r}, blocks={shown(blocks)}): expected {expected}")
+    pairs = [_read_pair(pair, wrong) for pair in read_list(f"Mask({kind!r}) blocks", blocks, expected)]
+    if not all(is_whole(start) and is_whole(stop) and 0 <= start < stop <= MOST_TOKENS for start, stop in pairs):
         raise wrong
+    pairs.sort()
     if pairs and kind in ("full", "prefix"):
         raise ValueError(f"Mask({kind!r}, blocks=...): expected blocks of causal, window or chunk masks")
     for (_, stop), (start, _) in pairwise(pairs):

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from flashcp.sharding.documents import expand_ranges, shown
+from flashcp.sharding.documents import expand_ranges
 from flashcp.sharding.mask import MOST_LAYERS, NO_LIMIT, LayerKind, Mask, read_layers
 from flashcp.sharding.shards import shard_work
+from flashcp.sharding.values import read_list, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,13 +179,11 @@ class Masks:
 
 def list_masks(masks: Iterable[Mask]) -> list[Mask]:
     """One mask for each document. Raises ValueError for what is none."""
-    try:
-        given = list(masks)
-    except TypeError:
-        given = [None]  # type: ignore[list-item]
+    expected = "a flashcp.Mask, or a list with one for each document"
+    given = read_list("masks", masks, expected)
     if not all(isinstance(mask, Mask) for mask in given):
-        raise ValueError(f"masks={shown(masks)}: expected a flashcp.Mask, or a list with one for each document")
-    return given
+        raise ValueError(f"masks={shown(masks)}: expected {expected}")
+    return given  # type: ignore[return-value]
 
 
 def read_masks(masks: Mask | Sequence[Mask] | None, document_lengths: np.ndarray) -> Masks:

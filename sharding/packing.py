@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from flashcp.sharding.documents import check_choice
+from flashcp.sharding.documents import MOST_TOKENS
+from flashcp.sharding.values import check_choice, holds_items, is_whole, read_flag, read_whole, shown
 
 OVERFLOWS = ("truncate", "carry")
 
@@ -56,8 +56,10 @@ def pack_lengths(
     Raises ValueError for a length that is not a whole number >= 1, an unknown overflow, or a context below 1.
     """
     check_choice("overflow", overflow, OVERFLOWS)
-    if context < 1:
-        raise ValueError(f"context={context}: expected a number of tokens >= 1")
+    context = read_whole("context", context, most=MOST_TOKENS, expected="a number of tokens >= 1 and < 2**31")
+    first_start, keep_last = read_whole("first_start", first_start, 0), read_flag("keep_last", keep_last)
+    if not holds_items(lengths):
+        raise ValueError(f"lengths={shown(lengths)}: expected whole numbers >= 1")
     return _windows(lengths, context, overflow == "carry", first_start, keep_last)
 
 
@@ -84,10 +86,6 @@ def _window(pieces: list[tuple[int, int, int]], dropped: int) -> Window:
 
 
 def _whole(length: int) -> int:
-    try:
-        whole = operator.index(length)
-    except TypeError:
-        whole = 0
-    if whole < 1:
-        raise ValueError(f"document length {length!r}: expected a whole number >= 1")
-    return whole
+    if is_whole(length) and length >= 1:
+        return int(length)
+    raise ValueError(f"document length {shown(length)}: expected a whole number >= 1")

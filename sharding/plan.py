@@ -7,20 +7,20 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from numbers import Integral
 
 import numpy as np
 
 from flashcp.sharding.assignment import Assignment
 from flashcp.sharding.bounds import Certificate, certify
-from flashcp.sharding.documents import MOST_TOKENS, check_choice, read_document_lengths, shown
+from flashcp.sharding.documents import MOST_RANKS, MOST_TOKENS, read_document_lengths
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.holders import rows_between_and_inside
 from flashcp.sharding.mask import NO_LIMIT, Mask
 from flashcp.sharding.masks import Workload, read_workload, workload_from
 from flashcp.sharding.numbered import number_of
 from flashcp.sharding.route import Route
-from flashcp.sharding.shards import Segments, Shard, ShardTable, read_shards
+from flashcp.sharding.shards import SHARDS, Segments, Shard, ShardTable, read_shards
+from flashcp.sharding.values import check_choice, read_list, read_whole, shown
 
 __all__ = ["Segments", "Shard", "ShardTable", "ShardingPlan"]
 
@@ -64,7 +64,7 @@ class ShardingPlan(Assignment):
         ValueError as the constructor does."""
         lengths = read_document_lengths(document_lengths)
         workload = read_workload(lengths, masks, layers)
-        return cls(lengths, world_size, read_shards(list(shards)), workload=workload)
+        return cls(lengths, world_size, read_shards(read_list("shards", shards, SHARDS)), workload=workload)
 
     def route(self, exchange: str = "exact", window: int | None = None, chunk: int | None = None) -> Route:
         """Which rows travel from which rank to which. window, chunk: in a layer that narrows the plan's masks.
@@ -80,8 +80,8 @@ class ShardingPlan(Assignment):
         Raises ValueError for anything but whole numbers >= 1.
         """
         for name, size in (("window", window), ("chunk", chunk)):
-            if size is not None and (not isinstance(size, Integral) or isinstance(size, bool) or size < 1):
-                raise ValueError(f"{name}={shown(size)}: expected a whole number of rows >= 1, or None")
+            if size is not None:
+                read_whole(name, size, expected="a whole number of rows >= 1, or None")
         # No document is longer than MOST_TOKENS: what is larger is no limit, and may not fit int64.
         key = min(int(window or NO_LIMIT), MOST_TOKENS), min(int(chunk or NO_LIMIT), MOST_TOKENS)
         if key not in self._narrowed:
@@ -97,8 +97,10 @@ class ShardingPlan(Assignment):
     def over_layers(self, exchange: str, head_ranks: int = 1) -> tuple[float, float, float]:
         """Imbalance of the sum over the layers; critical rows and saving of an exchange, means over them.
 
-        head_ranks: of holders, whose all-to-alls are counted (`rows_between_and_inside`).
+        head_ranks: of holders, whose all-to-alls are counted (`rows_between_and_inside`). Raises ValueError for an
+        exchange that there is not, and for less than one.
         """
+        head_ranks = read_whole("head_ranks", head_ranks, most=MOST_RANKS)
         routes, layers = zip(*((one.route(exchange), count) for one, count in self.of_kinds), strict=True)
         rows = [rows_between_and_inside(route, head_ranks, 1 / head_ranks) for route in routes]
         # Of routes that share out heads every one is 1, and of the sum too where every layer is even.
@@ -151,7 +153,7 @@ class ShardingPlan(Assignment):
             strategy = str(fields.get("strategy", "custom"))
             workload = workload_from(lengths, fields["workload"]) if "workload" in fields else read_workload(lengths)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-            raise ValueError(f"not the JSON of a plan: {error!r}") from error
+            raise ValueError(f"not the JSON of a plan: {shown(error)}") from error
         return cls(lengths, world_size, shards, strategy, workload=workload)
 
     def __eq__(self, other: object) -> bool:

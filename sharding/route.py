@@ -8,10 +8,15 @@ import numpy as np
 
 from flashcp.sharding.assignment import Assignment
 from flashcp.sharding.shards import Segments
+from flashcp.sharding.values import check_choice, read_flag, read_whole, shown
 
 GRADIENT_WIRES = ("auto", "model", "fp32")
 """What gradients travel in that are added up: the model's dtype, or fp32. `auto` is fp32 where a sum would be rounded
 again on its way, else the model's dtype (docs/exchange.md has the errors of both)."""
+
+
+MOST_ROW_BYTES = 2**28
+"""Of all query heads."""
 
 
 def is_fp32(gradient_wire: str, roundings: int) -> bool:
@@ -23,6 +28,22 @@ def is_fp32(gradient_wire: str, roundings: int) -> bool:
 def wire_bytes(dtype_bytes: int, gradient_wire: str, roundings: int) -> int:
     """Bytes of a number of such gradients, of a model whose numbers have dtype_bytes."""
     return max(4, dtype_bytes) if is_fp32(gradient_wire, roundings) else dtype_bytes
+
+
+def read_heads(query_heads: int, kv_heads: int, head_dim: int, dtype_bytes: int, prefix: str = "") -> list[int]:
+    """The four as they are. prefix: of their names in messages. Raises ValueError for heads that do not fit, and for
+    rows of more bytes than a pack's rows can be multiplied with in int64."""
+    given = {"query_heads": query_heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype_bytes": dtype_bytes}
+    read = {name: read_whole(f"{prefix}{name}", number) for name, number in given.items()}
+    if read["query_heads"] % read["kv_heads"]:
+        raise ValueError(
+            f"{prefix}query_heads={shown(query_heads)}: expected a multiple of {prefix}kv_heads={shown(kv_heads)}"
+        )
+    row_bytes = read["query_heads"] * read["head_dim"] * read["dtype_bytes"]
+    if row_bytes > MOST_ROW_BYTES:
+        told = ", ".join(f"{prefix}{name}={shown(number)}" for name, number in read.items())
+        raise ValueError(f"{told}: expected rows of at most {MOST_ROW_BYTES} bytes")
+    return list(read.values())
 
 
 class Route:
@@ -107,8 +128,9 @@ class Route:
         the forward it sends in the backward, in dtype_bytes a number or as gradient_wire says (`wire_bytes`).
         Raises ValueError for heads that do not fit.
         """
-        if kv_heads < 1 or query_heads < 1 or query_heads % kv_heads:
-            raise ValueError(f"query_heads={query_heads}, kv_heads={kv_heads}: expected a multiple, both at least 1")
+        query_heads, kv_heads, head_dim, dtype_bytes = read_heads(query_heads, kv_heads, head_dim, dtype_bytes)
+        backward = read_flag("backward", backward)
+        check_choice("gradient_wire", gradient_wire, GRADIENT_WIRES)
         width = wire_bytes(dtype_bytes, gradient_wire, self._roundings(kv_heads)) if backward else dtype_bytes
         whole, of_kv = self._head_rows(query_heads, kv_heads, backward)
         return (whole * dtype_bytes + of_kv * width) * head_dim

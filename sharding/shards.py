@@ -96,12 +96,15 @@ class ShardView(Sequence[Shard]):
         return f"[{shown}{', ...' if len(self) > 4 else ''}] ({len(self)} shards)"
 
 
-def read_shards(shards: Sequence[Sequence[int]]) -> ShardTable:
+SHARDS = "(document, start, stop, rank) in whole numbers"
+
+
+def read_shards(shards: Sequence[object]) -> ShardTable:
     """(document, start, stop, rank) tuples as arrays. Raises ValueError for anything but whole numbers."""
-    wrong = ValueError("shards: expected (document, start, stop, rank) in whole numbers")
+    wrong = ValueError(f"shards: expected {SHARDS}")
     try:
-        rows = np.array([tuple(shard) for shard in shards]).reshape(len(shards), 4)
-    except (TypeError, ValueError) as error:
+        rows = np.array([tuple(shard) for shard in shards]).reshape(len(shards), 4)  # type: ignore[arg-type]
+    except Exception as error:  # what a caller iterates over may raise anything
         raise wrong from error
     if len(shards) and rows.dtype.kind not in "iu":
         raise wrong

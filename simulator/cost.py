@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flashcp.sharding.documents import MOST_TOKENS, check_choice
+from flashcp.sharding.documents import MOST_TOKENS
 from flashcp.sharding.mask import Mask
+from flashcp.sharding.values import check_choice
 
 FORWARD_FLOPS, BACKWARD_FLOPS = 4, 10
 """Useful operations of attention: a query-key pair, query head and dimension of the head."""

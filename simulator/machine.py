@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from flashcp.sharding.values import read_number, read_whole, shown
 from flashcp.simulator.cost import AttentionCost, CopyCost, Links
 
 LARGEST = 1_000_000
@@ -49,16 +50,14 @@ class Machine:
 def check_machine(machine: Machine, name: str = "cluster") -> None:
     """Raise ValueError, naming value, field and what is legal, for parameters that make no machine."""
     for key, kind, value in _fields(machine, f"{name}."):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
         if kind is int:
-            if not isinstance(value, int) or not number or not 1 <= value <= LARGEST:
-                raise ValueError(f"{key}={value!r}: expected a whole number >= 1 and <= {LARGEST}")
+            read_whole(key, value, most=LARGEST)
+        elif kind is float and key.endswith(("_us", "merge_gbps")):
+            read_number(key, value, lambda number: 0 <= number < math.inf, "a number >= 0")
         elif kind is float:
-            optional = key.endswith(("_us", "merge_gbps"))
-            if not number or not math.isfinite(value) or value < 0 or (value == 0 and not optional):
-                raise ValueError(f"{key}={value!r}: expected a number {'>= 0' if optional else '> 0'}")
+            read_number(key, value, lambda number: 0 < number < math.inf, "a number > 0")
         elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and not isinstance(value, kind):
-            raise ValueError(f"{key}={value!r}: expected a {kind.__name__}")
+            raise ValueError(f"{key}={shown(value)}: expected a {kind.__name__}")
     tiles = machine.attention
     if tiles.tile_queries % tiles.tile_keys:
         raise ValueError(

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from flashcp.sharding.documents import check_choice
+from flashcp.sharding.documents import MOST_TOKENS
 from flashcp.sharding.exchanges import EXCHANGES
-from flashcp.sharding.mask import read_layers
+from flashcp.sharding.mask import MOST_LAYERS, read_layers
 from flashcp.sharding.methods import METHODS
-from flashcp.sharding.route import GRADIENT_WIRES, wire_bytes
+from flashcp.sharding.route import GRADIENT_WIRES, read_heads, wire_bytes
 from flashcp.sharding.strategies import STRATEGIES
+from flashcp.sharding.values import check_choice, read_list, read_whole, shown
 from flashcp.simulator.cost import AttentionShape, ModelShape
 from flashcp.simulator.machine import Machine
 from flashcp.simulator.members import legal_head_ranks
@@ -22,6 +20,8 @@ from flashcp.simulator.planned import Setting
 from flashcp.simulator.rivals import RIVALS
 
 MOST_RANKS = 1024
+MOST_METHODS = 10_000
+MOST_WINDOWS = 2**31 - 1
 WAITS = ("micro_batch", "step")
 CHANGE = re.compile("(h|d|w(?=[24]$))(0|[1-9][0-9]{0,3})")
 CHANGES = {"h": "head_ranks", "d": "data_parallel", "w": "gradient_bytes"}
@@ -161,30 +161,27 @@ def that_share_heads(
 
 def read_head_ranks(head_ranks: object) -> int:
     """0 for `auto`. Raises ValueError for what is no number of them."""
-    if head_ranks == "auto":
+    if isinstance(head_ranks, str) and head_ranks == "auto":
         return 0
-    if not isinstance(head_ranks, int | np.integer) or isinstance(head_ranks, bool) or head_ranks < 1:
-        raise ValueError(f"head_ranks={head_ranks!r}: expected auto or a whole number >= 1")
-    return int(head_ranks)
+    return read_whole("head_ranks", head_ranks, most=MOST_RANKS, expected="auto or a whole number >= 1")
 
 
 def read_step(batch_windows: object, micro_batches: object, waits: str, ranks: int) -> Step:
     """Raises ValueError, naming value, field and what is legal, for what makes no step."""
     check_choice("waits", waits, WAITS)
-    for name, value in (("batch_windows", batch_windows), ("micro_batches", micro_batches)):
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected a whole number >= 1")
-    step = Step(int(batch_windows), int(micro_batches), waits)  # type: ignore[call-overload]
+    step = Step(
+        read_whole("batch_windows", batch_windows, most=MOST_WINDOWS, expected="a whole number >= 1"),
+        read_whole("micro_batches", micro_batches, most=MOST_WINDOWS, expected="a whole number >= 1"),
+        waits,
+    )
     if ranks % step.batch_windows:
-        raise ValueError(f"batch_windows={batch_windows}: expected a divisor of world_size={ranks}")
+        raise ValueError(f"batch_windows={shown(batch_windows)}: expected a divisor of world_size={ranks}")
     return step
 
 
 def read_ranks(world_size: object) -> int:
     """Raises ValueError for a number of ranks that is not simulated."""
-    if not isinstance(world_size, int | np.integer) or not 1 <= world_size <= MOST_RANKS:
-        raise ValueError(f"world_size={world_size!r}: expected a whole number >= 1 and <= {MOST_RANKS}")
-    return int(world_size)
+    return read_whole("world_size", world_size, most=MOST_RANKS)
 
 
 def make_setting(
@@ -196,40 +193,33 @@ def make_setting(
     """
     check_choice("overlap", overlap, ("auto", "none", "staged", "fused"))
     check_choice("gradient_wire", gradient_wire, GRADIENT_WIRES)
-    may_be_0 = ("ffn_dim", "width", "window", "chunk", "narrowed_layers")
-    for name, number in asdict(model).items():
-        if name in ("name", "mask"):
-            continue
-        least = 0 if name in may_be_0 else 1
-        if not isinstance(number, int | np.integer) or number < least:
-            raise ValueError(f"{prefix}{name}={number!r}: expected a whole number >= {least}")
-    if model.query_heads % model.kv_heads:
-        raise ValueError(
-            f"{prefix}query_heads={model.query_heads}: expected a multiple of {prefix}kv_heads={model.kv_heads}"
-        )
+    shape = AttentionShape(*read_heads(model.query_heads, model.kv_heads, model.head_dim, model.dtype_bytes, prefix))
+    read_whole(f"{prefix}layers", model.layers, most=MOST_LAYERS)
+    for name in ("ffn_dim", "width", "window", "chunk", "narrowed_layers"):
+        read_whole(f"{prefix}{name}", getattr(model, name), 0, MOST_TOKENS, "a whole number >= 0 and < 2**31")
     try:
         mask, layers = model.mix()
     except ValueError as error:
         raise ValueError(f"{prefix}{error}") from error
-    shape = AttentionShape(model.query_heads, model.kv_heads, model.head_dim, model.dtype_bytes)
     # As in `ContextParallel`: `fused` is taken by name alone until a GPU has shown that it is faster.
     way = "staged" if overlap == "auto" else overlap
     return Setting(machine, shape, way, gradient_wire, mask=mask, layers=read_layers(layers))
 
 
-def choose_variants(names: Iterable[str], given_plan: bool = False, given_heads: int = 1) -> list[Variant]:
+def choose_variants(names: str | Iterable[str], given_plan: bool = False, given_heads: int = 1) -> list[Variant]:
     """Methods by name, and pairs SHARDING+EXCHANGE under our implementation; all methods where none is named.
 
     After a name `:h8`, `:d2` and `:w2` set head_ranks, data_parallel and gradient_bytes. given_plan: the caller has
     made the plans: `plan+EXCHANGE` is a pair too, `plan` is short for `plan+exact`, and that one stands first where
     none is named. given_heads: head ranks of the given plans' holders. Raises ValueError for other names.
     """
-    chosen = [_variant(name, given_plan, given_heads) for name in dict.fromkeys(names)]
+    listed = read_list("methods", [names] if isinstance(names, str) else names, "names of methods", MOST_METHODS)
+    chosen = list(dict.fromkeys(_variant(name, given_plan, given_heads) for name in listed))
     return chosen or [*([_variant(GIVEN_PLAN, True, given_heads)] if given_plan else []), *VARIANTS.values()]
 
 
-def _variant(name: str, given_plan: bool, given_heads: int) -> Variant:
-    method, *changes = str(name).split(":")
+def _variant(name: object, given_plan: bool, given_heads: int) -> Variant:
+    method, *changes = name.split(":") if isinstance(name, str) else [""]
     strategy, plus, exchange = method.partition("+")
     if given_plan and method == GIVEN_PLAN:
         plus, exchange = "+", "exact"
@@ -237,8 +227,8 @@ def _variant(name: str, given_plan: bool, given_heads: int) -> Variant:
     if (method not in VARIANTS and not (plus and strategy in known and exchange in EXCHANGES)) or not all(found):
         also = f"{GIVEN_PLAN}, " if given_plan else ""
         expected = f"{also}{', '.join(VARIANTS)}, or a pair SHARDING+EXCHANGE; :h8, :d2 or :w2 may follow"
-        raise ValueError(f"methods: {name!r}: expected one of {expected}")
+        raise ValueError(f"methods: {shown(name)}: expected one of {expected}")
     heads = given_heads if strategy == GIVEN_PLAN else 1
-    variant = VARIANTS.get(method) or Variant(name, strategy, exchange, head_ranks=heads)
+    variant = VARIANTS.get(method) or Variant(str(name), strategy, exchange, head_ranks=heads)
     changed: dict[str, Any] = {CHANGES[change[1]]: int(change[2]) for change in found if change}
-    return variant._replace(name=name, **changed)
+    return variant._replace(name=str(name), **changed)

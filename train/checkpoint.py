@@ -15,8 +15,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from flashcp.files import MIB
+from flashcp.files import MIB, read_path
 from flashcp.limits import Count, Natural, one_of
+from flashcp.sharding.values import shown
 from flashcp.train.checksums import IDENTITY, Checksum, checksum, damage, read_identity, write_identity
 from flashcp.train.data.documents import Position
 from flashcp.train.data.files_read import ON_CHANGED_DATA, FilesRead
@@ -62,17 +63,19 @@ def find_checkpoint(out: Path, resume: str, identity: dict[str, Any], steps: int
     the fields, and when it has no step left to do.
     """
     if (out / "checkpoints").exists() and not (out / "checkpoints").is_dir():
-        raise ValueError(f"out={str(out)!r}: {out / 'checkpoints'} is a file, expected a directory or nothing")
+        raise ValueError(f"out={shown(str(out))}: {out / 'checkpoints'} is a file, expected a directory or nothing")
     latest = find_latest(out) if resume in ("never", "latest") else None
     if resume == "never" and latest:
         raise ValueError(
-            f"out={str(out)!r} already holds {latest.name}: go on with checkpoint.resume=latest, or choose another out"
+            f"out={shown(str(out))} already holds {latest.name}: go on with checkpoint.resume=latest, or choose "
+            "another out"
         )
-    path = latest if resume in ("never", "latest") else Path(resume).expanduser()
+    path = latest if resume in ("never", "latest") else read_path(resume, "checkpoint.resume")
     if path is None:
         return None
     if not (path / IDENTITY).is_file():
-        raise ValueError(f"checkpoint.resume={resume!r}: no checkpoint there; expected never, latest or a step_* path")
+        expected = "never, latest or a step_* path"
+        raise ValueError(f"checkpoint.resume={shown(resume)}: no checkpoint there; expected {expected}")
     try:
         saved = read_identity(path)
         done = int(saved["progress"]["step"])

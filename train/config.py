@@ -13,6 +13,7 @@ from flashcp.files import read_bounded
 from flashcp.limits import Count, Seed
 from flashcp.options import planner, read_sharding
 from flashcp.schema import read_dataclass
+from flashcp.sharding.documents import read_world_size
 from flashcp.train.checkpoint import CheckpointConfig
 from flashcp.train.checksums import parse_json
 from flashcp.train.data.sources import DataConfig
@@ -68,6 +69,7 @@ class TrainConfig:
 
         The range of each value alone was checked when it was read.
         """
+        world_size = read_world_size(world_size)
         if not self.out:
             raise ValueError("out is empty: expected a directory to write to")
         if world_size % self.data_parallel:

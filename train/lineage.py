@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flashcp.files import read_bounded
+from flashcp.sharding.values import shown
 from flashcp.train.checksums import IDENTITY, parse_json, read_identity
 from flashcp.train.summary import write_json
 
@@ -44,7 +45,7 @@ def find_latest(out: Path) -> Path | None:
     if not latest and not there:
         return None
     if not latest or not (latest.checkpoint / IDENTITY).is_file():
-        names = f"names {latest.checkpoint}, where none is" if latest else "is gone"
+        names = f"names {shown(str(latest.checkpoint))}, where none is" if latest else "is gone"
         others = ", ".join(str(path) for path in there[-3:]) or "none here"
         raise ValueError(f"{out / LATEST} {names}; checkpoint.resume= takes a path: {others}")
     return latest.checkpoint

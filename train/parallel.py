@@ -11,17 +11,17 @@ import flashcp
 from flashcp.clusters import clusters
 from flashcp.kernels.tuning import Blocks, Pass, Tuning
 from flashcp.limits import Limit, Seconds, one_of
+from flashcp.sharding.documents import MOST_RANKS
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.holders import members_heads
+from flashcp.sharding.values import shown
 
 AUTO = "auto"
 FREE = "free"
 """As a link: rows leave at once."""
 SLOWING = ("shm", "cuda_symmetric")
 """Transports that can make rows leave slowly."""
-HeadRanks = Annotated[
-    Any, Limit(lambda value: value == AUTO or (type(value) is int and value >= 1), "auto or a whole number >= 1")
-]
+HeadRanks = Annotated[Any, Limit(lambda value: _are_head_ranks(value), "auto or a whole number >= 1")]
 
 
 @dataclass
@@ -100,11 +100,11 @@ class ParallelConfig:
         self.tuning.read()
         if self.cluster not in clusters() and (self.cluster or self.head_ranks == AUTO):
             raise ValueError(
-                f"parallel.cluster={self.cluster!r} with parallel.head_ranks={self.head_ranks}: expected one of "
+                f"parallel.cluster={shown(self.cluster)} with parallel.head_ranks={self.head_ranks}: expected one of "
                 f"{', '.join(clusters())}"
             )
         if self.link != FREE and self.link not in clusters():
-            raise ValueError(f"parallel.link={self.link!r}: expected one of {FREE}, {', '.join(clusters())}")
+            raise ValueError(f"parallel.link={shown(self.link)}: expected one of {FREE}, {', '.join(clusters())}")
         if self.link != FREE and self.throttle_gbps:
             raise ValueError(
                 f"parallel.throttle_gbps={self.throttle_gbps:g} with parallel.link={self.link}: expected 0, for the "
@@ -146,6 +146,10 @@ class ParallelConfig:
                 f"expected one of {', '.join(SLOWING)}"
             )
         return operator
+
+
+def _are_head_ranks(value: object) -> bool:
+    return value == AUTO if isinstance(value, str) else type(value) is int and 1 <= value <= MOST_RANKS
 
 
 def _share_heads(field: str, heads: int, kv_heads: int, ranks: int) -> tuple[int, int]:

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from flashcp.options import planner
+from flashcp.sharding.values import shown
 from flashcp.train.checkpoint import Progress, find_checkpoint, load_checkpoint
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.documents import read_documents
@@ -151,7 +152,7 @@ def _check_turns(configs: Sequence[TrainConfig]) -> None:
     folders = [config.out for config in configs]
     for folder in folders:
         if folders.count(folder) > 1:
-            raise ValueError(f"out={folder!r}: expected a folder for each of the runs that take turns")
+            raise ValueError(f"out={shown(folder)}: expected a folder for each of the runs that take turns")
     if len(configs) > 1 and any(config.profile for config in configs):
         raise ValueError("profile=True: expected False for runs that take turns, which would be in its trace")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 from flashcp.limits import one_of
+from flashcp.train.checksums import parse_json
 
 WANDB_MODES = ("offline", "online", "disabled")
 
@@ -81,7 +82,7 @@ def _earlier_rows(path: Path) -> list[dict[str, Any]]:
         if number == len(lines) and not line.endswith(b"\n"):
             break
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             int(row["step"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}:{number}: not a row of metrics ({error}); move the file away") from error

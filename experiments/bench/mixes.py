@@ -15,11 +15,11 @@ from flashcp.experiments.bench.harness import rows_table, spread
 from flashcp.experiments.bench.planner import case_row
 from flashcp.experiments.progress import bar
 from flashcp.experiments.sweep.results import Number, Row
-from flashcp.sharding.documents import check_choice
 from flashcp.sharding.lengths import windows
 from flashcp.sharding.mask import Mask
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan
+from flashcp.sharding.values import check_choice
 
 # Documents' masks and layer mix, as `flashcp.plan` takes them: 62 layers of Gemma 3 27B, 36 of gpt-oss 120B, one of an
 # encoder.

@@ -153,9 +153,9 @@ def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
         if any(frame.name == "return_value" for frame in extract_tb(error.__traceback__)):  # a job's, elsewhere
             raise
         raise ValueError(_first_line(error)) from error
-    except ValueError as error:  # Hydra's own about a group that is given a number or null, which it does not name
+    except (TypeError, ValueError) as error:  # Hydra's own about a group that is given no name, which it does not name
         given = next((override for override in overrides if _names_nothing(override)), "")
-        if not given or not str(error).startswith("Config group override must be"):
+        if not given or not (isinstance(error, TypeError) or str(error).startswith("Config group override must be")):
             raise
         legal_here = GROUPS.get(given.split("=")[0], ["the sweeps that --help lists"])
         raise ValueError(f"{given}: expected one of {', '.join(legal_here)}") from error
@@ -209,9 +209,11 @@ def _place(name: str, key: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _names_nothing(override: str) -> bool:
-    """Whether a group is given a number, null or the like."""
+    """Whether a group is given a number, null or the like, or a list of them."""
     value = OverridesParser.create().parse_override(override).value()
-    return override.split("=")[0] in (*GROUPS, "experiment") and not isinstance(value, str | list | dict)
+    names = value if isinstance(value, list) else [value]
+    wrong = not all(isinstance(name, str | dict) for name in names)
+    return override.split("=")[0] in (*GROUPS, "experiment") and wrong
 
 
 def _first_line(error: BaseException) -> str:

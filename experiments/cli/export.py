@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from flashcp.experiments.cli import show
 from flashcp.experiments.folders import check_out
+from flashcp.files import read_path
 from flashcp.train.export import export
 
 WORDS = "CHECKPOINT out=FOLDER [tokenizer=FILE|none]"
@@ -20,9 +20,9 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"{key}: no such override; expected out or tokenizer")
     if len(places) != 1 or not options.get("out"):
         raise ValueError(f"{len(places)} checkpoints and out={options.get('out', '')!r}: expected {WORDS}")
-    out = Path(options["out"])
+    out = read_path(options["out"], "out")
     check_out(out.parent)
-    written = export(Path(places[0]), out, options.get("tokenizer", ""))
+    written = export(read_path(places[0], "checkpoint"), out, options.get("tokenizer", ""))
     text = f"{written.kind} of step {written.step}, {written.parameters:,} parameters"
     show({"out": str(out), **written._asdict()}, f"{text}; written to {out}")
     return 0

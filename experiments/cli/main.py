@@ -24,6 +24,7 @@ FLAGS = ("-h --help", "--json", "-m --multirun", "-r --run", "--resolve", "--hyd
 VALUED = ("-p --package", "-cd --config-dir", "-cn --config-name", "-cp --config-path")
 HYDRA = """Hydra's own options: -m (several values KEY=a,b, one job each), --cfg job, --info, --config-dir DIR,
 --hydra-help; hydra/launcher=NAME, hydra/sweeper=NAME (docs/training.md)"""
+MOST_SAID = 2000  # characters of an error: what was given may be longer
 INFO = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
 
 
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _signals_raise():
             return _run(given)
     except ValueError as error:
-        print(f"flashcp: error: {' '.join(str(error).split())}", file=sys.stderr)
+        said = " ".join(str(error).split())
+        print(f"flashcp: error: {said[:MOST_SAID]}{'...' * (len(said) > MOST_SAID)}", file=sys.stderr)
         return 2
     except SystemExit as end:  # of a verb, or of Hydra
         return int(end.code or 0)

@@ -6,16 +6,16 @@ import itertools
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flashcp.experiments.cli.schema import DATA, LengthsData, SampledData
-from flashcp.files import read_bounded
+from flashcp.files import read_bounded, read_path
 from flashcp.schema import read_dataclass
 from flashcp.sharding.lengths import length_stream
 from flashcp.sharding.packing import Window, pack_lengths
+from flashcp.sharding.values import shown
 from flashcp.simulator.cost import ModelShape
 from flashcp.train.data.documents import read_documents
 from flashcp.train.data.sources import DataConfig, open_source
@@ -38,12 +38,12 @@ def read_packs(data: Mapping[str, Any], context: int, count: int, seed: int) -> 
         raise ValueError(f"context={context}: expected a whole number of tokens >= 1 and <= {LONGEST_CONTEXT}")
     source = data.get("source")
     if source not in DATA:
-        raise ValueError(f"data.source={source!r}: expected one of {', '.join(DATA)}")
+        raise ValueError(f"data.source={shown(source)}: expected one of {', '.join(DATA)}")
     told = read_dataclass(DATA[source], data, "data")
     lengths = _lengths(told, seed)
     packs = list(itertools.islice(pack_lengths(iter(lengths), context, told.overflow), count))
     if not packs:
-        raise ValueError(f"data.source={source!r}: no document to pack with these settings of data")
+        raise ValueError(f"data.source={shown(source)}: no document to pack with these settings of data")
     if isinstance(lengths, list):
         _say_left_out(len(lengths), packs)
     return [window.document_lengths for window in packs]
@@ -119,14 +119,14 @@ def _listed(data: LengthsData) -> list[int]:
     if data.lengths:
         return data.lengths
     try:
-        content = read_bounded(Path(data.path).expanduser(), f"data.path={data.path!r}", LENGTHS_MIB)
+        content = read_bounded(read_path(data.path, "data.path"), f"data.path={shown(data.path)}", LENGTHS_MIB)
         lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"data.path={data.path!r}: not UTF-8 text; expected one length a line") from error
+        raise ValueError(f"data.path={shown(data.path)}: not UTF-8 text; expected one length a line") from error
     told = {number: line.strip() for number, line in enumerate(lines, start=1) if line.strip()}
     for number, line in told.items():
         if not LENGTH.fullmatch(line):
             raise ValueError(f"{data.path}:{number}: {line[:40]!r}: expected one whole number >= 1 {EXPECTED} a line")
     if not told:
-        raise ValueError(f"data.path={data.path!r}: no lengths in it; expected one a line")
+        raise ValueError(f"data.path={shown(data.path)}: no lengths in it; expected one a line")
     return [int(line) for line in told.values()]

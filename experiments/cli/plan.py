@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from flashcp.experiments.cli import show
 from flashcp.experiments.cli.compose import Job, run
 from flashcp.experiments.cli.packs import described, heading, planned_packs, read_model
 from flashcp.experiments.cli.schema import GROUPS
+from flashcp.files import read_path
 from flashcp.options import naming_options
 from flashcp.sharding.methods import METHODS, Method
 from flashcp.text import table
@@ -46,7 +46,10 @@ def show_plans(job: Job) -> None:
     if settings["figure"]:
         from flashcp.experiments.cli.picture import draw_methods, draw_plan
 
-        file, ends = Path(settings["figure"]), np.cumsum([window.sum() for window in windows[: count - 1]]).tolist()
+        file, ends = (
+            read_path(settings["figure"], "figure"),
+            np.cumsum([window.sum() for window in windows[: count - 1]]).tolist(),
+        )
         if len(methods) == 1:
             file = draw_plan(first, methods[0].exchange, file, head_ranks, ends)
         else:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from flashcp.experiments.cli import show
@@ -17,6 +16,7 @@ from flashcp.experiments.cli.launch import Run, launch, rank_environment, start_
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep.results import NO_OVERLAP
+from flashcp.files import read_path
 from flashcp.limits import Count, Natural
 from flashcp.options import read_sharding
 from flashcp.schema import read_dataclass
@@ -118,8 +118,8 @@ def _replay(job: Job) -> None:
     """Compute a step that a run kept once more, on as many ranks; what comes out goes to standard output."""
     for word in job.overrides:
         if is_multirun() or not word.startswith(("replay=", "threads=")):
-            raise ValueError(f"replay={job.settings['replay']!r} with {word}: expected replay= alone, or threads= too")
-    step = KeptStep.read(Path(job.settings["replay"]).expanduser())
+            raise ValueError(f"replay= with {word}: expected replay= alone, or threads= too")
+    step = KeptStep.read(read_path(job.settings["replay"], "replay"))
     step.windows()
     print(f"the run found: {step.found}", file=sys.stderr)
     arguments, environment = ["-m", "flashcp.train.replay", str(step.folder)], rank_environment(step.config)

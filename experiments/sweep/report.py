@@ -34,6 +34,7 @@ from flashcp.experiments.sweep.results import (
     label,
     read_rows,
 )
+from flashcp.files import read_path
 from flashcp.sharding.methods import METHODS
 from flashcp.text import table
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"{key}: no such override; expected baseline, or page for labs and the paper's figures")
     if len(folders) != 1:
         raise ValueError(f"{len(folders)} directories given: expected one that holds {RESULTS}")
-    folder = Path(folders[0])
+    folder = read_path(folders[0], "directory")
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such directory; expected one that holds {RESULTS}")
     if paper_folders(folder):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from flashcp.sharding.documents import check_choice, read_document_lengths, read_world_size
+from flashcp.sharding.documents import read_document_lengths, read_world_size
 from flashcp.sharding.mask import Mask
 from flashcp.sharding.masks import Workload, read_workload
 from flashcp.sharding.plan import ShardingPlan
@@ -16,6 +16,7 @@ from flashcp.sharding.strategies.equal_pieces import contiguous, per_document, p
 from flashcp.sharding.strategies.flashcp import flashcp
 from flashcp.sharding.strategies.flashcp_paper import flashcp_paper
 from flashcp.sharding.strategies.wlb_adaptive import wlb_adaptive
+from flashcp.sharding.values import check_choice, shown
 
 __all__ = ["STRATEGIES", "plan", "plan_workload", "strategies"]
 
@@ -67,7 +68,8 @@ def plan_workload(workload: Workload, world_size: int, strategy: str = "flashcp"
     legal = [name for name in taken if name != "workload"]
     for name in options:
         if name not in legal:
-            raise ValueError(f"option {name!r} of strategy {strategy!r}: expected {', '.join(legal) or 'no options'}")
+            expected = ", ".join(legal) or "no options"
+            raise ValueError(f"option {shown(name)} of strategy {strategy!r}: expected {expected}")
     if "workload" in taken:
         options["workload"] = workload
     return ShardingPlan(lengths, ranks, function(lengths, ranks, **options), strategy, workload=workload)

@@ -28,6 +28,7 @@ from flashcp.sharding.documents import sum_by
 from flashcp.sharding.masks import Workload, read_workload
 from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies.equal_pieces import per_document
+from flashcp.sharding.values import check_choice, read_number
 
 TARGET_IMBALANCE = 1.05
 SINGLE_STEPS = 64  # restarts that each add one document to PerDoc
@@ -60,10 +61,8 @@ def flashcp_paper(
 
     Raises ValueError for a target below 1 and for other ends.
     """
-    if not target_imbalance >= 1.0:
-        raise ValueError(f"target_imbalance={target_imbalance}: expected a number >= 1")
-    if leaves not in ("head", "tail"):
-        raise ValueError(f"leaves={leaves!r}: expected head or tail")
+    read_number("target_imbalance", target_imbalance, lambda number: number >= 1, "a number >= 1")
+    check_choice("leaves", leaves, ("head", "tail"))
     workload = read_workload(document_lengths) if workload is None else workload.reduced
     heaviest_first = np.argsort(-workload.document_pairs, kind="stable")
     best: Attempt | None = None

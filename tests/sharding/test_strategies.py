@@ -108,5 +108,5 @@ def test_flashcp_paper_may_let_tails_leave() -> None:
     heads = flashcp.plan([100, 100, 100, 102], 4, "flashcp_paper", target_imbalance=1.1)
     assert plan.route("compacted").critical_rows == 3 * 101
     assert heads.route("compacted").critical_rows == 3 * 1
-    with pytest.raises(ValueError, match="leaves='middle': expected head or tail"):
+    with pytest.raises(ValueError, match="leaves='middle': expected one of head, tail"):
         flashcp.plan([100], 2, "flashcp_paper", leaves="middle")

@@ -18,10 +18,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from flashcp.files import MIB, check_regular
+from flashcp.files import MIB, check_regular, read_path
 from flashcp.limits import Count, Natural, one_of
 from flashcp.sharding.lengths import LENGTH_DATA
 from flashcp.sharding.packing import OVERFLOWS
+from flashcp.sharding.values import shown
 
 BATCH_ROWS = 256  # of a Parquet file
 JSON_NAMES = tuple(stem + end for stem in (".jsonl", ".ndjson", ".json") for end in ("", ".gz", ".bz2", ".xz", ".zst"))
@@ -63,8 +64,8 @@ class DataConfig:
         """Raise ValueError for a path that is not read (what `path` holds is found out by opening it)."""
         if self.source == "stdlib" and self.path:
             raise ValueError(
-                f"data.path={self.path!r}: data=stdlib reads Python's own files and takes no path; expected another "
-                f"data, one of {', '.join(name for name in SOURCES if name != 'stdlib')}"
+                f"data.path={shown(self.path)}: data=stdlib reads Python's own files and takes no path; expected "
+                f"another data, one of {', '.join(name for name in SOURCES if name != 'stdlib')}"
             )
 
 
@@ -87,20 +88,20 @@ def find_files(path: str, suffixes: Sequence[str] = ("",)) -> list[Path]:
     """
     if not path:
         raise ValueError("data.path is empty: expected a file, a directory or a glob")
-    place = Path(path).expanduser()
+    place = read_path(path, "data.path")
     if place.is_file():
         return [place]
     if place.is_dir():
         below = (file for file in place.rglob("*") if file.name.endswith(tuple(suffixes)))
-        shown = (f for f in below if not any(part.startswith(".") for part in f.relative_to(place).parts))
+        found = (f for f in below if not any(part.startswith(".") for part in f.relative_to(place).parts))
         wanted = f" with a name in {', '.join(f'*{suffix}' for suffix in suffixes)}" if any(suffixes) else ""
-        missing = f"data.path={path!r}: no file{wanted} in this directory"
+        missing = f"data.path={shown(path)}: no file{wanted} in this directory"
     else:
-        shown = (Path(match) for match in glob.glob(str(place), recursive=True))
-        missing = f"data.path={path!r}: no such file or directory, and no file matches it as a glob"
+        found = (Path(match) for match in glob.glob(str(place), recursive=True))
+        missing = f"data.path={shown(path)}: no such file or directory, and no file matches it as a glob"
         if place.exists():
-            check_regular(place, f"data.path={path!r}")  # a pipe, a device
-    files = sorted(file for file in shown if file.is_file())
+            check_regular(place, f"data.path={shown(path)}")  # a pipe, a device
+    files = sorted(file for file in found if file.is_file())
     if not files:
         raise ValueError(missing)
     return files
@@ -256,7 +257,7 @@ class HuggingFaceSource:
             self._rows = load_dataset(name, subset or None, split=split, streaming=True)
         except Exception as error:  # whatever the hub, the network or the data set's own files raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"data.path={name!r}: cannot load it from the Hugging Face hub: {reason}") from error
+            raise ValueError(f"data.path={shown(name)}: cannot load it from the Hugging Face hub: {reason}") from error
         self._text_field = text_field
         self.parts = [f"{name}/{subset}/{split}" if subset else f"{name}/{split}"]
 
@@ -287,9 +288,9 @@ def open_source(data: DataConfig) -> Source:
     """
     if data.source in (*LENGTH_DATA, "lengths"):
         raise ValueError(
-            f"data.source={data.source!r} holds document lengths and no text, to plan and simulate with, "
+            f"data.source={shown(data.source)} holds document lengths and no text, to plan and simulate with, "
             f"not to train on; expected one of {', '.join(SOURCES)}"
         )
     if data.source not in SOURCES:
-        raise ValueError(f"data.source={data.source!r}: expected one of {', '.join(SOURCES)}")
+        raise ValueError(f"data.source={shown(data.source)}: expected one of {', '.join(SOURCES)}")
     return SOURCES[data.source](data)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from flashcp.files import read_bounded
+from flashcp.files import read_bounded, read_path
+from flashcp.sharding.values import shown
 from flashcp.train.data.sources import needed
 
 TOKENIZER_MIB = 256
@@ -55,8 +55,8 @@ class FileTokenizer:
     def __init__(
         self, name: str, end_token: str = "", stored_lengths: bool = False, parse_special: bool = False
     ) -> None:
-        library = needed("tokenizers", f"data.tokenizer={name!r}").Tokenizer
-        path = Path(name).expanduser()
+        library = needed("tokenizers", f"data.tokenizer={shown(name)}").Tokenizer
+        path = read_path(name, "data.tokenizer")
         is_file = path.is_file() or name.endswith(".json") or name.startswith((".", "/", "~"))
         try:
             self._library = (
@@ -68,7 +68,7 @@ class FileTokenizer:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             place = "as a tokenizers JSON file" if is_file else "from the Hugging Face hub"
             raise ValueError(
-                f"data.tokenizer={name!r}: cannot be read {place} ({reason}); "
+                f"data.tokenizer={shown(name)}: cannot be read {place} ({reason}); "
                 "expected bytes, the path of such a file or a name on the hub"
             ) from error
         self.vocab_size = self._library.get_vocab_size(with_added_tokens=True)
@@ -77,7 +77,7 @@ class FileTokenizer:
         self.digest = hashlib.sha256(self.to_json().encode()).hexdigest()
         end = self._library.token_to_id(end_token) if end_token else None
         if end_token and end is None:
-            raise ValueError(f"data.end_token={end_token!r} is not in the vocabulary of {name}")
+            raise ValueError(f"data.end_token={shown(end_token)} is not in the vocabulary of {name}")
         self.end_id, self._end = end, [] if end is None else [end]
 
     def _without_lengths(self, name: str) -> str:
@@ -85,7 +85,8 @@ class FileTokenizer:
         self._library.no_padding()
         self._library.no_truncation()
         stored = " and ".join(kind for kind, value in settings.items() if value)
-        return f"data.tokenizer={name!r}: its stored {stored} is switched off (data.stored_lengths)" if stored else ""
+        said = f"data.tokenizer={shown(name)}: its stored {stored} is switched off (data.stored_lengths)"
+        return said if stored else ""
 
     def to_json(self) -> str:
         """The tokenizer as its file would have it."""
@@ -101,6 +102,6 @@ def load_tokenizer(
     """`bytes`, a file, or a name on the Hugging Face hub. Raises ValueError for what cannot be read."""
     if name == "bytes":
         if end_token:
-            raise ValueError(f"data.end_token={end_token!r}: the bytes tokenizer has its own, leave it empty")
+            raise ValueError(f"data.end_token={shown(end_token)}: the bytes tokenizer has its own, leave it empty")
         return BytesTokenizer()
     return FileTokenizer(name, end_token, stored_lengths, parse_special)

@@ -16,7 +16,7 @@ import numpy as np
 
 from flashcp.sharding.bounds import FEW_ROWS, TOLERANCE, least_largest_work
 from flashcp.sharding.compiled import compiled_twins
-from flashcp.sharding.documents import sum_by
+from flashcp.sharding.documents import MOST_RANKS, MOST_TOKENS, sum_by
 from flashcp.sharding.exchanges import rows_of_layers
 from flashcp.sharding.masks import Workload, read_workload
 from flashcp.sharding.plan import ShardingPlan
@@ -33,6 +33,7 @@ from flashcp.sharding.strategies.flashcp.search import HELPERS as SEARCHING
 from flashcp.sharding.strategies.flashcp.search import improve
 from flashcp.sharding.strategies.flashcp.state import HELPERS as HOLDING
 from flashcp.sharding.strategies.flashcp.state import Holders, no_holders
+from flashcp.sharding.values import read_flag, read_number, read_whole, shown
 
 __all__ = ["Cost", "flashcp"]
 
@@ -42,6 +43,7 @@ Cost = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]
 SMALL_WINDOW = 4096  # tokens up to which the loops run uncompiled: numba takes longer to import than they take
 STARTS = 8  # searches that begin; the better half goes on, until one is left
 MANY = 2**17  # documents times ranks above which two searches have all changes: eight would have too few each
+MOST_CHANGES = 10**9  # a budget beyond it would search for an hour
 LEAST_MOVES = 4000  # of a search that begins
 EXTENSIONS = 4  # more rounds for a plan that is not yet within the tolerance
 SEED = 12345
@@ -76,15 +78,16 @@ def flashcp(
     The same input gives the same plan on any machine: whole numbers, budgets in changes, choices from a fixed seed.
     Raises ValueError for options out of range.
     """
-    for name, value, legal, wanted in (
-        ("tolerance", tolerance, tolerance >= 1, "a number >= 1"),
-        ("budget", budget, budget is None or budget >= 0, "a whole number >= 0"),
-        ("total_weight", total_weight, 0 <= total_weight <= 64, "0 to 64"),
-        ("granularity", granularity, granularity >= 1, "a whole number >= 1"),
-        ("max_split", max_split, max_split is None or max_split >= 1, "a whole number >= 1"),
-    ):
-        if not legal:
-            raise ValueError(f"{name}={value}: expected {wanted}")
+    tolerance = min(read_number("tolerance", tolerance, lambda number: number >= 1, "a number >= 1"), float(MOST_RANKS))
+    if budget is not None:
+        budget = read_whole("budget", budget, 0, MOST_CHANGES)
+    total_weight = read_number("total_weight", total_weight, lambda number: 0 <= number <= 64, "0 to 64")
+    granularity = min(read_whole("granularity", granularity), MOST_TOKENS)
+    if max_split is not None:
+        max_split = min(read_whole("max_split", max_split), world_size)
+    multicast = read_flag("multicast", multicast)
+    if not (cost is None or callable(cost)):
+        raise ValueError(f"cost={shown(cost)}: expected a function, or None")
     if world_size == 1 or document_lengths.sum() <= world_size:  # all rows on one rank, or at most one on each
         return contiguous(document_lengths, world_size)
 
