@@ -65,7 +65,9 @@ class TwoSided(Transport):
             leaving, arriving = (x.split(list(count)) for x, count in ((rows, sent), (inbox.rows, received)))
             arriving[self.rank].copy_(leaving[self.rank])
             others = [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
-            operations = [(dist.irecv, arriving[source], source) for source in reversed(others)]
+            operations: list[tuple[Any, Tensor, int]] = [
+                (dist.irecv, arriving[source], source) for source in reversed(others)
+            ]
             operations += [(dist.isend, leaving[to], to) for to in others]  # no rank is everybody's first
             works = self.batch(operations, what, self.next_tag())
         else:

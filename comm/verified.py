@@ -173,4 +173,4 @@ def _lines(sums: list[int]) -> OutgoingRows:
 
 def _checksum(rows: Tensor) -> int:
     """CRC-32 of the bytes."""
-    return zlib.crc32(rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return zlib.crc32(rows.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

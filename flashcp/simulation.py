@@ -179,16 +179,17 @@ def _read_packs(packs: object, world_size: int | None, heads: int) -> tuple[list
         ranks = read_ranks(world_size)
         many = given if holds_items(given[0]) else [given]
         return [read_document_lengths(pack) for pack in many], ranks  # type: ignore[arg-type]
-    for plan in given:
-        if not isinstance(plan, ShardingPlan):
-            raise ValueError(f"packs holds a plan and {shown(plan)}: expected plans alone, or document lengths alone")
+    plans = [plan for plan in given if isinstance(plan, ShardingPlan)]
+    if len(plans) < len(given):
+        other = next(pack for pack in given if not isinstance(pack, ShardingPlan))
+        raise ValueError(f"packs holds a plan and {shown(other)}: expected plans alone, or document lengths alone")
     told_ranks = None if world_size is None else read_ranks(world_size)
-    sizes = {plan.world_size * heads for plan in given} | ({told_ranks} if told_ranks else set())
+    sizes = {plan.world_size * heads for plan in plans} | ({told_ranks} if told_ranks else set())
     if len(sizes) > 1:
         told = "" if world_size is None else f"world_size={world_size!r} with "
-        found = ", ".join(map(str, sorted({plan.world_size * heads for plan in given})))
+        found = ", ".join(map(str, sorted({plan.world_size * heads for plan in plans})))
         raise ValueError(f"{told}plans for {found} ranks: expected one number of ranks")
-    return list(given), read_ranks(given[0].world_size * heads)
+    return list(plans), read_ranks(plans[0].world_size * heads)
 
 
 def summary_table(summaries: Sequence[Summary]) -> str:

@@ -96,10 +96,10 @@ def read_layers(layers: Iterable[tuple[Mask, int]] | None) -> tuple[LayerKind, .
     return tuple(kinds)
 
 
-def _read_pair(pair: object, wrong: ValueError) -> tuple[Any, Any]:
+def _read_pair(pair: Any, wrong: ValueError) -> tuple[Any, Any]:
     """Two things. Raises `wrong` for anything else."""
     try:
-        first, second = pair  # type: ignore[misc]
+        first, second = pair
     except Exception:  # what a caller iterates over may raise anything
         raise wrong from None
     return first, second

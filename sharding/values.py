@@ -10,6 +10,7 @@ import reprlib
 from collections.abc import Callable, Iterable
 from itertools import islice
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def read_number(field: str, value: object, holds: Callable[[float], bool], expec
     raise ValueError(f"{field}={shown(value)}: expected {expected}")
 
 
-def as_float(number: Real) -> float:
+def as_float(number: Any) -> float:
     """A number as a float: infinity where it is larger than any."""
     try:
         return float(number)

@@ -179,7 +179,7 @@ class LabRank:
             )
         return self.operators[key]
 
-    def timed(self, function: Callable[[], None]) -> float:
+    def timed(self, function: Callable[[], object]) -> float:
         """Milliseconds of the slowest rank; all begin together."""
         self.ranks.barrier()
         started = time.perf_counter()

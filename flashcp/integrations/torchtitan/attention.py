@@ -12,8 +12,8 @@ from torchtitan.models.gpt_oss.model import Attention as GptOssAttention
 from torchtitan.protocols.module import Module
 
 from flashcp.context_parallel import ContextParallel
-from flashcp.sharding.documents import shown
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.values import shown
 
 
 @dataclass(frozen=True, eq=False)

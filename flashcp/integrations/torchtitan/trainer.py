@@ -22,8 +22,8 @@ from flashcp.integrations.torchtitan.attention import FlashCPAttention
 from flashcp.integrations.torchtitan.machine import FSDP_READS_SPMD_TYPES
 from flashcp.integrations.torchtitan.sharing import Sharing
 from flashcp.operator import attention
-from flashcp.sharding.documents import check_choice
 from flashcp.sharding.mask import Mask, count_layers
+from flashcp.sharding.values import check_choice
 
 
 @dataclass(kw_only=True, slots=True)

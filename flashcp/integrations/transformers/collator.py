@@ -17,9 +17,9 @@ from flashcp.integrations.transformers.images import block_masks, own_images
 from flashcp.integrations.transformers.layers import layers_of
 from flashcp.lengths import lengths_of, shift_labels
 from flashcp.sharding import ShardingPlan, plan
-from flashcp.sharding.documents import check_choice
 from flashcp.sharding.holders import positions_of_rank, rows_of_rank
 from flashcp.sharding.strategies import STRATEGIES
+from flashcp.sharding.values import check_choice
 
 IGNORE = -100
 _SAID_BY_THE_PLAN = ("position_ids", "cu_seq_lens_q", "seq_idx", "attention_mask")

@@ -14,8 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from flashcp.context_parallel import ContextParallel
 from flashcp.integrations.transformers.deferred import DeferredMask, defer
 from flashcp.integrations.transformers.layers import chunk_of
-from flashcp.sharding.documents import shown
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.values import shown
 
 # Keywords of a model's forward that reach every layer and say nothing to attention under a plan.
 _ELSEWHERE = {
