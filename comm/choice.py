@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import socket
@@ -117,8 +118,8 @@ def connect(
     of the level inside a holder and of that between holders. timeout_s: bound on every wait. head_ranks: of a holder.
     verify_rows: checksums travel beside rows.
 
-    All ranks of the group call this together. Raises ValueError for names and numbers that do not fit and groups that
-    this rank is no member of.
+    All ranks of the group call this together. Raises ValueError for names and numbers that do not fit, those that
+    differ between ranks, and groups that this rank is no member of.
     """
     levels = make_levels(group, head_ranks, timeout_s)
     names = name.split("+")
@@ -129,6 +130,16 @@ def connect(
             raise ValueError(f"transport={shown(name)}: expected one of auto, none")
         return Connection(Alone(), None, "one rank alone", Alone() if head_ranks > 1 else None)
     mails = [Mail(level.group, timeout_s, level.ranks) for level in levels]
+    for mail in mails:
+        _check_same(
+            mail,
+            {
+                "transport": name,
+                "heap_mib": options.heap_mib,
+                "region_mib": options.region_mib,
+                "head_ranks": head_ranks,
+            },
+        )
     handshake = Handshake(mails[-1], mails[0] if len(mails) == 2 else None)
     between: Transport = Alone()
     inside: Transport | None = None
@@ -150,6 +161,16 @@ def connect(
         else:
             between = transport
     return Connection(between, handshake, "; between holders: ".join(reasons), inside)
+
+
+def _check_same(mail: Mail, mine: dict[str, object]) -> None:
+    """Raise ValueError on all ranks, naming ranks and values, for settings that differ between them."""
+    said = [json.loads(words) for words in mail.share(json.dumps(mine).encode())]
+    for field in mine:
+        values = {name: one[field] for name, one in zip(mail.names, said, strict=True)}
+        if len(set(values.values())) > 1:
+            told = ", ".join(f"{value!r} on rank {rank}" for rank, value in list(values.items())[:8])
+            raise ValueError(f"{field} is {told}: expected one value on all ranks")
 
 
 def _transport(

@@ -1,10 +1,11 @@
-"""Which transport `auto` takes: hosts are told apart as a launcher tells them apart."""
+"""Which transport `auto` takes: hosts are told apart as a launcher tells them apart. Settings that differ are named."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
 
+import pytest
 import torch.distributed as dist
 
 import flashcp
@@ -27,3 +28,22 @@ def test_ranks_of_one_host_share_memory() -> None:
 
 def test_ranks_of_several_hosts_do_not_though_the_kernel_would_let_them() -> None:
     assert run_ranks(transport_between, 3, ["node-0", "node-1", "node-1"]) == ["gloo"] * 3
+
+
+def refused(field: str, values: Sequence[object]) -> str:
+    mine = values[dist.get_rank()]
+    settings = {"options": flashcp.TransportOptions(heap_mib=mine)} if field == "heap_mib" else {field: mine}
+    try:
+        flashcp.ContextParallel(**settings, timeout_s=20)  # type: ignore[arg-type]
+    except ValueError as error:
+        return str(error)
+    return "taken"
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [("transport", ("shm", "gloo", "gloo")), ("heap_mib", (64, 64, 128)), ("head_ranks", (1, 3, 3))],
+)
+def test_settings_that_differ_are_named_on_all_ranks(field: str, values: tuple[object, ...]) -> None:
+    wanted = ", ".join(f"{value!r} on rank {rank}" for rank, value in enumerate(values))
+    assert run_ranks(refused, 3, field, values) == [f"{field} is {wanted}: expected one value on all ranks"] * 3
