@@ -70,7 +70,7 @@ def test_the_host_passes_its_time_out_on() -> None:
 @pytest.mark.parametrize("how", ["wait", "check", "synchronize"])
 def test_late_rows_raise_at_the_next_call_and_say_who_waited_for_what(marks: list[Event], how: str) -> None:
     waits = StreamWaits(3, TIMEOUT_S)
-    waits.wait([Work()], "gradients", None)
+    waits.wait([Work()], "gradients of another rank", None)
     marks[0].done = True
     if how != "synchronize":
         deadline = time.monotonic() + 5
