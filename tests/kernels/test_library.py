@@ -153,7 +153,7 @@ def test_a_schedule_that_does_not_fit_is_named() -> None:
         attention(q, k, v, torch.zeros(0, 2, 1, 16), schedule, SCALE)
     with pytest.raises(ValueError, match="add up to 41: expected the 40 tokens"):
         flashcp.varlen_attention(q, k, v, torch.tensor([41]))
-    with pytest.raises(ValueError, match="expected whole numbers"):
+    with pytest.raises(ValueError, match="expected a dense one of whole numbers"):
         flashcp.varlen_attention(q, k, v, torch.tensor([40.0]))
 
 
