@@ -86,7 +86,13 @@ def _position_starts(positions: np.ndarray) -> np.ndarray:
     """Whether a document begins, bool [rows, tokens]."""
     starts = positions == 0
     expected = np.pad(positions[:, :-1] + 1, ((0, 0), (1, 0)))
-    _refuse("position_ids", positions, ~starts & (positions != expected), expected, " or 0, where a document begins")
+    _refuse(
+        "position_ids",
+        positions,
+        ~starts & (positions != expected),
+        expected,
+        " or 0, where a document begins (of a whole pack, not of a rank's rows)",
+    )
     return starts
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.integrations.trainers import STEPS, Logs, predict, run_loop, run_sft, run_trainer
+from tests.integrations.trainers import STEPS, Logs, parallelize_twice, predict, run_loop, run_sft, run_trainer
 from tests.integrations.training import PATIENT_S
 from tests.ranks import run_ranks
 
@@ -95,6 +95,17 @@ def test_arguments_under_which_losses_are_not_the_windows(changes: Any, message:
 def refused(folder: str, changes: dict[str, Any]) -> str:
     with pytest.raises(ValueError, match="context parallelism") as caught:
         run_trainer(folder, "llama", True, 1, changes)
+    return str(caught.value)
+
+
+def test_arguments_serve_one_trainer(tmp_path: Path) -> None:
+    for said in run_ranks(again, 2, str(tmp_path)):
+        assert said == "parallelize was called with these TrainingArguments before: make new ones for each Trainer"
+
+
+def again(folder: str) -> str:
+    with pytest.raises(ValueError, match="parallelize") as caught:
+        parallelize_twice(folder)
     return str(caught.value)
 
 

@@ -85,6 +85,14 @@ def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes
     return logs
 
 
+def parallelize_twice(folder: str) -> None:
+    join_accelerate()
+    args = hf.TrainingArguments(output_dir=folder, use_cpu=True, report_to=[])
+    trainer = hf.Trainer(make_model("llama", "sdpa"), args, data_collator=hf.DataCollatorWithFlattening())
+    for _ in range(2):
+        parallelize(trainer, flashcp.ContextParallel())
+
+
 def run_sft(folder: str, family: str, over_ranks: bool, changes: dict[str, Any]) -> Logs:
     """What TRL's SFTTrainer logs, packing as it does."""
     join_accelerate()

@@ -90,7 +90,7 @@ def test_a_latest_that_cannot_be_told_is_refused(twenty: Path, tmp_path: Path) -
     out = Path(shutil.copytree(twenty, tmp_path / "run"))
     latest = out / "latest.json"
     shutil.rmtree(out / "checkpoints" / "step_00000020")
-    with pytest.raises(ValueError, match=r"latest\.json names .*step_00000020, where none is; .*step_00000015$"):
+    with pytest.raises(ValueError, match=r"latest\.json names .*step_00000020', where none is; .*step_00000015$"):
         find_latest(out)
     latest.write_text('{"checkpoint": "checkpoints/step_00000015", "lineage": "../../x"}')
     with pytest.raises(ValueError, match=r"latest\.json: cannot be read \('../../x' names no lineage\)"):

@@ -87,7 +87,7 @@ def test_replicas_share_out_the_windows_of_a_batch() -> None:
             tokens = np.full(99, -1)
             for share in shares[2 * replica : 2 * replica + 2]:
                 np.testing.assert_array_equal(share.plan.document_lengths, lengths)
-                tokens[share.plan.rows(share is shares[2 * replica + 1])] = share.tokens
+                tokens[share.plan.rows(int(share is shares[2 * replica + 1]))] = share.tokens
             np.testing.assert_array_equal(tokens, np.concatenate([window.tokens for window in own]))
         assert {share.labelled for share in shares} == {sum(window.labelled for window in mine)}
         assert {(share.size, share.documents) for share in shares} == {

@@ -139,8 +139,8 @@ def test_gradients_alone_are_enough_and_no_checkpoint_has_them(tmp_path: Path, m
     ("words", "message"),
     [
         (["replay=no/where"], "replay='no/where': no step that a run kept there: step.json: cannot be read"),
-        (["replay=no/where", "loop.steps=3"], "replay='no/where' with loop.steps=3: expected replay= alone"),
-        (["replay=no/where", "-m"], "replay='no/where' with replay=no/where: expected replay= alone"),
+        (["replay=no/where", "loop.steps=3"], "replay= with loop.steps=3: expected replay= alone"),
+        (["replay=no/where", "-m"], "replay= with replay=no/where: expected replay= alone"),
     ],
 )
 def test_what_is_no_kept_step_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

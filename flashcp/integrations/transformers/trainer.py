@@ -14,6 +14,7 @@ from flashcp.context_parallel import ContextParallel
 from flashcp.integrations.transformers.accelerate import SameBatches
 from flashcp.integrations.transformers.collator import Collator
 from flashcp.integrations.transformers.install import install
+from flashcp.sharding.values import shown
 
 
 def parallelize(trainer: Trainer, cp: ContextParallel, strategy: str = "flashcp", **options: Any) -> None:
@@ -36,11 +37,20 @@ def parallelize(trainer: Trainer, cp: ContextParallel, strategy: str = "flashcp"
         ("label_smoothing_factor", args.label_smoothing_factor, 0.0, "it would shift labels once more"),
         ("n_gpu", args.n_gpu, 1 if args.n_gpu else 0, "one process a GPU"),
         ("accelerator_config.split_batches", dealt.split_batches, False, "each group reads batches of its own"),
-        ("accelerator_config.dispatch_batches", dealt.dispatch_batches or False, False, "each rank reads its own"),
+        (
+            "accelerator_config.dispatch_batches",
+            dealt.dispatch_batches or False,
+            False,
+            "ranks read batches themselves",
+        ),
         ("parallelism_config", accelerator.parallelism_config, None, "flashcp sets it"),
     ):
+        if isinstance(value, SameBatches):
+            raise ValueError(
+                "parallelize was called with these TrainingArguments before: make new ones for each Trainer"
+            )
         if value != legal:
-            raise ValueError(f"{field}={value!r} with context parallelism: expected {legal}, for {why}")
+            raise ValueError(f"{field}={shown(value)} with context parallelism: expected {legal}, for {why}")
     batches = SameBatches(cp)
     model = accelerator.unwrap_model(trainer.model)
     model.set_attn_implementation(install(cp))
