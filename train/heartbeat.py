@@ -90,7 +90,7 @@ class Heartbeat:
 
     def _watch(self) -> None:
         beats, there = 0, True
-        last = {other: (Beat("", "", "", ""), 0) for other in range(len(self._keys)) if other != self._rank}
+        last: dict[int, tuple[Beat, int]] = {}
         while not self._ending.wait(BEAT_S):
             if os.getppid() != self._launcher:
                 self._end("its launcher is gone")
@@ -122,13 +122,11 @@ class Heartbeat:
                 os.kill(int(beat.process), signal.SIGKILL)
 
     def _look(self, last: dict[int, tuple[Beat, int]]) -> None:
-        """last: of each other rank its last beat, and how many of this rank's own ago that was new."""
-        for other, (before, silent) in last.items():
-            if before.number == DONE or not self._store.check([self._keys[other]]):
-                continue
-            beat = self._read(other)
-            last[other] = (beat, 0 if beat != before else silent + 1)
-            if last[other][1] >= self._patience and beat.number != DONE:
+        """last: of each other rank that was heard its last beat, and how many of this rank's own ago that was new."""
+        for other, beat in self._others().items():
+            before, silent = last.get(other, (None, 0))
+            last[other] = beat, silent + 1 if beat == before else 0
+            if last[other][1] >= self._patience:
                 self._kill(beat)
                 silence = f"silent for {self._patience * BEAT_S:g} s, last heard of {beat.doing}"
                 self._end(f"rank {other} has been {silence}: it was stopped, or its host {beat.host} is gone")

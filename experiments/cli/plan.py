@@ -46,10 +46,8 @@ def show_plans(job: Job) -> None:
     if settings["figure"]:
         from flashcp.experiments.cli.picture import draw_methods, draw_plan
 
-        file, ends = (
-            read_path(settings["figure"], "figure"),
-            np.cumsum([window.sum() for window in windows[: count - 1]]).tolist(),
-        )
+        file = read_path(settings["figure"], "figure")
+        ends = np.cumsum([window.sum() for window in windows[: count - 1]]).tolist()
         if len(methods) == 1:
             file = draw_plan(first, methods[0].exchange, file, head_ranks, ends)
         else:
