@@ -24,6 +24,13 @@ def torchrun(*options: str) -> list[str]:
     return [*ranks, "-m", "flashcp.train"]
 
 
+def flashcp_train(*words: str) -> list[str]:
+    """`flashcp train` of a small model on two ranks."""
+    model = ["model.layers=2", "model.dim=32", "model.heads=4", "model.kv_heads=2"]
+    small = [*model, "context=515", "loop.device=cpu", "tracker.wandb=disabled"]
+    return [sys.executable, "-m", "flashcp.experiments.cli.main", "train", *small, *words]
+
+
 class Job:
     """A launcher and everything that it started, directly or not. folder: `run` in it is the job's `out`."""
 

@@ -27,7 +27,7 @@ from flashcp.experiments.bench.harness import spread
 from flashcp.experiments.sweep.results import Number, to_row, write_rows
 from flashcp.train.lineage import find_latest
 from tests.checkout import ROOT
-from tests.processes import Job, under_way
+from tests.processes import Job, flashcp_train, under_way
 
 STEPS, EVERY = 60, 7
 KILLED = ("rank", "flashcp", "torchrun")
@@ -48,11 +48,8 @@ class Kill(NamedTuple):
 
 
 def command(out: Path, asynchronous: bool) -> list[str]:
-    model = ["model.layers=2", "model.dim=32", "model.heads=4", "model.kv_heads=2"]
-    loop = [f"loop.steps={STEPS}", "loop.device=cpu", "loop.accumulation=1", "tracker.wandb=disabled", "context=515"]
     kept = [f"checkpoint.every={EVERY}", "checkpoint.resume=latest", f"checkpoint.asynchronous={asynchronous}"]
-    flashcp = [sys.executable, "-m", "flashcp.experiments.cli.main", "train"]
-    return [*flashcp, *model, *loop, *kept, f"out={out}"]
+    return flashcp_train(f"loop.steps={STEPS}", "loop.accumulation=1", *kept, f"out={out}")
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

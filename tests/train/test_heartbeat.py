@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 
 from flashcp.experiments.cli.launch import diagnose
 from tests.checkout import ROOT
-from tests.processes import SOON_S, torchrun, under_way, wait
+from tests.processes import SOON_S, flashcp_train, torchrun, under_way, wait
 from tests.train.test_main import write
 from tests.train.test_run import small
 
@@ -91,9 +90,7 @@ def test_a_job_that_is_stopped_as_a_whole_goes_on(tmp_path: Path) -> None:
 def test_nobody_trains_on_without_a_launcher(killed: str, tmp_path: Path) -> None:
     command = [*torchrun(), write(tmp_path, endless(tmp_path))]
     if killed == "flashcp":
-        model = ["model.layers=2", "model.dim=32", "model.heads=4", "model.kv_heads=2"]
-        words = ["context=515", *model, "loop.device=cpu", "loop.steps=1000000", "tracker.wandb=disabled"]
-        command = [sys.executable, "-m", "flashcp.experiments.cli.main", "train", *words, f"out={tmp_path / 'run'}"]
+        command = flashcp_train("loop.steps=1000000", f"out={tmp_path / 'run'}")
     with under_way(command, tmp_path) as job:
         assert len(job.ranks()) == 2
         job.launcher.kill()
