@@ -55,9 +55,14 @@ def _read_latest(out: Path) -> Latest | None:
     place = out / LATEST
     try:
         content = parse_json(read_bounded(place, LATEST, most_mib=1)) if place.exists() else None
-        return Latest(out / content["checkpoint"], _checked(content["lineage"])) if content else None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{place}: cannot be read ({error}); checkpoint.resume= takes a path, too") from error
+        if not content:
+            return None
+        checkpoint = out / content["checkpoint"]
+        checkpoint.exists()  # raises OSError for a name that no file can have
+        return Latest(checkpoint, _checked(content["lineage"]))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        why = error.strerror if isinstance(error, OSError) else error  # whose own text has the whole name
+        raise ValueError(f"{place}: cannot be read ({why}); checkpoint.resume= takes a path, too") from error
 
 
 def _kept(out: Path) -> list[Path]:

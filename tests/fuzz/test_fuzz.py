@@ -29,11 +29,16 @@ def test_good_input_is_read_and_spoiled_input_refused_in_one_line(name: str, tmp
     [
         ("configuration of a run", b'{"out": "x", "\xc2\x85context": 64}'),
         ("latest.json", b'{"checkpoint": "\xc2\x85checkpoints/step_1", "lineage": "01234567"}'),
+        ("latest.json", b'{"checkpoint": "' + b"[" * 5_000 + b'", "lineage": "01234567"}'),
         ("metrics.jsonl", b"[" * 100_000 + b"\n"),
     ],
 )
 def test_what_fuzzing_found_stays_mended(name: str, content: bytes, tmp_path: Path) -> None:
     call(PARSERS[name], content, tmp_path)
+
+
+def test_a_moment_too_short_for_anything_else_parses_one_input() -> None:
+    assert fuzz(Parser("slow", [b"a"], lambda content: None), 1e-9, None)["inputs"] >= 1
 
 
 def test_what_is_not_documented_is_a_failure_with_its_smallest_input() -> None:
