@@ -81,7 +81,7 @@ def _lineage_of(checkpoint: Path) -> str:
 def _checked(lineage: str) -> str:
     """A lineage's name, which becomes part of a file's."""
     if not re.fullmatch("[0-9a-f]{8}", lineage):
-        raise ValueError(f"{lineage!r} names no lineage")
+        raise ValueError(f"{shown(lineage)} names no lineage")
     return lineage
 
 
