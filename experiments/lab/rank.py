@@ -28,7 +28,7 @@ from flashcp.experiments.lab.others import Others
 from flashcp.experiments.lab.scale import RATED
 from flashcp.experiments.lab.tables import TAKEN
 from flashcp.sharding.strategies import plan
-from flashcp.train.link import measured_tflops
+from flashcp.train.link import attention_operations
 from flashcp.train.ranks import Ranks
 from flashcp.train.run import order_of_turn
 
@@ -36,6 +36,8 @@ SMALL = (1, 60, 300, 129, 20, 2)
 """Documents of the gate."""
 ROUNDS = 11
 MESSAGE_BYTES = 1 << 20
+NO_NODE_GBPS = 100.0
+"""Inside nodes of a rank each."""
 WORST = 1e-5
 """The largest relative error against float64 of what is timed."""
 
@@ -57,41 +59,58 @@ class LabRank:
         }
 
     def rate(self) -> None:
-        """Write what the links are scaled by and the simulator asks for: a `Rates`, field by field."""
-        bench, ranks = self.bench, self.ranks
-        tflops = measured_tflops(RATED, (bench.query_heads, bench.kv_heads, bench.head_dim), ranks)
-        one_row = self.function([Work(0, plan([ranks.world_size], ranks.world_size, "contiguous"), "exact")])
-        latency_ms = statistics.median(self.timed(one_row) for _ in range(ROUNDS))
+        """Write what the links are scaled by and the simulator asks for: a `Rates`, field by field.
+
+        All are taken in turns: what disturbs some rounds disturbs no median.
+        """
+        bench, others = self.bench, Others(self.ranks)
+        one_row = self.function([Work(0, plan([self.ranks.world_size], self.ranks.world_size, "contiguous"), "exact")])
+        whole = Work(0, plan([bench.context], self.ranks.world_size, "contiguous"), "all_gather")
+        functions = self._alone(), one_row, self._message(), self._gather(whole)
+        for function in functions:
+            function()
+        rounds = [[self.timed(function) for function in functions] for _ in range(ROUNDS)]
+        attend_ms, row_ms, send_ms, gather_ms = map(statistics.median, zip(*rounds, strict=True))
+        blocks = 2 * (self.ranks.world_size - 1)  # that a rank hands on and gets
+        moved = blocks * whole.plan.route("all_gather").block_rows * bench.shape.kv_bytes
         self.write(
-            tflops=tflops,
-            latency_us=1e3 * latency_ms / 2,
-            node_gbps=self._node_gbps(),
-            socket_gbps=self._socket_gbps(latency_ms / 2),
+            tflops=attention_operations(RATED, bench.query_heads, bench.head_dim) / (1e9 * attend_ms),
+            latency_us=1e3 * row_ms / 2,
+            node_gbps=MESSAGE_BYTES / (1e6 * send_ms) if bench.ranks_per_node > 1 else NO_NODE_GBPS,
+            socket_gbps=moved / (1e6 * max(gather_ms - row_ms / 2, 0.1 * gather_ms)),
         )
+        self.write(**{TAKEN: others.taken(bench.cores)})
 
-    def _socket_gbps(self, latency_ms: float) -> float:
-        """Of an all-gather of K and V, beside which nothing is computed."""
-        work = Work(0, plan([self.bench.context], self.ranks.world_size, "contiguous"), "all_gather")
-        cp, shape = self._operator(work), self.bench.shape
-        rows = torch.zeros(len(cp.position_ids(work.plan)), shape.kv_bytes // shape.dtype_bytes)
-        ms = statistics.median(self.timed(lambda: cp.gather(rows, work.plan)) for _ in range(ROUNDS))
-        blocks = 2 * (self.ranks.world_size - 1)  # that it hands on and gets
-        moved = blocks * work.plan.route("all_gather").block_rows * shape.kv_bytes
-        return moved / (1e6 * max(ms - latency_ms, 0.1 * ms))
+    def _alone(self) -> Callable[[], None]:
+        """Attention over a pack that every rank has to itself, forward and backward."""
+        q, k, v, grad = self._draw(sum(RATED), self.bench.seed)
 
-    def _node_gbps(self) -> float:
-        """GB/s from rank 0 to rank 1, which share a node where nodes have several ranks; no limit where they do not."""
-        if self.bench.ranks_per_node < 2:
-            return 100.0
+        def attend() -> None:
+            torch.autograd.grad(flashcp.varlen_attention(q, k, v, RATED), (q, k, v), grad)
+
+        return attend
+
+    def _message(self) -> Callable[[], None]:
+        """From rank 0 to rank 1 of its node; nothing where nodes have a rank each."""
         message = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
 
         def send() -> None:
-            if self.ranks.rank == 0:
+            if self.bench.ranks_per_node > 1 and self.ranks.rank == 0:
                 dist.send(message, 1)
-            elif self.ranks.rank == 1:
+            elif self.bench.ranks_per_node > 1 and self.ranks.rank == 1:
                 dist.recv(message, 0)
 
-        return MESSAGE_BYTES / (1e6 * statistics.median(self.timed(send) for _ in range(ROUNDS)))
+        return send
+
+    def _gather(self, work: Work) -> Callable[[], None]:
+        """An all-gather of K and V, beside which nothing is computed."""
+        cp, shape = self._operator(work), self.bench.shape
+        rows = torch.zeros(len(cp.position_ids(work.plan)), shape.kv_bytes // shape.dtype_bytes)
+
+        def gather() -> None:
+            cp.gather(rows, work.plan)
+
+        return gather
 
     def gate(self) -> None:
         """Raises RuntimeError on all ranks where a method is wrong."""

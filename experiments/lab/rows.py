@@ -59,7 +59,7 @@ def lab_rows(
     rows = [
         row("lab", "link_gbps", "GB/s", (None, scale.link_gbps, None), kind),
         row("lab", "attention_tflops", "TFLOP/s", (None, scale.rates.tflops, None), kind),
-        row("lab", TAKEN, "cores", (None, next(record[TAKEN] for record in records if TAKEN in record), None), kind),
+        row("lab", TAKEN, "cores", (None, max(record[TAKEN] for record in records if TAKEN in record), None), kind),
         row("lab", "latency_us", "us", (None, scale.rates.latency_us, None), kind),
         row("lab", "socket_gbps", "GB/s", (None, scale.rates.socket_gbps, None), kind),
     ]

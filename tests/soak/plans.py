@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,8 +111,8 @@ def wrong_with(plan: ShardingPlan) -> Iterator[str]:
 
 
 def check_some(numbers: range) -> Found:
-    found = [check(number) for number in numbers]
-    return Found(*(sum(column) for column in list(zip(*found, strict=True))[:2]), sum((one.wrong for one in found), []))
+    plans, routes, wrong = zip(*map(check, numbers), strict=True)
+    return Found(sum(plans), sum(routes), list(chain.from_iterable(wrong)))
 
 
 def main(count: int, folder: Path) -> int:

@@ -11,6 +11,7 @@ from flashcp.experiments.lab.cases import LabBench
 from flashcp.experiments.lab.lab import bench_lab, lab_table
 from flashcp.experiments.lab.nodes import Link, built_nodes
 from flashcp.experiments.lab.start import run_on_nodes
+from flashcp.experiments.lab.tables import TAKEN
 from flashcp.experiments.sweep.results import read_rows
 from tests.experiments.lab.test_nodes import left
 
@@ -44,6 +45,9 @@ def test_a_small_lab(tmp_path: Path) -> None:
         assert routed < sent < 1.1 * routed + 0.05
     predicted = json.loads((folder / "predicted.json").read_text())
     assert [len(each) for each in predicted.values()] == [2, 2]
+    watched = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines() if TAKEN in line]
+    assert found["lab", TAKEN].median == max(one[TAKEN] for one in watched)
+    assert len(watched) == 2  # while rates were measured, and while methods ran
     # So little is sent that a token bucket lets it through at once: how links slow down is tested in test_nodes.py.
     assert all(found["flashcp", f"{state}_ms"].median > 0 for state in ("whole", "half", "tenth"))
     assert found["flashcp", "silent"].median == 0
