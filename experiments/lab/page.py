@@ -17,6 +17,8 @@ from flashcp.simulator.summary import BASELINE
 PAGE = "LAB_RESULTS.md"
 LARGEST_ERROR = 0.2
 """Of a predicted speedup, before the page asks for a cause."""
+CAUSES = "causes.md"
+"""Beside a lab's rows: why predictions are off there, in words."""
 
 
 def lab_folders(folder: Path) -> list[Path]:
@@ -56,6 +58,7 @@ def _lab(place: Path, here: Path) -> dict[str, Any]:
     made = lines(rows)
     draw_lab(rows, place / "lab.png")
     about = next(row for row in rows if row.provider == "lab")
+    causes = place / CAUSES
     told = [line for line in made if line.method != BASELINE and "not told" not in line.text]
     return {
         "name": place.name,
@@ -66,6 +69,7 @@ def _lab(place: Path, here: Path) -> dict[str, Any]:
         "lines": made,
         "baseline": next(line for line in made if line.method == BASELINE),
         "out_of_order": out_of_order(made),
+        "causes": causes.read_text("utf-8").strip() if causes.is_file() else "",
         "off": [line for line in told if abs(line.off) > LARGEST_ERROR],
         "farthest": max(told, key=lambda line: abs(line.off), default=None),
         "most": max(line.more for line in made),

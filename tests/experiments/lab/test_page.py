@@ -58,8 +58,12 @@ def test_the_page_shows_what_is_off(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "| ring | 1000 | 267 | -73% | not told apart (0.98 - 1.02) | 3.00 |" in text
     assert text.count("`llama3` itself is predicted -20% off, and with it every speedup") == 1
     assert text.count("the prediction says the opposite") == 2  # flashcp over llama3, flashcp over ring
+    assert text.count("The cause is not known.") == 1
     assert "![measured beside predicted speedups](good/lab.png)" in text
     assert (bad / "lab.png").stat().st_size > 10_000
+    (bad / "causes.md").write_text("Links are slower there.\n")
+    assert main(["report", str(tmp_path), f"page={tmp_path / 'page.md'}"]) == 0
+    assert "the rest is the method's own. Links are slower there.\n" in (tmp_path / "page.md").read_text()
     capsys.readouterr()
     assert main(["report", str(good), "page=page.md"]) == 2
     assert "page=page.md: expected the directory above" in capsys.readouterr().err
