@@ -63,7 +63,7 @@ def test_the_page_shows_what_is_off(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (bad / "lab.png").stat().st_size > 10_000
     (bad / "causes.md").write_text("Links are slower there.\n")
     assert main(["report", str(tmp_path), f"page={tmp_path / 'page.md'}"]) == 0
-    assert "the rest is the method's own. Links are slower there.\n" in (tmp_path / "page.md").read_text()
+    assert "the rest is the method's own.\n\nLinks are slower there.\n" in (tmp_path / "page.md").read_text()
     capsys.readouterr()
     assert main(["report", str(good), "page=page.md"]) == 2
     assert "page=page.md: expected the directory above" in capsys.readouterr().err
