@@ -25,7 +25,7 @@ CARRIED := hydra-core omegaconf pyyaml packaging einops tqdm \
 BUILT := antlr4-python3-runtime==4.9.3
 GLIBC := 17 24 27 28 31 34 35
 
-.PHONY: help demo cluster-lab lab-cases test test-integrations lint soak kills fuzz docs paper kernels kernels-versions emulate \
+.PHONY: help demo cluster-lab lab-cases test test-integrations lint soak kills plans fuzz docs paper kernels kernels-versions emulate \
 	gpu-wheels pins clean
 
 help: ## list the targets
@@ -78,6 +78,9 @@ soak: $(STAMP) ## 2,000 steps of random packs, masks and operators on four proce
 
 kills: $(STAMP) ## kill -9 of a rank, of flashcp and of torchrun, 20 times each: who stays, is the resumed run the same?
 	$(BIN)/python -m tests.soak.kills 20 experiments/results/kills
+
+plans: $(STAMP) ## 200,000 random packs through every strategy: is any plan, route or bound wrong? (40 min on two cores)
+	$(BIN)/python -m tests.soak.plans 200000 experiments/results/plans
 
 docs: $(STAMP) ## build site/: guides, results and the API; a link that leads nowhere fails
 	$(BIN)/sphinx-build -q -W --keep-going -c docs . site $(ARGS)
