@@ -20,6 +20,7 @@ from flashcp.sharding.lengths import windows
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies.flashcp import flashcp
 from flashcp.sharding.strategies.flashcp.members import members
+from flashcp.simulation import simulate
 
 strategy_module = importlib.import_module("flashcp.sharding.strategies.flashcp")
 ROOT = Path(__file__).parents[2]
@@ -236,20 +237,27 @@ def test_max_split_limits_the_ranks_of_a_document() -> None:
 
     assert widest(limited) <= max(3, widest(free) - 1)
     assert limited.imbalance <= 1.01
+    chosen = made(lengths, 8, max_split=3, cost=lambda plan: -float(widest(plan)))  # would have the other strategies'
+    assert widest(chosen) <= max(3, widest(free) - 1)
 
 
-def test_a_cost_model_chooses() -> None:
-    lengths = next(windows("pile", 16_384, 1, seed=4))
-    calls = []
+def predicted_ms(plan: ShardingPlan) -> float:
+    return simulate(plan, methods="plan", head_ranks=1)["plan"].module_ms
 
-    def balance_only(work: np.ndarray, sent: np.ndarray, received: np.ndarray, tiles: np.ndarray) -> float:
-        calls.append((len(work), len(sent), len(received), int(tiles.sum())))
-        return float(work.max())
 
-    plan = made(lengths, 4, cost=balance_only)
-    assert plan.imbalance <= made(lengths, 4).imbalance
-    assert len(calls) >= 4
-    assert all(shape[:3] == (4, 4, 4) and shape[3] >= 128 for shape in calls)
+def fastest_of_window(kind: str, seed: int) -> tuple[float, float]:
+    """Predicted times on the default cluster: of the plan that a cost chose, and the least of all others there are."""
+    draw = np.random.default_rng(seed)
+    lengths, world_size = np.asarray(KINDS[kind](draw)), int(draw.choice([2, 3, 4, 8, 16]))
+    others = [made(lengths, world_size)]
+    others += [ShardingPlan(lengths, world_size, table) for table in members(lengths, world_size)]
+    return predicted_ms(made(lengths, world_size, cost=predicted_ms)), min(map(predicted_ms, others))
+
+
+@pytest.mark.parametrize("seed", range(40, 60))  # in some of them a member is faster than the plan without a cost
+def test_no_member_is_faster_than_what_a_cost_chose(seed: int) -> None:
+    chosen, others = fastest_of_window(list(KINDS)[seed % len(KINDS)], seed)
+    assert chosen <= others
 
 
 def test_multicast_counts_a_row_once() -> None:

@@ -37,8 +37,8 @@ from flashcp.sharding.values import read_flag, read_number, read_whole, shown
 
 __all__ = ["Cost", "flashcp"]
 
-Cost = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]
-"""Work, rows sent, rows received and query tiles of each rank [world_size] -> predicted time of the slowest."""
+Cost = Callable[[ShardingPlan], float]
+"""A plan's predicted time, in any unit."""
 
 SMALL_WINDOW = 4096  # tokens up to which the loops run uncompiled: numba takes longer to import than they take
 STARTS = 8  # searches that begin; the better half goes on, until one is left
@@ -47,7 +47,7 @@ MOST_CHANGES = 10**9  # a budget beyond it would search for an hour
 LEAST_MOVES = 4000  # of a search that begins
 EXTENSIONS = 4  # more rounds for a plan that is not yet within the tolerance
 SEED = 12345
-TILE = 128  # rows of a query tile, as the kernels cut them
+SLACKS = 0.25, 4.0  # of the tolerance, in other plans that a cost chooses among
 
 
 def flashcp(
@@ -72,7 +72,8 @@ def flashcp(
     granularity: tails begin on multiples of this many rows; heads, which equalise tokens to the row, do not.
     max_split: ranks that one document may be on, where the tolerance allows it; None for all.
     multicast: count a row that several ranks read as sent once (a relay or multicast sends it on).
-    cost: chooses between plans for three tolerances and the other strategies' instead of critical rows.
+    cost: chooses among the plan that there is without it, those of a tighter and a looser tolerance, and the other
+        strategies': none of them is faster, as it predicts.
     workload: masks and layer mix; work and rows are then those of all layers together. None is causal.
 
     The same input gives the same plan on any machine: whole numbers, budgets in changes, choices from a fixed seed.
@@ -86,6 +87,7 @@ def flashcp(
     if max_split is not None:
         max_split = min(read_whole("max_split", max_split), world_size)
     multicast = read_flag("multicast", multicast)
+    special = granularity > 1 or max_split is not None or multicast  # the other strategies know nothing of these
     if not (cost is None or callable(cost)):
         raise ValueError(f"cost={shown(cost)}: expected a function, or None")
     if world_size == 1 or document_lengths.sum() <= world_size:  # all rows on one rank, or at most one on each
@@ -101,9 +103,21 @@ def flashcp(
         return *_search(document_lengths, world_size, budget, settings, workload), limit
 
     if cost is not None:
-        plans = [search(1 + (tolerance - 1) * slack)[0] for slack in (1, 0.25, 4)]
-        plans += members(document_lengths, world_size, workload)
-        return min(plans, key=lambda table: _predict(document_lengths, world_size, table, cost, workload))
+        own = flashcp(
+            document_lengths,
+            world_size,
+            tolerance=tolerance,
+            budget=budget,
+            total_weight=total_weight,
+            granularity=granularity,
+            max_split=max_split,
+            multicast=multicast,
+            workload=workload,
+        )
+        plans = [own, *(search(1 + (tolerance - 1) * slack)[0] for slack in SLACKS)]
+        if not special:
+            plans += members(document_lengths, world_size, workload)
+        return min(plans, key=lambda table: cost(ShardingPlan(document_lengths, world_size, table, workload=workload)))
     found, critical, limit = search(tolerance)
     if largest_work(found, world_size, workload) > limit and document_lengths.sum() <= FEW_ROWS * world_size:
         found = exchange_rows(document_lengths, world_size, found, limit, workload)
@@ -112,8 +126,8 @@ def flashcp(
     if whole is not found:
         found = whole
         critical = rows_of_layers(ShardingPlan(document_lengths, world_size, found, workload=workload)).critical
-    if granularity > 1 or max_split is not None or multicast:
-        return found  # the other strategies know nothing of these
+    if special:
+        return found
     better = best_member(document_lengths, world_size, limit, found, critical, workload)
     return found if better is None else better
 
@@ -240,10 +254,3 @@ def _table(holders: Holders, length: np.ndarray, order: np.ndarray, bundle: np.n
         np.concatenate((rank, rank, holders.rank[0, divisible + bundle])),
     )
     return pieces.take(pieces.rows > 0)
-
-
-def _predict(lengths: np.ndarray, world_size: int, table: ShardTable, cost: Cost, workload: Workload) -> float:
-    plan = ShardingPlan(lengths, world_size, table, workload=workload)
-    rows = rows_of_layers(plan)
-    tiles = sum_by(plan.table.rank, -(-plan.table.rows // TILE), world_size)
-    return cost(plan.work, rows.sent, rows.received, tiles)
