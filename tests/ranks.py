@@ -44,15 +44,26 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0, lost: Collection[int] | None = None
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 60.0,
+    lost: Collection[int] | None = None,
+    fresh: bool = False,
 ) -> list[Any]:
     """`fn(*args)` on every rank of a fresh gloo group -> its results in rank order.
 
+    fresh: in new processes, which end afterwards, for what a process does once.
     lost: ranks that are to die or stop on the way. Their result is None, their processes are ended when the others have
     answered. Not None: `fn` breaks its group, whose ranks do not come together once more at the end.
     Raises RankError when another rank raises, dies, or is silent for timeout_s.
     """
-    return _POOL.run(fn, world_size, [args], timeout_s, lost)[0]
+    pool = Pool() if fresh else _POOL
+    try:
+        return pool.run(fn, world_size, [args], timeout_s, lost)[0]
+    finally:
+        if fresh:
+            pool.close()
 
 
 def run_cases(
@@ -169,6 +180,10 @@ class Pool:
         if failures:
             raise error("\n".join(failures))
         return results
+
+    def close(self) -> None:
+        """End all workers."""
+        self._drop(self.workers)
 
     def _drop(self, workers: list[_Worker]) -> None:
         for worker in workers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +53,14 @@ def test_workers_stay_for_the_next_call_and_use_one_thread() -> None:
     first = [process for process, _ in run_ranks(add_ranks, 2, 0)]
     assert [process for process, _ in run_ranks(add_ranks, 2, 0)] == first
     assert run_ranks(threads, 2) == [1, 1]
+
+
+def test_fresh_workers_end_with_their_call() -> None:
+    stay = [process for process, _ in run_ranks(add_ranks, 2, 0)]
+    fresh = [process for process, _ in run_ranks(add_ranks, 2, 0, fresh=True)]
+    assert not {*fresh} & {*stay}
+    assert not any(Path(f"/proc/{process}").exists() for process in fresh)
+    assert [process for process, _ in run_ranks(add_ranks, 2, 0)] == stay
 
 
 def test_ranks_that_find_no_group_are_replaced_once(monkeypatch: pytest.MonkeyPatch) -> None:
