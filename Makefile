@@ -99,7 +99,7 @@ emulate: $(STAMP) ## the CUDA exchange on emulated GPUs: a thousand random sched
 	$(BIN)/python -m tests.emulation.schedules $(ARGS)
 
 fuzz: $(STAMP) ## spoil the input of every parser, SECONDS=60 each, or of those whose names hold ONLY; exit code 1 for a failure
-	$(BIN)/python -m tests.fuzz $(SECONDS) "$(ONLY)"
+	$(BIN)/python -m tests.fuzz $(SECONDS) "$(ONLY)" "$(OUT)"
 
 # torch imports triton only when something asks for it: another one, first on the path, needs no other torch.
 kernels-versions: $(STAMP) ## the same with triton 3.6.0 and the newest release, each in a folder of its own

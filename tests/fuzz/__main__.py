@@ -1,5 +1,6 @@
 """`make fuzz SECONDS=60 ONLY=lengths`: every parser for so long, or those whose names hold a word; then a table.
 
+With OUT=FOLDER the table becomes rows there, beside those of other parsers.
 Exit code 1 where an input was not parsed as documented. What was found is kept in a folder beside other caches
 (`$XDG_CACHE_HOME/flashcp-fuzz`), tried first the next time, and removed with it.
 """
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from flashcp.experiments.sweep.results import RESULTS, Number, read_rows, to_row, write_rows
 from flashcp.text import table
 from tests.checkout import ROOT
 from tests.fuzz.parsers import parsers
@@ -34,7 +36,26 @@ def fuzz_in_child(name: str, seconds: float, database: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(seconds: float, only: str = "") -> int:
+def write(found: list[dict[str, Any]], seconds: float, folder: Path) -> None:
+    """Rows of these parsers in place of earlier ones of theirs."""
+    names = {one["parser"] for one in found}
+    kept = [row for row in read_rows(folder) if row.provider not in names] if (folder / RESULTS).exists() else []
+    numbers = [
+        Number(one["parser"], metric, unit, None, float(value), None)
+        for one in found
+        for metric, unit, value in (
+            ("inputs", "1", one["inputs"]),
+            ("lines", "1", one["lines"]),
+            ("memory_growth", "MiB", one["mib"]),
+            ("failures", "1", bool(one["failure"])),
+        )
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    device = f"CPU, {os.cpu_count()} cores"
+    write_rows(folder, [*kept, *(to_row(f"{seconds:g} s a parser", number, device) for number in numbers)])
+
+
+def main(seconds: float, only: str = "", folder: str = "") -> int:
     """Exit code: 0, or 1 where something failed."""
     names = [parser.name for parser in parsers() if only in parser.name]
     if not names or not seconds > 0:
@@ -57,6 +78,8 @@ def main(seconds: float, only: str = "") -> int:
         for one in found
     ]
     print(table(["parser", "inputs", "lines of ours", "new failures", "peak MiB more"], rows))
+    if folder:
+        write(found, seconds, Path(folder))
     for one in filter(lambda one: one["failure"], found):
         print(f"\n{one['parser']}: {one['failure']}\n  {one['input']}")
     return int(any(one["failure"] for one in found))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from flashcp.experiments.sweep.results import read_rows
 from tests.fuzz import __main__ as command
 from tests.fuzz.child import fuzz
 from tests.fuzz.parsers import Parser, call, parsers
@@ -81,6 +82,18 @@ def test_the_table_and_the_exit_code(
     assert command.main(1, "plan") == 1
     assert capsys.readouterr().out.endswith("plan: KeyError: 1\n  b'x'\n")
     assert command.main(0) == command.main(1, "nope") == 2
+
+
+def test_rows_of_some_parsers_stay_beside_those_of_others(tmp_path: Path) -> None:
+    def found(name: str, inputs: int) -> dict[str, object]:
+        return {"parser": name, "inputs": inputs, "lines": 5, "mib": 3, "failure": "", "input": ""}
+
+    command.write([found("plan", 10), found("lengths", 20)], 1, tmp_path)
+    command.write([found("plan", 30)], 2, tmp_path)
+    rows = {(row.provider, row.metric): (row.case, row.median) for row in read_rows(tmp_path)}
+    assert rows["plan", "inputs"] == ("2 s a parser", 30)
+    assert rows["lengths", "inputs"] == ("1 s a parser", 20)
+    assert len(rows) == 8
 
 
 def test_a_child_says_what_it_did(tmp_path: Path) -> None:
