@@ -9,6 +9,7 @@ that nobody disturbed. Every second run saves beside its training. Rows go to re
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -29,7 +30,7 @@ from flashcp.train.lineage import find_latest
 from tests.checkout import ROOT
 from tests.processes import Job, flashcp_train, under_way
 
-STEPS, EVERY = 60, 7
+STEPS, EVERY, RANKS = 60, 7, 2
 KILLED = ("rank", "flashcp", "torchrun")
 MEMORY = Path("/dev/shm")
 
@@ -57,27 +58,39 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rows]
 
 
-def process_of(job: Job, killed: str, draw: random.Random) -> int:
-    if killed == "flashcp":
-        return job.launcher.pid
+def kill(job: Job, killed: str, draw: random.Random) -> bool:
+    """Whether it was still there to be killed."""
     ranks = job.ranks()
-    if killed == "rank":
-        return draw.choice(list(ranks.values()))
-    return int(Path(f"/proc/{ranks[0]}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    try:
+        process = job.launcher.pid
+        if killed == "rank":
+            process = draw.choice([ranks[0], ranks[1]])
+        if killed == "torchrun":
+            process = int(Path(f"/proc/{ranks[0]}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        os.kill(process, signal.SIGKILL)
+    except (KeyError, OSError):
+        return False
+    return len(ranks) == RANKS
 
 
 def kill_once(
     killed: str, asynchronous: bool, draw: random.Random, folder: Path, whole: list[tuple[int, float]]
 ) -> Kill:
-    words, before = command(folder / "run", asynchronous), set(MEMORY.iterdir())
-    with under_way(words, folder, steps=draw.randrange(1, STEPS - 20)) as job:
-        time.sleep(draw.random() * 0.3)
-        os.kill(process_of(job, killed, draw), signal.SIGKILL)
-        gone_s = job.gone(60.0)
+    """Of a run that was under way; one that had ended by then is run again."""
+    for attempt in itertools.count():
+        here = folder / str(attempt)
+        here.mkdir()
+        words, before = command(here / "run", asynchronous), set(MEMORY.iterdir())
+        with under_way(words, here, steps=draw.randrange(1, STEPS - 20)) as job:
+            time.sleep(draw.random() * 0.3)
+            was_there = kill(job, killed, draw)
+            gone_s = job.gone(60.0)
+        if was_there:
+            break
     step, left = job.steps(), len(set(MEMORY.glob("flashcp-*")) - before)
-    latest = find_latest(folder / "run")
+    latest = find_latest(here / "run")
     subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
-    return Kill(killed, asynchronous, step, gone_s, left, latest.name if latest else "", losses(folder) == whole)
+    return Kill(killed, asynchronous, step, gone_s, left, latest.name if latest else "", losses(here) == whole)
 
 
 def main(count: int, folder: Path, seed: int = 0) -> int:
