@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from flashcp.sharding.assignment import Assignment
-from flashcp.sharding.route import Route, wire_bytes
+from flashcp.sharding.route import Route, gathered_rows, wire_bytes
 
 
 def members_rows(rows: int, head_ranks: int) -> np.ndarray:
@@ -67,7 +67,7 @@ def rows_between_and_inside(route: Route, head_ranks: int, share: float) -> tupl
     tokens, holders = int(route.plan.offsets[-1]), route.plan.world_size
     swapped = 2 * (head_ranks - 1) * -(-int(route.plan.tokens.max()) // head_ranks) / head_ranks
     critical, ranks = route.critical_rows * share + swapped, holders * head_ranks
-    return critical, 1.0 - critical * ranks / (tokens * (ranks - 1))
+    return critical, 1.0 - critical / gathered_rows(tokens, ranks)
 
 
 def bytes_inside(

@@ -19,6 +19,11 @@ MOST_ROW_BYTES = 2**28
 """Of all query heads."""
 
 
+def gathered_rows(tokens: int, ranks: int) -> int:
+    """That a rank sends in an all-gather of an even plan: blocks are padded to the longest."""
+    return (ranks - 1) * -(-tokens // ranks)
+
+
 def is_fp32(gradient_wire: str, roundings: int) -> bool:
     """Whether gradients travel in fp32. roundings: how often they would be rounded on their way to be added up; 0 where
     they are whole, and so are rounded in the end in any case."""
@@ -78,11 +83,14 @@ class Route:
 
     @property
     def saving(self) -> float:
-        """1 - critical rows / the all-gather's rows T (N - 1); 0 for one rank."""
+        """1 - critical rows / the all-gather's rows; 0 for one rank.
+
+        At least 0 where ranks differ by at most one row, as those of all strategies do.
+        """
         ranks = self.plan.world_size
         if ranks == 1:
             return 0.0
-        return 1.0 - self.critical_rows * ranks / (int(self.plan.offsets[-1]) * (ranks - 1))
+        return 1.0 - self.critical_rows / gathered_rows(int(self.plan.offsets[-1]), ranks)
 
     @property
     def imbalance(self) -> float:

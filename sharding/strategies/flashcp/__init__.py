@@ -90,7 +90,8 @@ def flashcp(
     special = granularity > 1 or max_split is not None or multicast  # the other strategies know nothing of these
     if not (cost is None or callable(cost)):
         raise ValueError(f"cost={shown(cost)}: expected a function, or None")
-    if world_size == 1 or document_lengths.sum() <= world_size:  # all rows on one rank, or at most one on each
+    few = world_size == 1 or document_lengths.sum() <= world_size  # all rows on one rank, or at most one on each
+    if few and cost is None:
         return contiguous(document_lengths, world_size)
 
     workload = read_workload(document_lengths) if workload is None else workload.reduced
@@ -114,7 +115,7 @@ def flashcp(
             multicast=multicast,
             workload=workload,
         )
-        plans = [own, *(search(1 + (tolerance - 1) * slack)[0] for slack in SLACKS)]
+        plans = [own, *(search(1 + (tolerance - 1) * slack)[0] for slack in SLACKS if not few)]
         if not special:
             plans += members(document_lengths, world_size, workload)
         return min(plans, key=lambda table: cost(ShardingPlan(document_lengths, world_size, table, workload=workload)))
