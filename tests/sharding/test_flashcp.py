@@ -254,7 +254,7 @@ def fastest_of_window(kind: str, seed: int) -> tuple[float, float]:
     return predicted_ms(made(lengths, world_size, cost=predicted_ms)), min(map(predicted_ms, others))
 
 
-@pytest.mark.parametrize("seed", range(40, 60))  # in some of them a member is faster than the plan without a cost
+@pytest.mark.parametrize("seed", [*range(40, 60), 79])  # in some of them a member is faster than the plan without a cost
 def test_no_member_is_faster_than_what_a_cost_chose(seed: int) -> None:
     chosen, others = fastest_of_window(list(KINDS)[seed % len(KINDS)], seed)
     assert chosen <= others
