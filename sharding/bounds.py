@@ -11,6 +11,7 @@ from flashcp.sharding.documents import expand_ranges
 from flashcp.sharding.exchanges import rows_of_layers
 from flashcp.sharding.mask import NO_LIMIT
 from flashcp.sharding.masks import Workload, read_workload
+from flashcp.sharding.route import gathered_rows
 from flashcp.sharding.shards import shard_work
 
 LONGEST = 4  # documents whose tail is bounded
@@ -112,7 +113,7 @@ def certificate(
 def study_ceiling(document_lengths: np.ndarray, world_size: int, tolerance: float = 1.02) -> float:
     """The study's bound on the saving: documents taken one by one, as if each had the window to itself.
 
-    1 - critical / (T (N - 1)) with critical = max(longest - T, sum of the ends / N); 1.0 for one rank.
+    1 - critical / the all-gather's rows, with critical = max(longest - T, sum of the ends / N); 1.0 for one rank.
     """
     lengths = np.asarray(document_lengths, dtype=np.float64)
     if world_size == 1:
@@ -126,7 +127,7 @@ def study_ceiling(document_lengths: np.ndarray, world_size: int, tolerance: floa
     by_work = (np.sqrt(np.maximum(1 + 8 * (work[split, None] - j * limit), 1)) - 1) / 2
     total = np.maximum(np.maximum(by_tokens, by_work), 0).sum()
     critical = max(lengths.max() - rank_tokens, total / world_size)
-    return float(1 - critical / (rank_tokens * (world_size - 1)))
+    return float(1 - critical / gathered_rows(int(lengths.sum()), world_size))
 
 
 def least_largest_work(lengths: np.ndarray, world_size: int, workload: Workload | None = None) -> int:

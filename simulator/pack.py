@@ -33,8 +33,8 @@ class Outcome(NamedTuple):
 
     module_ms: until the last rank of the job is through, forward and backward. attention_ms, copies_ms: of the rank
     with most of both, in the slowest replica; exposed_exchange_ms: the rest of the module, when rows travel that
-    nothing hides. exchange_ms: of the exchange with nothing beside it. Where the rest is longer, somebody waits for
-    rows of a rank that still attends: that is attention, too. forward_ms: the module's forward alone.
+    nothing hides, or are awaited from a rank that still attends: so it can be longer than exchange_ms, which is that of
+    the exchange with nothing beside it. forward_ms: the module's forward alone.
     attention_forward_ms: of attention_ms. kept_mib, working_mib: buffers for others' KV (see `Module`).
     tokens_imbalance: most tokens of a rank over the mean. critical_rows, saving: all-to-alls counted, as KV rows of the
     same bytes where query and KV heads are equally many.
@@ -200,8 +200,6 @@ def _outcome(planned: Planned, variant: Variant) -> Outcome:
     attention, copies = (
         [float(timeline.busy[kind][timeline.busiest]) for timeline in passes] for kind in ("attention", "copies")
     )
-    exchange, rest = module.exchange_us, sum(ends) - sum(attention) - sum(copies)
-    exposed = min(rest, exchange)
     route = planned.plan.route("exact" if variant.exchange == "ulysses" else variant.exchange)  # one holder: no rows
     share = planned.shape.kv_heads / planned.setting.shape.kv_heads
     critical, saving = rows_between_and_inside(route, planned.setting.head_ranks, share)
@@ -210,10 +208,10 @@ def _outcome(planned: Planned, variant: Variant) -> Outcome:
         imbalance=float(planned.plan.imbalance),
         critical_rows=float(critical),
         saving=float(saving),
-        attention_ms=(sum(attention) + (rest - exposed)) / 1e3,
+        attention_ms=sum(attention) / 1e3,
         attention_forward_ms=attention[0] / 1e3,
-        exchange_ms=exchange / 1e3,
-        exposed_exchange_ms=exposed / 1e3,
+        exchange_ms=module.exchange_us / 1e3,
+        exposed_exchange_ms=(sum(ends) - sum(attention) - sum(copies)) / 1e3,
         copies_ms=sum(copies) / 1e3,
         module_ms=sum(ends) / 1e3,
         forward_ms=ends[0] / 1e3,

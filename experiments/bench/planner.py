@@ -26,6 +26,7 @@ from flashcp.experiments.sweep.results import Number, Row, write_rows
 from flashcp.sharding.bounds import study_ceiling
 from flashcp.sharding.lengths import windows
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.route import gathered_rows
 from flashcp.sharding.strategies import plan
 from flashcp.sharding.strategies.flashcp.members import members
 
@@ -104,8 +105,8 @@ def _points_to_certificate(made: ShardingPlan) -> float:
     """How far the saving is below what the certificate leaves possible, in points."""
     gaps = made.certificate.gaps
     assert gaps is not None  # a plan's certificate carries the plan's own numbers
-    gathered = int(made.offsets[-1]) * (made.world_size - 1)
-    return 100 * gaps[1] * made.world_size / gathered if gathered else 0.0
+    gathered = gathered_rows(int(made.offsets[-1]), made.world_size)
+    return 100 * gaps[1] / gathered if gathered else 0.0
 
 
 def bench_awkward(bench: AwkwardBench) -> Iterator[Row]:

@@ -70,9 +70,8 @@ def timed() -> Iterator[None]:
 
 
 def fuzz(parser: Parser, seconds: float, database: ExampleDatabase | None) -> dict[str, Any]:
-    """inputs: how many were parsed. lines: of ours that they reached. failure: what the smallest input that is not
-    parsed as documented did, and that input; empty where there is none. At least one
-    input is parsed. mib: by which memory grew."""
+    """At least one input is parsed. inputs: how many were. lines: of ours that they reached. failure: what the smallest
+    input that is not parsed as documented did, and that input; empty where there is none. mib: by which memory grew."""
     reached: set[tuple[str, int]] = set()
     found: dict[str, Any] = {"parser": parser.name, "inputs": 0, "failure": "", "input": ""}
     begun, before = time.monotonic(), _peak_bytes()

@@ -17,8 +17,10 @@ import pytest
 import flashcp as flashcp_package
 from flashcp.sharding.batch import map_ordered
 from flashcp.sharding.lengths import windows
+from flashcp.sharding.mask import Mask
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies.flashcp import flashcp
+from flashcp.sharding.strategies.flashcp.blocks import cut_blocks, kept_blocks
 from flashcp.sharding.strategies.flashcp.members import members
 from flashcp.simulation import simulate
 
@@ -254,10 +256,36 @@ def fastest_of_window(kind: str, seed: int) -> tuple[float, float]:
     return predicted_ms(made(lengths, world_size, cost=predicted_ms)), min(map(predicted_ms, others))
 
 
-@pytest.mark.parametrize("seed", [*range(40, 60), 79])  # in some of them a member is faster than the plan without a cost
+@pytest.mark.parametrize(
+    "seed", [*range(40, 60), 79]
+)  # in some of them a member is faster than the plan without a cost
 def test_no_member_is_faster_than_what_a_cost_chose(seed: int) -> None:
     chosen, others = fastest_of_window(list(KINDS)[seed % len(KINDS)], seed)
     assert chosen <= others
+
+
+def test_a_cost_gets_the_plan_of_all_layers_and_may_not_cut_blocks() -> None:
+    lengths, layers = [600, 500, 400, 300], [(Mask("causal"), 10), (Mask("window", 50), 40)]
+    masks = [Mask("causal", blocks=[(start, start + 64) for start in range(0, each - 63, 64)]) for each in lengths]
+    seen = []
+
+    def cuts(plan: ShardingPlan) -> int:
+        return cut_blocks(plan.masks, kept_blocks(plan.masks, sum(lengths) // 4), plan.table)
+
+    def most_cuts(plan: ShardingPlan) -> float:
+        seen.append(plan.layers)
+        return -float(cuts(plan))
+
+    own = flashcp_package.plan(lengths, 4, masks=masks, layers=layers)
+    assert cuts(flashcp_package.plan(lengths, 4, "per_document", masks=masks, layers=layers)) > cuts(own)
+    assert cuts(flashcp_package.plan(lengths, 4, masks=masks, layers=layers, cost=most_cuts)) <= cuts(own)
+    assert set(seen) == {own.layers}
+
+
+@pytest.mark.parametrize("time", [None, float("nan"), "fast"])
+def test_a_cost_that_is_no_number_is_refused(time: object) -> None:
+    with pytest.raises(ValueError, match=r"^time of cost=.*: expected a finite number$"):
+        made([300, 200], 2, cost=lambda plan: time)
 
 
 def test_multicast_counts_a_row_once() -> None:

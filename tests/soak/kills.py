@@ -9,7 +9,6 @@ that nobody disturbed. Every second run saves beside its training. Rows go to re
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
@@ -30,7 +29,7 @@ from flashcp.train.lineage import find_latest
 from tests.checkout import ROOT
 from tests.processes import Job, flashcp_train, under_way
 
-STEPS, EVERY, RANKS = 60, 7, 2
+STEPS, EVERY, RANKS, ATTEMPTS = 60, 7, 2, 5
 KILLED = ("rank", "flashcp", "torchrun")
 MEMORY = Path("/dev/shm")
 
@@ -76,8 +75,8 @@ def kill(job: Job, killed: str, draw: random.Random) -> bool:
 def kill_once(
     killed: str, asynchronous: bool, draw: random.Random, folder: Path, whole: list[tuple[int, float]]
 ) -> Kill:
-    """Of a run that was under way; one that had ended by then is run again."""
-    for attempt in itertools.count():
+    """Of a run that was under way; one that had come to its end by then is run again."""
+    for attempt in range(ATTEMPTS):
         here = folder / str(attempt)
         here.mkdir()
         words, before = command(here / "run", asynchronous), set(MEMORY.iterdir())
@@ -87,6 +86,9 @@ def kill_once(
             gone_s = job.gone(60.0)
         if was_there:
             break
+        assert (job.launcher.returncode, job.steps()) == (0, STEPS), f"a run ended by itself: {job.log.read_text()}"
+    else:
+        raise AssertionError(f"{ATTEMPTS} runs ended before they could be killed")
     step, left = job.steps(), len(set(MEMORY.glob("flashcp-*")) - before)
     latest = find_latest(here / "run")
     subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,8 @@ def test_a_wrong_plan_is_a_row_and_the_exit_code(
     def wrong(plan: ShardingPlan) -> list[str]:
         return ["too heavy"] if plan.strategy == "contiguous" else []
 
-    monkeypatch.setattr(plans, "wrong_with", wrong)  # the workers are forked
+    monkeypatch.setattr(plans, "wrong_with", wrong)
+    monkeypatch.setattr(plans, "workers", ThreadPoolExecutor)  # which see it
     assert main(3, tmp_path) == 1
     assert "2 contiguous: too heavy" in capsys.readouterr().out
     found = {row.metric: row.median for row in read_rows(tmp_path)}

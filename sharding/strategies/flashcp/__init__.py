@@ -7,6 +7,7 @@ bidirectional blocks whole, `members` compares with the plans of the other strat
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -22,7 +23,7 @@ from flashcp.sharding.masks import Workload, read_workload
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.shards import ShardTable
 from flashcp.sharding.strategies.equal_pieces import contiguous
-from flashcp.sharding.strategies.flashcp.blocks import keep_blocks_whole
+from flashcp.sharding.strategies.flashcp.blocks import cut_blocks, keep_blocks_whole, kept_blocks
 from flashcp.sharding.strategies.flashcp.density import HELPERS as COUNTING
 from flashcp.sharding.strategies.flashcp.density import density_of
 from flashcp.sharding.strategies.flashcp.fill import HELPERS as FILLING
@@ -72,12 +73,13 @@ def flashcp(
     granularity: tails begin on multiples of this many rows; heads, which equalise tokens to the row, do not.
     max_split: ranks that one document may be on, where the tolerance allows it; None for all.
     multicast: count a row that several ranks read as sent once (a relay or multicast sends it on).
-    cost: chooses among the plan that there is without it, those of a tighter and a looser tolerance, and the other
-        strategies': none of them is faster, as it predicts.
+    cost: chooses among the plan that there is without it, those of a tighter and a looser tolerance, and, without
+        granularity, max_split and multicast, the other strategies': none of those that cut no more bidirectional blocks
+        is faster, as it predicts.
     workload: masks and layer mix; work and rows are then those of all layers together. None is causal.
 
     The same input gives the same plan on any machine: whole numbers, budgets in changes, choices from a fixed seed.
-    Raises ValueError for options out of range.
+    Raises ValueError for options out of range, and for a cost that is no finite number.
     """
     tolerance = min(read_number("tolerance", tolerance, lambda number: number >= 1, "a number >= 1"), float(MOST_RANKS))
     if budget is not None:
@@ -90,47 +92,46 @@ def flashcp(
     special = granularity > 1 or max_split is not None or multicast  # the other strategies know nothing of these
     if not (cost is None or callable(cost)):
         raise ValueError(f"cost={shown(cost)}: expected a function, or None")
-    few = world_size == 1 or document_lengths.sum() <= world_size  # all rows on one rank, or at most one on each
-    if few and cost is None:
+    if world_size == 1:
         return contiguous(document_lengths, world_size)
 
-    workload = read_workload(document_lengths) if workload is None else workload.reduced
+    given = read_workload(document_lengths) if workload is None else workload
+    workload = given.reduced
     pairs = int(workload.document_pairs.sum())
     least = least_largest_work(document_lengths, world_size, workload)
 
     def search(tolerance: float) -> tuple[ShardTable, int, int]:
+        """A plan, its critical rows, and the limit of a rank's work."""
         limit = max(int(tolerance * pairs / world_size), least)
         settings = (limit, round(64 * total_weight), max_split or world_size, granularity, multicast)
-        return *_search(document_lengths, world_size, budget, settings, workload), limit
+        found, critical = _search(document_lengths, world_size, budget, settings, workload)
+        swapped = found
+        if largest_work(found, world_size, workload) > limit and document_lengths.sum() <= FEW_ROWS * world_size:
+            swapped = exchange_rows(document_lengths, world_size, found, limit, workload)
+        whole = keep_blocks_whole(document_lengths, world_size, swapped, limit, workload)
+        if whole is not found:
+            critical = rows_of_layers(ShardingPlan(document_lengths, world_size, whole, workload=workload)).critical
+        return whole, critical, limit
 
-    if cost is not None:
-        own = flashcp(
-            document_lengths,
-            world_size,
-            tolerance=tolerance,
-            budget=budget,
-            total_weight=total_weight,
-            granularity=granularity,
-            max_split=max_split,
-            multicast=multicast,
-            workload=workload,
-        )
-        plans = [own, *(search(1 + (tolerance - 1) * slack)[0] for slack in SLACKS if not few)]
-        if not special:
-            plans += members(document_lengths, world_size, workload)
-        return min(plans, key=lambda table: cost(ShardingPlan(document_lengths, world_size, table, workload=workload)))
-    found, critical, limit = search(tolerance)
-    if largest_work(found, world_size, workload) > limit and document_lengths.sum() <= FEW_ROWS * world_size:
-        found = exchange_rows(document_lengths, world_size, found, limit, workload)
-        critical = rows_of_layers(ShardingPlan(document_lengths, world_size, found, workload=workload)).critical
-    whole = keep_blocks_whole(document_lengths, world_size, found, limit, workload)
-    if whole is not found:
-        found = whole
-        critical = rows_of_layers(ShardingPlan(document_lengths, world_size, found, workload=workload)).critical
-    if special:
-        return found
-    better = best_member(document_lengths, world_size, limit, found, critical, workload)
-    return found if better is None else better
+    few = document_lengths.sum() <= world_size  # at most one row on each rank
+    if few:
+        own = contiguous(document_lengths, world_size)
+    else:
+        own, critical, limit = search(tolerance)
+        better = None if special else best_member(document_lengths, world_size, limit, own, critical, workload)
+        own = own if better is None else better
+    if cost is None:
+        return own
+    tables = [] if few else [search(1 + (tolerance - 1) * slack)[0] for slack in SLACKS]
+    if not special:
+        tables += members(document_lengths, world_size, workload)
+    kept = kept_blocks(workload.masks, int(document_lengths.sum()) // world_size)
+    cuts = cut_blocks(workload.masks, kept, own)
+    tables = [own, *(table for table in tables if cut_blocks(workload.masks, kept, table) <= cuts)]
+    times = [cost(ShardingPlan(document_lengths, world_size, table, "flashcp", workload=given)) for table in tables]
+    for time in times:
+        read_number("time of cost", time, math.isfinite, "a finite number")
+    return tables[times.index(min(times))]
 
 
 @cache
