@@ -35,7 +35,17 @@ def shown(value: object) -> str:
         text = " ".join(_Short().repr(value).split())
     except Exception:
         text = f"<{type(value).__name__}>"
+    return cut(text)
+
+
+def cut(text: str) -> str:
+    """Of words that came with an input, what an error shows."""
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says of bad input, which may repeat all of it: its first line, cut."""
+    return cut((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def check_choice(field: str, value: object, legal: Iterable[object]) -> None:

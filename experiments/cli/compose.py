@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flashcp.experiments.cli.schema import GROUPS, SETTINGS, committed, typed
 from flashcp.experiments.folders import check_file, leave_no_trace
 from flashcp.experiments.sweep.results import RESULTS
+from flashcp.sharding.values import shown
 
 CONFIGS = "flashcp.conf"
 at_refusal: list[Callable[[], Any]] = []
@@ -132,7 +133,7 @@ def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
     """Errors of Hydra, OmegaConf and YAML as a ValueError that names the override and what is legal."""
     for override in overrides:  # a configuration's keys are fixed, but for Hydra's own
         if override.startswith(("+", "~")) and not override.lstrip("+~").startswith("hydra"):
-            raise ValueError(f"{override!r} is not an override: expected KEY=VALUE")
+            raise ValueError(f"{shown(override)} is not an override: expected KEY=VALUE")
     try:
         yield
     except Carried as carrier:
@@ -146,7 +147,7 @@ def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
         one = f"flashcp sweep {group}={value}, one sweep that simulates at a time"
         raise ValueError(f"{group}={value}: expected {one if value in simulated else f'one of {legal}'}") from error
     except OverrideParseException as error:
-        raise ValueError(f"{error.override!r} is not an override: expected KEY=VALUE") from error
+        raise ValueError(f"{shown(error.override)} is not an override: expected KEY=VALUE") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_complaint(name, overrides, error)) from error
     except (OSError, RuntimeError) as error:  # of Hydra's own keys: folders that cannot be made, plugins that are none

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashcp.experiments.provenance import commit, versions_text
+from flashcp.sharding.values import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -185,13 +186,13 @@ def read_rows(folder: Path) -> list[Row]:
         try:
             found = table.fieldnames
         except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path}: not a file of results ({error})") from error
+            raise ValueError(f"{path}: not a file of results ({first_line(error)})") from error
         if found != names:
             raise ValueError(f"{path}: expected the columns {', '.join(names)}")
         try:
             return [_parse(line) for line in table]
         except (TypeError, ValueError, csv.Error) as error:
-            raise ValueError(f"{path}:{table.line_num}: not a row of results ({error})") from error
+            raise ValueError(f"{path}:{table.line_num}: not a row of results ({first_line(error)})") from error
 
 
 def write_rows(folder: Path, rows: Iterable[Row], name: str = RESULTS) -> None:

@@ -70,8 +70,11 @@ def timed() -> Iterator[None]:
 
 
 def fuzz(parser: Parser, seconds: float, database: ExampleDatabase | None) -> dict[str, Any]:
-    """At least one input is parsed. inputs: how many were. lines: of ours that they reached. failure: what the smallest
-    input that is not parsed as documented did, and that input; empty where there is none. mib: by which memory grew."""
+    """At least one input is parsed; without a database always the same ones.
+
+    inputs: how many were. lines: of ours that they reached. failure: what the smallest input that is not parsed as
+    documented did, and that input; empty where there is none. mib: by which memory grew.
+    """
     reached: set[tuple[str, int]] = set()
     found: dict[str, Any] = {"parser": parser.name, "inputs": 0, "failure": "", "input": ""}
     begun, before = time.monotonic(), _peak_bytes()
@@ -93,7 +96,8 @@ def fuzz(parser: Parser, seconds: float, database: ExampleDatabase | None) -> di
 
     phases = (Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink)
     patient = settings(max_examples=ROUND, deadline=None, database=database, phases=phases,
-                       suppress_health_check=list(HealthCheck), print_blob=False)  # fmt: skip
+                       suppress_health_check=list(HealthCheck), print_blob=False,
+                       derandomize=database is None)  # fmt: skip
     parse.__qualname__ = f"fuzz {parser.name}"  # by which the database knows it
     run = patient(given(spoiled(parser.seeds))(parse))
     with warnings.catch_warnings():

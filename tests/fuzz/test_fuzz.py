@@ -14,6 +14,7 @@ from tests.fuzz.parsers import Parser, call, parsers
 
 PARSERS = {parser.name: parser for parser in parsers()}
 A_MOMENT_S = 0.2
+HEADER = PARSERS["results.csv"].seeds[0].splitlines(keepends=True)[0]
 
 
 @pytest.mark.parametrize("name", PARSERS)
@@ -32,6 +33,10 @@ def test_good_input_is_read_and_spoiled_input_refused_in_one_line(name: str, tmp
         ("latest.json", b'{"checkpoint": "\xc2\x85checkpoints/step_1", "lineage": "01234567"}'),
         ("latest.json", b'{"checkpoint": "' + b"[" * 5_000 + b'", "lineage": "01234567"}'),
         ("metrics.jsonl", b"[" * 100_000 + b"\n"),
+        ("results.csv", HEADER + b"case,method,metric,ms,," + b"[" * 5_000 + b",1,1,,,,,,,\n"),
+        ("JSON lines", b'{"' + b"9" * 5_000 + b'": 1}\n'),
+        ("tokenizer", b'{"version": "' + b"9" * 5_000 + b'"}'),
+        ("overrides", b"a" + b"[" * 5_000),
     ],
 )
 def test_what_fuzzing_found_stays_mended(name: str, content: bytes, tmp_path: Path) -> None:

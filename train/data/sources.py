@@ -22,7 +22,7 @@ from flashcp.files import MIB, check_regular, read_path
 from flashcp.limits import Count, Natural, one_of
 from flashcp.sharding.lengths import LENGTH_DATA
 from flashcp.sharding.packing import OVERFLOWS
-from flashcp.sharding.values import shown
+from flashcp.sharding.values import cut, first_line, shown
 
 BATCH_ROWS = 256  # of a Parquet file
 JSON_NAMES = tuple(stem + end for stem in (".jsonl", ".ndjson", ".json") for end in ("", ".gz", ".bz2", ".xz", ".zst"))
@@ -212,7 +212,7 @@ def _text_of(line: bytes, text_field: str, place: str) -> str:
         return text
     if text_field in fields:
         raise ValueError(f"{place}: data.text_field={text_field!r} holds {json.dumps(text)[:40]}: expected text")
-    found = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
+    found = cut(", ".join(record)) if isinstance(record, dict) else f"a {type(record).__name__}"
     raise ValueError(f"{place}: no text in data.text_field={text_field!r}; it has: {found or 'nothing'}")
 
 
@@ -225,7 +225,7 @@ def parquet_files(path: str, text_field: str, most_mib: int) -> Files:
             with parquet.ParquetFile(file) as table:
                 names = table.schema_arrow.names
                 if text_field not in names:
-                    raise ValueError(f"no column data.text_field={text_field!r}; it has: {', '.join(names)}")
+                    raise ValueError(f"no column data.text_field={text_field!r}; it has: {cut(', '.join(names))}")
                 for group in range(table.num_row_groups):
                     rows = table.metadata.row_group(group).num_rows
                     if skip < rows:  # groups before it are not read
@@ -239,8 +239,8 @@ def parquet_files(path: str, text_field: str, most_mib: int) -> Files:
                             else:
                                 yield text
                     skip = max(0, skip - rows)
-        except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-            raise ValueError(f"{file}: {str(error).splitlines()[0]}") from error
+        except (OSError, ValueError, NotImplementedError) as error:  # what pyarrow's own errors are
+            raise ValueError(f"{file}: {first_line(error)}") from error
 
     return Files(find_files(path, (".parquet",)), records)
 
@@ -256,7 +256,7 @@ class HuggingFaceSource:
         try:
             self._rows = load_dataset(name, subset or None, split=split, streaming=True)
         except Exception as error:  # whatever the hub, the network or the data set's own files raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise ValueError(f"data.path={shown(name)}: cannot load it from the Hugging Face hub: {reason}") from error
         self._text_field = text_field
         self.parts = [f"{name}/{subset}/{split}" if subset else f"{name}/{split}"]

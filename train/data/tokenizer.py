@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from flashcp.files import read_bounded, read_path
-from flashcp.sharding.values import shown
+from flashcp.sharding.values import first_line, shown
 from flashcp.train.data.sources import needed
 
 TOKENIZER_MIB = 256
@@ -65,10 +65,9 @@ class FileTokenizer:
                 else library.from_pretrained(name)
             )
         except Exception as error:  # the package raises bare Exceptions, the hub its own
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             place = "as a tokenizers JSON file" if is_file else "from the Hugging Face hub"
             raise ValueError(
-                f"data.tokenizer={shown(name)}: cannot be read {place} ({reason}); "
+                f"data.tokenizer={shown(name)}: cannot be read {place} ({first_line(error)}); "
                 "expected bytes, the path of such a file or a name on the hub"
             ) from error
         self.vocab_size = self._library.get_vocab_size(with_added_tokens=True)
