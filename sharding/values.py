@@ -39,7 +39,8 @@ def shown(value: object) -> str:
 
 
 def cut(text: str) -> str:
-    """Of words that came with an input, what an error shows."""
+    """Of words that came with an input, what an error of one line shows."""
+    text = " ".join(text.split())
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 

@@ -34,6 +34,7 @@ def test_good_input_is_read_and_spoiled_input_refused_in_one_line(name: str, tmp
         ("latest.json", b'{"checkpoint": "' + b"[" * 5_000 + b'", "lineage": "01234567"}'),
         ("metrics.jsonl", b"[" * 100_000 + b"\n"),
         ("results.csv", HEADER + b"case,method,metric,ms,," + b"[" * 5_000 + b",1,1,,,,,,,\n"),
+        ("JSON lines", b'{"\xe2\x80\xa8text": "a"}\n'),
         ("JSON lines", b'{"' + b"9" * 5_000 + b'": 1}\n'),
         ("tokenizer", b'{"version": "' + b"9" * 5_000 + b'"}'),
         ("overrides", b"a" + b"[" * 5_000),

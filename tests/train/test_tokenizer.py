@@ -78,3 +78,10 @@ def test_errors_name_the_field(words: str, tmp_path: Path) -> None:
         load_tokenizer(str(broken))
     with pytest.raises(ValueError, match=r"data\.tokenizer='nowhere\.json': cannot be read as .*No such file"):
         load_tokenizer("nowhere.json")
+
+
+def test_text_that_has_no_tokens_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0}, unk_token="[UNK]")).save(str(file))
+    with pytest.raises(ValueError, match=r"^the tokenizer has no tokens for 'world': .*\[UNK\]"):
+        load_tokenizer(str(file)).encode("world")

@@ -239,7 +239,7 @@ def parquet_files(path: str, text_field: str, most_mib: int) -> Files:
                             else:
                                 yield text
                     skip = max(0, skip - rows)
-        except (OSError, ValueError, NotImplementedError) as error:  # what pyarrow's own errors are
+        except (OSError, ValueError, NotImplementedError, MemoryError) as error:  # what pyarrow's own errors are
             raise ValueError(f"{file}: {first_line(error)}") from error
 
     return Files(find_files(path, (".parquet",)), records)

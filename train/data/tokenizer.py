@@ -92,7 +92,12 @@ class FileTokenizer:
         return str(self._library.to_str())
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._library.encode(text, add_special_tokens=False).ids + self._end, dtype=np.int64)
+        """Raises ValueError for text that the tokenizer has no tokens for."""
+        try:
+            found = self._library.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the package raises bare Exceptions
+            raise ValueError(f"the tokenizer has no tokens for {shown(text)}: {first_line(error)}") from error
+        return np.array(found + self._end, dtype=np.int64)
 
 
 def load_tokenizer(
