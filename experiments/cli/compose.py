@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from flashcp.experiments.cli.schema import GROUPS, SETTINGS, committed, typed
 from flashcp.experiments.folders import check_file, leave_no_trace
 from flashcp.experiments.sweep.results import RESULTS
-from flashcp.sharding.values import shown
+from flashcp.sharding.values import first_line, shown
 
 CONFIGS = "flashcp.conf"
 at_refusal: list[Callable[[], Any]] = []
@@ -140,7 +140,7 @@ def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
         raise carrier.__cause__ or carrier from None
     except MissingConfigException as error:
         if error.options is None:
-            raise ValueError(_first_line(error)) from error
+            raise ValueError(first_line(error)) from error
         group, _, value = str(error.missing_cfg_file).rpartition("/")
         simulated = (*committed("simulation"), "lab") if group == "experiment" else ()
         legal = ", ".join(dict.fromkeys((*GROUPS.get(group, ()), *sorted(error.options), *simulated)))
@@ -153,7 +153,7 @@ def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
     except (OSError, RuntimeError) as error:  # of Hydra's own keys: folders that cannot be made, plugins that are none
         if any(frame.name == "return_value" for frame in extract_tb(error.__traceback__)):  # a job's, elsewhere
             raise
-        raise ValueError(_first_line(error)) from error
+        raise ValueError(first_line(error)) from error
     except (TypeError, ValueError) as error:  # Hydra's own about a group that is given no name, which it does not name
         given = next((override for override in overrides if _names_nothing(override)), "")
         if not given or not (isinstance(error, TypeError) or str(error).startswith("Config group override must be")):
@@ -167,7 +167,7 @@ def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
 
 
 def _complaint(name: str, overrides: Sequence[str], error: Exception) -> str:
-    message, cause = str(error), _first_line(error.__cause__) if error.__cause__ else ""
+    message, cause = str(error), first_line(error.__cause__) if error.__cause__ else ""
     if unknown := re.match(r"Could not override '(.+?)'", message):
         key = unknown[1]
         if (full := getattr(error.__cause__, "full_key", None)) and str(full).startswith(f"{key}."):
@@ -215,10 +215,6 @@ def _names_nothing(override: str) -> bool:
     names = value if isinstance(value, list) else [value]
     wrong = not all(isinstance(name, str | dict) for name in names)
     return override.split("=")[0] in (*GROUPS, "experiment") and wrong
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # --- several jobs: all at the end, or each where a launcher puts it; then what they come to
