@@ -57,14 +57,18 @@ def masks(draw: st.DrawFn, rows: int) -> Mask:
     return Mask(kind, size, blocks)
 
 
+def fitting(chunks: set[int]) -> list[int]:
+    """Sizes of a layer's chunk beside documents in such chunks: each is a multiple of the other."""
+    return [size for size in range(1, 46) if all(max(size, own) % min(size, own) == 0 for own in chunks)]
+
+
 @st.composite
 def layer_mixes(draw: st.DrawFn, chunks: set[int]) -> Layers:
     """Layers for documents in such chunks, of which a layer's chunk must be a multiple or a part."""
-    fitting = [size for size in range(1, 46) if all(max(size, own) % min(size, own) == 0 for own in chunks)]
     kinds = st.one_of(
         st.just(CAUSAL),
         st.integers(1, 45).map(lambda size: Mask("window", size)),
-        st.sampled_from(fitting).map(lambda size: Mask("chunk", size)),
+        st.sampled_from(fitting(chunks)).map(lambda size: Mask("chunk", size)),
     )
     return draw(st.lists(st.tuples(kinds, st.integers(1, 50)), min_size=1, max_size=3))
 

@@ -31,6 +31,11 @@ def flashcp_train(*words: str) -> list[str]:
     return [sys.executable, "-m", "flashcp.experiments.cli.main", "train", *small, *words]
 
 
+def parent_of(process: int) -> int:
+    """Raises OSError where there is no such process."""
+    return int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
 class Job:
     """A launcher and everything that it started, directly or not. folder: `run` in it is the job's `out`."""
 
@@ -70,8 +75,7 @@ class Job:
         ranks = {}
         for process, number in numbers.items():
             with suppress(OSError):
-                parent = int(Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[1])
-                if number >= 0 and numbers.get(parent, -1) < 0:
+                if number >= 0 and numbers.get(parent_of(process), -1) < 0:
                     ranks[number] = process
         return ranks
 

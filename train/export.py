@@ -21,6 +21,7 @@ from torch import Tensor
 
 import flashcp
 from flashcp.schema import read_dataclass
+from flashcp.sharding.values import first_line
 from flashcp.train.checkpoint import read_state, verified
 from flashcp.train.checksums import IDENTITY
 from flashcp.train.data.sources import needed
@@ -96,7 +97,7 @@ def export(checkpoint: Path, out: Path, tokenizer: str = "") -> Exported:
         shutil.rmtree(unfinished, ignore_errors=True)
         if not isinstance(error, OSError | needed("safetensors", "").SafetensorError):
             raise
-        raise ValueError(f"out={str(out)!r}: cannot be written ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"out={str(out)!r}: cannot be written ({first_line(error)})") from error
     count = sum(weight.numel() for weight in weights.values())
     return Exported(config["architectures"][0], count, step, isinstance(reads, FileTokenizer))
 

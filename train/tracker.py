@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 from flashcp.limits import one_of
+from flashcp.sharding.values import first_line
 from flashcp.train.checksums import parse_json
 
 WANDB_MODES = ("offline", "online", "disabled")
@@ -137,5 +138,4 @@ def _wandb_or_not() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"wandb is off for the rest of this run ({reason}); metrics.jsonl goes on", file=sys.stderr)
+        print(f"wandb is off for the rest of this run ({first_line(error)}); metrics.jsonl goes on", file=sys.stderr)

@@ -27,7 +27,7 @@ from flashcp.experiments.bench.harness import spread
 from flashcp.experiments.sweep.results import Number, to_row, write_rows
 from flashcp.train.lineage import find_latest
 from tests.checkout import ROOT
-from tests.processes import Job, flashcp_train, under_way
+from tests.processes import Job, flashcp_train, parent_of, under_way
 
 STEPS, EVERY, RANKS, ATTEMPTS = 60, 7, 2, 5
 KILLED = ("rank", "flashcp", "torchrun")
@@ -65,7 +65,7 @@ def kill(job: Job, killed: str, draw: random.Random) -> bool:
         if killed == "rank":
             process = draw.choice([ranks[0], ranks[1]])
         if killed == "torchrun":
-            process = int(Path(f"/proc/{ranks[0]}/stat").read_text().rsplit(")", 1)[1].split()[1])
+            process = parent_of(ranks[0])
         os.kill(process, signal.SIGKILL)
     except (KeyError, OSError):
         return False

@@ -30,9 +30,8 @@ from flashcp.sharding.documents import expand_ranges
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.mask import Mask
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.sharding.strategies.flashcp.members import members
-from tests.drawn import Pack
-from tests.sharding.test_flashcp import KINDS
+from tests.drawn import Pack, fitting
+from tests.sharding.test_flashcp import KINDS, better_members
 from tests.sharding.test_masks import random_mask
 from tests.sharding.test_route import check_route
 
@@ -59,8 +58,7 @@ def small_pack(draw: random.Random) -> Pack:
     kind = draw.randrange(3)
     masks = [random_mask(draw, rows) for rows in lengths] if kind == 2 else Mask()
     sizes = {mask.size for mask in masks if mask.kind == "chunk"} if kind == 2 else set()
-    chunks = [size for size in range(1, 46) if all(max(size, own) % min(size, own) == 0 for own in sizes)]
-    any_of = [Mask(), Mask("window", draw.randint(1, 45)), Mask("chunk", draw.choice(chunks))]
+    any_of = [Mask(), Mask("window", draw.randint(1, 45)), Mask("chunk", draw.choice(fitting(sizes)))]
     layers = [(draw.choice(any_of), draw.randint(1, 50)) for _ in range(draw.randint(1, 3))] if kind else None
     return Pack(lengths, masks, layers, draw.randint(1, min(RANKS, sum(lengths))))
 
@@ -107,12 +105,7 @@ def wrong_with(plan: ShardingPlan) -> Iterator[str]:
     if ShardingPlan.from_json(plan.to_json()) != plan:
         yield "another plan after JSON"
     if plan.strategy == "flashcp" and plan.workload.is_causal:
-        reached = int(plan.route("exact").critical_rows), int(plan.work.max())
-        for table in members(plan.document_lengths, plan.world_size):
-            member = ShardingPlan(plan.document_lengths, plan.world_size, table)
-            other = int(member.route("exact").critical_rows), int(member.work.max())
-            if other != reached and other[0] <= reached[0] and other[1] <= reached[1]:
-                yield f"a member is better: {other} against {reached}"
+        yield from (f"a member is better: {other}" for other in better_members(plan))
 
 
 def check_some(numbers: range) -> Found:

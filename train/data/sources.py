@@ -256,8 +256,8 @@ class HuggingFaceSource:
         try:
             self._rows = load_dataset(name, subset or None, split=split, streaming=True)
         except Exception as error:  # whatever the hub, the network or the data set's own files raise
-            reason = first_line(error)
-            raise ValueError(f"data.path={shown(name)}: cannot load it from the Hugging Face hub: {reason}") from error
+            told = f"data.path={shown(name)}: cannot load it from the Hugging Face hub: {first_line(error)}"
+            raise ValueError(told) from error
         self._text_field = text_field
         self.parts = [f"{name}/{subset}/{split}" if subset else f"{name}/{split}"]
 
