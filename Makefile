@@ -98,7 +98,7 @@ kernels: $(STAMP) ## compile every shipped Triton kernel for sm_80, sm_90, sm_10
 emulate: $(STAMP) ## the CUDA exchange on emulated GPUs: a thousand random schedules against the reference (2 min)
 	$(BIN)/python -m tests.emulation.schedules $(ARGS)
 
-fuzz: $(STAMP) ## spoil the input of every parser, SECONDS=60 each, or of those whose names hold ONLY; exit code 1 for a failure
+fuzz: $(STAMP) ## spoil the input of every parser, SECONDS=60 each, or of those of a group or whose names hold ONLY; exit code 1 for a failure
 	$(BIN)/python -m tests.fuzz $(SECONDS) "$(ONLY)" "$(OUT)"
 
 # torch imports triton only when something asks for it: another one, first on the path, needs no other torch.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flashcp.comm.errors import ExchangeError, PeerFailedError, PlanMismatchError, RowsDifferError
 from flashcp.comm.fabrics.base import Fabric, Region
-from flashcp.comm.fabrics.memory import FOLDER, shared_memories
+from flashcp.comm.fabrics.memory import FOLDER, has_shared_memory, shared_memories
 from flashcp.comm.fabrics.shm import ShmFabric
 from flashcp.comm.handshake import Handshake
 from flashcp.comm.heap import MIB, SymmetricHeap
@@ -227,17 +226,18 @@ def _usable(backend: str, hosts: int) -> tuple[tuple[str, ...], str]:
         return (backend, *symmetric, "nvshmem"), why
     if hosts > 1:
         return ("gloo",), f"the ranks are on {hosts} hosts, and shm needs one"
-    if not FOLDER.is_dir():
-        return ("gloo", *symmetric), f"shm needs {FOLDER}"
+    if not has_shared_memory():
+        return ("gloo", *symmetric), f"shm needs {FOLDER} and files without a name there"
     return ("shm", "gloo", *symmetric), "the ranks share one host's memory"
 
 
 def _host() -> str:
-    """The same for processes of one host that see the same shared memory.
+    """The same for processes of one host that see the same shared memory and each other.
 
     Hosts are told apart by name too: those that share a kernel may share /dev/shm, and still are different nodes to
     whoever started them.
     """
-    boot = Path("/proc/sys/kernel/random/boot_id")
+    boot, processes = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     kernel = boot.read_text().strip() if boot.exists() else ""
-    return f"{kernel}/{os.stat(FOLDER).st_dev if FOLDER.is_dir() else ''}/{socket.gethostname()}"
+    seen = (FOLDER.stat().st_dev, processes.stat().st_ino) if has_shared_memory() and processes.exists() else ()
+    return f"{kernel}/{seen}/{socket.gethostname()}"

@@ -106,8 +106,9 @@ def test_the_limit_says_how_much_is_missing_and_what_gives_it() -> None:
     assert ranks.transport.receive_bytes == 2 * MIB
 
 
-def test_a_full_file_system_is_an_error_and_leaves_no_file() -> None:
-    before = set(os.listdir(FOLDER))
+def test_a_full_file_system_is_an_error_and_leaves_nothing() -> None:
+    gc.collect()
+    before = descriptors()
     full = patch("os.posix_fallocate", side_effect=OSError(28, "No space left on device"))
     with (
         full,
@@ -120,12 +121,29 @@ def test_a_full_file_system_is_an_error_and_leaves_no_file() -> None:
     gc.collect()
     ranks = Ranks()
     inbox = ranks.inbox()
-    assert {name for name in set(os.listdir(FOLDER)) - before if name.startswith("flashcp")} == set()
     mapped = mappings()
     del inbox, ranks
     gc.collect()
     assert mappings() == mapped - 1, "memory that nobody uses is given back"
+    assert descriptors() == before
+
+
+def test_memory_never_has_a_name_that_a_killed_rank_would_leave() -> None:
+    names, allocate = [], os.posix_fallocate
+
+    def look(descriptor: int, start: int, size: int) -> None:
+        allocate(descriptor, start, size)
+        names.append(os.fstat(descriptor).st_nlink)
+
+    with patch("os.posix_fallocate", look):
+        Ranks().inbox()
+    assert names == [0]
 
 
 def mappings() -> int:
-    return Path("/proc/self/maps").read_text().count("flashcp-")
+    """Of this process, of files in shared memory that have no name."""
+    return Path("/proc/self/maps").read_text().count(f"{FOLDER}/#")
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))

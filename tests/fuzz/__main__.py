@@ -1,4 +1,5 @@
-"""`make fuzz SECONDS=60 ONLY=lengths`: every parser for so long, or those whose names hold a word; then a table.
+"""`make fuzz SECONDS=60 ONLY=lengths`: every parser for so long, or those of a group or whose names hold a word; then a
+table. The groups: planning, checkpoints, data, command line.
 
 With OUT=FOLDER the table becomes rows there, beside those of other parsers.
 Exit code 1 where an input was not parsed as documented. What was found is kept in a folder beside other caches
@@ -57,16 +58,21 @@ def write(found: list[dict[str, Any]], seconds: float, folder: Path) -> None:
 
 def main(seconds: float, only: str = "", folder: str = "") -> int:
     """Exit code: 0, or 1 where something failed."""
-    names = [parser.name for parser in parsers() if only in parser.name]
+    every = parsers()
+    own = [parser for parser in every if parser.group == only] or [parser for parser in every if only in parser.name]
+    names = [parser.name for parser in own]
     if not names or not seconds > 0:
         print(
-            f"SECONDS={seconds:g} ONLY={only!r}: expected more than 0, and a part of a parser's name", file=sys.stderr
+            f"SECONDS={seconds:g} ONLY={only!r}: expected more than 0, and a group or a part of a parser's name",
+            file=sys.stderr,
         )
         return 2
     CACHE.mkdir(parents=True, exist_ok=True)
     found = []
     for name in names:
         found.append(fuzz_in_child(name, seconds, str(CACHE)))
+        if folder:
+            write(found[-1:], seconds, Path(folder))
         print(f"{name}: {found[-1]['inputs']} inputs", file=sys.stderr)
     rows = [
         [
@@ -78,8 +84,6 @@ def main(seconds: float, only: str = "", folder: str = "") -> int:
         for one in found
     ]
     print(table(["parser", "inputs", "lines of ours", "new failures", "peak MiB more"], rows))
-    if folder:
-        write(found, seconds, Path(folder))
     for one in filter(lambda one: one["failure"], found):
         print(f"\n{one['parser']}: {one['failure']}\n  {one['input']}")
     return int(any(one["failure"] for one in found))

@@ -38,12 +38,13 @@ IDENTITY = {"model": {"dim": 8}, "data": {"path": "x"}, "run": {"context": 64}}
 
 class Parser(NamedTuple):
     """seeds: good content. parse: raises ValueError, in one line, for what is none. file: what it is written to below a
-    folder that parse is given; empty: parse takes the bytes themselves."""
+    folder that parse is given; empty: parse takes the bytes themselves. group: of parsers of one part of the house."""
 
     name: str
     seeds: list[bytes]
     parse: Callable[..., object]
     file: str = ""
+    group: str = ""
 
 
 def parsers() -> list[Parser]:
@@ -58,29 +59,41 @@ def parsers() -> list[Parser]:
     metrics = b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n'
     table = (ROOT / "experiments/results/lab/4x2_pile/results.csv").read_bytes().splitlines(keepends=True)
     checkpoint = _checkpoint()
-    found = [
-        Parser("plan", plans, _plan),
-        Parser("lengths", lengths, _lengths, "lengths.txt"),
-        Parser("cluster, machine.yaml", [file.read_bytes() for file in clusters], _cluster, "cluster.yaml"),
-        Parser("configuration of a run", [config], _run_config, "config.json"),
-        Parser("identity.json", [identity], _identity, "identity.json"),
-        Parser("signed identity", [identity], _signed, "given.json"),
-        Parser("latest.json", [b'{"checkpoint": "checkpoints/step_1", "lineage": "01234567"}'], find_latest, LATEST),
-        Parser("metadata of a checkpoint", [checkpoint["metadata"]], _metadata, "step/.metadata"),
-        Parser("weights of a checkpoint", [checkpoint["weights"]], _weights, "step/__0_0.distcp"),
-        Parser("step.json", [b'{"world_size": 2, "found": "nan"}'], _step, "step.json"),
-        Parser("windows.json", [b'[{"tokens": [1, 2], "document_lengths": [2]}]'], _windows, "windows.json"),
-        Parser("metrics.jsonl", [metrics], _metrics, "metrics.jsonl"),
-        Parser("results.csv", [b"".join(table[:8])], read_rows, RESULTS),
-        Parser("text", [b"Ein Text.\r\n", "Übung \U0001f600".encode()], partial(_documents, "text"), "a.txt"),
-        Parser("parquet", _parquet(), partial(_documents, "parquet"), "a.parquet"),
-        Parser("tokenizer", [_tokenizer()], _tokens, "tokenizer.json"),
-        Parser("overrides", overrides, _overrides),
-        Parser("block shapes", [b"forward=128x64x8x3xieee,backward_q=64x64x4x2", b"deterministic=false"], _tuning),
-    ]
-    for suffix, packed in _packed(lines).items():
-        found.append(Parser(f"JSON lines{suffix}", packed, partial(_documents, "jsonl"), f"a.jsonl{suffix}"))
-    return found
+    groups = {
+        "planning": [
+            Parser("plan", plans, _plan),
+            Parser("lengths", lengths, _lengths, "lengths.txt"),
+            Parser("cluster, machine.yaml", [file.read_bytes() for file in clusters], _cluster, "cluster.yaml"),
+            Parser("block shapes", [b"forward=128x64x8x3xieee,backward_q=64x64x4x2", b"deterministic=false"], _tuning),
+            Parser("results.csv", [b"".join(table[:8])], read_rows, RESULTS),
+        ],
+        "checkpoints": [
+            Parser("identity.json", [identity], _identity, "identity.json"),
+            Parser("signed identity", [identity], _signed, "given.json"),
+            Parser(
+                "latest.json", [b'{"checkpoint": "checkpoints/step_1", "lineage": "01234567"}'], find_latest, LATEST
+            ),
+            Parser("metadata of a checkpoint", [checkpoint["metadata"]], _metadata, "step/.metadata"),
+            Parser("weights of a checkpoint", [checkpoint["weights"]], _weights, "step/__0_0.distcp"),
+            Parser("step.json", [b'{"world_size": 2, "found": "nan"}'], _step, "step.json"),
+            Parser("windows.json", [b'[{"tokens": [1, 2], "document_lengths": [2]}]'], _windows, "windows.json"),
+            Parser("metrics.jsonl", [metrics], _metrics, "metrics.jsonl"),
+        ],
+        "data": [
+            Parser("text", [b"Ein Text.\r\n", "Übung \U0001f600".encode()], partial(_documents, "text"), "a.txt"),
+            Parser("parquet", _parquet(), partial(_documents, "parquet"), "a.parquet"),
+            Parser("tokenizer", [_tokenizer()], _tokens, "tokenizer.json"),
+            *(
+                Parser(f"JSON lines{suffix}", packed, partial(_documents, "jsonl"), f"a.jsonl{suffix}")
+                for suffix, packed in _packed(lines).items()
+            ),
+        ],
+        "command line": [
+            Parser("configuration of a run", [config], _run_config, "config.json"),
+            Parser("overrides", overrides, _overrides),
+        ],
+    }
+    return [parser._replace(group=group) for group, found in groups.items() for parser in found]
 
 
 def call(parser: Parser, content: bytes, folder: Path) -> None:

@@ -85,6 +85,8 @@ def test_the_table_and_the_exit_code(
     monkeypatch.setattr(command, "fuzz_in_child", in_child)
     assert command.main(1, "lengths") == 0
     assert capsys.readouterr().out.splitlines()[-1].split() == ["lengths", "1,000", "5", "0", "3"]
+    assert command.main(1, "command line") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["configuration", "overrides"]
     assert command.main(1, "plan") == 1
     assert capsys.readouterr().out.endswith("plan: KeyError: 1\n  b'x'\n")
     assert command.main(0) == command.main(1, "nope") == 2

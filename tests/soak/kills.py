@@ -89,7 +89,7 @@ def kill_once(
         assert (job.launcher.returncode, job.steps()) == (0, STEPS), f"a run ended by itself: {job.log.read_text()}"
     else:
         raise AssertionError(f"{ATTEMPTS} runs ended before they could be killed")
-    step, left = job.steps(), len(set(MEMORY.glob("flashcp-*")) - before)
+    step, left = job.steps(), len(set(MEMORY.iterdir()) - before)
     latest = find_latest(here / "run")
     subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
     return Kill(killed, asynchronous, step, gone_s, left, latest.name if latest else "", losses(here) == whole)
