@@ -44,7 +44,7 @@ def errors(exchange: str, head_ranks: int, kv_heads: int, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_auto_costs_less_than_half_of_the_last_rounding_and_runs_repeat(dtype: torch.dtype) -> None:
-    shared = (12, 1) if dtype == torch.float32 else (12, 4, 2, 1)  # in fp32 nothing is rounded that could differ
+    shared = (12, 4, 2, 1) if dtype == torch.bfloat16 else (12, 1)  # the others go the same ways
     for holders, head_ranks in SHAPES:
         cases = [(exchange, head_ranks, kv, dtype) for exchange in EXCHANGE_CLASSES for kv in shared]
         cases = [case for case in cases if _fits(case[0], holders, head_ranks, case[2])]

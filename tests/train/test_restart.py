@@ -26,24 +26,30 @@ def losses(out: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in read_rows(out)]
 
 
-@pytest.mark.parametrize("kept", [{}, {"asynchronous": True}])
-def test_the_losses_of_a_run_whose_ranks_were_killed(kept: dict[str, Any], tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for folder in (whole, broken):
-        folder.mkdir()
-    with under_way([*torchrun(), write(whole, config(whole / "run"))], whole) as job:
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, float]]:
+    """The losses of a run that nobody killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    with under_way([*torchrun(), write(folder, config(folder / "run"))], folder) as job:
         job.gone(120.0)
         assert job.launcher.returncode == 0
-    command = [*torchrun("--max-restarts=2"), write(broken, config(broken / "run", **kept))]
-    with under_way(command, broken) as job:
+    return losses(folder / "run")
+
+
+@pytest.mark.parametrize("kept", [{}, {"asynchronous": True}])
+def test_the_losses_of_a_run_whose_ranks_were_killed(
+    kept: dict[str, Any], undisturbed: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    command = [*torchrun("--max-restarts=2"), write(tmp_path, config(tmp_path / "run", **kept))]
+    with under_way(command, tmp_path) as job:
         for killed in (1, 0):
             done = job.steps()
             wait(lambda done=done: job.steps() > done + 9, 60.0)  # type: ignore[misc]
             os.kill(job.ranks()[killed], signal.SIGKILL)
         job.gone(120.0)
         assert job.launcher.returncode == 0, job.log.read_text()[-3000:]
-    assert losses(broken / "run") == losses(whole / "run")
-    assert len(losses(broken / "run")) == STEPS
+    assert losses(tmp_path / "run") == undisturbed
+    assert len(undisturbed) == STEPS
 
 
 def test_restarts_without_checkpoints_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
