@@ -33,8 +33,8 @@ class Outcome(NamedTuple):
 
     module_ms: until the last rank of the job is through, forward and backward. attention_ms, copies_ms: of the rank
     with most of both, in the slowest replica; exposed_exchange_ms: the rest of the module, when rows travel that
-    nothing hides, or are awaited from a rank that still attends: so it can be longer than exchange_ms, which is that of
-    the exchange with nothing beside it. forward_ms: the module's forward alone.
+    nothing hides, or are awaited from a rank that still attends. exchange_ms: of the exchange with nothing beside it,
+    or what is exposed of it where such waiting is longer. forward_ms: the module's forward alone.
     attention_forward_ms: of attention_ms. kept_mib, working_mib: buffers for others' KV (see `Module`).
     tokens_imbalance: most tokens of a rank over the mean. critical_rows, saving: all-to-alls counted, as KV rows of the
     same bytes where query and KV heads are equally many.
@@ -204,14 +204,15 @@ def _outcome(planned: Planned, variant: Variant) -> Outcome:
     share = planned.shape.kv_heads / planned.setting.shape.kv_heads
     critical, saving = rows_between_and_inside(route, planned.setting.head_ranks, share)
     tokens = planned.plan.tokens
+    exposed_us = sum(ends) - sum(attention) - sum(copies)
     return Outcome(
         imbalance=float(planned.plan.imbalance),
         critical_rows=float(critical),
         saving=float(saving),
         attention_ms=sum(attention) / 1e3,
         attention_forward_ms=attention[0] / 1e3,
-        exchange_ms=module.exchange_us / 1e3,
-        exposed_exchange_ms=(sum(ends) - sum(attention) - sum(copies)) / 1e3,
+        exchange_ms=max(module.exchange_us, exposed_us) / 1e3,
+        exposed_exchange_ms=exposed_us / 1e3,
         copies_ms=sum(copies) / 1e3,
         module_ms=sum(ends) / 1e3,
         forward_ms=ends[0] / 1e3,

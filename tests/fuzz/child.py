@@ -46,7 +46,8 @@ def counted(lines: set[tuple[str, int]]) -> Iterator[None]:
         return of_line
 
     def of_call(frame: FrameType, event: str, _: Any) -> Any:
-        return of_line if frame.f_code.co_filename.startswith(str(ROOT)) else None
+        file = frame.f_code.co_filename
+        return of_line if file.startswith(str(ROOT)) and "site-packages" not in file else None
 
     before = sys.gettrace()
     sys.settrace(of_call)

@@ -62,6 +62,7 @@ def planning() -> Iterator[Door]:
     for strategy, options in STRATEGY_OPTIONS.items():
         yield Door(f"plan {strategy}", flashcp.plan, options, {"document_lengths": LENGTHS, "world_size": 2,
                                                                "strategy": strategy})  # fmt: skip
+    yield Door("time of a cost", lambda time: flashcp.plan(LENGTHS, 2, cost=lambda plan: time), {"time": 1.0})
     yield Door("Mask window", flashcp.Mask, {"kind": "window", "size": 2, "blocks": [(0, 2)]})
     yield Door("Mask", flashcp.Mask, {"kind": "causal", "size": None, "blocks": []})
     yield Door("from_shards", flashcp.ShardingPlan.from_shards,
@@ -80,8 +81,9 @@ def planning() -> Iterator[Door]:
         yield Door(f"{exchange} received", route.received, {"rank": 0})
         yield Door(f"{exchange} sent", route.sent, {"rank": 0})
         yield Door(f"{exchange} segments", route.segments, {"source": 0, "destination": 1})
-        yield Door(f"{exchange} bytes", route.bytes, {"query_heads": 2, "kv_heads": 2, "head_dim": 4, "dtype_bytes": 2,
-                                                      "backward": True, "gradient_wire": "fp32"})  # fmt: skip
+        heads = {"query_heads": 2, "kv_heads": 2, "head_dim": 4, "dtype_bytes": 2}
+        yield Door(f"{exchange} bytes", partial(_not_negative, route.bytes),
+                   heads | {"backward": True, "gradient_wire": "fp32"})  # fmt: skip
     yield Door("lengths_of position_ids", flashcp.lengths_of, {"position_ids": [0, 1, 0]})
     yield Door("lengths_of cu_seqlens", flashcp.lengths_of, {"cu_seqlens": [0, 2, 3]})
     yield Door("lengths_of seq_idx", flashcp.lengths_of, {"seq_idx": [0, 0, 1]})
@@ -91,6 +93,10 @@ def planning() -> Iterator[Door]:
     yield Door("windows", lambda **given: list(islice(windows(**given), 2)), sampled)
     packing = {"lengths": LENGTHS, "context": 4, "overflow": "carry", "first_start": 0, "keep_last": True}
     yield Door("pack_lengths", lambda **given: list(islice(pack_lengths(**given), 2)), packing, own="lengths")
+
+
+def _not_negative(call: Callable[..., np.ndarray], **given: Any) -> None:
+    assert (call(**given) >= 0).all()
 
 
 def simulating() -> Iterator[Door]:
@@ -150,7 +156,7 @@ def joined() -> Iterator[Door]:
     yield Door("ContextParallel", flashcp.ContextParallel, {
         "group": None, "exchange": "exact", "overlap": "auto", "attention": "auto", "transport": "auto",
         "backward": "keep", "timeout_s": 60.0, "tuning": None, "stages": 2, "options": None, "head_ranks": 1,
-        "gradient_wire": "auto"})  # fmt: skip
+        "gradient_wire": "auto", "verify_rows": False})  # fmt: skip
     cp, plan = flashcp.ContextParallel(), _plan(1)
     layer = {"plan": plan, "window": None, "chunk": None}
     qkv = {"q": _rows(), "k": _rows(), "v": _rows()}

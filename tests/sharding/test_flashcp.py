@@ -168,6 +168,12 @@ def test_never_worse_than_a_member(kind: str, seed: int) -> None:
     assert better_members(made(lengths, world_size)) == []
 
 
+def test_one_document_is_as_even_as_it_can_be() -> None:
+    """By hand: eight ranks with 16,384 rows each; whoever has the last row needs all others'."""
+    for plan in (made([131_072], 8), flashcp_package.plan([131_072], 8, "per_document")):
+        assert (plan.imbalance, plan.route("exact").critical_rows) == (1.0, 114_688)
+
+
 @pytest.mark.parametrize(("data", "world_size"), [("pile", 8), ("wlb_llm", 5)])
 def test_the_plain_loops_make_the_compiled_plan(data: str, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = next(windows(data, WINDOW, 1, seed=3))
@@ -311,8 +317,23 @@ def test_many_windows_on_workers() -> None:
         list(map_ordered(one, packs, workers=0))
 
 
+NAN = float("nan")
+
+
 @pytest.mark.parametrize(
-    "option", [{"tolerance": 0.9}, {"budget": -1}, {"total_weight": -0.1}, {"granularity": 0}, {"max_split": 0}]
+    "option",
+    [
+        {"tolerance": 0.9},
+        {"tolerance": NAN},
+        {"budget": -1},
+        {"total_weight": -0.1},
+        {"total_weight": NAN},
+        {"granularity": 0},
+        {"granularity": NAN},
+        {"max_split": 0},
+        {"max_split": NAN},
+    ],
+    ids=str,
 )
 def test_options_are_checked(option: dict[str, float]) -> None:
     name, value = next(iter(option.items()))

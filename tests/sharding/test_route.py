@@ -86,6 +86,9 @@ def test_savings_and_bytes_by_hand() -> None:
     assert route.critical_rows == 4
     assert route.saving == 0.0
     assert route.bytes(8, 4, 16, 2).tolist() == [2 * 2 * 4 * 16 * 2, 4 * 2 * 4 * 16 * 2]
+    for heads in ((8, 4, -16, 2), (8, -4, 16, 2), (-8, 4, 16, 2), (8, 4, 16, -2), (8, 4, 2**40, 2**40)):
+        with pytest.raises(ValueError, match="expected"):
+            route.bytes(*heads)
     assert route.bytes(8, 4, 16, 4, backward=True).tolist() == [4 * 2 * 4 * 16 * 4, 2 * 2 * 4 * 16 * 4]
     ulysses = plan.route("ulysses")
     assert ulysses.critical_rows == 2 * 4 * 1 / 2

@@ -61,6 +61,17 @@ def test_parts_add_up_and_nothing_is_negative(machine: Machine, overlap: str) ->
         assert outcome.forward_ms < outcome.module_ms, name
 
 
+@pytest.mark.parametrize("lengths", [(48, 42, 40, 3, 1, 13), (12944, 5146, 12308, 15281, 7674, 9218)])
+@pytest.mark.parametrize("overlap", ["none", "staged", "fused"])
+def test_no_more_of_an_exchange_is_exposed_than_it_takes(lengths: tuple[int, ...], overlap: str) -> None:
+    """Ranks also wait for rows of one that attends longer before they leave: 21 times as long, here, as they travel."""
+    pairs = [f"{strategy}+{exchange}" for strategy in flashcp.strategies() for exchange in ("exact", "all_gather")]
+    for ranks in (2, 8):
+        for one in flashcp.simulate(lengths, ranks, methods=pairs, overlap=overlap, head_ranks=1):
+            assert one.exposed_exchange_ms <= one.exchange_ms, one.name
+            assert one.attention_ms + one.copies_ms + one.exposed_exchange_ms == pytest.approx(one.module_ms), one.name
+
+
 def test_the_same_pack_gives_the_same_numbers(machine: Machine) -> None:
     assert run(Setting(machine)) == run(Setting(machine))
 
