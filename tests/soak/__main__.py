@@ -3,8 +3,9 @@
     python -m torch.distributed.run --standalone --nproc-per-node=4 -m tests.soak 2000 FOLDER       (`make soak`)
 
 Every step draws a pack, masks, strategy, exchange, transport, head ranks and overlap, the same on all ranks, and runs
-forward and backward. Operators live for some steps and are closed. Every tenth step is compared with the float64
-reference. Rank 0 writes results.csv and soak.png, and says what grew; the exit code is then 1.
+forward and backward. Operators live for some steps and are closed. Every tenth step is run once more, which has to give
+the same bits, and compared with the float64 reference. Rank 0 writes results.csv and soak.png, and says what grew; the
+exit code is then 1.
 """
 
 from __future__ import annotations
@@ -71,7 +72,10 @@ def draw_choice(draw: random.Random, ranks: int) -> Choice:
 
 
 def run_step(step: int, draw: random.Random, operators: dict[Choice, flashcp.ContextParallel]) -> float:
-    """One forward and backward; its largest relative error where it is compared, else 0."""
+    """One forward and backward; its largest relative error where it is compared, else 0.
+
+    Raises AssertionError where it is run once more, with other bits.
+    """
     choice = draw_choice(draw, dist.get_world_size())
     if choice not in operators:
         if len(operators) == OPERATORS:
@@ -83,18 +87,24 @@ def run_step(step: int, draw: random.Random, operators: dict[Choice, flashcp.Con
     plan = flashcp.plan(lengths, cp.holders, strategy, masks=masks)
     q, k, v, grad = random_qkv(sum(lengths), 16, 16 if choice.exchange == "ulysses" else 4, 8, torch.float32, step)
     local = [cp.shard(x, plan).requires_grad_() for x in (q, k, v)]
-    out = cp.prefetch(*local[1:], plan).attention(local[0]) if draw.random() < 0.5 else cp.attention(*local, plan)
-    gradients = torch.autograd.grad(out, local, cp.shard(grad, plan))
+    prefetch = draw.random() < 0.5
+
+    def run() -> list[torch.Tensor]:
+        out = cp.prefetch(*local[1:], plan).attention(local[0]) if prefetch else cp.attention(*local, plan)
+        return [out, *torch.autograd.grad(out, local, cp.shard(grad, plan))]
+
+    found = run()
     if step % COMPARED:
         return 0.0
+    assert all(map(torch.equal, found, run())), f"step {step}: other bits the second time"
     whole = [x.double().requires_grad_() for x in (q, k, v)]
     reference = flashcp.reference_attention(*whole, lengths, masks=masks)
     expected = (reference, *torch.autograd.grad(reference, whole, grad.double()))
     size = float(grad.norm() * q.abs().max() * v.abs().max())  # of the terms of gradients that cancel: a row alone
-    got = [cp.unshard(x.detach(), plan) for x in (out, *gradients)]
+    got = [cp.unshard(x.detach(), plan) for x in found]
     return max(
-        relative_error(found, wanted.detach()) if wanted.norm() > 1e-9 * size else float(found.norm()) / size
-        for found, wanted in zip(got, expected, strict=True)
+        relative_error(one, wanted.detach()) if wanted.norm() > 1e-9 * size else float(one.norm()) / size
+        for one, wanted in zip(got, expected, strict=True)
     )
 
 
@@ -142,6 +152,7 @@ def main(steps: int, folder: Path) -> int:
     if int(os.environ["RANK"]) == 0:
         case = f"{steps} steps on {len(told)} processes"
         numbers = [Number("soak", "largest_error", "1", None, max(error for _, error in told), None)]
+        numbers.append(Number("soak", "same_to_the_bit", "1", None, steps // COMPARED, None))
         numbers.append(Number("soak", "seconds", "s", None, time.perf_counter() - begun, None))
         for name in MAY_GROW:
             for when, step in (("first", every[0].step), ("last", every[-1].step)):
