@@ -94,7 +94,7 @@ def _load(text: str, field: str) -> Any:
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"(?:{NUMBER.pattern})$", re.I), "-+.0123456789")
     try:
         found = yaml.load(text, Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError) as error:  # a tag that its text does not fit
         raise ValueError(f"{field}: not YAML ({' '.join(str(error).split())[:80]})") from error
     if not isinstance(found, dict):
         return {} if found is None else found

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import flashcp
 from flashcp.schema import read_dataclass
-from flashcp.sharding.values import first_line
+from flashcp.sharding.values import first_line, read_whole
 from flashcp.train.checkpoint import read_state, verified
 from flashcp.train.checksums import IDENTITY
 from flashcp.train.data.sources import needed
@@ -74,7 +74,9 @@ def export(checkpoint: Path, out: Path, tokenizer: str = "") -> Exported:
     saved = verified(path, Ranks(0, 1, torch.device("cpu")))
     try:
         model = read_dataclass(ModelConfig, saved["model"], "model")
-        data, context, step = dict(saved["data"]), int(saved["run"]["context"]), int(saved["progress"]["step"])
+        data = dict(saved["data"])
+        context = read_whole("context", saved["run"]["context"])
+        step = read_whole("step", saved["progress"]["step"], least=0)
         reads = _tokenizer(data, tokenizer)
         end_id = reads.end_id if reads else None
     except (KeyError, TypeError) as error:

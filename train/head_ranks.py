@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flashcp.choice import Choice, choose
+from flashcp.sharding.values import read_whole
 from flashcp.train.checkpoint import read_chosen
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.documents import read_documents
@@ -47,7 +48,7 @@ def head_ranks_of(
         kept = read_chosen(checkpoint) if checkpoint else {}
         if kept.items() >= asked.items():
             print(f"head_ranks={kept['head_ranks']}, as chosen for {checkpoint}", file=sys.stderr, flush=True)
-            return int(kept["head_ranks"])
+            return read_whole("head_ranks", kept["head_ranks"])
         choice = _choose(config, source, tokenizer, ranks.world_size)
         print(f"parallel.head_ranks=auto, simulated: {choice}", file=sys.stderr, flush=True)
         return choice.head_ranks

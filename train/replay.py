@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import set_state_dict
 
 from flashcp.files import read_bounded
 from flashcp.options import planner
+from flashcp.sharding.values import read_whole
 from flashcp.train.checkpoint import CheckpointError, Progress, read_state, save_checkpoint, state_of, verified
 from flashcp.train.checksums import parse_json
 from flashcp.train.config import TrainConfig
@@ -81,7 +82,7 @@ class KeptStep:
         """Raises ValueError, naming the folder, for one that `keep` did not write."""
         try:
             told = parse_json(read_bounded(folder / "step.json", "step.json", most_mib=1))
-            world_size, found = int(told["world_size"]), str(told["found"])
+            world_size, found = read_whole("world_size", told["world_size"]), str(told["found"])
             config = TrainConfig.from_file(folder / "config.json")
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"replay={str(folder)!r}: no step that a run kept there: {error}") from error

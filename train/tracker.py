@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 from flashcp.limits import one_of
-from flashcp.sharding.values import first_line
+from flashcp.sharding.values import first_line, read_whole
 from flashcp.train.checksums import parse_json
 
 WANDB_MODES = ("offline", "online", "disabled")
@@ -84,7 +84,7 @@ def _earlier_rows(path: Path) -> list[dict[str, Any]]:
             break
         try:
             row = parse_json(line)
-            int(row["step"])
+            read_whole("step", row["step"], least=0)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}:{number}: not a row of metrics ({error}); move the file away") from error
         rows.append(row)

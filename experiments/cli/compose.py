@@ -135,7 +135,8 @@ def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
         if override.startswith(("+", "~")) and not override.lstrip("+~").startswith("hydra"):
             raise ValueError(f"{shown(override)} is not an override: expected KEY=VALUE")
     try:
-        yield
+        with _read_as_yaml():
+            yield
     except Carried as carrier:
         raise carrier.__cause__ or carrier from None
     except MissingConfigException as error:
@@ -160,10 +161,17 @@ def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
             raise
         legal_here = GROUPS.get(given.split("=")[0], ["the sweeps that --help lists"])
         raise ValueError(f"{given}: expected one of {', '.join(legal_here)}") from error
+
+
+@contextmanager
+def _read_as_yaml() -> Iterator[None]:
+    """Whatever YAML's reader raises, of any type where a tag does not fit its text, as a ValueError."""
+    try:
+        yield
     except Exception as error:
-        if not type(error).__module__.startswith("yaml"):
+        if not any(Path(frame.filename).parent.name == "yaml" for frame in extract_tb(error.__traceback__)):
             raise
-        raise ValueError(f"not YAML: {error}") from error
+        raise ValueError(f"not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _complaint(name: str, overrides: Sequence[str], error: Exception) -> str:

@@ -33,6 +33,8 @@ def test_good_input_is_read_and_spoiled_input_refused_in_one_line(name: str, tmp
         ("latest.json", b'{"checkpoint": "\xc2\x85checkpoints/step_1", "lineage": "01234567"}'),
         ("latest.json", b'{"checkpoint": "' + b"[" * 5_000 + b'", "lineage": "01234567"}'),
         ("metrics.jsonl", b"[" * 100_000 + b"\n"),
+        ("metrics.jsonl", b'{"step": 1e9992, "loss": 1.5}\n'),
+        ("step.json", b'{"world_size": 1e9992, "found": "nan"}'),
         ("results.csv", HEADER + b"case,method,metric,ms,," + b"[" * 5_000 + b",1,1,,,,,,,\n"),
         ("JSON lines", b'{"\xe2\x80\xa8text": "a"}\n'),
         ("JSON lines", b'{"' + b"9" * 5_000 + b'": 1}\n'),

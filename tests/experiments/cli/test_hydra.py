@@ -90,6 +90,13 @@ def test_a_file_of_the_user_s_that_is_not_yaml_is_one_line(refused: Callable[...
     assert str(mine) in message
 
 
+@pytest.mark.parametrize("value", ["!!int ''", "!!bool x", "!!timestamp a"])
+def test_a_tag_that_its_text_does_not_fit_is_one_line(refused: Callable[..., str], value: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.yaml").write_text(f"name: {value}")
+    assert refused("simulate", "--config-dir", str(tmp_path), "model=mine").startswith("not YAML: ")
+
+
 def test_a_signal_waits_until_a_verb_is_imported() -> None:
     """Amid the import of a library's native part it would abort the process."""
     code = """if True:
