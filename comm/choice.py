@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,7 +97,7 @@ class Connection(NamedTuple):
                 self.handshake.stopped = self.handshake.stopped or str(error)
                 if not isinstance(error, PlanMismatchError | PeerFailedError | RowsDifferError):  # which all ranks know
                     self.handshake.abandon(call)
-            if "(call " in str(error):
+            if re.search(r"\bcall \d", str(error)):
                 raise
             named = copy(error)  # a transport may raise it again, in another call
             named.args = (f"{error} (call {call})",)

@@ -11,13 +11,10 @@ said nothing, and has sent h - 1 + N / h - 1 messages instead of N - 1.
 
 from __future__ import annotations
 
-import struct
 import time
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
-from enum import IntEnum
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,6 +27,7 @@ from flashcp.comm.errors import (
     PlanMismatchError,
     RowsDifferError,
 )
+from flashcp.comm.header import COMPARED, Header, disagreement, named
 from flashcp.comm.mail import Mail
 from flashcp.comm.waits import bounded
 
@@ -39,54 +37,6 @@ CLOSED = "this ContextParallel was closed: make another one"
 _FAILED, _ABSENT = 1, 2  # in a header's `failed`
 _MOST_RANKS = 1 << 20
 _HOP_S = 1.0  # what news of a rank that stays away may take from its holder to the others
-
-
-class Step(IntEnum):
-    """The moments at which ranks compare notes: those of one call, and the end of all so far."""
-
-    BEGIN = 0
-    ATTENTION = 1
-    BACKWARD = 2
-    SYNCHRONIZE = 3
-
-
-class Header(NamedTuple):
-    """What a rank is about to do, one int64 each.
-
-    failed: 1 when it stopped with an error of its own; 2 when it did not come, as others say of it; negative
-    when rows of a rank came to it, in a call, that are not those that were sent (`Handshake.note`). step: which
-    exchange of the call, a `Step`. plan: as this layer narrows it. query_heads and what follows from scores: 0 while
-    only KV leaves. dtype, scale and softcap: codes that differ when the values do. sinks: whether there are any.
-    log_sums: whether they are returned. gathers: whether rows of any kind travel, for nobody's queries yet.
-    verify_rows: whether checksums travel beside rows.
-    oldest, oldest_inside: the oldest inbox between holders and inside the holder that the rank still reads; they are
-    passed on, not compared.
-    """
-
-    failed: int = 0
-    call: int = 0
-    step: int = 0
-    plan: int = 0
-    exchange: int = 0
-    query_heads: int = 0
-    kv_heads: int = 0
-    head_dim: int = 0
-    row_bytes: int = 0
-    dtype: int = 0
-    scale: int = 0
-    softcap: int = 0
-    sinks: int = 0
-    log_sums: int = 0
-    gradients: int = 0
-    refetch: int = 0
-    gradient_wire: int = 0
-    gathers: int = 0
-    verify_rows: int = 0
-    oldest: int = 0
-    oldest_inside: int = 0
-
-
-_COMPARED = Header._fields[: Header._fields.index("oldest")]
 
 
 class Handshake:
@@ -232,7 +182,7 @@ class PendingHeader:
             self._hear(self._handshake.inside, self._inside, self._timeout_s)
             for name in self._missing:
                 self._holder[name % len(self._holder), 0] = _ABSENT
-            said = self._holder[:, : len(_COMPARED)]
+            said = self._holder[:, : len(COMPARED)]
             self.differs = bool(said[:, 0].any() or (said != said[0]).any())
         across = self._handshake.across
         with bounded(self._timeout_s, self._handshake.rank, "headers to leave"):
@@ -263,7 +213,7 @@ class PendingHeader:
             raise self._gone
         if self._missing:
             raise ExchangeTimeoutError(
-                f"rank {handshake.rank} waited {self._timeout_s:g} s: {_named(self._missing)} did not come to the "
+                f"rank {handshake.rank} waited {self._timeout_s:g} s: {named(self._missing)} did not come to the "
                 f"exchange (call {header.call})"
             )
         headers = self._headers.flatten(0, 1)
@@ -294,20 +244,11 @@ def _judge(headers: Tensor, mine: Header) -> None:
             "did not come to the exchange (call {call}), as the other ranks of its holder say",
         ),
     ):
-        named = (headers[:, 0] == code).nonzero().flatten().tolist()
-        if named:
-            raise error(f"{_named(named)} {what.format(call=mine.call)}")
-    columns = dict(zip(_COMPARED, headers.T.tolist(), strict=False))
-    operations = map(_operation, columns["exchange"], columns["gathers"])
-    columns = {"call": columns["call"], "step": columns["step"], "operation": list(operations), **columns}
-    for field, values in columns.items():
-        if len(set(values)) > 1:
-            said = "; ".join(
-                f"{_named([rank for rank, value in enumerate(values) if value == each])} {_said(field, each)}"
-                for each in sorted(set(values), key=lambda value: (values.count(value), value))
-            )
-            what = "plan or the layer's window or chunk" if field == "plan" else field.replace("_", " ")
-            raise PlanMismatchError(f"ranks disagree on {what} (call {mine.call}): {said}")
+        ranks = (headers[:, 0] == code).nonzero().flatten().tolist()
+        if ranks:
+            raise error(f"{named(ranks)} {what.format(call=mine.call)}")
+    if words := disagreement(headers.tolist(), mine.call):
+        raise PlanMismatchError(words)
 
 
 def _judge_rows(failed: Mapping[int, int]) -> None:
@@ -318,25 +259,7 @@ def _judge_rows(failed: Mapping[int, int]) -> None:
             readers.setdefault(divmod(-code - 1, _MOST_RANKS), []).append(reader)
     if readers:
         said = (
-            f"{_named(some)} received rows of rank {source} that are not those that were sent (call {call})"
+            f"{named(some)} received rows of rank {source} that are not those that were sent (call {call})"
             for (call, source), some in sorted(readers.items())
         )
         raise RowsDifferError("; ".join(said))
-
-
-def _operation(exchange: int, gathers: int) -> str:
-    """What ranks call: those that call different things differ in all the rest too."""
-    return {-1: "unshard", -2: "reshard"}.get(exchange, "gather" if gathers else "attention")
-
-
-def _said(field: str, value: int | str) -> str:
-    """A compared value as a user knows it."""
-    if field == "plan":
-        return f"{int(value) % (1 << 64):016x}"
-    if field in ("scale", "softcap"):
-        return repr(struct.unpack("<d", struct.pack("<q", value))[0])
-    return str(value)
-
-
-def _named(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

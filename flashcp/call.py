@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from flashcp.comm.choice import Connection
 from flashcp.comm.exchanges.exchange import AttentionSettings, Exchange, IncomingKV
-from flashcp.comm.handshake import Handshake, Header, Step
+from flashcp.comm.handshake import Handshake
+from flashcp.comm.header import Header, Step, float_code
 from flashcp.kernels.inputs import check_return_lse
 from flashcp.kernels.scores import Scores
 from flashcp.sharding.plan import ShardingPlan
@@ -96,10 +96,10 @@ def versions(k: Tensor, v: Tensor) -> tuple[int, int]:
 
 
 def query_codes(queries: Queries) -> dict[str, int]:
-    """What a header says of queries and their scores; floats as the int64 of the same bits."""
+    """What a header says of queries and their scores."""
     q, scores, return_lse = queries
     check_return_lse(return_lse)
-    scale, softcap = (struct.unpack("<q", struct.pack("<d", number))[0] for number in scores[:2])
+    scale, softcap = map(float_code, scores[:2])
     with_sinks = scores.sinks is not None
     return {
         "query_heads": q.shape[1],

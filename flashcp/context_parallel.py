@@ -16,7 +16,7 @@ from flashcp.call import Begun, Call, Layer, Queries, query_codes, versions
 from flashcp.comm.choice import TRANSPORTS, Connection, TransportOptions, connect
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.exchanges.exchange import AttentionSettings
-from flashcp.comm.handshake import Header
+from flashcp.comm.header import RESHARD, Header, exchange_code, wire_code
 from flashcp.gather import Gathering, Pairs, attend, check_pairs, check_receives
 from flashcp.handle import Handle, autocast, run
 from flashcp.joined_ranks import JoinedRanks, check_rows, header_codes
@@ -211,10 +211,10 @@ class ContextParallel(JoinedRanks):
                 raise ValueError(f"x is {x.dtype}: expected a floating-point dtype")
             return Header(
                 **header_codes(plan.narrow(window, chunk), x),
-                exchange=list(EXCHANGE_CLASSES).index(self.exchange),
+                exchange=exchange_code(self.exchange),
                 row_bytes=math.prod(x.shape[1:]) * x.element_size(),
                 gradients=torch.is_grad_enabled() and x.requires_grad,
-                gradient_wire=GRADIENT_WIRES.index(self.gradient_wire),
+                gradient_wire=wire_code(self.gradient_wire),
                 kv_heads=1,
                 gathers=1,
             )
@@ -295,7 +295,7 @@ class ContextParallel(JoinedRanks):
             check_same_pack(before, after)
             codes = header_codes(before, x)
             codes["plan"] ^= header_codes(after, x)["plan"] >> 1
-            return Header(**codes, exchange=-2, row_bytes=math.prod(x.shape[1:]) * x.element_size(),
+            return Header(**codes, exchange=RESHARD, row_bytes=math.prod(x.shape[1:]) * x.element_size(),
                           gradients=torch.is_grad_enabled() and x.requires_grad)  # fmt: skip
 
         agreed, posted = self._agree(header)
@@ -398,12 +398,12 @@ class ContextParallel(JoinedRanks):
         return Header(
             **header_codes(narrow, k),
             **of_queries,
-            exchange=list(EXCHANGE_CLASSES).index(self.exchange),
+            exchange=exchange_code(self.exchange),
             kv_heads=k.shape[1],
             head_dim=k.shape[2],
             gradients=gradients,
             refetch=self.backward == "refetch",
-            gradient_wire=GRADIENT_WIRES.index(self.gradient_wire),
+            gradient_wire=wire_code(self.gradient_wire),
         )
 
     def _call(

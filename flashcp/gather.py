@@ -20,7 +20,7 @@ from flashcp.call import Call
 from flashcp.comm.clock import Clock, span
 from flashcp.comm.exchanges.exchange import Exchange, IncomingKV
 from flashcp.comm.exchanges.receiving import ReceivingExchange
-from flashcp.comm.handshake import Header, Step
+from flashcp.comm.header import Header, Step
 from flashcp.kernels.inputs import check_heads, check_inputs
 from flashcp.kernels.interface import KV, AttentionKernel
 from flashcp.kernels.schedule import Schedule

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
@@ -17,7 +16,8 @@ from flashcp.comm.errors import ExchangeError
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
 from flashcp.comm.exchanges.exchange import Exchange
 from flashcp.comm.exchanges.heads import Heads
-from flashcp.comm.handshake import CLOSED, Header, PendingHeader, Step
+from flashcp.comm.handshake import CLOSED, PendingHeader
+from flashcp.comm.header import UNSHARD, Header, Step, dtype_code
 from flashcp.comm.transport import Transport
 from flashcp.kernels.uploads import to_device
 from flashcp.sharding.holders import positions_of_rank
@@ -130,7 +130,7 @@ class JoinedRanks:
             row = local.shape[:dim] + local.shape[dim:][1:]
             gradients = torch.is_grad_enabled() and local.requires_grad
             row_bytes = math.prod(row) * local.element_size()
-            return Header(**header_codes(plan, local), exchange=-1, row_bytes=row_bytes, gradients=gradients)
+            return Header(**header_codes(plan, local), exchange=UNSHARD, row_bytes=row_bytes, gradients=gradients)
 
         agreed, posted = self._agree(header)
         if posted is not None:
@@ -232,7 +232,7 @@ def _read_device(device: object) -> torch.device:
 def header_codes(plan: ShardingPlan, x: Tensor) -> dict[str, int]:
     """What a header says of both: the fingerprint as an int64, the same number for the same dtype on every rank."""
     fingerprint = int.from_bytes(bytes.fromhex(plan.fingerprint), "big", signed=True)
-    return {"plan": fingerprint, "dtype": zlib.crc32(str(x.dtype).encode())}
+    return {"plan": fingerprint, "dtype": dtype_code(x.dtype)}
 
 
 def check_rows(name: str, x: Tensor, tokens: int, rank: int) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from flashcp.call import Begun, Call, Queries, query_codes
 from flashcp.comm.clock import span
 from flashcp.comm.exchanges.exchange import InputGradients, Saved
-from flashcp.comm.handshake import Step
+from flashcp.comm.header import Step
 from flashcp.kernels.inputs import check_inputs
 from flashcp.kernels.interface import KV
 from flashcp.kernels.scores import Scores

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flashcp.comm.choice import Connection
-from flashcp.comm.handshake import Header, Step
+from flashcp.comm.header import Header, Step
 from flashcp.comm.transport import OutgoingRows, Transport
 from flashcp.kernels.uploads import Uploaded
 from flashcp.sharding.documents import expand_ranges

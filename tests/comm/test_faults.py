@@ -32,13 +32,13 @@ BOUND_S = 2 * TIMEOUT_S + 1 + 4
 TRANSPORTS = ("gloo", "shm")
 EXCHANGES = ("exact", "compacted", "all_gather", "ring", "ulysses")
 OTHER = {
-    "plan": "plan or the layer's window or chunk",
-    "dtype": "dtype",
-    "shape": "kv heads",
-    "exchange": "exchange",
-    "verify_rows": "verify rows",
+    "plan": ("plan or the layer's window or chunk", ""),
+    "dtype": ("dtype", "torch.bfloat16; "),
+    "shape": ("kv heads", "6; "),
+    "exchange": ("exchange", "all_gather; "),
+    "verify_rows": ("verify rows", "yes; "),
 }
-"""What one rank has another of, and what the header's comparison calls it."""
+"""What one rank has another of: what the header's comparison calls it, and its value."""
 
 
 class Cell(NamedTuple):
@@ -177,7 +177,8 @@ def check(cell: Cell, rank: int, given: Answer) -> None:
         assert re.search(rf"received rows of rank {odd} that are not those that were sent \(call [23]\)", given.said)
     elif cell.answer == "disagree":
         assert given.kind == "PlanMismatchError"
-        assert f"disagree on {OTHER[cell.fault.kind]} (call 1): rank {odd} " in given.said
+        field, value = OTHER[cell.fault.kind]
+        assert f"disagree on {field} (call 1): rank {odd} {value}" in given.said
     elif rank == odd and of_a_rank:
         assert given.kind == "Mishap"
     else:

@@ -74,7 +74,7 @@ def only_rank_1_verifies(transport: str) -> str:
 @pytest.mark.parametrize("transport", ["shm", "gloo"])
 def test_ranks_that_disagree_on_it_are_named(transport: str) -> None:
     for said in run_ranks(only_rank_1_verifies, 2, transport):
-        assert "ranks disagree on verify rows (call 1): rank 0 0; rank 1 1" in said
+        assert "ranks disagree on verify rows (call 1): rank 0 no; rank 1 yes" in said
 
 
 def of_operation(transport: str, operation: str, backward: bool) -> str:

@@ -11,7 +11,8 @@ import torch.distributed as dist
 import flashcp
 from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError, PeerFailedError, PlanMismatchError
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
-from flashcp.comm.handshake import Handshake, Header
+from flashcp.comm.handshake import Handshake
+from flashcp.comm.header import Header
 from flashcp.comm.mail import Mail
 from tests.packs import random_qkv
 from tests.ranks import run_cases, run_ranks
@@ -88,17 +89,29 @@ def other_settings_on_rank_0(what: str, exchange: str) -> str:
     return message(PlanMismatchError, call)
 
 
+OTHERS = {
+    "exchange": "rank 0 all_gather; rank 1 {exchange}",
+    "kv heads": "rank 0 4; rank 1 2",
+    "query heads": "rank 0 2; rank 1 4",
+    "dtype": "rank 0 torch.float16; rank 1 torch.bfloat16",
+    "scale": "rank 0 1.0; rank 1 0.35",
+    "softcap": "rank 0 4.0; rank 1 0.0",
+    "gradients": "rank 0 yes; rank 1 no",
+    "refetch": "rank 0 yes; rank 1 no",
+    "gradient wire": "rank 0 fp32; rank 1 auto",
+    "plan or the layer's window or chunk": "rank 0 {one}; rank 1 {all}",
+}
+"""What rank 0 has another of, and what all say of it."""
+
+
 @pytest.mark.parametrize("exchange", ["exact", "ring", "ulysses"])
-def test_other_exchanges_shapes_dtypes_scales_and_settings_are_named(exchange: str) -> None:
-    names = ["exchange", "kv heads", "query heads", "dtype", "scale", "gradients", "refetch", "gradient wire"]
-    cases = [(what, exchange) for what in (*names, "softcap", "plan or the layer's window or chunk")]
+def test_other_exchanges_shapes_dtypes_scales_and_settings_are_named_with_both_values(exchange: str) -> None:
+    plan = flashcp.plan(TODAY, 2, "per_document")
+    values = {"exchange": exchange, "one": plan.narrow(5, None).fingerprint, "all": plan.fingerprint}
+    cases = [(what, exchange) for what in OTHERS]
     for (what, _), ranks in zip(cases, run_cases(other_settings_on_rank_0, 2, cases), strict=True):
         for said in ranks:
-            assert f"disagree on {what} " in said
-            assert "rank 0" in said
-            assert "rank 1" in said
-            assert what != "scale" or "rank 0 1.0" in said
-            assert what != "softcap" or "rank 0 4.0" in said
+            assert said.startswith(f"ranks disagree on {what} (call 1): {OTHERS[what].format(**values)}")
 
 
 def handles_out_of_order(exchange: str) -> str:
@@ -111,7 +124,9 @@ def handles_out_of_order(exchange: str) -> str:
 
 def test_handles_used_in_another_order_are_named() -> None:
     for exchange in ("ring", "ulysses"):
-        assert all("disagree on call" in said for said in run_ranks(handles_out_of_order, 2, exchange))
+        for said in run_ranks(handles_out_of_order, 2, exchange):
+            where = "rank 0 is at call 2, forward (attention); rank 1 is at call 1, forward (attention)"
+            assert said == f"{where}: expected calls in the same order on all ranks"
 
 
 def thrown_away_handles(exchange: str) -> None:
@@ -191,6 +206,22 @@ def absent_in_the_backward() -> str:
 
 def test_a_rank_that_skips_the_backward_is_named() -> None:
     assert "rank 0 did not come" in run_ranks(absent_in_the_backward, 2)[1]
+
+
+def goes_on_without_its_backward(transport: str, then: str) -> str:
+    cp = flashcp.ContextParallel(timeout_s=20, transport=transport)
+    plan = flashcp.plan(TODAY, 3, "per_document")
+    out = attention(cp, plan, grad=True)
+    next_call = cp.synchronize if then == "synchronize" else lambda: attention(cp, plan)
+    return message(PlanMismatchError, next_call if cp.rank == 0 else out.sum().backward)
+
+
+def test_a_rank_that_goes_on_without_its_backward_is_named_with_what_it_skipped() -> None:
+    cases = [(transport, then) for transport in ("shm", "gloo") for then in ("call 2, forward", "synchronize")]
+    for (_, then), said in zip(cases, run_cases(goes_on_without_its_backward, 3, cases), strict=True):
+        at = f"call 1, {then}" if then == "synchronize" else then
+        why = f"rank 0 is at {at}; ranks 1, 2 are at call 1, backward: did rank 0 skip its backward?"
+        assert said == [why] * 3
 
 
 def absent_for_part_of_a_millisecond(timeout_s: float) -> str:
