@@ -94,7 +94,7 @@ class Connection(NamedTuple):
             yield
         except ExchangeError as error:
             if self.handshake is not None:
-                self.handshake.stopped = self.handshake.stopped or str(error)
+                self.handshake.stop(error)
                 if not isinstance(error, PlanMismatchError | PeerFailedError | RowsDifferError):  # which all ranks know
                     self.handshake.abandon(call)
             if re.search(r"\bcall \d", str(error)):
@@ -140,6 +140,7 @@ def connect(
                 "head_ranks": head_ranks,
             },
         )
+        mail.set_apart()
     handshake = Handshake(mails[-1], mails[0] if len(mails) == 2 else None)
     between: Transport = Alone()
     inside: Transport | None = None

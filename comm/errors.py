@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+NEW_GROUP = "make a new process group, or start the run again"
+"""What helps where `ends_group` is set."""
+
 
 class ExchangeError(RuntimeError):
-    """Ranks could not exchange rows. The process group should not be used after it."""
+    """Ranks could not exchange rows.
+
+    ends_group: whether nobody can use the process group any more, which messages go over too: gloo closes connections
+    after a time-out, and cannot open them again.
+    """
+
+    def __init__(self, message: str, ends_group: bool = False) -> None:
+        super().__init__(message)
+        self.ends_group = ends_group
 
 
 class ExchangeTimeoutError(ExchangeError):

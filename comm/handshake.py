@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashcp.comm.errors import (
+    NEW_GROUP,
     ExchangeError,
     ExchangeTimeoutError,
     PeerFailedError,
@@ -29,9 +30,7 @@ from flashcp.comm.errors import (
 )
 from flashcp.comm.header import COMPARED, Header, disagreement, named
 from flashcp.comm.mail import Mail
-from flashcp.comm.waits import bounded
 
-_TAG = 7701  # keeps headers apart from rows on the same pair of ranks
 _AHEAD = 8  # headers posted and not yet compared
 CLOSED = "this ContextParallel was closed: make another one"
 _FAILED, _ABSENT = 1, 2  # in a header's `failed`
@@ -44,8 +43,8 @@ class Handshake:
 
     across: reaches the rank of the same place in every other holder. inside: reaches the other ranks of this holder;
     None where a rank is a holder. Both name a rank by its number among all.
-    stopped: why ranks may have come apart, by an error that was raised here; empty while all is well. abandoned:
-    whether this rank then left the others where they were.
+    stopped: why ranks may have come apart, by an error that was raised here; empty while all is well. group_ended:
+    whether it took the process group along. abandoned: whether this rank then left the others where they were.
     call: which one this rank is at.
     oldest: the least `oldest` and `oldest_inside` of all ranks in the headers compared last: the same on all ranks at
     the same point of the program.
@@ -57,7 +56,7 @@ class Handshake:
         self.rank, self.world_size = across.names[across.rank], across.world_size * self.head_ranks
         self.timeout_s = across.timeout_s
         self.oldest = [0, 0]
-        self.stopped, self.abandoned, self.closed = "", False, False
+        self.stopped, self.group_ended, self.abandoned, self.closed = "", False, False, False
         self.call, self._noted = 0, 0
         self._posted: deque[PendingHeader] = deque()
         self._last_words: list[dist.Work | None] = []
@@ -78,10 +77,14 @@ class Handshake:
         while len(self._posted) >= _AHEAD:
             self._posted[0].check()
         header = header._replace(failed=header.failed or self._noted)
-        posted = PendingHeader(self, header, self.timeout_s if timeout_s is None else timeout_s)
-        self._posted.append(posted)
-        if self.inside is None:  # there is nobody to hear first
-            posted.pass_on()
+        try:
+            posted = PendingHeader(self, header, self.timeout_s if timeout_s is None else timeout_s)
+            self._posted.append(posted)
+            if self.inside is None:  # there is nobody to hear first
+                posted.pass_on()
+        except ExchangeError as error:
+            self.stop(error)
+            raise
         return posted
 
     def note(self, source: int) -> None:
@@ -97,8 +100,14 @@ class Handshake:
     def check_together(self, puts: bool) -> None:
         """Raises ExchangeError where an earlier error may have left ranks at different points of the program. puts:
         whether rows are put into others' memory, where any error may have."""
-        if self.stopped and (puts or self.abandoned):
-            raise ExchangeError(f"ranks came apart at an earlier error, make a new ContextParallel: {self.stopped}")
+        if self.stopped and (puts or self.abandoned or self.group_ended):
+            advice = NEW_GROUP if self.group_ended else "make a new ContextParallel"
+            raise ExchangeError(f"ranks came apart at an earlier error, {advice}: {self.stopped}", self.group_ended)
+
+    def stop(self, error: ExchangeError) -> None:
+        """Ranks may have come apart by an error that was raised here; the first one counts."""
+        self.stopped = self.stopped or str(error)
+        self.group_ended |= error.ends_group
 
     def meet_inside(self) -> None:
         """Return when the ranks of this holder agree on all headers posted so far, and the other holders were told.
@@ -129,7 +138,7 @@ class Handshake:
         for mail, said in ((self.inside, words), (self.across, holder)):
             for rank in mail.others if mail else []:
                 with suppress(RuntimeError):
-                    self._last_words.append(mail.send(said, rank, _TAG))  # type: ignore[union-attr]
+                    self._last_words.append(mail.send(said, rank, mail.tag))  # type: ignore[union-attr]
 
 
 class PendingHeader:
@@ -149,12 +158,11 @@ class PendingHeader:
         self._passed_on = self.differs = False
         self._missing: list[int] = []
         self._gone: ExchangeError | None = None
-        with bounded(timeout_s, handshake.rank, "headers to leave"):
-            self._inside = (
-                {rank: inside.receive(self._holder[rank], rank, _TAG) for rank in inside.others} if inside else {}
-            )
-            self._across = {rank: across.receive(self._headers[rank], rank, _TAG) for rank in across.others}
-            self._sends = [(inside, rank, inside.send(own, rank, _TAG)) for rank in inside.others] if inside else []
+        self._inside = (
+            {rank: inside.receive(self._holder[rank], rank, inside.tag) for rank in inside.others} if inside else {}
+        )
+        self._across = {rank: across.receive(self._headers[rank], rank, across.tag) for rank in across.others}
+        self._sends = [(inside, rank, inside.send(own, rank, inside.tag)) for rank in inside.others] if inside else []
 
     def pass_on(self) -> None:
         """Wait for the other ranks of this holder, earlier headers first, and tell the other holders what was said;
@@ -171,7 +179,7 @@ class PendingHeader:
             try:
                 queue.popleft()._compare()
             except ExchangeError as error:
-                self._handshake.stopped = self._handshake.stopped or str(error)
+                self._handshake.stop(error)
                 raise
 
     def _pass_on(self) -> None:
@@ -185,8 +193,7 @@ class PendingHeader:
             said = self._holder[:, : len(COMPARED)]
             self.differs = bool(said[:, 0].any() or (said != said[0]).any())
         across = self._handshake.across
-        with bounded(self._timeout_s, self._handshake.rank, "headers to leave"):
-            self._sends += [(across, rank, across.send(self._holder, rank, _TAG)) for rank in across.others]
+        self._sends += [(across, rank, across.send(self._holder, rank, across.tag)) for rank in across.others]
 
     def _hear(self, mail: Mail, receives: dict[int, dist.Work | None], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -214,7 +221,8 @@ class PendingHeader:
         if self._missing:
             raise ExchangeTimeoutError(
                 f"rank {handshake.rank} waited {self._timeout_s:g} s: {named(self._missing)} did not come to the "
-                f"exchange (call {header.call})"
+                f"exchange (call {header.call})",
+                ends_group=True,
             )
         headers = self._headers.flatten(0, 1)
         try:
@@ -246,7 +254,7 @@ def _judge(headers: Tensor, mine: Header) -> None:
     ):
         ranks = (headers[:, 0] == code).nonzero().flatten().tolist()
         if ranks:
-            raise error(f"{named(ranks)} {what.format(call=mine.call)}")
+            raise error(f"{named(ranks)} {what.format(call=mine.call)}", ends_group=code == _ABSENT)
     if words := disagreement(headers.tolist(), mine.call):
         raise PlanMismatchError(words)
 

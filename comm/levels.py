@@ -15,7 +15,7 @@ from flashcp.sharding.values import shown
 
 _JOIN_S = 30.0  # the least time that ranks get to form a group
 
-_made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+_made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}  # by the name of what they are parts of, and ranks
 _made_in: list[dist.ProcessGroup] = []  # the default group that those of `_made` are parts of
 
 
@@ -97,14 +97,15 @@ def _of_mesh(mesh: DeviceMesh, head_ranks: int) -> list[Level]:
 
 
 def _part(group: dist.ProcessGroup | None, numbers: Sequence[int], timeout_s: float) -> dist.ProcessGroup:
-    """Some ranks of a group as a group of the same backend; made once, for groups hold threads and sockets."""
+    """Some ranks of a group as a group of the same backend; made once, for groups hold threads and sockets. Another
+    group has parts of its own: those of one that a time-out ended are of no use."""
     default = dist.distributed_c10d._get_default_group()
     if _made_in != [default]:  # groups end with the default one
         _made.clear()
         _made_in[:] = [default]
     every = dist.get_process_group_ranks(group)
     ranks, backend = [every[number] for number in numbers], str(dist.get_backend(group))
-    key = backend, tuple(ranks)
+    key = (group or default).group_name, tuple(ranks)
     if key not in _made:
         patience = timedelta(seconds=max(timeout_s, _JOIN_S))
         same = backend == str(dist.get_backend())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -12,12 +13,16 @@ from torch import Tensor
 from flashcp.comm.ending import end_group, make_group
 from flashcp.comm.waits import bounded
 
-_TAG = 7702  # of shared bytes
+_SHARED, _HEADERS = 7702, 1 << 17  # tags, apart from those of rows (`two_sided.py`)
 _WORDS = 256  # bytes that a rank can share
 
 
 class Mail:
-    """names: what messages and errors call the ranks of the group; their numbers in it unless said otherwise."""
+    """names: what messages and errors call the ranks of the group; their numbers in it unless said otherwise. tag: of
+    headers, which other mail over the same ranks may have too (`set_apart`)."""
+
+    tag = _HEADERS
+    _made: ClassVar[list[int]] = [0]  # how many were set apart on this rank, or on one that it shared a group with
 
     def __init__(self, group: dist.ProcessGroup | None, timeout_s: float, names: Sequence[int] | None = None) -> None:
         self._own: dist.ProcessGroup | None = None
@@ -34,12 +39,20 @@ class Mail:
         return [rank for rank in range(self.world_size) if rank != self.rank]
 
     def send(self, words: Tensor, rank: int, tag: int) -> dist.Work | None:
-        """Start to send. Nobody may write to the words before `wait`."""
-        return dist.isend(words, group=self.group, tag=tag, group_dst=rank)
+        """Start to send. Nobody may write to the words before `wait`. Raises ExchangeError where it cannot start."""
+        with bounded(self.timeout_s, self.names[self.rank], f"words to leave for rank {self.names[rank]}"):
+            return dist.isend(words, group=self.group, tag=tag, group_dst=rank)
 
     def receive(self, words: Tensor, rank: int, tag: int) -> dist.Work | None:
-        """Start to receive: what a rank sent first comes first."""
-        return dist.irecv(words, group=self.group, tag=tag, group_src=rank)
+        """Start to receive: what a rank sent first comes first. Raises ExchangeError where it cannot start."""
+        with bounded(self.timeout_s, self.names[self.rank], f"rank {self.names[rank]}"):
+            return dist.irecv(words, group=self.group, tag=tag, group_src=rank)
+
+    def set_apart(self) -> None:
+        """Give headers a tag of their own: those of an earlier operator that failed may still be on their way. Every
+        rank of the group must call it."""
+        self._made[0] = 1 + max(int(words) for words in self.share(b"%d" % self._made[0]))
+        self.tag = _HEADERS + self._made[0]
 
     def wait(self, work: dist.Work | None, deadline: float, what: str) -> None:
         """Return when a message has come or left. Raises ExchangeTimeoutError past the deadline, ExchangeError when the
@@ -49,12 +62,12 @@ class Mail:
                 work.wait(limit)
 
     def share(self, words: bytes) -> list[bytes]:
-        """A few bytes of every rank, in rank order."""
+        """A few bytes of every rank, in rank order. Raises ExchangeError as `wait` does."""
         padded = torch.frombuffer(bytearray(words[:_WORDS].ljust(_WORDS, b"\0")), dtype=torch.uint8).clone()
         arrived = torch.empty((self.world_size, _WORDS), dtype=torch.uint8)
         arrived[self.rank] = padded
-        works = [(rank, self.receive(arrived[rank], rank, _TAG)) for rank in self.others]
-        works += [(rank, self.send(padded, rank, _TAG)) for rank in self.others]
+        works = [(rank, self.receive(arrived[rank], rank, _SHARED)) for rank in self.others]
+        works += [(rank, self.send(padded, rank, _SHARED)) for rank in self.others]
         deadline = time.monotonic() + self.timeout_s
         for rank, work in works:
             self.wait(work, deadline, f"rank {self.names[rank]} to set up memory")

@@ -21,7 +21,7 @@ from torch import Tensor
 from flashcp.comm.clock import span
 from flashcp.comm.errors import ExchangeError
 from flashcp.comm.transport import ALL, Departures, Inbox, OutgoingRows, Transfer, Transport, row_bytes
-from flashcp.comm.waits import HostWaits, StreamWaits
+from flashcp.comm.waits import HostWaits, StreamWaits, bounded
 
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 """torch 2.13 has both, and warns of the older name."""
@@ -92,7 +92,8 @@ class TwoSided(Transport):
         self.waits.check()
         rows, works = block.packed(), list[Begun]()
         if rows.numel():  # else on no rank: blocks are equally large
-            work = getattr(dist, ALL_GATHER)(_bytes(inbox.rows), _bytes(rows), group=self.group, async_op=True)
+            with bounded(self.timeout_s, self.waits.rank, f"{block.what} of another rank"):
+                work = getattr(dist, ALL_GATHER)(_bytes(inbox.rows), _bytes(rows), group=self.group, async_op=True)
             works = [Begun(work, ALL, f"{block.what} of another rank")]
             self.sent_bytes += (self.world_size - 1) * rows.nbytes
         return self._start(works, [rows, inbox.rows], block.what)
@@ -125,10 +126,11 @@ class TwoSided(Transport):
         asked = [(operation, rows, other) for operation, rows, other in operations if rows.numel()]
         if not asked:
             return []
-        works = dist.batch_isend_irecv([
-            dist.P2POp(operation, _bytes(rows), group=self.group, tag=tag, group_peer=other)
-            for operation, rows, other in asked
-        ])  # fmt: skip
+        with bounded(self.timeout_s, self.waits.rank, f"{what} to leave"):
+            works = dist.batch_isend_irecv([
+                dist.P2POp(operation, _bytes(rows), group=self.group, tag=tag, group_peer=other)
+                for operation, rows, other in asked
+            ])  # fmt: skip
         self.sent_bytes += sum(rows.nbytes for operation, rows, _ in asked if operation is dist.isend)
         if self.name != "gloo":  # the batch is one operation
             return [Begun(work, ALL, f"{what} of another rank") for work in works]

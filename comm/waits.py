@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from flashcp.comm.errors import ExchangeError, ExchangeTimeoutError
+from flashcp.comm.errors import NEW_GROUP, ExchangeError, ExchangeTimeoutError
 from flashcp.comm.watchdog import Watchdog
 
 _LOOK_S = 2e-4  # between two looks at an event that the host waits for
@@ -121,13 +121,19 @@ class StreamWaits(HostWaits):
 def bounded(timeout_s: float, rank: int, what: str) -> Iterator[timedelta]:
     """For operations that must end: gives the time-out to wait with, and turns torch's errors into ours.
 
-    Raises ExchangeTimeoutError past the time-out, ExchangeError when a peer is gone.
+    Raises ExchangeTimeoutError past the time-out, ExchangeError when a peer is gone or the group was ended before.
     """
     try:
         yield timedelta(seconds=max(timeout_s, 0.001))
     except RuntimeError as error:
         text = str(error).splitlines()[0]
         if "timed out" in text.lower():
-            raise ExchangeTimeoutError(f"rank {rank} waited {timeout_s:g} s for {what}") from error
-        lost = "lost the connection" if "connection" in text.lower() or "pair" in text.lower() else "failed"
-        raise ExchangeError(f"rank {rank} {lost} while waiting for {what}: {text}") from error
+            raise ExchangeTimeoutError(f"rank {rank} waited {timeout_s:g} s for {what}", ends_group=True) from error
+        while_ = f"while waiting for {what}"
+        if "timeout caused" in text.lower():
+            why = f"cannot go on {while_}: a time-out ended this process group before; {NEW_GROUP}"
+        elif "connection" in text.lower() or "pair" in text.lower():
+            why = f"lost the connection {while_}: a rank ended, or a time-out ended this process group; {NEW_GROUP}"
+        else:
+            why = f"failed {while_}: {text}"
+        raise ExchangeError(f"rank {rank} {why}", ends_group=True) from error

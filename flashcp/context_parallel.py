@@ -66,10 +66,13 @@ class ContextParallel(JoinedRanks):
     cp.transport and cp.overlap tell what `auto` chose, cp.transport_reason why; cp.stats is a `Clock` of this rank's
     milliseconds. cp.world_size counts ranks, cp.holders = cp.world_size // cp.head_ranks what plans are made for.
     `close`, or the end of a `with` block, ends it.
-    Raises ValueError for names it does not know and groups this rank is no member of. Calls on all ranks must come
+    Raises ValueError for names it does not know and groups this rank is no member of, ExchangeError for a group that a
+    time-out ended. Calls on all ranks must come
     in the same order. Ranks compare call numbers, plans, exchanges, shapes, dtypes, scales and wires before rows move:
     what differs, and whoever fails or stays away, is named in an ExchangeError on every rank within the time-out. After
-    it receive buffers of a one-sided transport are no longer the same on all ranks: every later call raises.
+    it receive buffers of a one-sided transport are no longer the same on all ranks: every later call raises, and says
+    whether a new ContextParallel helps. After a time-out only a new process group does: gloo, which headers go over
+    under every transport, closes its connections then.
     """
 
     def __init__(

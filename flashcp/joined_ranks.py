@@ -152,7 +152,7 @@ class JoinedRanks:
                 level.synchronize()
         except ExchangeError as error:
             if self._handshake is not None:
-                self._handshake.stopped = self._handshake.stopped or str(error)
+                self._handshake.stop(error)
                 with suppress(ExchangeError):
                     self._handshake.compare(header._replace(failed=1), _GRACE_S)
             raise
