@@ -111,15 +111,17 @@ def connect(
     options: TransportOptions,
     head_ranks: int = 1,
     verify_rows: bool = False,
+    version: str = "",
 ) -> Connection:
     """This rank's connection over a group; None: the default one, or this rank alone where none is initialised.
 
     name: of a transport; `auto`: the best that all ranks can use, on each level; two names joined by a plus are those
     of the level inside a holder and of that between holders. timeout_s: bound on every wait. head_ranks: of a holder.
-    verify_rows: checksums travel beside rows.
+    verify_rows: checksums travel beside rows. version: of this program.
 
-    All ranks of the group call this together. Raises ValueError for names and numbers that do not fit, those that
-    differ between ranks, and groups that this rank is no member of.
+    All ranks of the group call this together. Raises ValueError for names and numbers that do not fit, those and
+    versions that differ between ranks, and groups that this rank is no member of; ExchangeError where another rank
+    does not come or a time-out ended the group.
     """
     levels = make_levels(group, head_ranks, timeout_s)
     names = name.split("+")
@@ -134,6 +136,7 @@ def connect(
         _check_same(
             mail,
             {
+                "version of flashcp": version[:64],
                 "transport": name,
                 "heap_mib": options.heap_mib,
                 "region_mib": options.region_mib,
@@ -168,7 +171,7 @@ def _check_same(mail: Mail, mine: dict[str, object]) -> None:
     """Raise ValueError on all ranks, naming ranks and values, for settings that differ between them."""
     said = [json.loads(words) for words in mail.share(json.dumps(mine).encode())]
     for field in mine:
-        values = {name: one[field] for name, one in zip(mail.names, said, strict=True)}
+        values = {name: one.get(field) for name, one in zip(mail.names, said, strict=True)}
         if len(set(values.values())) > 1:
             told = ", ".join(f"{value!r} on rank {rank}" for rank, value in list(values.items())[:8])
             raise ValueError(f"{field} is {told}: expected one value on all ranks")

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from flashcp.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from flashcp.attention import varlen_attention as varlen_attention
     from flashcp.choice import choose as choose
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from flashcp.sharding import plan as plan
     from flashcp.sharding import strategies as strategies
     from flashcp.simulation import simulate as simulate
-
-__version__ = "0.1.0"
 
 _HOME = {
     "ContextParallel": "flashcp.context_parallel",

@@ -34,6 +34,7 @@ from flashcp.sharding.reshard import check_same_pack
 from flashcp.sharding.route import GRADIENT_WIRES
 from flashcp.sharding.values import check_choice, read_number, read_whole, shown
 from flashcp.untraced import untraced
+from flashcp.version import __version__
 
 __all__ = ["ContextParallel", "Handle"]
 
@@ -66,13 +67,13 @@ class ContextParallel(JoinedRanks):
     cp.transport and cp.overlap tell what `auto` chose, cp.transport_reason why; cp.stats is a `Clock` of this rank's
     milliseconds. cp.world_size counts ranks, cp.holders = cp.world_size // cp.head_ranks what plans are made for.
     `close`, or the end of a `with` block, ends it.
-    Raises ValueError for names it does not know and groups this rank is no member of, ExchangeError for a group that a
-    time-out ended. Calls on all ranks must come
-    in the same order. Ranks compare call numbers, plans, exchanges, shapes, dtypes, scales and wires before rows move:
-    what differs, and whoever fails or stays away, is named in an ExchangeError on every rank within the time-out. After
-    it receive buffers of a one-sided transport are no longer the same on all ranks: every later call raises, and says
-    whether a new ContextParallel helps. After a time-out only a new process group does: gloo, which headers go over
-    under every transport, closes its connections then.
+    Raises ValueError for names it does not know, groups this rank is no member of, and on all ranks for settings and
+    versions of flashcp that differ between them; ExchangeError for a group that a time-out ended. Calls on all ranks
+    must come in the same order. Ranks compare call numbers, plans, exchanges, shapes, dtypes, scales and wires before
+    rows move: what differs, and whoever fails or stays away, is named in an ExchangeError on every rank within the
+    time-out. After it receive buffers of a one-sided transport are no longer the same on all ranks: every later call
+    raises, and says whether a new ContextParallel helps. After a time-out only a new process group does: gloo, which
+    headers go over under every transport, closes its connections then.
     """
 
     def __init__(
@@ -120,7 +121,8 @@ class ContextParallel(JoinedRanks):
                 if value != unsaid:
                     raise ValueError(f"{field}={shown(value)}: expected none beside a Connection, which has its own")
         else:
-            group = connect(group, transport, wait_s, options or TransportOptions(), head_ranks, verify_rows)
+            how = options or TransportOptions(), head_ranks, verify_rows, __version__
+            group = connect(group, transport, wait_s, *how)
         super().__init__(group, exchange, backward == "refetch", verify_rows)
         self._number = torch.from_numpy(number_of(self))
         self.overlap = self._choose_overlap(overlap)
