@@ -6,7 +6,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -68,8 +68,7 @@ class Trainer:
                 return
             loader_ms = 1e3 * (time.perf_counter() - started)
             self.progress.step += 1
-            if self.ranks.heartbeat:
-                self.ranks.heartbeat.doing = f"in step {self.progress.step}"
+            self._tell(f"step {self.progress.step}")
             self.progress.dropped += sum(pack.dropped for pack in packs)
             self.progress.carried += sum(pack.carried for pack in packs)
             self.progress.skipped += sum(pack.skipped for pack in packs)
@@ -97,15 +96,34 @@ class Trainer:
         self.gradients.zero()
         for pack in packs:
             here = pack.to(device)
-            with self._autocast():
+            with self._doing("forward"), self._autocast():
                 loss = self.model.loss(here.tokens, here.labels, here.position_ids, here.plan)
-            (loss / labelled).backward()
+            with self._doing("backward"):
+                (loss / labelled).backward()
             share += loss.detach().double() / labelled
         # Rows that never came are known only now where streams wait for them: before any rank adds up their gradients.
-        self.cp.synchronize()
-        self.gradients.sum_over_ranks()
-        total, norms = self.ranks.sum(share.item(), self.gradients.norm())  # both wait for the device
+        with self._doing("backward"):
+            self.cp.synchronize()
+        with self._doing("sum of gradients"):
+            self.gradients.sum_over_ranks()
+            total, norms = self.ranks.sum(share.item(), self.gradients.norm())  # both wait for the device
         return total, norms / self.ranks.world_size
+
+    @contextmanager
+    def _doing(self, phase: str) -> Iterator[None]:
+        """What this rank does, for the others; an error takes a note of it along."""
+        step = f"step {self.progress.step}"
+        self._tell(f"{step}, {phase}")
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"{step}, {phase}")
+            raise
+        self._tell(step)
+
+    def _tell(self, where: str) -> None:
+        if self.ranks.heartbeat:
+            self.ranks.heartbeat.doing = f"in {where}"
 
     def not_finite(self, packs: list[Batch], loss: float, norm: float) -> str:
         """What is not finite in the packs whose gradients are in place. Every rank must call it."""

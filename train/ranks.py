@@ -169,7 +169,8 @@ def _device(name: str) -> torch.device:
 
 
 def exit_code(work: Callable[[], object]) -> int:
-    """Do this rank's work. Returns 0; 2 for bad input (one line, no traceback); 1 when it fails (its rank in the line).
+    """Do this rank's work. Returns 0; 2 for bad input (one line, no traceback); 1 when it fails (its rank in the line,
+    and where the error has notes of where it was raised, those).
 
     The lines begin with `error:`: whoever started the ranks finds them in what they said.
     """
@@ -183,7 +184,8 @@ def exit_code(work: Callable[[], object]) -> int:
         rank, world_size = launched_rank()
         if _first_to_report():
             traceback.print_exc()
-        _say(f"rank {rank} of {world_size}: {type(error).__name__}: {error}")
+        where = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+        _say(f"rank {rank} of {world_size}: {where}{type(error).__name__}: {error}")
         return 1
     return 0
 
