@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from enum import IntEnum
 from typing import NamedTuple, TypeVar
 
@@ -15,7 +15,7 @@ from flashcp.sharding.route import GRADIENT_WIRES
 
 UNSHARD, RESHARD = -1, -2
 """In place of an exchange."""
-_Value = TypeVar("_Value", int, str, tuple[int, int])
+_Value = TypeVar("_Value", bound=Hashable)
 _FLAGS = ("sinks", "log_sums", "gradients", "refetch", "gathers", "verify_rows")
 
 
@@ -112,7 +112,7 @@ def disagreement(headers: Sequence[Sequence[int]], call: int) -> str:
     for field, values in {"operation": operations, **columns}.items():
         if len(set(values)) > 1:
             what = "plan or the layer's window or chunk" if field == "plan" else field.replace("_", " ")
-            said = "; ".join(f"{named(ranks)} {_said(field, value)}" for value, ranks in _ranks_by(values))
+            said = "; ".join(f"{named(ranks)} {_said(field, value)}" for value, ranks in ranks_by(values))
             return f"ranks disagree on {what} (call {call}): {said}"
     return ""
 
@@ -122,22 +122,22 @@ def named(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
+def ranks_by(values: Sequence[_Value]) -> list[tuple[_Value, list[int]]]:
+    """Each value with the ranks that have it, the rarest first."""
+    rarest = sorted(set(values), key=lambda value: (values.count(value), values.index(value)))
+    return [(each, [rank for rank, value in enumerate(values) if value == each]) for each in rarest]
+
+
 def _apart(places: Sequence[tuple[int, int]]) -> str:
     """places: of each rank, its call and the step of it."""
     said = "; ".join(
         f"{named(ranks)} {'are' if len(ranks) > 1 else 'is'} at call {call}, {Step(step).word}"
-        for (call, step), ranks in _ranks_by(places)
+        for (call, step), ranks in ranks_by(places)
     )
     ahead = [rank for rank, (_, step) in enumerate(places) if step != Step.BACKWARD]
     if 0 < len(ahead) < len(places):
         return f"{said}: did {named(ahead)} skip {'their' if len(ahead) > 1 else 'its'} backward?"
     return f"{said}: expected calls in the same order on all ranks"
-
-
-def _ranks_by(values: Sequence[_Value]) -> list[tuple[_Value, list[int]]]:
-    """Each value with the ranks that have it, the rarest first."""
-    rarest = sorted(set(values), key=lambda value: (values.count(value), values.index(value)))
-    return [(each, [rank for rank, value in enumerate(values) if value == each]) for each in rarest]
 
 
 def _operation(exchange: int, gathers: int) -> str:

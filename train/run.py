@@ -26,6 +26,7 @@ from flashcp.train.config import TrainConfig
 from flashcp.train.data.documents import read_documents
 from flashcp.train.data.files_read import FilesRead
 from flashcp.train.data.loader import Batch, Loader, Share
+from flashcp.train.data.same_files import check_same_files
 from flashcp.train.data.sources import DataConfig, Source, open_source
 from flashcp.train.data.tokenizer import Tokenizer, load_tokenizer
 from flashcp.train.data.windows import pack_documents
@@ -119,6 +120,8 @@ def run_in_turns(configs: Sequence[TrainConfig]) -> list[dict[str, Any] | None]:
     loop = configs[0].loop
     silent_s = max(config.parallel.timeout_s for config in configs)
     with world(loop.device, loop.timeout_s, silent_s) as ranks, ExitStack() as stack:
+        for one in ready:
+            check_same_files(one.source.parts, ranks)
         link = slowed_link(configs[0], ready[0].source, ready[0].tokenizer, ranks)  # one rate for all
         pairs = zip(configs, ready, strict=True)
         runs = [stack.enter_context(_training(config, one, ranks, link)) for config, one in pairs]

@@ -34,7 +34,7 @@ class FilesRead:
                 mine[name] = checksum(Path(name))
         for found in ranks.gather(mine):
             self._known.update(found)
-        unread = {name: [_size(name), None] for name in self._parts if name not in self._known}
+        unread = {name: [size_of(name), None] for name in self._parts if name not in self._known}
         return [(name, *(self._known.get(name) or unread[name])) for name in self._parts]
 
     def go_on(self, written: Written, position: Position, on_change: str, ranks: Ranks) -> Position:
@@ -71,9 +71,10 @@ class FilesRead:
             return (
                 f"{next(a for a, b in zip(self._parts, names, strict=True) if a != b)}: at another place in the order"
             )
-        resized = [name for name, size, digest in written if digest is None and size != _size(name)]
+        resized = [name for name, size, digest in written if digest is None and size != size_of(name)]
         return f"{resized[0]}: of another size" if resized else ""
 
 
-def _size(name: str) -> int | None:
+def size_of(name: str) -> int | None:
+    """Bytes of a file; None for what is none."""
     return Path(name).stat().st_size if Path(name).is_file() else None
