@@ -31,7 +31,8 @@ MESSAGE = ("corrupt", "misplace", "truncate", "drop", "duplicate", "delay", "reo
 """What can happen to a message. corrupt: a bit of it is another. misplace: its rows come in another order. truncate:
 its second half stays away. drop: all of it. duplicate: it is sent twice. delay: it leaves late. reorder: what is sent
 next leaves before it."""
-RANK = ("kill", "stop", "raise")
+SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "stop": signal.SIGSTOP}
+RANK = (*SIGNALS, "raise")
 """What can happen to a rank."""
 DELAY_S = 0.3
 _NOBODYS_TAG = 1
@@ -57,7 +58,7 @@ def strike(kind: str) -> None:
     """What happens to a rank, here and now."""
     if kind == "raise":
         raise Mishap("on purpose")
-    os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+    os.kill(os.getpid(), SIGNALS[kind])
 
 
 @contextmanager

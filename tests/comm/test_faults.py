@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from itertools import product
 from typing import NamedTuple
 
 import pytest
@@ -20,7 +21,7 @@ import torch.distributed as dist
 
 import flashcp
 from flashcp.comm.errors import ExchangeError
-from tests.faults import RANK, Fault, Mishap, faulty, strike
+from tests.faults import RANK, SIGNALS, Fault, Mishap, faulty, strike
 from tests.packs import random_qkv, relative_error
 from tests.ranks import _POOL, run_ranks
 
@@ -74,6 +75,9 @@ def table() -> Iterator[Cell]:
                 lost_in_a_ring = exchange == "ring" and transport == "shm"
                 yield Cell("differ" if lost_in_a_ring else "gone", Fault("drop", nth=rows), exchange, transport, True)
                 yield Cell("gone", Fault("raise", nth=rows), exchange, transport)
+            if exchange in ("all_gather", "ring", "ulysses"):  # each way once: a cell takes seconds
+                kind = "kill" if (exchange == "ulysses") == (transport == "shm") else "stop"
+                yield Cell("gone", Fault(kind, nth=rows), exchange, transport)
             yield Cell("differ", Fault("corrupt", inside=True), exchange, transport, verify_rows=True)
         yield Cell("unnoticed", Fault("misplace"), "exact", transport)
         for what in ("queries", "outputs", "gradients"):
@@ -90,6 +94,7 @@ def table() -> Iterator[Cell]:
             ("kill", "rows", False),
             ("kill", "rows", True),
             ("kill", "gradients", False),
+            ("terminate", "rows", False),
             ("stop", "header", False),
             ("stop", "gradients", False),
             ("raise", "header", False),
@@ -154,7 +159,7 @@ def answer(cell: Cell) -> Answer:
 
 def is_lost(fault: Fault) -> bool:
     """Whether the rank answers nothing."""
-    return fault.kind in ("kill", "stop")
+    return fault.kind in SIGNALS
 
 
 def wait_for_all(ranks: Sequence[int]) -> None:
@@ -215,3 +220,5 @@ def test_the_table_has_every_fault_exchange_transport_and_level() -> None:
             assert {"corrupt", "drop", "duplicate", "delay", "reorder", "kill", "raise", *OTHER} <= {
                 cell.fault.kind for cell in some
             }
+    lost = {(cell.exchange, cell.fault.kind) for cell in cells if is_lost(cell.fault)}
+    assert lost >= {*product(("exact", "all_gather", "ring", "ulysses"), ("kill", "stop")), ("exact", "terminate")}
