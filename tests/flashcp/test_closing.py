@@ -111,17 +111,20 @@ def test_one_rank_alone() -> None:
 SCRIPT = """
 import sys, torch, torch.distributed as dist, flashcp
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
-cp = flashcp.ContextParallel(transport="shm")
+cp = flashcp.ContextParallel(transport=sys.argv[3])
 plan = flashcp.plan([65536], 2, "contiguous")
 x = torch.zeros(32768, 1, 1024)
 rows = cp.prefetch(x, x, plan)
 """
 
 
-def test_a_script_may_end_while_rows_leave(tmp_path: Path) -> None:
-    """Rank 0 puts 256 MiB: its thread is inside of torch when the script is over."""
+@pytest.mark.parametrize("transport", ["shm", "gloo"])
+def test_a_script_may_end_while_rows_leave(transport: str, tmp_path: Path) -> None:
+    """Rank 0 puts or sends 256 MiB: a thread is inside of torch when the script is over."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "store")]
-    ranks = [subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE) for rank in range(2)]
+    ranks = [
+        subprocess.Popen([*command, str(rank), transport], env=environment, stderr=subprocess.PIPE) for rank in range(2)
+    ]
     said = [rank.communicate()[1].decode() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
