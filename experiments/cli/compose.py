@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flashcp.experiments.cli.schema import GROUPS, SETTINGS, committed, typed
+from flashcp.experiments.cli.words import quoted
 from flashcp.experiments.folders import check_file, leave_no_trace
 from flashcp.experiments.sweep.results import RESULTS
 from flashcp.sharding.values import first_line, shown
@@ -65,7 +66,7 @@ def run_app(task: Task, name: str, words: Sequence[str]) -> int:
     Returns exit code 0. Raises ValueError in one line for bad input, and SystemExit where the task, a callback or Hydra
     ends with it.
     """
-    job = update_wrapper(partial(_job, task, name), task)
+    job, words = update_wrapper(partial(_job, task, name), task), quoted(words)
     given = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     before, sys.argv = sys.argv, ["flashcp", *words]
     at_refusal.clear()
@@ -99,12 +100,14 @@ def carried() -> Iterator[None]:
 
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration `conf/NAME.yaml` with overrides, as plain values. Raises ValueError in one line."""
+    overrides = quoted(overrides)
     with _one_line(name, overrides):
         return plain(name, _composed(name, overrides))
 
 
 def composed_jobs(name: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
     """The configuration of every job of a multirun, in its order. Raises ValueError in one line."""
+    overrides = quoted(["hydra.mode=MULTIRUN", *overrides])[1:]
     with _one_line(name, overrides):
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         values = [

@@ -69,8 +69,8 @@ def heading(settings: Mapping[str, Any], packs: Sequence[np.ndarray]) -> str:
     documents = np.mean([len(lengths) for lengths in packs])
     plural = "window" if len(packs) == 1 else "windows"
     batches = f" in batches of {settings['batch_windows']}" if settings["batch_windows"] > 1 else ""
-    shortest = min(int(lengths.sum()) for lengths in packs)
-    size = f"{settings['context']}" if shortest == settings["context"] else f"{shortest} to {settings['context']}"
+    sizes = sorted({int(lengths.sum()) for lengths in packs})
+    size = f"{sizes[0]} to {sizes[-1]}" if sizes[1:] else f"{sizes[0]}"
     return (
         f"{len(packs)} {plural}{batches} of {size} tokens from {settings['data']['source']}, "
         f"{documents:.1f} documents on average, {settings['world_size']} ranks"

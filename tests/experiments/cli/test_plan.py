@@ -255,3 +255,19 @@ def test_models_that_no_layer_fits_are_refused(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == (
         "flashcp: error: model.narrowed_layers=52 with window=1024, chunk=5: expected one of the two, or none\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        ("30", "1 window of 30 tokens from lengths"),
+        ("100", "1 window of 100 tokens"),
+        ("100,100", "2 windows of 100 tokens"),
+        ("100,100,30", "3 windows of 30 to 100 tokens"),
+    ],
+)
+def test_windows_are_told_with_the_tokens_that_they_have(
+    lengths: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "data=lengths", f"data.lengths=[{lengths}]", "context=100", "world_size=2"]) == 0
+    assert capsys.readouterr().out.startswith(said)
