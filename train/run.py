@@ -125,6 +125,8 @@ def run_in_turns(configs: Sequence[TrainConfig]) -> list[dict[str, Any] | None]:
         link = slowed_link(configs[0], ready[0].source, ready[0].tokenizer, ranks)  # one rate for all
         pairs = zip(configs, ready, strict=True)
         runs = [stack.enter_context(_training(config, one, ranks, link)) for config, one in pairs]
+        for note in ready[0].tokenizer.notes if ranks.rank == 0 else ():
+            print(note, file=sys.stderr)
         turns = {"begun": time.time(), "runs": len(runs)}
         steps = [run.steps() for run in runs]
         turn, going = 0, True

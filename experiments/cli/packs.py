@@ -31,7 +31,7 @@ def read_packs(data: Mapping[str, Any], context: int, count: int, seed: int) -> 
     """Document lengths of the first `count` windows of `context` tokens, int64 [documents] each.
 
     data: the `data` section of a configuration. The last window may hold fewer tokens, where documents end. Says on
-    standard error what of a file of lengths the windows leave out.
+    standard error what of a file of lengths the windows leave out, and what of a tokenizer's file does not count.
     Raises ValueError, naming value, field and legal values, for data that cannot be read or packed.
     """
     if not 1 <= context <= LONGEST_CONTEXT:
@@ -40,10 +40,12 @@ def read_packs(data: Mapping[str, Any], context: int, count: int, seed: int) -> 
     if source not in DATA:
         raise ValueError(f"data.source={shown(source)}: expected one of {', '.join(DATA)}")
     told = read_dataclass(DATA[source], data, "data")
-    lengths = _lengths(told, seed)
+    lengths, notes = _lengths(told, seed)
     packs = list(itertools.islice(pack_lengths(iter(lengths), context, told.overflow), count))
     if not packs:
         raise ValueError(f"data.source={shown(source)}: no document to pack with these settings of data")
+    for note in notes:
+        print(note, file=sys.stderr)
     if isinstance(lengths, list):
         _say_left_out(len(lengths), packs)
     return [window.document_lengths for window in packs]
@@ -92,19 +94,23 @@ def _say_left_out(given: int, packs: Sequence[Window]) -> None:
         print(f"left out: {'; '.join(said)}", file=sys.stderr)
 
 
-def _lengths(data: LengthsData | SampledData | DataConfig, seed: int) -> list[int] | Iterator[int]:
-    """Of all documents: those of a file or a list checked before any window is made, others as they are asked for."""
+def _lengths(
+    data: LengthsData | SampledData | DataConfig, seed: int
+) -> tuple[list[int] | Iterator[int], Sequence[str]]:
+    """Of all documents: those of a file or a list checked before any window is made, others as they are asked for; and
+    the tokenizer's notes."""
     if isinstance(data, LengthsData):
-        return _listed(data)
+        return _listed(data), ()
     if isinstance(data, DataConfig):
         data.check()
         tokenizer = load_tokenizer(data.tokenizer, data.end_token, data.stored_lengths, data.parse_special)
         documents = read_documents(open_source(data), data.epochs or 1, on_bad_record=data.on_bad_record)
-        return (len(tokens) for tokens, _ in encode_documents(documents, tokenizer, data.longest))
+        return (len(tokens) for tokens, _ in encode_documents(documents, tokenizer, data.longest)), tokenizer.notes
     if seed < 0:
         raise ValueError(f"seed={seed}: expected a whole number >= 0")
     try:
-        return length_stream(data.source, seed, long_document_weight=data.long_document_weight, sigma=data.sigma)
+        weight = data.long_document_weight
+        return length_stream(data.source, seed, long_document_weight=weight, sigma=data.sigma), ()
     except ValueError as error:
         raise ValueError(f"data.{error}") from error
 

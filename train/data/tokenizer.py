@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,13 +16,13 @@ TOKENIZER_MIB = 256
 
 
 class Tokenizer(Protocol):
-    """Token numbers are below vocab_size. digest: SHA-256 of what it was made from; empty for bytes. note: what of its
-    file does not count, to be told once. end_id: the token that ends a document; None: none does."""
+    """Token numbers are below vocab_size. digest: SHA-256 of what it was made from; empty for bytes. notes: what of its
+    file does not count, a line each, to be told once. end_id: the token that ends a document; None: none does."""
 
     vocab_size: int
     end_id: int | None
     digest: str
-    note: str
+    notes: Sequence[str]
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of one document, its end mark included, int64 [tokens]."""
@@ -32,7 +33,8 @@ class BytesTokenizer:
     """A token a byte of UTF-8; 256 ends the document. Lone surrogates, which UTF-8 has not, become '?'."""
 
     vocab_size = 257
-    digest = note = ""
+    digest = ""
+    notes: Sequence[str] = ()
     END = 256
     end_id: int | None = END
 
@@ -71,21 +73,26 @@ class FileTokenizer:
                 "expected bytes, the path of such a file or a name on the hub"
             ) from error
         self.vocab_size = self._library.get_vocab_size(with_added_tokens=True)
-        self.note = self._without_lengths(name) if not stored_lengths else ""
         self._library.encode_special_tokens = not parse_special
+        switched = ("" if stored_lengths else self._without_lengths(), "" if parse_special else self._marks())
+        self.notes = [f"data.tokenizer={shown(name)}: {what}" for what in switched if what]
         self.digest = hashlib.sha256(self.to_json().encode()).hexdigest()
         end = self._library.token_to_id(end_token) if end_token else None
         if end_token and end is None:
             raise ValueError(f"data.end_token={shown(end_token)} is not in the vocabulary of {name}")
         self.end_id, self._end = end, [] if end is None else [end]
 
-    def _without_lengths(self, name: str) -> str:
+    def _without_lengths(self) -> str:
         settings = {"padding": self._library.padding, "truncation": self._library.truncation}
         self._library.no_padding()
         self._library.no_truncation()
         stored = " and ".join(kind for kind, value in settings.items() if value)
-        said = f"data.tokenizer={shown(name)}: its stored {stored} is switched off (data.stored_lengths)"
-        return said if stored else ""
+        return f"its stored {stored} is switched off (data.stored_lengths)" if stored else ""
+
+    def _marks(self) -> str:
+        marks = [token.content for token in self._library.get_added_tokens_decoder().values() if token.special]
+        said = f"a special token in a document, such as {shown(''.join(marks[:1]))}, is text (data.parse_special)"
+        return said if marks else ""
 
     def to_json(self) -> str:
         """The tokenizer as its file would have it."""
