@@ -112,7 +112,8 @@ def save_checkpoint(
 ) -> Path:
     """Write out/checkpoints/step_*. Every rank must call it.
 
-    Raises CheckpointError on every rank when it cannot be written; earlier checkpoints stay.
+    Raises CheckpointError on every rank when it cannot be written, and ValueError when text that was read has changed
+    since; earlier checkpoints stay.
     """
     with one_process_is_fine():
         return write_checkpoint(lineage, keep, identity, state_of(model, optimizer, progress), progress, read, ranks)
@@ -129,8 +130,10 @@ def write_checkpoint(
 ) -> Path:
     """Write a state that `state_of` made, under another name until it is whole. Every rank must call it.
 
-    Raises CheckpointError on every rank when it cannot be written; earlier checkpoints stay.
+    Raises CheckpointError on every rank when it cannot be written, and ValueError when text that was read has changed
+    since; earlier checkpoints stay.
     """
+    documents = read.written(progress.position, ranks)
     path = lineage.place(progress.step)
     unfinished = path.with_name(f"{UNFINISHED}step_{progress.step:08d}")
     found: dict[str, Checksum] = {}
@@ -146,7 +149,6 @@ def write_checkpoint(
     said = ranks.gather((found, trouble))
     files = {name: each for found, _ in said for name, each in found.items()}
     trouble = next((trouble for _, trouble in said if trouble), "")
-    documents = read.written(progress.position, ranks)
     if ranks.rank == 0 and not trouble:
         own_part = {
             "progress": {"step": progress.step},

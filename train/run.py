@@ -172,7 +172,7 @@ def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLi
     cp = parallel.operator(config.exchange.name, link.gbps if link else 0.0, replica.group)
     model = Decoder(ready.model, cp, config.seed).to(ranks.device)
     optimizer = build_optimizer(model, config.optimizer)
-    read, progress = FilesRead(ready.source.parts), Progress()
+    read, progress = FilesRead(ready.source), Progress()
     if ready.checkpoint:
         go_on = config.checkpoint.on_changed_data
         progress = load_checkpoint(ready.checkpoint, model, optimizer, read, go_on, ranks)

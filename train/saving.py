@@ -29,7 +29,7 @@ class Saver:
     """Writes a run's checkpoints. Every rank makes one and calls the same methods.
 
     held_ms: how long the run stood still for each checkpoint. A checkpoint that cannot be written is a CheckpointError
-    of all ranks after the same step, as soon as the last of them has heard of it.
+    of all ranks after the same step (ValueError: text that was read has changed), as soon as the last has heard of it.
     """
 
     def __init__(

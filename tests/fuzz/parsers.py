@@ -24,7 +24,7 @@ from flashcp.train.checksums import write_identity
 from flashcp.train.config import TrainConfig
 from flashcp.train.data.documents import read_documents
 from flashcp.train.data.files_read import FilesRead
-from flashcp.train.data.sources import DataConfig, open_source
+from flashcp.train.data.sources import DataConfig, Files, open_source, whole_text
 from flashcp.train.data.tokenizer import load_tokenizer
 from flashcp.train.lineage import LATEST, Lineage, find_latest
 from flashcp.train.ranks import Ranks
@@ -163,7 +163,8 @@ def _checkpoint() -> dict[str, bytes]:
     """The files of a small checkpoint."""
     with tempfile.TemporaryDirectory() as place:
         model, optimizer = _model()
-        path = save_checkpoint(Lineage(Path(place)), 1, IDENTITY, model, optimizer, Progress(), FilesRead([]), ALONE)
+        read = FilesRead(Files([], partial(whole_text, 1)))
+        path = save_checkpoint(Lineage(Path(place)), 1, IDENTITY, model, optimizer, Progress(), read, ALONE)
         return {"metadata": (path / ".metadata").read_bytes(), "weights": (path / "__0_0.distcp").read_bytes()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import flashcp
 from flashcp.train.checkpoint import Progress, save_checkpoint
 from flashcp.train.data.files_read import FilesRead
+from flashcp.train.data.sources import Files, whole_text
 from flashcp.train.data.tokenizer import load_tokenizer
 from flashcp.train.lineage import Lineage
 from flashcp.train.model import Decoder
@@ -45,7 +47,9 @@ def saved(out: Path, model: ModelConfig, **data: str) -> tuple[Decoder, Path]:
     }
     lineage, alone = Lineage(out), Ranks(0, 1, torch.device("cpu"))
     optimizer = build_optimizer(decoder, OptimizerConfig())
-    return decoder, save_checkpoint(lineage, 1, identity, decoder, optimizer, Progress(7), FilesRead([]), alone)
+    return decoder, save_checkpoint(
+        lineage, 1, identity, decoder, optimizer, Progress(7), FilesRead(Files([], partial(whole_text, 1))), alone
+    )
 
 
 def a_tokenizer(file: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from flashcp.train.checkpoint import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from flashcp.train.data.documents import Position
 from flashcp.train.data.files_read import FilesRead
+from flashcp.train.data.sources import Files, whole_text
 from flashcp.train.lineage import Lineage
 from flashcp.train.optimizer import OptimizerConfig, build_optimizer
 from flashcp.train.ranks import Ranks
@@ -72,12 +74,12 @@ def test_everything_a_step_depends_on_comes_back(tmp_path: Path) -> None:
     model, optimizer = made(1)
     step(model, optimizer)
     progress = Progress(7, 123, 45, Position(1, 2, 3, 4))
-    alone = Ranks(0, 1, torch.device("cpu"))
-    path = save_checkpoint(Lineage(tmp_path), 1, {}, model, optimizer, progress, FilesRead(["a", "b", "c"]), alone)
+    alone, source = Ranks(0, 1, torch.device("cpu")), Files([Path("a"), Path("b"), Path("c")], partial(whole_text, 1))
+    path = save_checkpoint(Lineage(tmp_path), 1, {}, model, optimizer, progress, FilesRead(source), alone)
     step(model, optimizer)
 
     again = made(2)
-    assert load_checkpoint(path, *again, FilesRead(["a", "b", "c"]), "stop", alone) == progress
+    assert load_checkpoint(path, *again, FilesRead(source), "stop", alone) == progress
     step(*again)
     for one, other in zip(model.parameters(), again[0].parameters(), strict=True):
         assert torch.equal(one, other)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import tokenizers
 import torch.distributed as dist
 
+from flashcp.train.data.files_read import FilesRead
+from flashcp.train.data.sources import DataConfig, open_source
 from tests.ranks import RankError, run_ranks
 from tests.train.test_run import read_rows, small, train
 
@@ -142,6 +147,80 @@ def test_a_rank_that_reads_other_text_is_named_on_all(data_parallel: int, tmp_pa
     step = 2 if data_parallel == 1 else 1
     assert str(refused.value).count(f"ValueError: step {step}: rank 1 read other text than rank 0, 2; expected") == 3
     assert not (tmp_path / "run/checkpoints" / f"step_{step:08d}").exists()
+
+
+# --- files that are rewritten while a run reads them
+
+
+def rewriting(config: dict[str, Any], file: str, content: str, at: int = 3) -> None:
+    """Train on this rank; all ranks are as far as they read ahead when the file is rewritten amid a step."""
+    from flashcp.train.loop import Trainer
+
+    real = Trainer.learn
+
+    def step(self: Trainer, packs: Any) -> Any:
+        if self.progress.step == at:
+            time.sleep(0.5)
+            self.ranks.barrier()
+            if self.ranks.rank == 0:
+                Path(file).write_text(content)
+            self.ranks.barrier()
+        return real(self, packs)
+
+    with patch.object(Trainer, "learn", step):
+        train(config)
+
+
+CHANGED = r"ValueError: /.*/{}: written to since this run read it; expected it to stay as it is\n"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("content", ["x" * 900, "b" * 901])
+def test_a_file_rewritten_after_it_was_read_ends_the_run_at_the_checkpoint(
+    content: str, asynchronous: bool, text: Path
+) -> None:
+    """It would keep the digest of bytes that were not trained on."""
+    with pytest.raises(RankError) as ended:
+        run_ranks(rewriting, 2, part(text, 6, asynchronous=asynchronous), str(text / "b.txt"), content)
+    assert len(re.findall(CHANGED.format("b.txt"), str(ended.value))) == 2
+    assert not list((text.parent / "run/checkpoints").glob("*step*"))
+    train(part(text, 3, resume="latest"))  # which finds none
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_file_rewritten_between_two_readings_ends_the_run(every: int, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 600)
+    data = {"source": "text", "path": str(tmp_path / "a.txt"), "prefetch": 1}
+    loop = {"steps": 12, "accumulation": 1}
+    config = small(tmp_path / "run", data=data, loop=loop, checkpoint={"every": every})
+    with pytest.raises(RankError) as ended:
+        run_ranks(rewriting, 2, config, str(tmp_path / "a.txt"), "x" * 600)
+    assert len(re.findall(CHANGED.format("a.txt"), str(ended.value))) == 2
+    assert 3 <= len(read_rows(tmp_path / "run")) < 8
+
+
+def test_a_file_rewritten_after_a_resume_verified_it_ends_the_run(text: Path) -> None:
+    train(part(text, 6))  # which ends in d.txt
+    real = FilesRead.go_on
+
+    def then_rewritten(*given: Any) -> Any:
+        place = real(*given)
+        (text / "c.txt").write_text("x" * 1300)
+        return place
+
+    match = r"c\.txt: written to since this run read it"
+    with patch.object(FilesRead, "go_on", then_rewritten), pytest.raises(ValueError, match=match):
+        train(part(text, 9, resume="latest"))
+
+
+def test_a_file_rewritten_while_it_is_read_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a"}\n' * 100_000)
+    texts = open_source(DataConfig(source="jsonl", path=str(file))).read(0, 0)
+    assert next(texts) == "a"
+    file.write_text('{"text": "b"}\n' * 100_000)
+    with pytest.raises(ValueError, match=r"a\.jsonl: written to since"):
+        list(texts)
 
 
 def test_skipped_records_are_counted_also_over_a_resume(text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flashcp.train.checksums import Checksum, checksum, damage
 from flashcp.train.data.documents import Position
+from flashcp.train.data.sources import Source
 from flashcp.train.ranks import Ranks
 
 ON_CHANGED_DATA = ("stop", "go_on")
@@ -19,20 +20,28 @@ Written = Sequence[tuple[str, int | None, str | None]]  # name, bytes, digest of
 class FilesRead:
     """A source's parts in their order. A checkpoint keeps their names, sizes and, of those read so far, digests."""
 
-    def __init__(self, parts: Sequence[str]) -> None:
-        self._parts = list(parts)
+    def __init__(self, source: Source) -> None:
+        self._source, self._parts = source, list(source.parts)
         self._known: dict[str, Checksum] = {}
 
     def written(self, position: Position, ranks: Ranks) -> Written:
         """What a checkpoint keeps when reading has come to `position`. Files are read again once, shared out over the
-        ranks; every rank must call it."""
-        read = self._parts if position.epoch else self._parts[: position.part + 1]
-        new = [name for name in read if name not in self._known and Path(name).is_file()]
+        ranks; every rank must call it.
+
+        Raises ValueError on every rank, naming the file, where a digest would be of other bytes than a run has read.
+        """
+        read = list(enumerate(self._parts))[: None if position.epoch else position.part + 1]
+        new = [(part, name) for part, name in read if name not in self._known and Path(name).is_file()]
         mine: dict[str, Checksum] = {}
-        for name in new[ranks.rank :: ranks.world_size]:
+        changed = ""
+        for part, name in new[ranks.rank :: ranks.world_size]:
             with suppress(OSError, ValueError):  # gone since it was read: a resumed run will say so
                 mine[name] = checksum(Path(name))
-        for found in ranks.gather(mine):
+            changed = changed or self._source.changed(part)  # now: what was digested is what it was compared with
+        said = ranks.gather((mine, changed))
+        if changes := [change for _, change in said if change]:
+            raise ValueError(changes[0])
+        for found, _ in said:
             self._known.update(found)
         unread = {name: [size_of(name), None] for name in self._parts if name not in self._known}
         return [(name, *(self._known.get(name) or unread[name])) for name in self._parts]
@@ -44,6 +53,8 @@ class FilesRead:
         stop; where it is go_on, if the file that was being read is among them.
         """
         digests = {name: [size, digest] for name, size, digest in written if digest is not None}
+        for part in (part for part, name in enumerate(self._parts) if name in digests):
+            self._source.changed(part)  # from before they are digested on, no file may change
         changes = [change for change in ranks.gather(self._change(written)) if change]  # a node may have other files
         change = changes[0] if changes else damage(Path(), digests, ranks)
         if not change:

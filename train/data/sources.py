@@ -76,7 +76,11 @@ class Source(Protocol):
 
     def read(self, part: int, skip: int, bad: BadRecord = stop) -> Iterator[str]:
         """Texts of one part in order, without the first `skip` records. Raises ValueError for what it cannot read, bad
-        records left to `bad`."""
+        records left to `bad`, and for a part that `changed`."""
+        ...
+
+    def changed(self, part: int) -> str:
+        """How a part differs from what it was when it was first read, or first asked about; empty where it does not."""
         ...
 
 
@@ -135,10 +139,27 @@ class Files:
 
     def __init__(self, files: Sequence[Path], records: Records) -> None:
         self._files, self._records = files, records
+        self._stamps: dict[int, tuple[int, int]] = {}
         self.parts = [str(file) for file in files]
 
     def read(self, part: int, skip: int, bad: BadRecord = stop) -> Iterator[str]:
-        return self._records(self._files[part], skip, bad)
+        self._check(part)
+        yield from self._records(self._files[part], skip, bad)
+        self._check(part)
+
+    def changed(self, part: int) -> str:
+        """By size and time alone, which cost nothing. A file that is gone was not changed: who reads it will say so."""
+        try:
+            found = self._files[part].stat()
+        except OSError:
+            return ""
+        stamp = (found.st_size, found.st_mtime_ns)
+        same = self._stamps.setdefault(part, stamp) == stamp
+        return "" if same else f"{self.parts[part]}: written to since this run read it; expected it to stay as it is"
+
+    def _check(self, part: int) -> None:
+        if said := self.changed(part):
+            raise ValueError(said)
 
 
 def whole_text(most_mib: int, file: Path, skip: int, bad: BadRecord) -> Iterator[str]:
@@ -268,6 +289,10 @@ class HuggingFaceSource:
             else:
                 has = ", ".join(row)
                 bad(ValueError(f"{self.parts[part]}: no text in data.text_field={self._text_field!r}; it has: {has}"))
+
+    def changed(self, part: int) -> str:
+        """The hub does not say."""
+        return ""
 
 
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {
