@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -14,6 +15,7 @@ from flashcp.limits import one_of
 from flashcp.sharding.values import first_line, read_whole
 from flashcp.train.checksums import parse_json
 
+LONGEST_ROW = 1 << 20  # bytes; a step's have some hundreds
 WANDB_MODES = ("offline", "online", "disabled")
 
 
@@ -75,20 +77,20 @@ class Tracker:
                 self._run = run
 
 
-def _earlier_rows(path: Path) -> list[dict[str, Any]]:
+def _earlier_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of an interrupted run; a last line that was cut off is left out."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith(b"\n"):
-            break
-        try:
-            row = parse_json(line)
-            read_whole("step", row["step"], least=0)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}:{number}: not a row of metrics ({error}); move the file away") from error
-        rows.append(row)
-    return rows
+    with path.open("rb") as lines:
+        for number, line in enumerate(iter(partial(lines.readline, LONGEST_ROW + 1), b""), start=1):
+            try:
+                if len(line) > LONGEST_ROW:
+                    raise ValueError(f"more than {LONGEST_ROW} bytes")
+                if not line.endswith(b"\n"):
+                    return
+                row = parse_json(line)
+                read_whole("step", row["step"], least=0)
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path}:{number}: not a row of metrics ({error}); move the file away") from error
+            yield row
 
 
 def track_comparison(

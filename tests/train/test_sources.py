@@ -231,11 +231,15 @@ def test_bad_rows_and_files_are_passed_over(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
-def test_a_compressed_line_without_end_takes_bounded_memory(suffix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_line_without_end_takes_bounded_memory(suffix: str, tmp_path: Path) -> None:
     bomb = tmp_path / f"bomb.jsonl{suffix}"
-    bomb.write_bytes(COMPRESS[suffix](bytes(300 * 2**20)))
-    assert bomb.stat().st_size < 2**20
+    if suffix:
+        bomb.write_bytes(COMPRESS[suffix](bytes(300 * 2**20)))
+        assert bomb.stat().st_size < 2**20
+    else:
+        bomb.touch()
+        os.truncate(bomb, 300 * 2**20)
     texts = open_source(DataConfig(source="jsonl", path=str(bomb), record_mib=4)).read(0, 0)
     tracemalloc.start()
     with pytest.raises(ValueError, match=rf"bomb\.jsonl\{suffix}:1: a line of more than data\.record_mib=4 MiB"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,21 @@ def test_a_resumed_run_replaces_rows_past_its_checkpoint(tmp_path: Path) -> None
     resumed.log({"step": 3, "loss": 2.0})
     resumed.close()
     assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3]
+
+
+def test_a_damaged_record_takes_bounded_memory(tmp_path: Path) -> None:
+    record = tmp_path / "metrics.jsonl"
+    record.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    tracker = Tracker(DISABLED, tmp_path, {}, first_step=3)
+    tracker.close()
+    assert tracker.rows == [{"step": 1}, {"step": 2}]  # and not the row that was cut off
+    os.truncate(record, 300 * 2**20)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:3: not a row of metrics \(more than 1048576 bytes\); move"):
+        Tracker(DISABLED, tmp_path, {}, first_step=3)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 8 * 2**20
 
 
 def test_wandb_offline_writes_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
