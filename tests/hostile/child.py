@@ -13,14 +13,14 @@ import resource
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from tests.hostile.command_line import refused, words
+from tests.hostile.command_line import OTHERS, every_line, refused
 from tests.hostile.doors import DOORS, Door
 from tests.hostile.values import HOSTILE, VALUES
 
@@ -29,7 +29,8 @@ MOST_BYTES = 1 << 30
 LONGEST_MESSAGE = 400
 ENDLESS = "its first item without end"
 COMMAND_LINE = "command line"
-GROUPS = (*DOORS, COMMAND_LINE)
+LINES: dict[str, Callable[[], Iterable[list[str]]]] = {COMMAND_LINE: every_line, "named lines": lambda: OTHERS}
+GROUPS = (*DOORS, *LINES)
 
 
 class TooLong(BaseException):
@@ -45,8 +46,8 @@ class Call(NamedTuple):
 
 def calls(group: str) -> Iterator[Call]:
     """Every door, parameter and value of a group, or every line of bad words."""
-    if group == COMMAND_LINE:
-        for line in words():
+    if group in LINES:
+        for line in LINES[group]():
             yield Call(f"flashcp {' '.join(line)}"[:200], partial(refused, line))
         return
     for door in DOORS[group]():
