@@ -75,7 +75,7 @@ class FileTokenizer:
         self.vocab_size = self._library.get_vocab_size(with_added_tokens=True)
         self._library.encode_special_tokens = not parse_special
         switched = ("" if stored_lengths else self._without_lengths(), "" if parse_special else self._marks())
-        self.notes = [f"data.tokenizer={shown(name)}: {what}" for what in switched if what]
+        self.notes: Sequence[str] = [f"data.tokenizer={shown(name)}: {what}" for what in switched if what]
         self.digest = hashlib.sha256(self.to_json().encode()).hexdigest()
         end = self._library.token_to_id(end_token) if end_token else None
         if end_token and end is None:
