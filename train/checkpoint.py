@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from flashcp.files import MIB, read_path
 from flashcp.limits import Count, Natural, one_of
-from flashcp.sharding.values import shown
+from flashcp.sharding.values import read_whole, shown
 from flashcp.train.checksums import IDENTITY, Checksum, checksum, damage, read_identity, write_identity
 from flashcp.train.data.documents import Position
 from flashcp.train.data.files_read import ON_CHANGED_DATA, FilesRead
@@ -78,7 +78,7 @@ def find_checkpoint(out: Path, resume: str, identity: dict[str, Any], steps: int
         raise ValueError(f"checkpoint.resume={shown(resume)}: no checkpoint there; expected {expected}")
     try:
         saved = read_identity(path)
-        done = int(saved["progress"]["step"])
+        done = read_whole("step", saved["progress"]["step"], least=0)
         differing = [
             f"{section}.{field} is {saved[section].get(field)!r} there and {value!r} here"
             for section, fields in identity.items()
