@@ -25,7 +25,7 @@ CARRIED := hydra-core omegaconf pyyaml packaging einops tqdm \
 BUILT := antlr4-python3-runtime==4.9.3
 GLIBC := 17 24 27 28 31 34 35
 
-.PHONY: help demo cluster-lab lab-cases test test-integrations lint soak kills plans fuzz docs paper kernels kernels-versions emulate \
+.PHONY: help demo cluster-lab lab-cases test test-integrations lint soak kills plans hostile fuzz docs paper kernels kernels-versions emulate \
 	gpu-wheels pins clean
 
 help: ## list the targets
@@ -97,6 +97,9 @@ kernels: $(STAMP) ## compile every shipped Triton kernel for sm_80, sm_90, sm_10
 
 emulate: $(STAMP) ## the CUDA exchange on emulated GPUs: a thousand random schedules against the reference (2 min)
 	$(BIN)/python -m tests.emulation.schedules $(ARGS)
+
+hostile: $(STAMP) ## every hostile argument and command line: 33,000 calls (10 min on two cores)
+	$(BIN)/python -m tests.hostile.battery "" experiments/results/hostile
 
 fuzz: $(STAMP) ## spoil the input of every parser, SECONDS=60 each, or of those of a group or whose names hold ONLY; exit code 1 for a failure
 	$(BIN)/python -m tests.fuzz $(SECONDS) "$(ONLY)" "$(OUT)"

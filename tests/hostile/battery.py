@@ -1,16 +1,20 @@
 """Runs a group of calls in a child process: one that hangs or crashes costs its process, and is named.
 
-`python -m tests.hostile.battery` runs all, `... planning` one group (`make test` leaves most command lines out).
+`python -m tests.hostile.battery` runs all (`make test` leaves most command lines out), `... planning` one group, and
+`... "" FOLDER` (`make hostile`) all, with rows there.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import select
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
+from flashcp.experiments.sweep.results import Number, to_row, write_rows
 from tests.checkout import ROOT
 from tests.hostile.child import GROUPS
 
@@ -61,9 +65,23 @@ def _run(group: str, first: int, every: int, wrong: dict[str, str]) -> tuple[int
     return number, False
 
 
-if __name__ == "__main__":
-    found = {group: run(group) for group in sys.argv[1:] or GROUPS}
+def main(only: str = "", folder: str = "") -> int:
+    """Exit code: 1 where a call did not end as documented."""
+    found = {group: run(group) for group in ([only] if only else GROUPS)}
     for group, battery in found.items():
         print(f"{group}: {battery.calls} calls, {len(battery.wrong)} wrong")
         print("".join(f"  {call}: {how}\n" for call, how in battery.wrong.items()), end="")
-    sys.exit(any(battery.wrong for battery in found.values()))
+    if folder:
+        numbers = [
+            Number(group, metric, "1", None, count, None)
+            for group, battery in found.items()
+            for metric, count in (("calls", battery.calls), ("wrong", len(battery.wrong)))
+        ]
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        device = f"CPU, {os.cpu_count()} cores"
+        write_rows(Path(folder), [to_row("every call", number, device) for number in numbers])
+    return int(any(battery.wrong for battery in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
