@@ -11,6 +11,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # NEWEST=1: with the newest versions of all of them, in an environment of its own.
 NEWEST ?=
+QUICK ?=
+SOME_INTEGRATIONS := tests/integrations/test_examples.py tests/integrations/test_families.py::test_two_ranks
 BESIDE := .venv-integrations$(if $(NEWEST),-newest)
 ARGS ?=
 BUSY ?= 0
@@ -65,8 +67,8 @@ lab-cases: $(STAMP) ## the kept labs, or the one named by CASE: rows, pictures, 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-integrations: $(BESIDE)/.installed ## run the tests beside Transformers, Trainer, TRL and torchtitan (NEWEST=1: their newest versions)
-	OMP_NUM_THREADS=1 $(BESIDE)/bin/python -m pytest tests/integrations $(ARGS)
+test-integrations: $(BESIDE)/.installed ## run the tests beside Transformers, Trainer, TRL and torchtitan (NEWEST=1: their newest versions; QUICK=1: the examples, and every family of models once)
+	OMP_NUM_THREADS=1 $(BESIDE)/bin/python -m pytest $(if $(QUICK),$(SOME_INTEGRATIONS),tests/integrations) $(ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .
