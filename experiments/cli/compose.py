@@ -27,7 +27,7 @@ from flashcp.experiments.cli.schema import GROUPS, SETTINGS, committed, typed
 from flashcp.experiments.cli.words import quoted
 from flashcp.experiments.folders import check_file, leave_no_trace
 from flashcp.experiments.sweep.results import RESULTS
-from flashcp.sharding.values import first_line, shown
+from flashcp.sharding.values import cut, first_line, shown
 
 CONFIGS = "flashcp.conf"
 at_refusal: list[Callable[[], Any]] = []
@@ -149,7 +149,8 @@ def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
         simulated = (*committed("simulation"), "lab") if group == "experiment" else ()
         legal = ", ".join(dict.fromkeys((*GROUPS.get(group, ()), *sorted(error.options), *simulated)))
         one = f"flashcp sweep {group}={value}, one sweep that simulates at a time"
-        raise ValueError(f"{group}={value}: expected {one if value in simulated else f'one of {legal}'}") from error
+        given = cut(f"{group}={value}")
+        raise ValueError(f"{given}: expected {one if value in simulated else f'one of {legal}'}") from error
     except OverrideParseException as error:
         raise ValueError(f"{shown(error.override)} is not an override: expected KEY=VALUE") from error
     except (HydraException, OmegaConfBaseException) as error:
@@ -163,7 +164,7 @@ def _one_line(name: str, overrides: Sequence[str]) -> Iterator[None]:
         if not given or not (isinstance(error, TypeError) or str(error).startswith("Config group override must be")):
             raise
         legal_here = GROUPS.get(given.split("=")[0], ["the sweeps that --help lists"])
-        raise ValueError(f"{given}: expected one of {', '.join(legal_here)}") from error
+        raise ValueError(f"{cut(given)}: expected one of {', '.join(legal_here)}") from error
 
 
 @contextmanager
@@ -191,7 +192,7 @@ def _complaint(name: str, overrides: Sequence[str], error: Exception) -> str:
         return f"{ambiguous[1]}: expected one value (-m or `flashcp sweep` takes several; a list is written [a,b])"
     if "does not support sweep type" in message:
         endless = [override for override in overrides if "interval(" in override]
-        return f"{' '.join(endless)}: expected values to try, as key=a,b, choice() or range()"
+        return f"{cut(' '.join(endless))}: expected values to try, as key=a,b, choice() or range()"
     return f"{' '.join(message.splitlines()[:2])}{f' ({cause})' if cause else ''}"
 
 

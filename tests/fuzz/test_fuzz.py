@@ -40,6 +40,8 @@ def test_good_input_is_read_and_spoiled_input_refused_in_one_line(name: str, tmp
         ("JSON lines", b'{"' + b"9" * 5_000 + b'": 1}\n'),
         ("tokenizer", b'{"version": "' + b"9" * 5_000 + b'"}'),
         ("overrides", b"a" + b"[" * 5_000),
+        ("overrides", b"data=\n{source:pile,sigma:1.5}"),
+        ("overrides", b"model=\n\n"),
     ],
 )
 def test_what_fuzzing_found_stays_mended(name: str, content: bytes, tmp_path: Path) -> None:
