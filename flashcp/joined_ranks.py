@@ -52,6 +52,11 @@ class JoinedRanks:
         self._exchange = Heads(inside, self._between, meet, refetch) if inside else self._between
         self._calls, self._closed = 0, False
 
+    @property
+    def calls(self) -> int:
+        """How many calls this rank has made together with the others; one pass of a layer is one."""
+        return self._calls
+
     def close(self) -> None:
         """End this rank's part: what is under way arrives, then its threads and the groups that were made for it end.
 

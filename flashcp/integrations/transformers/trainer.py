@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import recursively_apply
-from torch import Tensor
 from transformers import Trainer
 
 from flashcp.context_parallel import ContextParallel
@@ -35,6 +33,7 @@ def parallelize(trainer: Trainer, cp: ContextParallel, strategy: str = "flashcp"
             "a window's labels are on all ranks",
         ),
         ("label_smoothing_factor", args.label_smoothing_factor, 0.0, "it would shift labels once more"),
+        ("neftune_noise_alpha", args.neftune_noise_alpha, None, "a rank's rows would set how strong the noise is"),
         ("n_gpu", args.n_gpu, 1 if args.n_gpu else 0, "one process a GPU"),
         ("accelerator_config.split_batches", dealt.split_batches, False, "each group reads batches of its own"),
         (
@@ -53,39 +52,52 @@ def parallelize(trainer: Trainer, cp: ContextParallel, strategy: str = "flashcp"
             raise ValueError(f"{field}={shown(value)} with context parallelism: expected {legal}, for {why}")
     batches = SameBatches(cp)
     model = accelerator.unwrap_model(trainer.model)
-    model.set_attn_implementation(install(cp))
+    name = install(cp)
+    _check_loss(trainer, model)
+    model.set_attn_implementation(name)
     trainer.data_collator = Collator(cp, trainer.data_collator, strategy, config=model.config, **options)
-    accelerator.dataloader_config.dispatch_batches = False  # else rank 0 reads iterable data sets and cuts its rows up
     accelerator.state.parallelism_config = batches
     accelerator.state.device_mesh = batches.get_device_mesh(accelerator.device.type)
-    trainer.compute_loss = partial(_count_labels, trainer.compute_loss, args.world_size // cp.world_size)
-    _keep_whole_groups(accelerator, cp.world_size)
+    trainer.compute_loss = partial(_count_labels, trainer, trainer.compute_loss, args.world_size // cp.world_size)
+    batches.fit(accelerator)
     trainer.gather_function = accelerator.gather_for_metrics
+    make = trainer.call_model_init
+
+    def call_model_init(trial: Any = None) -> Any:
+        made = make(trial)
+        made.set_attn_implementation(name)
+        return made
+
+    trainer.call_model_init = call_model_init
 
 
-def _count_labels(compute_loss: Any, groups: int, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
-    """TRL evaluates without a count of labels: each rank's mean would be over its own ones."""
-    if len(rest) < 2 and named.get("num_items_in_batch") is None:
-        named["num_items_in_batch"] = inputs["num_items_in_batch"] * groups
-    return compute_loss(model, inputs, *rest, **named)
+def _check_loss(trainer: Trainer, model: Any) -> None:
+    """Labels are shifted before they are cut up: a loss must take them as `shift_labels`, and the count of them."""
+    if trainer.compute_loss_func is not None:
+        return
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forwards = [vars(each)["forward"] for each in type(model).__mro__ if "forward" in vars(each)]
+    own = not any("loss_function" in inspect.unwrap(each).__code__.co_names for each in forwards)
+    if own or "shift_labels" not in inspect.signature(model.loss_function).parameters:
+        loss = "a loss of its own" if own else model.loss_function.__name__
+        raise ValueError(
+            f"{type(model).__name__} has {loss}: expected the loss of causal language models, which takes labels that "
+            "are shifted already, or a compute_loss_func that does"
+        )
 
 
-def _keep_whole_groups(accelerator: Accelerator, ranks: int) -> None:
-    """Of the last batch Accelerate keeps as many values as the data set had rows left, the first of all that ranks
-    gave. With context parallelism a row's value has a part on each rank of its group: all of them are kept."""
-    gather = accelerator.gather_for_metrics
-
-    def gather_for_metrics(input_data: Any, use_gather_object: bool = False) -> Any:
-        state = accelerator.gradient_state
-        if use_gather_object or not state.end_of_dataloader or state.remainder <= 0:
-            return gather(input_data, use_gather_object)
-        rows = state.remainder
-
-        def keep(x: Tensor) -> Tensor:
-            """Of x [groups * ranks * values, ...] as many values of each rank as rows of its group are left."""
-            of_ranks = x.unflatten(0, (-1, ranks, len(x) // accelerator.num_processes))
-            return of_ranks.transpose(1, 2).flatten(0, 1)[:rows].flatten(0, 1)
-
-        return recursively_apply(keep, accelerator.gather(input_data))
-
-    accelerator.gather_for_metrics = gather_for_metrics
+def _count_labels(
+    trainer: Trainer, compute_loss: Any, groups: int, model: Any, inputs: Any, *rest: Any, **named: Any
+) -> Any:
+    """Trainer gives no count of labels to models with `accepts_loss_kwargs=False`, TRL none in evaluation: each rank's
+    mean would be over its own ones. The mean of such a batch is its own, whatever is accumulated."""
+    if len(rest) > 1 or named.get("num_items_in_batch") is not None:
+        return compute_loss(model, inputs, *rest, **named)
+    named["num_items_in_batch"] = inputs["num_items_in_batch"] * groups
+    counted = {"model_accepts_loss_kwargs": True, "current_gradient_accumulation_steps": 1}
+    before = {name: getattr(trainer, name, None) for name in counted}
+    try:
+        vars(trainer).update(counted)
+        return compute_loss(model, inputs, *rest, **named)
+    finally:
+        vars(trainer).update(before)
