@@ -33,7 +33,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral_window": ("Mistral", {"sliding_window": WINDOW}),
     "gemma2": ("Gemma2", {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8, **MIX}),
     "gemma3": ("Gemma3", {"query_pre_attn_scalar": 8, **MIX}),
+    "gemma4": ("Gemma4", {**MIX, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2,
+                          "vocab_size_per_layer_input": VOCABULARY, "num_hidden_layers": 4,
+                          "layer_types": 2 * MIX["layer_types"]}),
     "gpt_oss": ("GptOss", {**EXPERTS, **MIX}),
+    "mixtral": ("Mixtral", EXPERTS),
     "olmo2": ("Olmo2", {}),
     "olmo3": ("Olmo3", MIX),
     "deepseek_v3": ("DeepseekV3", LATENT),
@@ -45,7 +49,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def make_model(family: str, attention: str) -> nn.Module:
     """The same weights whenever it is called. attention: the name of an implementation."""
     name, own = FAMILIES[family]
-    text = {"Gemma3": "TextConfig", "Llama4": "TextConfig"}.get(name, "Config")
+    text = {"Gemma3": "TextConfig", "Gemma4": "TextConfig", "Llama4": "TextConfig"}.get(name, "Config")
     config = getattr(hf, f"{name}{text}")(**{**SIZES, **own})
     torch.manual_seed(0)
     model: nn.Module = getattr(hf, f"{name}ForCausalLM")._from_config(config, attn_implementation=attention)

@@ -108,6 +108,16 @@ def test_what_is_not_computed_is_refused_by_name(said: dict[str, Any], message: 
     assert "\n" not in str(caught.value)
 
 
+def test_a_mask_that_is_not_made_says_whose_attention_it_is() -> None:
+    made = mask()
+    assert made[:, :, -12:] is made[:] is made
+    for use in (lambda: made[:, :, 1:], lambda: made[0], lambda: made + Q, lambda: Q * made, lambda: torch.tril(made)):
+        with pytest.raises(ValueError, match="this model's attention is its own, or changes its mask: expected"):
+            use()
+    with pytest.raises(AttributeError, match="this model's attention is its own"):
+        made.to(torch.bool)
+
+
 def test_keywords_that_say_nothing_to_attention_are_let_by() -> None:
     plain = attend()
     said = {"position_ids": torch.zeros(1, 12), "num_items_in_batch": 3, "output_attentions": False, "unknown": None}

@@ -98,6 +98,9 @@ def test_the_last_label_of_a_row_is_none_of_the_next() -> None:
         ({"attention_mask": torch.ones(1, 1, 4, 4)}, "attention_mask is [1, 1, 4, 4]: expected [1, 4]"),
         ({"cu_seq_lens_q": [0, 4], "audio": torch.ones(1, 3, 8)},
          "audio is [1, 3, 8]: expected a tensor of a value for each of [1, 4] tokens"),
+        ({"input_ids": torch.ones(2, 5), "attention_mask": torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 0, 1]])},
+         "attention_mask[1] has zeros between ones: expected padding at the ends of a row"),
+        ({"attention_mask": torch.zeros(1, 4)}, "attention_mask is zeros alone: expected a batch with tokens"),
         ({"cu_seq_lens_q": [0, 4], "names": ["a"]}, "names is a list: expected a tensor of a value for each"),
     ],
 )  # fmt: skip
@@ -105,6 +108,13 @@ def test_batches_that_say_too_little_or_too_much(batch: dict[str, Any], message:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         collate(lambda _: {"input_ids": torch.ones(1, 4), **batch})
     assert str(caught.value).startswith(message)
+
+
+def test_examples_without_tokens_are_named() -> None:
+    with pytest.raises(ValueError, match="example 1 of the batch has no tokens: expected one or more"):
+        collate(features=[{"input_ids": [5]}, {"input_ids": []}])
+    with pytest.raises(ValueError, match="a batch without examples: expected one or more"):
+        collate(features=[])
 
 
 def test_unknown_strategies_and_options_are_refused() -> None:

@@ -91,6 +91,22 @@ def test_gemma_3_with_images(ranks: int) -> None:
     assert {name: error for name, error in differences(answer, alone()).items() if error > 1e-4} == {}
 
 
+def test_a_pack_without_images_between_others() -> None:
+    cp = flashcp.ContextParallel()
+    model = make_model(install(cp))
+    take_own_features(model)
+
+    def inner(features: list[Any]) -> dict[str, Tensor]:
+        batch = flatten(features)
+        del batch["pixel_values"]
+        return batch
+
+    batch = Collator(cp, inner, config=model.config, blocks="token_type_ids")(documents()[1:2])
+    found = model(**batch).loss
+    del batch["token_type_ids"]
+    assert torch.equal(found, model(**batch).loss)
+
+
 def test_blocks_are_runs_of_marks_inside_a_document() -> None:
     marks = np.array([1, 1, 0, 1, 1, 1, 0, 2, 1])
     blocks = [mask.blocks for mask in block_masks(marks, np.array([4, 3, 2]))]

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from tests.integrations.trainers import STEPS, Logs, parallelize_twice, predict, run_loop, run_sft, run_trainer
+from tests.integrations.trainers import (
+    STEPS,
+    Logs,
+    parallelize_twice,
+    predict,
+    run_loop,
+    run_sft,
+    run_trainer,
+    scheduled,
+)
 from tests.integrations.training import PATIENT_S
 from tests.ranks import run_ranks
 
@@ -25,11 +34,25 @@ FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 
 
+MEAN = {"of_a_mean": True, "gradient_accumulation_steps": 2}
+
+
 @pytest.mark.parametrize(
-    "how", [{}, ACCUMULATED, {"bf16": True}, {"streamed": True}, FSDP2, {**FSDP2, **ACCUMULATED}, COMPILED]
+    "how",
+    [
+        {},
+        ACCUMULATED,
+        {"bf16": True},
+        {"streamed": True},
+        FSDP2,
+        {**FSDP2, **ACCUMULATED},
+        COMPILED,
+        MEAN,
+        {"made_anew": True},
+    ],
 )
 def test_trainer(tmp_path: Path, how: dict[str, Any]) -> None:
-    one_rank = {name: value for name, value in how.items() if name not in FSDP2 and name not in COMPILED}
+    one_rank = {name: value for name, value in how.items() if name not in {**FSDP2, **COMPILED}}
     (one,) = run_ranks(trainer_alone, 1, str(tmp_path), one_rank)
     for logs in run_ranks(run_trainer, 2, str(tmp_path), "llama", True, 1, how, timeout_s=PATIENT_S):
         same(logs, one, 2e-2 if "bf16" in how else 1e-4)
@@ -63,6 +86,18 @@ def test_sft(tmp_path: Path, how: dict[str, Any]) -> None:
             assert [log.get(name) for log in logs] == pytest.approx([log.get(name) for log in one]), name
 
 
+def test_evaluation_is_the_same_whatever_was_accumulated(tmp_path: Path) -> None:
+    """Of experts, whose auxiliary loss TRL takes in parts."""
+    how = {"learning_rate": 0.0, "max_steps": 1, "eval_steps": 1}
+    one, two = (
+        run_ranks(run_sft, 2, str(tmp_path), "mixtral", True, {**how, "gradient_accumulation_steps": count})[0]
+        for count in (1, 2)
+    )
+    (wanted,), (found,) = ([log["eval_loss"] for log in logs if "eval_loss" in log] for logs in (one, two))
+    assert found == pytest.approx(wanted, rel=1e-6)
+    assert any(log.get("eval_aux_loss", 0) > 0 for log in one)
+
+
 def test_predictions_are_of_the_same_rows(tmp_path: Path) -> None:
     (one,) = run_ranks(predict, 1, str(tmp_path), False)
     for found in run_ranks(predict, 2, str(tmp_path), True):
@@ -70,18 +105,36 @@ def test_predictions_are_of_the_same_rows(tmp_path: Path) -> None:
         assert [logit for _, logit in found] == pytest.approx([logit for _, logit in one], rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_accelerates_own_loop(sharded: bool) -> None:
+@pytest.mark.parametrize("how", [{}, {"sharded": True}, {"streamed": True}])
+def test_accelerates_own_loop(how: dict[str, bool]) -> None:
     (losses, norms), *_ = run_ranks(run_loop, 1, False)
-    for found_losses, found_norms in run_ranks(run_loop, 2, True, sharded):
+    for found_losses, found_norms in run_ranks(run_loop, 2, True, *how):
         assert found_losses == pytest.approx(losses, rel=1e-4)
         assert found_norms == pytest.approx(norms, rel=1e-4)
+
+
+def test_a_loop_checks_its_model() -> None:
+    for said in run_ranks(loop_refused, 2):
+        assert said.startswith("the model did not attend through FlashCP: 0 of 2 layers did, its attention is 'sdpa'")
+
+
+def loop_refused() -> str:
+    with pytest.raises(ValueError, match="through FlashCP") as caught:
+        run_loop(True, "replaced")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("ranks", "groups"), [(2, 1), (4, 2)])
+def test_schedulers_step_once_for_each_group(ranks: int, groups: int) -> None:
+    for rates in run_ranks(scheduled, ranks, groups):
+        assert rates == pytest.approx([(8 - groups * step) / 8 for step in range(5)])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False with context parallelism: exp"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 with context parallelism: expected None, for a rank's"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 with context parallelism: expected 0.0"),
         ({"accelerator_config": {"split_batches": True}}, "accelerator_config.split_batches=True with context paralle"),
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches=True with context p"),
@@ -95,6 +148,26 @@ def test_arguments_under_which_losses_are_not_the_windows(changes: Any, message:
 def refused(folder: str, changes: dict[str, Any]) -> str:
     with pytest.raises(ValueError, match="context parallelism") as caught:
         run_trainer(folder, "llama", True, 1, changes)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"classifies": True}, "LlamaForTokenClassification has ForTokenClassification: expected the loss of causal"),
+        ({"own_loss": True}, "XLMWithLMHeadModel has a loss of its own: expected the loss of causal language models"),
+        ({"replaced": True}, "the model did not attend through FlashCP: 0 of 2 layers did, its attention is 'sdpa'"),
+        ({"replaced": True, "eval_on_start": True}, "the model did not attend through FlashCP: 0 of 2 layers did"),
+    ],
+)
+def test_models_that_would_be_trained_wrongly(how: Any, message: str, tmp_path: Path) -> None:
+    for said in run_ranks(model_refused, 2, str(tmp_path), how):
+        assert said.startswith(message)
+
+
+def model_refused(folder: str, how: dict[str, Any]) -> str:
+    with pytest.raises(ValueError, match=r"the loss of causal|through FlashCP") as caught:
+        run_trainer(folder, "llama", True, 1, how)
     return str(caught.value)
 
 

@@ -67,22 +67,39 @@ def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes
     changes = dict(changes)
     documents = data().to_iterable_dataset() if changes.pop("streamed", False) else data()
     resume = changes.pop("resume", False)
+    say = {name: changes.pop(name, False) for name in ("of_a_mean", "made_anew", "classifies", "own_loss", "replaced")}
+    model = make_model(family, "sdpa")
+    if say["classifies"]:
+        model = hf.LlamaForTokenClassification(model.config)
+    if say["own_loss"]:
+        model = hf.XLMWithLMHeadModel(hf.XLMConfig(vocab_size=VOCABULARY, emb_dim=32, n_layers=2, n_heads=4))
+    if say["of_a_mean"]:
+        model.accepts_loss_kwargs = False  # type: ignore[assignment]
     args = hf.TrainingArguments(output_dir=folder, **{**how, **changes})
     if args.fsdp and over_ranks:
         take_fsdp_on_cpus()
     trainer = hf.Trainer(
-        make_model(family, "sdpa"),
+        None if say["made_anew"] else model,
         args,
         data_collator=hf.DataCollatorWithFlattening(),
         train_dataset=documents,
         eval_dataset=data(7),
+        model_init=(lambda: without_cache(make_model(family, "sdpa"))) if say["made_anew"] else None,
     )
     if over_ranks:
         parallelize(trainer, flashcp.ContextParallel(my_group(groups)))
+    if say["replaced"]:
+        model.set_attn_implementation("sdpa")  # type: ignore[operator]
     trainer.train(resume_from_checkpoint=resume)
     assert not (args.fsdp and over_ranks) or isinstance(trainer.model_wrapped, FSDPModule)
     logs: Logs = trainer.state.log_history
     return logs
+
+
+def without_cache(model: Any) -> Any:
+    """With one, of a model that is made anew, Transformers 5.24 lets documents of a pack see each other."""
+    model.config.use_cache = False
+    return model
 
 
 def parallelize_twice(folder: str) -> None:
@@ -140,25 +157,46 @@ def predict(folder: str, over_ranks: bool) -> list[tuple[int, float]]:
     return sorted(zip(labels[kept].tolist(), of_labels[kept].tolist(), strict=True))
 
 
-def run_loop(over_ranks: bool, sharded: bool = False) -> tuple[list[float], list[float]]:
-    """A loop of one's own under Accelerate: losses of its windows, and norms of the parameters it ends with."""
+def run_loop(over_ranks: bool, how: str = "") -> tuple[list[float], list[float]]:
+    """A loop of one's own under Accelerate, the last batch smaller: losses of its windows, and norms of the parameters
+    it ends with. how: sharded, streamed, or replaced, where the model attends otherwise."""
     join_accelerate()
-    if sharded:
+    if how == "sharded":
         take_fsdp_on_cpus()
     cp = flashcp.ContextParallel()
-    model = make_model("mistral_window", install(cp))
+    model: Any = make_model("mistral_window", install(cp))
     batches = SameBatches(cp) if over_ranks else None
-    fsdp = FullyShardedDataParallelPlugin(2, auto_wrap_policy="transformer_based_wrap") if sharded else None
+    fsdp = FullyShardedDataParallelPlugin(2, auto_wrap_policy="transformer_based_wrap") if how == "sharded" else None
     accelerator = Accelerator(cpu=True, parallelism_config=batches, fsdp_plugin=fsdp)
-    loader = DataLoader(data(STEPS * ROWS).to_list(), ROWS, collate_fn=Collator(cp, config=model.config))
+    examples = data(STEPS * ROWS - 1)
+    given: Any = examples.to_iterable_dataset() if how == "streamed" else examples.to_list()
+    loader = DataLoader(given, ROWS, collate_fn=Collator(cp, config=model.config))
     ready = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)
+    if how == "replaced":
+        model.set_attn_implementation("sdpa")
     losses = []
     for batch in ready[2]:
         loss = ready[0](**batch).loss
         accelerator.backward(loss * cp.world_size)  # Accelerate takes the mean over ranks, this is a sum
         ready[1].step()
         ready[1].zero_grad()
-        losses.append(accelerator.reduce(loss.detach(), "sum").item())
-    assert not sharded or isinstance(ready[0], FSDPModule)
+        losses.append(accelerator.gather_for_metrics(loss.detach()[None]).sum().item())
+    assert how != "sharded" or isinstance(ready[0], FSDPModule)
     norms = [parameter.norm() for parameter in ready[0].parameters()]
     return losses, [float(norm.full_tensor() if isinstance(norm, DTensor) else norm) for norm in norms]
+
+
+def scheduled(groups: int) -> list[float]:
+    """Rates of five steps under a prepared scheduler, which falls to 0 in eight."""
+    join_accelerate()
+    accelerator = Accelerator(cpu=True, parallelism_config=SameBatches(flashcp.ContextParallel(my_group(groups))))
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=8)
+    model, optimizer, falling = accelerator.prepare(model, optimizer, falling)
+    rates = []
+    for _ in range(5):
+        rates += falling.get_last_lr()
+        optimizer.step()
+        falling.step()
+    return rates

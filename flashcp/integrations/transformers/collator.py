@@ -29,9 +29,12 @@ _DROPPED = {*_SAID_BY_THE_PLAN, "cu_seq_lens_k", "max_length_q", "max_length_k"}
 @dataclass(frozen=True, eq=False, repr=False)
 class WindowPlan(ShardingPlan):
     """A plan that also stands for the tokens of its window: ranks that were given other tokens, in documents of the
-    same lengths, hold another plan, and hear of it in their first attention."""
+    same lengths, hold another plan, and hear of it in their first attention.
+
+    marked: its blocks are those that an input marks, none where it marks none."""
 
     window: int = 0
+    marked: bool = False
 
     @cached_property
     def fingerprint(self) -> str:
@@ -105,17 +108,20 @@ class Collator:
         made = plan(lengths, self.holders, self.strategy, **options)
         window = zlib.crc32(packed["input_ids"].contiguous().numpy().tobytes())
         window = zlib.crc32(packed["labels"].contiguous().numpy().tobytes(), window)
-        return WindowPlan(
-            **{field.name: getattr(made, field.name) for field in fields(made) if field.init}, window=window
-        )
+        said = {field.name: getattr(made, field.name) for field in fields(made) if field.init}
+        return WindowPlan(**said, window=window, marked=self.blocks is not None)
 
 
 def _flatten(features: list[Any]) -> dict[str, Tensor]:
-    """Examples one after the other."""
+    """Examples one after the other. Raises ValueError for none, and for one without tokens."""
+    if not features:
+        raise ValueError("a batch without examples: expected one or more")
     ids, labels = (
         [torch.as_tensor(one.get(name, one["input_ids"])) for one in features] for name in ("input_ids", "labels")
     )
     lengths = torch.tensor([len(one) for one in ids])
+    if not lengths.all():
+        raise ValueError(f"example {int(lengths.argmin())} of the batch has no tokens: expected one or more")
     return {"input_ids": torch.cat(ids)[None], "labels": torch.cat(labels)[None],
             "cu_seq_lens_q": torch.cat((torch.zeros_like(lengths[:1]), lengths.cumsum(0)))}  # fmt: skip
 
@@ -145,7 +151,7 @@ def _read_lengths(batch: dict[str, Any], kept: Tensor) -> np.ndarray:
         elif name != "attention_mask":
             found[name] = lengths_of(**{name: value})
     if not found and "attention_mask" in said:
-        return kept.sum(1)[kept.any(1)].numpy()
+        return _runs(kept)
     if not found:
         raise ValueError(f"a batch of {', '.join(batch)}: expected one of {', '.join(_SAID_BY_THE_PLAN)} too, which "
                          "say where documents begin")  # fmt: skip
@@ -158,6 +164,19 @@ def _read_lengths(batch: dict[str, Any], kept: Tensor) -> np.ndarray:
     if lengths.sum() != kept.numel():
         raise ValueError(f"{first} of {lengths.sum()} tokens, input_ids of {kept.numel()}: expected as many")
     return lengths
+
+
+def _runs(kept: Tensor) -> np.ndarray:
+    """Lengths of rows of which padding is left out at their ends. Raises ValueError where it is anywhere else."""
+    begins = kept & ~torch.nn.functional.pad(kept, (1, 0))[:, :-1]
+    if (runs := begins.sum(1)).gt(1).any():
+        raise ValueError(
+            f"attention_mask[{int(runs.argmax())}] has zeros between ones: expected padding at the ends of a row, for "
+            "tokens on both sides would become neighbours"
+        )
+    if not kept.any():
+        raise ValueError("attention_mask is zeros alone: expected a batch with tokens that are no padding")
+    return kept.sum(1)[kept.any(1)].numpy()
 
 
 def _pack(name: str, value: Any, kept: Tensor) -> Tensor:

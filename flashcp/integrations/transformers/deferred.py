@@ -28,6 +28,7 @@ _BACK = {
     "sliding_window_overlay.<locals>.inner_mask": "sliding_window",
     "chunked_overlay.<locals>.inner_mask": "chunk_size",
 }
+_OWN = "this model's attention is its own, or changes its mask: expected a model that hands both to attn_implementation"
 _BLOCKS = "blockwise_overlay.<locals>.inner_mask"
 
 
@@ -69,16 +70,30 @@ class DeferredMask:
         """What eager attention takes."""
         return eager_mask(**self.asked)
 
-    def check(self, tokens: int, back: int | None, longest_block: int) -> None:
+    def __getitem__(self, index: Any) -> DeferredMask:
+        """Itself, where all of it is asked for (Gemma 4 where layers share KV)."""
+        for one, size in zip(index if isinstance(index, tuple) else (index,), self.shape, strict=False):
+            if not isinstance(one, slice) or one.indices(size) != (0, size, 1):
+                raise ValueError(_OWN)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{_OWN} (.{name})")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, given: Any = (), said: Any = None) -> Any:
+        raise ValueError(_OWN)
+
+    def check(self, tokens: int, back: int | None, longest_block: int, marked: bool) -> None:
         """Raise ValueError where it masks anything else than a plan does for a layer that looks so far `back`.
-        longest_block: rows of the plan's longest block, 0: it has none."""
+        longest_block: rows of the plan's longest block, 0: it has none; marked: where something else would mark it."""
         _, _, _, kv_length = self.shape
         if kv_length != tokens:
             raise ValueError(f"attention over {kv_length} keys, {tokens} rows and a plan: expected no cache, no prefix")
         padding = self.asked.get("attention_mask")
         if padding is not None and not padding.all():
             raise ValueError("attention_mask has zeros beside a plan: expected none; Collator leaves padding out")
-        if self.blocks and not longest_block:
+        if self.blocks and not longest_block and not marked:
             raise ValueError(f"mask function {_BLOCKS} beside a plan: expected blocks in the plan's masks")
         if self.unknown:
             raise ValueError(f"mask function {self.unknown} beside a plan: expected causal, windows, chunks and packed")

@@ -94,7 +94,8 @@ def _under_plan(
         raise ValueError(f"a batch of {len(query)} rows beside a plan: expected one, the pack's")
     chunk = chunk_of(getattr(module, "config", None), getattr(module, "layer_idx", None))
     if isinstance(attention_mask, DeferredMask):
-        attention_mask.check(query.shape[2], chunk or window, plan.masks.longest_block)
+        marked = getattr(plan, "marked", False)
+        attention_mask.check(query.shape[2], chunk or window, plan.masks.longest_block, marked)
     elif attention_mask is not None:
         what = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(f"attention_mask {what} beside a plan: expected none")
