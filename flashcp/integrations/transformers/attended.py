@@ -18,7 +18,7 @@ def check_attention(model: nn.Module, cp: ContextParallel) -> None:
     `parallelize` and `SameBatches` see to it; a loop without them calls this once. model: of Transformers, inside of
     whatever wraps it.
     """
-    config = next((one.config for one in model.modules() if hasattr(one, "config")), None)
+    config: Any = next((one.config for one in model.modules() if hasattr(one, "config")), None)
     if not hasattr(config, "get_text_config"):
         return
     before = 0
