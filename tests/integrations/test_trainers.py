@@ -113,14 +113,21 @@ def test_accelerates_own_loop(how: dict[str, bool]) -> None:
         assert found_norms == pytest.approx(norms, rel=1e-4)
 
 
-def test_a_loop_checks_its_model() -> None:
-    for said in run_ranks(loop_refused, 2):
-        assert said.startswith("the model did not attend through FlashCP: 0 of 2 layers did, its attention is 'sdpa'")
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("replaced", "the model did not attend through FlashCP: 0 of 2 layers did, its attention is 'sdpa'"),
+        ("dispatched", "dispatch_batches=True with context parallelism: expected False, each group reads batches"),
+    ],
+)
+def test_a_loop_is_checked(how: str, message: str) -> None:
+    for said in run_ranks(loop_refused, 2, how):
+        assert said.startswith(message)
 
 
-def loop_refused() -> str:
-    with pytest.raises(ValueError, match="through FlashCP") as caught:
-        run_loop(True, "replaced")
+def loop_refused(how: str) -> str:
+    with pytest.raises(ValueError, match=r"through FlashCP|context parallelism") as caught:
+        run_loop(True, how)
     return str(caught.value)
 
 
@@ -157,7 +164,7 @@ def refused(folder: str, changes: dict[str, Any]) -> str:
         ({"classifies": True}, "LlamaForTokenClassification has ForTokenClassification: expected the loss of causal"),
         ({"own_loss": True}, "XLMWithLMHeadModel has a loss of its own: expected the loss of causal language models"),
         ({"replaced": True}, "the model did not attend through FlashCP: 0 of 2 layers did, its attention is 'sdpa'"),
-        ({"replaced": True, "eval_on_start": True}, "the model did not attend through FlashCP: 0 of 2 layers did"),
+        ({"replaced": True, "evaluated": True}, "the model did not attend through FlashCP: 0 of 2 layers did"),
     ],
 )
 def test_models_that_would_be_trained_wrongly(how: Any, message: str, tmp_path: Path) -> None:

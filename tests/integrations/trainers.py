@@ -11,7 +11,7 @@ import torch.distributed as dist
 import transformers as hf
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DataLoaderConfiguration, DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer
@@ -67,7 +67,10 @@ def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes
     changes = dict(changes)
     documents = data().to_iterable_dataset() if changes.pop("streamed", False) else data()
     resume = changes.pop("resume", False)
-    say = {name: changes.pop(name, False) for name in ("of_a_mean", "made_anew", "classifies", "own_loss", "replaced")}
+    say = {
+        name: changes.pop(name, False)
+        for name in ("of_a_mean", "made_anew", "classifies", "own_loss", "replaced", "evaluated")
+    }
     model = make_model(family, "sdpa")
     if say["classifies"]:
         model = hf.LlamaForTokenClassification(model.config)
@@ -90,6 +93,9 @@ def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes
         parallelize(trainer, flashcp.ContextParallel(my_group(groups)))
     if say["replaced"]:
         model.set_attn_implementation("sdpa")  # type: ignore[operator]
+    if say["evaluated"]:
+        trainer.evaluate()
+        return []
     trainer.train(resume_from_checkpoint=resume)
     assert not (args.fsdp and over_ranks) or isinstance(trainer.model_wrapped, FSDPModule)
     logs: Logs = trainer.state.log_history
@@ -159,7 +165,7 @@ def predict(folder: str, over_ranks: bool) -> list[tuple[int, float]]:
 
 def run_loop(over_ranks: bool, how: str = "") -> tuple[list[float], list[float]]:
     """A loop of one's own under Accelerate, the last batch smaller: losses of its windows, and norms of the parameters
-    it ends with. how: sharded, streamed, or replaced, where the model attends otherwise."""
+    it ends with. how: sharded, streamed, dispatched, or replaced, where the model attends otherwise."""
     join_accelerate()
     if how == "sharded":
         take_fsdp_on_cpus()
@@ -167,8 +173,9 @@ def run_loop(over_ranks: bool, how: str = "") -> tuple[list[float], list[float]]
     model: Any = make_model("mistral_window", install(cp))
     batches = SameBatches(cp) if over_ranks else None
     fsdp = FullyShardedDataParallelPlugin(2, auto_wrap_policy="transformer_based_wrap") if how == "sharded" else None
-    accelerator = Accelerator(cpu=True, parallelism_config=batches, fsdp_plugin=fsdp)
-    examples = data(STEPS * ROWS - 1)
+    dealt = DataLoaderConfiguration(dispatch_batches=how == "dispatched" or None)
+    accelerator = Accelerator(cpu=True, parallelism_config=batches, fsdp_plugin=fsdp, dataloader_config=dealt)
+    examples = data(STEPS * ROWS - 2)
     given: Any = examples.to_iterable_dataset() if how == "streamed" else examples.to_list()
     loader = DataLoader(given, ROWS, collate_fn=Collator(cp, config=model.config))
     ready = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)
@@ -193,10 +200,12 @@ def scheduled(groups: int) -> list[float]:
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=8)
-    model, optimizer, falling = accelerator.prepare(model, optimizer, falling)
+    short = torch.optim.lr_scheduler.OneCycleLR(torch.optim.SGD(model.parameters()), 1.0, total_steps=4)
+    model, optimizer, falling, short = accelerator.prepare(model, optimizer, falling, short)
     rates = []
     for _ in range(5):
         rates += falling.get_last_lr()
         optimizer.step()
         falling.step()
+        short.step()
     return rates

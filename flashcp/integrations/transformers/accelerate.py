@@ -99,7 +99,8 @@ class SameBatches(ParallelismConfig):
 
 
 def _step_for_groups(made: Any, groups: int) -> Any:
-    """A prepared scheduler that steps once for each group and optimizer step, where Accelerate's does for each rank."""
+    """A prepared scheduler that steps once for each group and optimizer step, where Accelerate's does for each rank; as
+    Accelerate's no further than its total_steps."""
     if made.split_batches:
         return made
     step, inner = made.step, made.scheduler
@@ -108,7 +109,7 @@ def _step_for_groups(made: Any, groups: int) -> Any:
     def step_for_groups(*given: Any, **how: Any) -> None:
         stepped = made.step_with_optimizer and made.gradient_state.sync_gradients
         for _ in range(groups if stepped else 1):
-            if groups == 1 or inner._step_count <= getattr(inner, "total_steps", inner._step_count):
+            if inner._step_count <= getattr(inner, "total_steps", inner._step_count):
                 step(*given, **how)
 
     made.step = step_for_groups
