@@ -47,12 +47,13 @@ def test_what_helps_after_a_time_out_is_said_and_helps(transport: str, ranks: in
 def after_a_mishap() -> tuple[str, int]:
     """Rank 1 fails between its header and its rows."""
     with faulty(Fault("raise")):
-        cp = flashcp.ContextParallel(transport="shm", timeout_s=1.5)
+        cp = flashcp.ContextParallel(transport="shm", timeout_s=3)
     plan = flashcp.plan(TODAY, 3, "per_document")
     with suppress(ExchangeError, Mishap):
         for _ in range(3):
             attention(cp, plan)
-    said = message(ExchangeError, attention, cp, plan)
+    # Rank 1 would wait for headers as long as the others for its rows: who gives up first would end the group or not.
+    said = message(ExchangeError, attention, cp, plan) if cp.rank != 1 else ""
     dist.barrier()
     return said, len(attention(flashcp.ContextParallel(transport="shm", timeout_s=20), plan))
 
@@ -61,4 +62,4 @@ def test_a_new_operator_helps_where_the_group_still_works() -> None:
     """What the one that failed left on its way is not read."""
     answers = run_ranks(after_a_mishap, 3)
     assert all(rows for _, rows in answers)
-    assert "earlier error, make a new ContextParallel: rank 0 waited 1.5 s for the rows of rank 1" in answers[0][0]
+    assert "earlier error, make a new ContextParallel: rank 0 waited 3 s for the rows of rank 1" in answers[0][0]

@@ -182,10 +182,10 @@ def other_calls() -> list[str]:
 
 def test_ranks_that_call_different_things_hear_what() -> None:
     expected = (
-        "operation (call 1): rank 1 attention; rank 0 gather",
-        "operation (call 1): rank 1 gather; rank 0 reshard",
+        "operation (call 1): rank 0 gather; rank 1 attention",
+        "operation (call 1): rank 0 reshard; rank 1 gather",
         "operation (call 1): rank 0 reshard; rank 1 unshard",
-        "row bytes (call 1): rank 1 12; rank 0 16",
+        "row bytes (call 1): rank 0 16; rank 1 12",
         "softcap (call 1): rank 0 5.0; rank 1 6.0",
     )
     for said in run_ranks(other_calls, 2):
