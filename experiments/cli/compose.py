@@ -107,7 +107,7 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 def composed_jobs(name: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
     """The configuration of every job of a multirun, in its order. Raises ValueError in one line."""
-    overrides = quoted(["hydra.mode=MULTIRUN", *overrides])[1:]
+    overrides = quoted(overrides, several=True)
     with _one_line(name, overrides):
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         values = [

@@ -15,13 +15,14 @@ SEVERAL = ("-m", "--multirun", "hydra.mode=", "experiment=")
 """How a word begins that may make several jobs of one line: a comma then separates values."""
 
 
-def quoted(words: Sequence[str]) -> list[str]:
-    """The words, with quotes around what is meant as it stands.
+def quoted(words: Sequence[str], several: bool = False) -> list[str]:
+    """The words, with quotes around what is meant as it stands. several: whether they make several jobs, which some
+    words (SEVERAL) say too.
 
     Of any key what the grammar refuses, such as `a(1).txt`; of a key of PATHS also a number, which would be written
     otherwise, and where there is one job a comma.
     """
-    several = any(word.startswith(SEVERAL) for word in words)
+    several = several or any(word.startswith(SEVERAL) for word in words)
     return [_quoted(word, several) for word in words]
 
 
