@@ -83,6 +83,7 @@ kills: $(STAMP) ## kill -9 of a rank, of flashcp and of torchrun, 20 times each:
 
 plans: $(STAMP) ## 200,000 random packs through every strategy: is any plan, route or bound wrong? (40 min on two cores)
 	$(BIN)/python -m tests.soak.plans 200000 experiments/results/plans
+	$(BIN)/python -m tests.soak.timed 2000 experiments/results/plans/timed
 
 docs: $(STAMP) ## build site/: guides, results and the API; a link that leads nowhere fails
 	$(BIN)/sphinx-build -q -W --keep-going -c docs . site $(ARGS)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flashcp.kernels.reference import reference_attention as reference_attention
     from flashcp.lengths import lengths_of as lengths_of
     from flashcp.lengths import shift_labels as shift_labels
+    from flashcp.predicted import predicted_time as predicted_time
     from flashcp.sharding import Mask as Mask
     from flashcp.sharding import Shard as Shard
     from flashcp.sharding import ShardingPlan as ShardingPlan
@@ -34,6 +35,7 @@ _HOME = {
     "choose": "flashcp.choice",
     "lengths_of": "flashcp.lengths",
     "plan": "flashcp.sharding",
+    "predicted_time": "flashcp.predicted",
     "reference_attention": "flashcp.kernels.reference",
     "shift_labels": "flashcp.lengths",
     "simulate": "flashcp.simulation",

@@ -113,7 +113,7 @@ def choose(
     query_heads, kv_heads, head_dim, dtype_bytes: of one attention layer.
     gradient_wire: what KV gradients travel in, as for `flashcp.ContextParallel`.
     strategy, exchange, data_parallel, overlap: what is settled already; None and `auto`: part of the choice. Strategies
-        have their default options.
+        have their default options, and no `cost`.
 
     `auto` is never `fused`: no GPU has shown yet that it is faster. Raises ValueError naming value, field and what is
     legal.

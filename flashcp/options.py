@@ -13,6 +13,7 @@ from flashcp.schema import read_options
 from flashcp.sharding.mask import Mask
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import STRATEGIES, plan
+from flashcp.sharding.strategies.flashcp import Cost
 from flashcp.sharding.values import check_choice
 
 
@@ -25,10 +26,19 @@ def read_sharding(sharding: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def planner(
-    sharding: Mapping[str, Any], world_size: int, layers: Sequence[tuple[Mask, int]] | None = None
+    sharding: Mapping[str, Any],
+    world_size: int,
+    layers: Sequence[tuple[Mask, int]] | None = None,
+    cost: Cost | None = None,
 ) -> Callable[[np.ndarray], ShardingPlan]:
-    """Document lengths of a pack -> its plan: what the loader calls ahead of each step (it can be pickled)."""
-    return partial(_make_plan, dict(sharding), world_size, layers)
+    """Document lengths of a pack -> its plan: what the loader calls ahead of each step. It can be pickled if cost can.
+
+    cost: what the strategy `flashcp` chooses by; the others have no choice.
+    """
+    made = dict(sharding)
+    if cost is not None and made["name"] == "flashcp":
+        made["cost"] = cost
+    return partial(_make_plan, made, world_size, layers)
 
 
 def _make_plan(

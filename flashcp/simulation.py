@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from flashcp.clusters import clusters, read_cluster
 from flashcp.sharding.documents import read_document_lengths
 from flashcp.sharding.mask import Mask, read_layers
 from flashcp.sharding.plan import ShardingPlan
-from flashcp.sharding.values import holds_items, read_list, shown
+from flashcp.sharding.values import check_choice, holds_items, read_list, shown
 from flashcp.simulator.cost import ModelShape
 from flashcp.simulator.machine import Machine, check_machine
 from flashcp.simulator.pack import Pack
 from flashcp.simulator.summary import BASELINE, Summary, recommendation, simulate_methods
 from flashcp.simulator.variants import (
+    PLAN_BY,
     choose_variants,
     make_setting,
     read_head_ranks,
@@ -92,6 +94,7 @@ def simulate(
     overlap: str = "auto",
     gradient_wire: str = "auto",
     head_ranks: int | str = "auto",
+    plan_by: str = "time",
     batch_windows: int = 1,
     micro_batches: int = 1,
     waits: str = "micro_batch",
@@ -116,6 +119,8 @@ def simulate(
     overlap: of our implementation and of best efforts: `auto`, `none`, `staged` or `fused`.
     gradient_wire: what KV gradients travel in in our implementation, as for `flashcp.ContextParallel`.
     head_ranks: of methods that choose them (`flashcp`, `usp`, ...): a number, or `auto`, the fastest.
+    plan_by: what chooses plans of the strategy `flashcp`: predicted `time` on this cluster, or, as where no cluster is
+        named, `rows` and balance.
     batch_windows: of the packs that are one batch. Today's practice gives each a replica of world_size / batch_windows
         ranks, and the slowest counts; `flashcp` and pairs make one plan for all ranks.
     micro_batches: batches of a step. waits: for the slowest replica, every `micro_batch` (FSDP) or every `step` (DDP).
@@ -129,6 +134,7 @@ def simulate(
     Raises ValueError naming value, field and what is legal.
     """
     heads = read_head_ranks(head_ranks)
+    check_choice("plan_by", plan_by, PLAN_BY)
     read, ranks = _read_packs(packs, world_size, heads or 1)
     machine = read_cluster_or_machine(cluster)
     model = ModelShape(
@@ -140,7 +146,8 @@ def simulate(
         raise ValueError(f"batch_windows={batch_windows} with plans: expected 1, a plan holds its whole batch")
     chosen = choose_variants(methods, given, heads or 1)
     variants, left_out = that_share_heads(chosen, setting, ranks, step, heads)
-    summaries = simulate_methods(read, variants, ranks, setting, model, step=step, head_ranks=heads, workers=workers)
+    told: dict[str, Any] = {"step": step, "head_ranks": heads, "plan_by": plan_by, "workers": workers}
+    summaries = simulate_methods(read, variants, ranks, setting, model, **told)
     return Simulation(tuple(summaries), machine, ranks, len(read), left_out, step.batch_windows, model)
 
 

@@ -14,18 +14,16 @@ from flashcp.sharding.mask import LayerKind
 from flashcp.sharding.masks import Workload, read_masks
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.strategies import plan_workload
-from flashcp.simulator.best_effort import best_effort
-from flashcp.simulator.heads import COPIES, share_heads
-from flashcp.simulator.ours import ours
-from flashcp.simulator.planned import Module, Planned, Setting
-from flashcp.simulator.published import published
+from flashcp.simulator.module import PredictedTime, simulate_module
+from flashcp.simulator.planned import Planned, Setting
 from flashcp.simulator.rivals import RIVALS
 from flashcp.simulator.variants import GIVEN_PLAN, WINDOW, Step, Variant
 
 Pack = np.ndarray | ShardingPlan
 Options = Mapping[str, Mapping[str, Any]]
 Price = Callable[[ShardingPlan, Setting], Planned]
-RUN = {"published": published, "best effort": best_effort, "ours": ours}
+Made = tuple[tuple[int, ...], str, int, Variant | None]
+"""What a plan is made of: windows, strategy, holders, and whose time chooses."""
 
 
 class Outcome(NamedTuple):
@@ -80,23 +78,26 @@ class Batch:
 
     def plan(self, variant: Variant, windows: tuple[int, ...] = (0,), replicas: int = 1) -> ShardingPlan:
         """Of these windows behind one another, for the ranks of one of so many replicas."""
-        return self._plan(windows, variant.sharding, self.ranks // replicas // variant.head_ranks)
+        return self._plan(windows, variant.sharding, self.ranks // replicas // variant.head_ranks, self._timed(variant))
 
     def planned(
         self, variant: Variant, windows: tuple[int, ...] = (0,), replicas: int = 1, kind: LayerKind | None = None
     ) -> Planned:
         """That plan with its prices in a layer of one kind; None: the first."""
         holders, wire = self.ranks // replicas // variant.head_ranks, variant.wire(self._setting.gradient_wire)
-        return self._priced(windows, variant.sharding, holders, variant.head_ranks, wire, (kind or self.kinds[0])[:2])
+        made = windows, variant.sharding, holders, self._timed(variant)
+        return self._priced(made, variant.head_ranks, wire, (kind or self.kinds[0])[:2])
 
-    def _make_price(
-        self, windows: tuple[int, ...], sharding: str, holders: int, head_ranks: int, wire: str, limits: tuple[int, int]
-    ) -> Planned:
+    def _make_price(self, made: Made, head_ranks: int, wire: str, limits: tuple[int, int]) -> Planned:
         own = replace(self._setting, head_ranks=head_ranks, gradient_wire=wire)
         window, chunk = (limit or None for limit in limits)
-        return self._price(self._plan(windows, sharding, holders).narrow(window, chunk), own)
+        return self._price(self._plan(*made).narrow(window, chunk), own)
 
-    def _make_plan(self, windows: tuple[int, ...], sharding: str, holders: int) -> ShardingPlan:
+    def _timed(self, variant: Variant) -> Variant | None:
+        """Whose predicted time the planner chooses by; None: it looks at rows and balance alone."""
+        return variant._replace(name="", data_parallel=1, dealt=False) if variant.timed else None
+
+    def _make_plan(self, windows: tuple[int, ...], sharding: str, holders: int, timed: Variant | None) -> ShardingPlan:
         (first, *others) = (self.packs[window] for window in windows)
         if isinstance(first, ShardingPlan):
             if sharding == GIVEN_PLAN and first.world_size == holders:
@@ -106,7 +107,10 @@ class Batch:
         workload = self.workload(lengths)
         if sharding in RIVALS:
             return RIVALS[sharding](lengths, holders, workload)
-        return plan_workload(workload, holders, sharding, **self._options.get(sharding, {}))
+        options = dict(self._options.get(sharding, {}))
+        if timed:
+            options["cost"] = PredictedTime(self._setting, timed)
+        return plan_workload(workload, holders, sharding, **options)
 
     def workload(self, pack: Pack) -> Workload:
         """What is computed on a pack."""
@@ -143,16 +147,6 @@ def place(work: np.ndarray, variant: Variant, step: Step) -> np.ndarray:
     for window in heaviest.tolist():
         min((one for one in has if len(one) < step.micro_batches), key=lambda one: work[one].sum()).append(window)
     return np.array(has).T[:, :, None]
-
-
-def simulate_module(planned: Planned, variant: Variant) -> Module:
-    """The timelines of a method."""
-    if variant.exchange == "ulysses" or planned.ranks == planned.setting.head_ranks == 1:
-        # One kernel: whose it is makes no difference. Of ours, ulysses orders rows.
-        copies = COPIES["best effort" if variant.implementation == "best effort" else "published"]
-        return share_heads(planned, best_effort(planned, "exact"), copies)
-    inner = RUN[variant.implementation](planned, variant.exchange)
-    return share_heads(planned, inner, COPIES[variant.implementation])
 
 
 def _work(workload: Workload) -> float:

@@ -19,6 +19,8 @@ BASELINE = "llama3"
 """Speedups are over this method as published."""
 TIE = 1.02
 """Times that differ by less are called the same: the model tells no more."""
+NEAR = 2.5
+"""Head ranks with which plans by rows take so many times as long as with the best get no plans by time."""
 Watch = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -75,6 +77,7 @@ def simulate_methods(
     *,
     step: Step = WINDOW,
     head_ranks: int = 0,
+    plan_by: str = "rows",
     options: Options | None = None,
     price: Price = Planned,
     workers: int = 1,
@@ -84,25 +87,46 @@ def simulate_methods(
 
     packs: document lengths of windows, int64 [documents] each, or plans; a last step without all its windows is left
     out. head_ranks: of methods that take the fastest; 0: the one with which all steps together are fastest.
+    plan_by: what chooses plans of the strategy `flashcp` once head ranks are chosen, predicted `time` or `rows`.
     options: of strategies, by their name. price: how a plan gets its times.
-    watch: hands on the steps' numbers one by one, as a progress bar does.
+    watch: hands on the steps' numbers one by one, as a progress bar does; twice where a second look follows.
     Raises ValueError for fewer windows than a step has.
     """
     size = step.windows
     steps = [packs[first : first + size] for first in range(0, len(packs) - size + 1, size)]
     if not steps:
         raise ValueError(f"{len(packs)} windows: expected at least the {size} of a step")
-    named = {one.name: one.trials(setting, world_size, step, head_ranks) for one in (VARIANTS[BASELINE], *variants)}
-    trials = list(dict.fromkeys(trial for trials in named.values() for trial in trials))
     told: dict[str, Any] = {"ranks": world_size, "setting": setting, "options": options, "price": price}
-    found = list(watch(map_ordered(partial(_simulate, variants=trials, step=step, **told), steps, workers)))
-    outcomes = {trial: Outcome(*np.array([one[trial] for one in found]).T) for trial in trials}  # [steps] each
+
+    def simulated(variants: Iterable[Variant]) -> dict[Variant, Outcome]:
+        """Their outcomes, each number an array over steps."""
+        once = list(dict.fromkeys(variants))
+        if not once:
+            return {}
+        found = list(watch(map_ordered(partial(_simulate, variants=once, step=step, **told), steps, workers)))
+        return {one: Outcome(*np.array([outcomes[one] for outcomes in found]).T) for one in once}
+
+    named = {one.name: one.trials(setting, world_size, step, head_ranks) for one in (VARIANTS[BASELINE], *variants)}
+
+    def mean_ms(one: Variant) -> float:
+        return float(np.mean(outcomes[one].module_ms))
+
+    # To make plans by time takes ten times as long: of several head ranks, those far behind get none.
+    outcomes = simulated(
+        one for trials in named.values() for one in trials if len(trials) > 1 or one == one.planned_by(plan_by)
+    )
+    for name, trials in named.items():
+        near = trials
+        if len(trials) > 1:
+            near = [one for one in trials if mean_ms(one) <= NEAR * min(map(mean_ms, trials))]
+        named[name] = [one.planned_by(plan_by) for one in near]
+    outcomes |= simulated(one for trials in named.values() for one in trials if one not in outcomes)
+    best = {name: min(trials, key=mean_ms) for name, trials in named.items()}
     tokens = [pack.offsets[-1] if isinstance(pack, ShardingPlan) else pack.sum() for one in steps for pack in one]
     flops = layer_flops(
         setting.shape, model.ffn_dim, float(np.mean(tokens)) * step.batch_windows / world_size, model.width
     )
     gemm_ms = flops / (1e9 * setting.machine.gemm_tflops)
-    best = {name: min(some, key=lambda trial: np.mean(outcomes[trial].module_ms)) for name, some in named.items()}
     base = outcomes[best[BASELINE]]
     return [
         _summarise(best[one.name], outcomes[best[one.name]], base, setting, gemm_ms, model.layers, step)

@@ -23,6 +23,7 @@ MOST_RANKS = 1024
 MOST_METHODS = 10_000
 MOST_WINDOWS = 2**31 - 1
 WAITS = ("micro_batch", "step")
+PLAN_BY = ("time", "rows")
 CHANGE = re.compile("(h|d|w(?=[24]$))(0|[1-9][0-9]{0,3})")
 CHANGES = {"h": "head_ranks", "d": "data_parallel", "w": "gradient_bytes"}
 WIRES = {2: "model", 4: "fp32"}
@@ -57,7 +58,8 @@ class Variant(NamedTuple):
     head_ranks: of a holder (`flashcp.simulator.heads`); 0: as many as make it fastest. data_parallel: replicas that
     share a batch's windows evenly; 0: a replica for each window, which is today's practice; 1: one plan for all.
     gradient_bytes: of a number of a KV gradient on the wire, 2 (the model's) or 4; 0: as the setting says. dealt:
-    windows go to replicas by work.
+    windows go to replicas by work. timed: of the plans that the strategy `flashcp` compares, the one predicted to be
+    fastest.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Variant(NamedTuple):
     data_parallel: int = 1
     gradient_bytes: int = 0
     dealt: bool = False
+    timed: bool = False
 
     @property
     def published(self) -> bool:
@@ -84,6 +87,10 @@ class Variant(NamedTuple):
         return wire_bytes(
             setting.shape.dtype_bytes, self.wire(setting.gradient_wire), EXCHANGES[self.exchange].roundings
         )
+
+    def planned_by(self, plan_by: str) -> Variant:
+        """The method with plans chosen by predicted `time`, where its strategy can, or by `rows` and balance."""
+        return self._replace(timed=plan_by == "time" and self.sharding == "flashcp")
 
     def trials(self, setting: Setting, ranks: int, step: Step, head_ranks: int = 0) -> list[Variant]:
         """The method with each number of head ranks that it may have; none where ranks cannot share out heads so.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import numpy as np
 from flashcp.files import read_bounded
 from flashcp.limits import Count, Seed
 from flashcp.options import planner, read_sharding
+from flashcp.predicted import CHOOSING, predicted_time
 from flashcp.schema import read_dataclass
 from flashcp.sharding.documents import read_world_size
+from flashcp.sharding.plan import ShardingPlan
 from flashcp.train.checkpoint import CheckpointConfig
 from flashcp.train.checksums import parse_json
 from flashcp.train.data.sources import DataConfig
@@ -98,3 +100,23 @@ class TrainConfig:
                 f"{self.parallel.head_ranks}: expected another exchange and 1"
             )
         planner(read_sharding(self.sharding), ranks)(np.array([ranks]))  # checks the options by using them
+
+    def planner(self, holders: int, head_ranks: int) -> Callable[[np.ndarray], ShardingPlan]:
+        """Document lengths of a pack -> its plan, chosen by predicted time on `parallel.cluster` where there is one.
+
+        holders, head_ranks: the operator's.
+        """
+        parallel, model, cost = self.parallel, self.model, None
+        if parallel.cluster and self.exchange.name in CHOOSING:
+            cost = predicted_time(
+                parallel.cluster,
+                self.exchange.name,
+                model.heads,
+                model.kv_heads,
+                model.dim // model.heads,
+                dtype_bytes=self.loop.dtype.itemsize,
+                overlap=parallel.overlap,
+                gradient_wire=parallel.gradient_wire,
+                head_ranks=head_ranks,
+            )
+        return planner(self.sharding, holders, model.mix(), cost)

@@ -75,7 +75,7 @@ def _choose(config: TrainConfig, source: Source, tokenizer: Tokenizer, world_siz
         model.heads,
         model.kv_heads,
         model.dim // model.heads,
-        dtype_bytes=4 if config.loop.precision == "fp32" else 2,
+        dtype_bytes=config.loop.dtype.itemsize,
         strategy=config.sharding["name"],
         exchange=config.exchange.name,
         gradient_wire=config.parallel.gradient_wire,

@@ -80,7 +80,7 @@ def slowed_link(config: TrainConfig, source: Source, tokenizer: Tokenizer, ranks
         window.document_lengths.tolist(),
         (model.heads, model.kv_heads, model.dim // model.heads),
         ranks,
-        torch.float32 if config.loop.precision == "fp32" else torch.bfloat16,
+        config.loop.dtype,
         attention=parallel.attention,
         tuning=parallel.tuning.read(),
     )

@@ -36,6 +36,11 @@ class LoopConfig:
     progress: bool = True
     on_nonfinite: Annotated[str, one_of(ON_NONFINITE)] = "stop"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of Q, K and V."""
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
+
 
 @dataclass(eq=False)
 class Trainer:

@@ -64,7 +64,8 @@ class TuningConfig:
 class ParallelConfig:
     """The arguments of `flashcp.ContextParallel`, which says what they mean, and the link (`flashcp/train/link.py`).
 
-    head_ranks: a number, or `auto`: what is fastest on `cluster` (`flashcp/train/head_ranks.py`).
+    cluster: what the job runs on: `flashcp` chooses plans by predicted time there. head_ranks: a number, or `auto`, the
+    fastest there (`flashcp/train/head_ranks.py`).
     """
 
     overlap: str = "auto"

@@ -20,7 +20,6 @@ import numpy as np
 from torch.distributed.checkpoint.state_dict import set_state_dict
 
 from flashcp.files import read_bounded
-from flashcp.options import planner
 from flashcp.sharding.values import read_whole
 from flashcp.train.checkpoint import CheckpointError, Progress, read_state, save_checkpoint, state_of, verified
 from flashcp.train.checksums import parse_json
@@ -122,7 +121,7 @@ def replay(folder: Path) -> str:
         read_state(path, state)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         share = Share(config.exchange.name, replica.rank, replica.index, replica.count, cp.head_ranks)
-        make_plan = planner(config.sharding, cp.holders, config.model.mix())
+        make_plan = config.planner(cp.holders, cp.head_ranks)
         with Loader(windows, make_plan, share, batch_windows=config.batch_windows) as loader:
             packs = list(loader)
         trainer = Trainer(config.loop, config.optimizer, model, optimizer, cp, iter(()), Progress(), ranks)

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from flashcp.options import planner
 from flashcp.sharding.values import shown
 from flashcp.train.checkpoint import Progress, find_checkpoint, load_checkpoint
 from flashcp.train.config import TrainConfig
@@ -179,7 +178,7 @@ def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLi
     data = config.data
     documents = read_documents(ready.source, data.epochs, progress.position, data.on_bad_record)
     windows = pack_documents(documents, ready.tokenizer, config.context, data.overflow, progress.position, data.longest)
-    make_plan = planner(config.sharding, cp.holders, config.model.mix())
+    make_plan = config.planner(cp.holders, cp.head_ranks)
     share = Share(config.exchange.name, replica.rank, replica.index, replica.count, cp.head_ranks)
     with Loader(windows, make_plan, share, data.prefetch, config.batch_windows, data.plan_workers) as loader:
         batches = _peek(loader, config, progress)

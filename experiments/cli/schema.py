@@ -99,6 +99,7 @@ class SimulateSettings(PlanSettings):
     head_ranks: Any = "auto"
     overlap: str = "auto"
     gradient_wire: str = "auto"
+    plan_by: str = "time"
     cluster_file: str = ""
     kernel: Annotated[str, one_of(("modelled", "measured"))] = "modelled"
     workers: int = 1
@@ -121,6 +122,7 @@ class SimulationsSettings(SimulateSettings):
 
     name: str = "simulations"
     head_ranks: Any = 1
+    plan_by: str = "rows"
     out: str = ""
     metrics: list[str] = field(default_factory=list)
     measured: list[str] = field(default_factory=list)

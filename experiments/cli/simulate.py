@@ -19,13 +19,16 @@ from flashcp.experiments.progress import bar
 from flashcp.experiments.provenance import commit
 from flashcp.options import naming_options
 from flashcp.sharding.strategies import plan
+from flashcp.sharding.values import check_choice
 from flashcp.simulation import summary_table
 from flashcp.simulator.cost import AttentionShape, ModelShape
 from flashcp.simulator.machine import Machine
-from flashcp.simulator.pack import Batch, Options, Price, simulate_module
+from flashcp.simulator.module import simulate_module
+from flashcp.simulator.pack import Batch, Options, Price
 from flashcp.simulator.planned import Planned, Setting
 from flashcp.simulator.summary import BASELINE, Summary, recommendation, simulate_methods
 from flashcp.simulator.variants import (
+    PLAN_BY,
     VARIANTS,
     Step,
     Variant,
@@ -79,7 +82,7 @@ def show_methods(job: Job) -> None:
         pack, ranks = found.packs[0], settings["world_size"]
         batch = Batch([pack], ranks, setting, found.options, found.price)
         heads = {one.name: one.head_ranks for one in found.summaries}
-        drawn = [one._replace(head_ranks=heads[one.name]) for one in found.variants]
+        drawn = [one._replace(head_ranks=heads[one.name]).planned_by(settings["plan_by"]) for one in found.variants]
         modules = {one.name: simulate_module(batch.planned(one), one) for one in drawn}
         title = f"{len(pack)} documents, {pack.sum()} tokens, {ranks} ranks, simulated on {setting.machine.name}"
         title += f"\n{read_model(settings)}"
@@ -95,6 +98,7 @@ def show_methods(job: Job) -> None:
         "model": settings["model"],
         "overlap": setting.overlap,
         "gradient_wire": setting.gradient_wire,
+        "plan_by": settings["plan_by"],
         "baseline": BASELINE,
         "recommendation": best,
         "methods": [one._asdict() for one in found.summaries],
@@ -128,6 +132,7 @@ def simulate(settings: Mapping[str, Any], label: str = "") -> Simulated:
     told: dict[str, Any] = {
         "step": step,
         "head_ranks": heads,
+        "plan_by": settings["plan_by"],
         "options": of_strategy,
         "price": price,
         "workers": settings["workers"],
@@ -142,6 +147,7 @@ def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
     read_ranks(settings["world_size"])
     model = read_model(settings)
     machine = chosen_machine(settings)
+    check_choice("plan_by", settings["plan_by"], PLAN_BY)
     return make_setting(machine, model, settings["overlap"], settings["gradient_wire"], prefix="model."), model
 
 

@@ -17,7 +17,7 @@ BATCHES = [PACKS[:4], PACKS[4:]]
 def test_it_chooses_what_the_simulator_finds_fastest() -> None:
     choice = flashcp.choose(BATCHES, 16, kv_heads=8)
     names = [f"flashcp:h{h}:d{d}" for h in (1, 2, 4, 8) for d in (1, 2, 4) if 16 // d % h == 0]
-    table = flashcp.simulate(PACKS, 16, kv_heads=8, batch_windows=4, methods=[*names, "flashcp"])
+    table = flashcp.simulate(PACKS, 16, kv_heads=8, batch_windows=4, methods=[*names, "flashcp"], plan_by="rows")
     tried = {(one.head_ranks, one.data_parallel): one for one in choice.candidates if one[1:3] == ("flashcp", "exact")}
     for name in names:
         one = table[name]

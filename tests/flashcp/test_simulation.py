@@ -55,7 +55,7 @@ def test_a_plan_is_priced_as_its_strategy_is(name: str) -> None:
     plan = flashcp.plan(LENGTHS, 4, name)
     anonymous = flashcp.ShardingPlan.from_shards(LENGTHS, 4, plan.shards)
     methods = ["plan", "plan+ring", f"{name}+exact", f"{name}+ring", "llama3"]
-    table = flashcp.simulate([anonymous, plan], methods=methods)
+    table = flashcp.simulate([anonymous, plan], methods=methods, plan_by="rows")
     assert (table.names, table.world_size, table.windows) == (tuple(methods), 4, 2)
     for mine, same in (("plan", f"{name}+exact"), ("plan+ring", f"{name}+ring")):
         assert table[mine] == table[same]._replace(name=mine, sharding="plan")

@@ -104,8 +104,11 @@ def simulating() -> Iterator[Door]:
     yield Door("simulate", flashcp.simulate, heads | {
         "packs": [LENGTHS, [5, 2]], "world_size": 2, "cluster": "h100-nvlink", "methods": ["flashcp"],
         "overlap": "auto", "gradient_wire": "auto", "head_ranks": "auto", "batch_windows": 1, "micro_batches": 1,
-        "waits": "step", "layers": 2, "ffn_dim": 0, "mask": "causal", "workers": 1})  # fmt: skip
+        "plan_by": "rows", "waits": "step", "layers": 2, "ffn_dim": 0, "mask": "causal", "workers": 1})  # fmt: skip
     yield Door("simulate plans", flashcp.simulate, {"packs": _plan(), "world_size": None, "methods": "plan"})
+    yield Door("predicted_time", flashcp.predicted_time, heads | {
+        "cluster": "h100-nvlink", "exchange": "exact", "overlap": "none", "gradient_wire": "fp32",
+        "head_ranks": 2})  # fmt: skip
     yield Door("choose", flashcp.choose, heads | {
         "batches": [LENGTHS], "world_size": 2, "cluster": "h100-nvlink", "gradient_wire": "auto",
         "strategy": "flashcp", "exchange": "exact", "data_parallel": 1, "overlap": "none"})  # fmt: skip

@@ -14,7 +14,8 @@ from flashcp.sharding.lengths import windows
 from flashcp.sharding.methods import METHODS
 from flashcp.simulator.cost import AttentionShape, Link, Links
 from flashcp.simulator.machine import Machine
-from flashcp.simulator.pack import Batch, Outcome, simulate_batch, simulate_module
+from flashcp.simulator.module import simulate_module
+from flashcp.simulator.pack import Batch, Outcome, simulate_batch
 from flashcp.simulator.planned import Planned, Setting
 from flashcp.simulator.rivals import RIVALS
 from flashcp.simulator.variants import HEADS, VARIANTS, WINDOW, Variant

@@ -82,7 +82,11 @@ def test_rows_of_a_rank_are_the_simulator_s(plan: Any) -> None:
     same = ["windows=4", "context=16384", "batch_windows=2", "world_size=8", "data=pile", "method=flashcp"]
     (planned,) = plan(*same, "head_ranks=4")["methods"]
     simulated = flashcp.simulate(
-        [pack.tolist() for pack in windows("pile", 16384, 4, 0)], 8, batch_windows=2, methods="flashcp:h4"
+        [pack.tolist() for pack in windows("pile", 16384, 4, 0)],
+        8,
+        batch_windows=2,
+        methods="flashcp:h4",
+        plan_by="rows",
     )["flashcp:h4"]
     assert planned["critical_rows"] == pytest.approx(simulated.critical_rows)
     assert planned["saving"] == pytest.approx(simulated.saving)

@@ -49,7 +49,7 @@ def test_every_method_with_every_field(simulate: Any) -> None:
 
 
 def test_it_plans_what_plan_plans(simulate: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    simulated = simulate("data=pile", "head_ranks=1")["methods"]
+    simulated = simulate("data=pile", "head_ranks=1", "plan_by=rows")["methods"]
     assert main(["plan", *SMALL, "data=pile", "--json"]) == 0
     for method in json.loads(capsys.readouterr().out)["methods"]:
         same = next(one for one in simulated if one["name"] == method["name"])
