@@ -253,7 +253,7 @@ def test_every_model_is_simulated_as_it_is_published(simulate: Any, capsys: pyte
     """Heads divide, mixes fit, and a window makes a layer cheaper than none."""
     names = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))
     assert {"llama3-8b", "gemma3-27b", "gpt-oss-120b", "qwen3-32b"} <= set(names)
-    small = ["windows=1", "context=32768", "world_size=8", "methods=[llama3,flashcp]"]
+    small = ["windows=1", "context=32768", "world_size=8", "plan_by=rows", "methods=[llama3,flashcp]"]
     for name in names:
         document = simulate(*small, f"model={name}")
         assert document["model"]["name"] == name
