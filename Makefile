@@ -45,13 +45,14 @@ cluster-lab: $(STAMP) ## attention on an emulated cluster, 4 nodes of 2 ranks: p
 
 # A line a case: the folder of its rows, and what differs from conf/bench/lab.yaml.
 define LAB_CASES
-4x2_pile
+4x2_pile windows=16
 2x2_wlb_llm_gqa nodes=2 data_set=wlb_llm kv_heads=4
 2x4_redpajama nodes=2 ranks_per_node=4 data_set=redpajama methods=[llama3,per_document,ring,ring_zigzag,ulysses,usp:h2,usp_zigzag:h4,a2a_all_gather:h4,flashcp_paper,flashcp_paper+exact,flashcp,flashcp:h2,flashcp:h4]
 4x2_pile_heads link_share=0.33 methods=[llama3,usp:h2,a2a_all_gather:h2,flashcp_paper,flashcp,flashcp:h2]
 8x1_pile_slow nodes=8 ranks_per_node=1 link_share=0.25
 4x2_wlb_llm_fast link=free data_set=wlb_llm
 4x2_wlb_llm_replicas replicas=2 one_plan=[flashcp,flashcp:h2] data_set=wlb_llm methods=[llama3,per_document,flashcp]
+4x2_wlb_llm_long_replicas replicas=2 context=32768 shrink=4 windows=6 one_plan=[flashcp,flashcp:h2] data_set=wlb_llm methods=[llama3,per_document,flashcp]
 4x2_wlb_llm_four_replicas replicas=4 windows=6 one_plan=[flashcp,flashcp:h2] data_set=wlb_llm methods=[llama3,per_document,flashcp]
 4x2_pile_steps context=8192 shrink=16 methods=[llama3,ring,flashcp_paper,flashcp] train_steps=6 faults=[llama3,ring,flashcp] timeout_s=20
 endef

@@ -100,10 +100,8 @@ class ParallelConfig:
         """Raise ValueError for text that is no block shape, link or cluster; `operator` checks the other names."""
         self.tuning.read()
         if self.cluster not in clusters() and (self.cluster or self.head_ranks == AUTO):
-            raise ValueError(
-                f"parallel.cluster={shown(self.cluster)} with parallel.head_ranks={self.head_ranks}: expected one of "
-                f"{', '.join(clusters())}"
-            )
+            auto = "" if self.cluster else f" with parallel.head_ranks={AUTO}"
+            raise ValueError(f"parallel.cluster={shown(self.cluster)}{auto}: expected one of {', '.join(clusters())}")
         if self.link != FREE and self.link not in clusters():
             raise ValueError(f"parallel.link={shown(self.link)}: expected one of {FREE}, {', '.join(clusters())}")
         if self.link != FREE and self.throttle_gbps:

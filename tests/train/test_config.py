@@ -87,9 +87,9 @@ def test_omegaconf_composes_it() -> None:
         (
             {"parallel": {"head_ranks": "auto", "cluster": "h1000"}},
             2,
-            r"parallel\.cluster='h1000' with parallel\.head_ranks=auto: expected one of a100-nvlink, ",
+            r"parallel\.cluster='h1000': expected one of a100-nvlink, ",
         ),
-        ({"parallel": {"cluster": "h1000"}}, 2, r"parallel\.cluster='h1000' with parallel\.head_ranks=1: expected"),
+        ({"parallel": {"cluster": "h1000"}}, 2, r"parallel\.cluster='h1000': expected"),
         (
             {"parallel": {"head_ranks": "auto", "cluster": "h100-nvlink"}, "exchange": {"name": "ulysses"}},
             3,
