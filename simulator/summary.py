@@ -118,7 +118,8 @@ def simulate_methods(
     for name, trials in named.items():
         near = trials
         if len(trials) > 1:
-            near = [one for one in trials if mean_ms(one) <= NEAR * min(map(mean_ms, trials))]
+            limit = NEAR * min(map(mean_ms, trials))
+            near = [one for one in trials if mean_ms(one) <= limit]
         named[name] = [one.planned_by(plan_by) for one in near]
     outcomes |= simulated(one for trials in named.values() for one in trials if one not in outcomes)
     best = {name: min(trials, key=mean_ms) for name, trials in named.items()}

@@ -20,6 +20,7 @@ from flashcp.sharding.methods import METHODS
 from flashcp.sharding.packing import OVERFLOWS
 from flashcp.sharding.strategies import STRATEGIES
 from flashcp.simulator.cost import ModelShape
+from flashcp.simulator.variants import PLAN_BY
 from flashcp.train.data.sources import SOURCES, DataConfig
 
 
@@ -99,7 +100,7 @@ class SimulateSettings(PlanSettings):
     head_ranks: Any = "auto"
     overlap: str = "auto"
     gradient_wire: str = "auto"
-    plan_by: str = "time"
+    plan_by: Annotated[str, one_of(PLAN_BY)] = "time"
     cluster_file: str = ""
     kernel: Annotated[str, one_of(("modelled", "measured"))] = "modelled"
     workers: int = 1
@@ -122,7 +123,7 @@ class SimulationsSettings(SimulateSettings):
 
     name: str = "simulations"
     head_ranks: Any = 1
-    plan_by: str = "rows"
+    plan_by: Annotated[str, one_of(PLAN_BY)] = "rows"
     out: str = ""
     metrics: list[str] = field(default_factory=list)
     measured: list[str] = field(default_factory=list)

@@ -19,7 +19,6 @@ from flashcp.experiments.progress import bar
 from flashcp.experiments.provenance import commit
 from flashcp.options import naming_options
 from flashcp.sharding.strategies import plan
-from flashcp.sharding.values import check_choice
 from flashcp.simulation import summary_table
 from flashcp.simulator.cost import AttentionShape, ModelShape
 from flashcp.simulator.machine import Machine
@@ -28,7 +27,6 @@ from flashcp.simulator.pack import Batch, Options, Price
 from flashcp.simulator.planned import Planned, Setting
 from flashcp.simulator.summary import BASELINE, Summary, recommendation, simulate_methods
 from flashcp.simulator.variants import (
-    PLAN_BY,
     VARIANTS,
     Step,
     Variant,
@@ -147,7 +145,6 @@ def read_setting(settings: Mapping[str, Any]) -> tuple[Setting, ModelShape]:
     read_ranks(settings["world_size"])
     model = read_model(settings)
     machine = chosen_machine(settings)
-    check_choice("plan_by", settings["plan_by"], PLAN_BY)
     return make_setting(machine, model, settings["overlap"], settings["gradient_wire"], prefix="model."), model
 
 

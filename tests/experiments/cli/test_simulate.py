@@ -57,6 +57,15 @@ def test_it_plans_what_plan_plans(simulate: Any, capsys: pytest.CaptureFixture[s
             assert same[field] == pytest.approx(method[field])
 
 
+def test_it_plans_by_time_unless_told_otherwise(simulate: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["data=lengths", "data.lengths=[3000,500,100]", "context=3600", "world_size=4", "method=flashcp"]
+    timed, rows = (simulate(*short, "head_ranks=1", *told) for told in ([], ["plan_by=rows"]))
+    assert (timed["plan_by"], rows["plan_by"]) == ("time", "rows")
+    assert timed["methods"][0]["module_ms"] < 0.95 * rows["methods"][0]["module_ms"]
+    assert main(["simulate", *short, "plan_by=luck"]) == 2
+    assert capsys.readouterr().err == "flashcp: error: plan_by='luck': expected one of time, rows\n"
+
+
 def test_a_file_of_lengths_in_its_order(simulate: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "lengths.txt"
     file.write_text("5000\n3192\n100\n8092\n")
