@@ -52,7 +52,7 @@ define LAB_CASES
 8x1_pile_slow nodes=8 ranks_per_node=1 link_share=0.25
 4x2_wlb_llm_fast link=free data_set=wlb_llm
 4x2_wlb_llm_replicas replicas=2 one_plan=[flashcp,flashcp:h2] data_set=wlb_llm methods=[llama3,per_document,flashcp]
-4x2_wlb_llm_long_replicas replicas=2 context=32768 shrink=4 windows=6 one_plan=[flashcp,flashcp:h2] data_set=wlb_llm methods=[llama3,per_document,flashcp]
+4x2_wlb_llm_long_replicas replicas=2 context=65536 shrink=2 windows=6 one_plan=[flashcp,flashcp:h2] data_set=wlb_llm methods=[llama3,per_document,flashcp,flashcp:h2]
 4x2_wlb_llm_four_replicas replicas=4 windows=6 one_plan=[flashcp,flashcp:h2] data_set=wlb_llm methods=[llama3,per_document,flashcp]
 4x2_pile_steps context=8192 shrink=16 methods=[llama3,ring,flashcp_paper,flashcp] train_steps=6 faults=[llama3,ring,flashcp] timeout_s=20
 endef
