@@ -58,7 +58,7 @@ define LAB_CASES
 endef
 export LAB_CASES
 
-lab-cases: $(STAMP) ## the kept labs, or the one named by CASE: rows, pictures, LAB_RESULTS.md (root; an hour, idle)
+lab-cases: $(STAMP) ## the kept labs, or the one named by CASE: rows, pictures, LAB_RESULTS.md (root; an hour and a half, idle)
 	@[ -z "$(CASE)" ] || grep -q "^$(CASE)\b" <<< "$$LAB_CASES" || { echo "CASE=$(CASE): expected a name in LAB_CASES" >&2; exit 2; }
 	@while read -r name keys; do \
 		[ -z "$(CASE)" ] || [ "$(CASE)" = "$$name" ] || continue; \
