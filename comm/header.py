@@ -113,7 +113,8 @@ def disagreement(headers: Sequence[Sequence[int]], call: int) -> str:
         if len(set(values)) > 1:
             what = "plan or the layer's window or chunk" if field == "plan" else field.replace("_", " ")
             said = "; ".join(f"{named(ranks)} {_said(field, value)}" for value, ranks in ranks_by(values))
-            return f"ranks disagree on {what} (call {call}): {said}"
+            asked = ": did all ranks get the same documents?" if field == "plan" else ""
+            return f"ranks disagree on {what} (call {call}): {said}{asked}"
     return ""
 
 

@@ -101,13 +101,19 @@ class TrainConfig:
             )
         planner(read_sharding(self.sharding), ranks)(np.array([ranks]))  # checks the options by using them
 
+    @property
+    def plans_by_time(self) -> bool:
+        """Whether plans are chosen by predicted time: other strategies and `ulysses` leave no choice."""
+        named = bool(self.parallel.cluster) and self.exchange.name in CHOOSING
+        return named and self.sharding["name"] == "flashcp"
+
     def planner(self, holders: int, head_ranks: int) -> Callable[[np.ndarray], ShardingPlan]:
         """Document lengths of a pack -> its plan, chosen by predicted time on `parallel.cluster` where there is one.
 
         holders, head_ranks: the operator's.
         """
         parallel, model, cost = self.parallel, self.model, None
-        if parallel.cluster and self.exchange.name in CHOOSING:
+        if self.plans_by_time:
             cost = predicted_time(
                 parallel.cluster,
                 self.exchange.name,

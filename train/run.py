@@ -179,6 +179,12 @@ def _training(config: TrainConfig, ready: Prepared, ranks: Ranks, link: SlowedLi
     documents = read_documents(ready.source, data.epochs, progress.position, data.on_bad_record)
     windows = pack_documents(documents, ready.tokenizer, config.context, data.overflow, progress.position, data.longest)
     make_plan = config.planner(cp.holders, cp.head_ranks)
+    if config.parallel.cluster and ranks.rank == 0:
+        by = "chosen by predicted time there" if config.plans_by_time else "the same on any cluster"
+        print(
+            f"parallel.cluster={config.parallel.cluster}: plans of sharding={config.sharding['name']} are {by}",
+            file=sys.stderr,
+        )
     share = Share(config.exchange.name, replica.rank, replica.index, replica.count, cp.head_ranks)
     with Loader(windows, make_plan, share, data.prefetch, config.batch_windows, data.plan_workers) as loader:
         batches = _peek(loader, config, progress)

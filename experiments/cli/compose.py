@@ -6,7 +6,7 @@ import itertools
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, update_wrapper
 from pathlib import Path
@@ -187,7 +187,8 @@ def _complaint(name: str, overrides: Sequence[str], error: Exception) -> str:
         if having := _having(name, key, overrides):
             return f"{key}: of what is swept only {', '.join(having)} has this key; expected one that all have"
         chosen = [word for word in overrides if word.split("=")[0] in GROUPS.keys() - {key} and "," not in word]
-        return f"{key}: no such override; expected one of {', '.join(_place(name, key, chosen))}"
+        deeper = "".join(f"{path}, or " for path in _paths(compose(name, chosen)) if path.endswith(f".{key}"))
+        return f"{key}: no such override; expected {deeper}one of {', '.join(_place(name, key, chosen))}"
     if ambiguous := re.match(r"Ambiguous value for argument '(.+?)'", message):
         return f"{ambiguous[1]}: expected one value (-m or `flashcp sweep` takes several; a list is written [a,b])"
     if "does not support sweep type" in message:
@@ -219,6 +220,15 @@ def _place(name: str, key: str, overrides: Sequence[str]) -> dict[str, Any]:
             break
         place = place[part]
     return dict(place)
+
+
+def _paths(values: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """Of all values, as `loop.steps`."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}"
 
 
 def _names_nothing(override: str) -> bool:

@@ -99,7 +99,7 @@ OTHERS = {
     "gradients": "rank 0 yes; rank 1 no",
     "refetch": "rank 0 yes; rank 1 no",
     "gradient wire": "rank 0 fp32; rank 1 auto",
-    "plan or the layer's window or chunk": "rank 0 {one}; rank 1 {all}",
+    "plan or the layer's window or chunk": "rank 0 {one}; rank 1 {all}: did all ranks get the same documents?",
 }
 """What rank 0 has another of, and what all say of it."""
 

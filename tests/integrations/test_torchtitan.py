@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
 from functools import cache
@@ -22,7 +23,7 @@ with warnings.catch_warnings():
 
     from flashcp.integrations.torchtitan import FlashCPAttention, Sharing, Trainer, config_registry, with_flashcp
     from flashcp.integrations.torchtitan.machine import FSDP_READS_SPMD_TYPES
-    from flashcp.integrations.torchtitan.trainer import check, layers_of
+    from flashcp.integrations.torchtitan.trainer import check, check_degrees, layers_of
     from tests.integrations.titan import STEPS, WINDOW, Run, configuration, train
 
 LLAMA, QWEN, GPT_OSS = "llama3_debugmodel", "qwen3_debugmodel", "gpt_oss_debugmodel"
@@ -118,6 +119,35 @@ def test_the_command_line_takes_torchtitans_names() -> None:
     check(config)
     with pytest.raises(AttributeError, match=r"no configuration 'llama7' in torchtitan's llama3, qwen3, gpt_oss"):
         config_registry.llama7  # noqa: B018
+
+
+def test_a_wrong_name_is_answered_with_torchtitans() -> None:
+    with pytest.raises(ValueError, match="'llama3_debug' not found") as caught:
+        ConfigManager().parse_args(["--module", "flashcp.integrations.torchtitan", "--config", "llama3_debug"])
+    assert "'llama3_debugmodel'" in str(caught.value)
+    assert "'with_flashcp'" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"option='exchnge': expected one of strategy, exchange, "):
+        with_flashcp(llama3_debugmodel(), exchnge="ring")
+
+
+@pytest.mark.parametrize(
+    ("degrees", "message"),
+    [
+        (
+            {"context_parallel_degree": 4},
+            "parallelism.context_parallel_degree=4 on 2 ranks: expected a divisor of them",
+        ),
+        (
+            {"data_parallel_shard_degree": 4},
+            "parallelism.context_parallel_degree=1 times data_parallel_shard_degree=4 on 2 ranks: expected as many as",
+        ),
+    ],
+)
+def test_degrees_that_ranks_cannot_have_are_refused(degrees: dict[str, int], message: str) -> None:
+    parallelism = llama3_debugmodel().parallelism
+    check_degrees(replace(parallelism, context_parallel_degree=2), 4)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_degrees(replace(parallelism, **degrees), 2)
 
 
 def test_a_configuration_stays_as_it_is() -> None:

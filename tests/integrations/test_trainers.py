@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 
+from flashcp.integrations.transformers.loss import check_overridden
 from tests.integrations.trainers import (
     STEPS,
     Logs,
     parallelize_twice,
     predict,
+    refusals,
     run_loop,
     run_sft,
     run_trainer,
@@ -34,6 +38,7 @@ FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 
 
+OWN_LOSS = {"loss_of": "summed"}
 MEAN = {"of_a_mean": True, "gradient_accumulation_steps": 2}
 
 
@@ -49,10 +54,12 @@ MEAN = {"of_a_mean": True, "gradient_accumulation_steps": 2}
         COMPILED,
         MEAN,
         {"made_anew": True},
+        {"overridden": "watched"},
+        OWN_LOSS,
     ],
 )
 def test_trainer(tmp_path: Path, how: dict[str, Any]) -> None:
-    one_rank = {name: value for name, value in how.items() if name not in {**FSDP2, **COMPILED}}
+    one_rank = {name: value for name, value in how.items() if name not in {**FSDP2, **COMPILED, **OWN_LOSS}}
     (one,) = run_ranks(trainer_alone, 1, str(tmp_path), one_rank)
     for logs in run_ranks(run_trainer, 2, str(tmp_path), "llama", True, 1, how, timeout_s=PATIENT_S):
         same(logs, one, 2e-2 if "bf16" in how else 1e-4)
@@ -163,6 +170,15 @@ def refused(folder: str, changes: dict[str, Any]) -> str:
     [
         ({"classifies": True}, "LlamaForTokenClassification has ForTokenClassification: expected the loss of causal"),
         ({"own_loss": True}, "XLMWithLMHeadModel has a loss of its own: expected the loss of causal language models"),
+        (
+            {"overridden": "own"},
+            "OfItsOwn.compute_loss does not call Trainer's: expected a compute_loss_func, which takes",
+        ),
+        ({"loss_of": "mean"}, "compute_loss_func gave "),
+        (
+            {"loss_of": "shifted"},
+            "compute_loss_func leaves out the label of a rank's first row: expected a compute_loss",
+        ),
         ({"replaced": True}, "the model did not attend through FlashCP: 0 of 2 layers did, its attention is 'sdpa'"),
         ({"replaced": True, "evaluated": True}, "the model did not attend through FlashCP: 0 of 2 layers did"),
     ],
@@ -173,9 +189,27 @@ def test_models_that_would_be_trained_wrongly(how: Any, message: str, tmp_path: 
 
 
 def model_refused(folder: str, how: dict[str, Any]) -> str:
-    with pytest.raises(ValueError, match=r"the loss of causal|through FlashCP") as caught:
+    with pytest.raises(ValueError, match=r"the loss of causal|through FlashCP|compute_loss_func") as caught:
         run_trainer(folder, "llama", True, 1, how)
     return str(caught.value)
+
+
+def test_what_is_no_trainer_and_one_that_has_trained_are_refused(tmp_path: Path) -> None:
+    (said,) = run_ranks(refusals, 1, str(tmp_path))
+    assert [one.split(": ")[0] for one in said] == [
+        "trainer is a ContextParallel",
+        "trainer is a LlamaForCausalLM",
+        "cp is a str",
+        "the trainer is at step 3",
+    ]
+
+
+def test_trls_other_trainers_are_refused() -> None:
+    """They have losses of pairs and answers; only SFTTrainer's own is known to be right."""
+    for name, of_labels in (("DPOTrainer", False), ("RewardTrainer", False), ("SFTTrainer", True)):
+        made = object.__new__(getattr(trl, name))
+        with nullcontext() if of_labels else pytest.raises(ValueError, match=f"{name}.compute_loss does not call"):
+            check_overridden(made)
 
 
 def test_arguments_serve_one_trainer(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
@@ -58,6 +59,41 @@ def take_fsdp_on_cpus() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+def summed(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    """What a compute_loss_func has to be."""
+    return cross_entropy(outputs.logits[0], labels[0], reduction="sum") / num_items_in_batch
+
+
+def mean(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    return cross_entropy(outputs.logits[0], labels[0])
+
+
+def shifted(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    return cross_entropy(outputs.logits[0, :-1], labels[0, 1:], reduction="sum") / num_items_in_batch
+
+
+LOSSES = {one.__name__: one for one in (summed, mean, shifted)}
+
+
+class OfItsOwn(hf.Trainer):
+    """As many scripts have it."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        outputs = model(**inputs)
+        loss = mean(outputs, inputs["labels"], None)
+        return (loss, outputs) if return_outputs else loss
+
+
+class Watched(hf.Trainer):
+    """What looks at the loss alone."""
+
+    def compute_loss(self, *given: Any, **named: Any) -> Any:
+        return super().compute_loss(*given, **named)
+
+
+TRAINERS: dict[str, type[hf.Trainer]] = {"": hf.Trainer, "own": OfItsOwn, "watched": Watched}
+
+
 def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes: dict[str, Any]) -> Logs:
     """What Trainer logs."""
     join_accelerate()
@@ -68,8 +104,17 @@ def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes
     documents = data().to_iterable_dataset() if changes.pop("streamed", False) else data()
     resume = changes.pop("resume", False)
     say = {
-        name: changes.pop(name, False)
-        for name in ("of_a_mean", "made_anew", "classifies", "own_loss", "replaced", "evaluated")
+        name: changes.pop(name, "")
+        for name in (
+            "of_a_mean",
+            "made_anew",
+            "classifies",
+            "own_loss",
+            "replaced",
+            "evaluated",
+            "loss_of",
+            "overridden",
+        )
     }
     model = make_model(family, "sdpa")
     if say["classifies"]:
@@ -81,9 +126,10 @@ def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes
     args = hf.TrainingArguments(output_dir=folder, **{**how, **changes})
     if args.fsdp and over_ranks:
         take_fsdp_on_cpus()
-    trainer = hf.Trainer(
+    trainer = TRAINERS[say["overridden"]](
         None if say["made_anew"] else model,
         args,
+        compute_loss_func=LOSSES[say["loss_of"]] if say["loss_of"] else None,
         data_collator=hf.DataCollatorWithFlattening(),
         train_dataset=documents,
         eval_dataset=data(7),
@@ -106,6 +152,21 @@ def without_cache(model: Any) -> Any:
     """With one, of a model that is made anew, Transformers 5.24 lets documents of a pack see each other."""
     model.config.use_cache = False
     return model
+
+
+def refusals(folder: str) -> list[str]:
+    """Of what is no trainer, no ContextParallel, and of a trainer that has trained."""
+    join_accelerate()
+    args = hf.TrainingArguments(output_dir=folder, use_cpu=True, report_to=[])
+    trainer, cp = hf.Trainer(make_model("llama", "sdpa"), args), flashcp.ContextParallel()
+    said = []
+    for given in ((cp, trainer), (trainer.model, cp), (trainer, "flashcp"), (trainer, cp)):
+        trainer.state.global_step = 3
+        try:
+            parallelize(*given)  # type: ignore[arg-type]
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
 def parallelize_twice(folder: str) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +54,23 @@ def test_it_is_asked_about_this_run(sections: dict[str, dict[str, object]], told
 def test_others_have_nothing_to_choose(sections: dict[str, dict[str, str]]) -> None:
     one, other = (config(**sections, parallel={"cluster": name}).planner(4, 1) for name in ("", "h100-nvlink"))
     assert one(SHORT) == other(SHORT)
+
+
+@pytest.mark.parametrize(
+    ("name", "by"), [("flashcp", "chosen by predicted time there"), ("per_document", "the same on any cluster")]
+)
+def test_a_run_says_what_a_cluster_does_to_its_plans(name: str, by: str, tmp_path: Path) -> None:
+    given = small(tmp_path, parallel={"cluster": "h100-nvlink"}, sharding={"name": name})
+    first, second = run_ranks(errors_of, 2, given)
+    line = f"parallel.cluster=h100-nvlink: plans of sharding={name} are {by}\n"
+    assert (first.count(line), second.count(line)) == (1, 0)
+
+
+def errors_of(given: dict[str, Any]) -> str:
+    """What a run writes on stderr."""
+    with redirect_stderr(StringIO()) as text:
+        train(given)
+    return text.getvalue()
 
 
 def test_a_run_learns_the_same_under_other_plans(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torchtitan.trainer import Trainer as TorchtitanTrainer
 from flashcp.integrations.torchtitan.attention import FlashCPAttention
 from flashcp.integrations.torchtitan.machine import FSDP_READS_SPMD_TYPES
 from flashcp.integrations.torchtitan.trainer import FlashCPConfig, Trainer
+from flashcp.sharding.values import check_choice
 
 MODELS = ("llama3", "qwen3", "gpt_oss")
 
@@ -22,8 +23,11 @@ def with_flashcp(config: TorchtitanTrainer.Config, **options: Any) -> Trainer.Co
 
     options: of FlashCPConfig, such as strategy, exchange, head_ranks; on the command line `--flashcp.exchange`.
     With torch 2.13, whose FSDP does not read spmd_types, `parallelism.spmd_backend` becomes partial_dtensor.
-    Raises ValueError for models that FlashCP was not tried with and attention that it does not compute.
+    Raises ValueError for options that there are not, models that FlashCP was not tried with and attention that it does
+    not compute.
     """
+    for name in options:
+        check_choice("option", name, FlashCPConfig.__dataclass_fields__)
     spec = config.model_spec
     if type(config) is not TorchtitanTrainer.Config:
         raise ValueError(f"config is {type(config).__qualname__}: expected torchtitan's own Trainer.Config")

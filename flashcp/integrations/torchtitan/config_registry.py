@@ -5,9 +5,11 @@ NAME is a function in the `config_registry` of one of torchtitan's models, such 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from flashcp.integrations.torchtitan.config import MODELS, with_flashcp
@@ -16,11 +18,25 @@ from flashcp.integrations.torchtitan.trainer import Trainer
 
 def __getattr__(name: str) -> Callable[[], Trainer.Config]:
     """The configuration of that name (PEP 562)."""
-    for model in MODELS:
-        theirs = getattr(import_module(f"torchtitan.models.{model}.config_registry"), name, None)
-        if callable(theirs) and not name.startswith("_"):
-            return partial(_make, theirs)
+    for module in _registries():
+        if name in _names(module):
+            return partial(_make, getattr(module, name))
     raise AttributeError(f"no configuration {name!r} in torchtitan's {', '.join(MODELS)}")
+
+
+def __dir__() -> list[str]:
+    """Of all configurations: torchtitan names them where somebody asks for one that there is not."""
+    return [name for module in _registries() for name in _names(module)]
+
+
+def _registries() -> list[ModuleType]:
+    return [import_module(f"torchtitan.models.{model}.config_registry") for model in MODELS]
+
+
+def _names(module: ModuleType) -> list[str]:
+    """Functions that are defined there."""
+    own = (name for name, found in vars(module).items() if getattr(found, "__module__", "") == module.__name__)
+    return sorted(name for name in own if inspect.isfunction(getattr(module, name)) and not name.startswith("_"))
 
 
 def _make(theirs: Callable[[], Any]) -> Trainer.Config:

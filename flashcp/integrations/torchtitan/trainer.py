@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torchtitan.components import validate
 from torchtitan.config.override import derive
 from torchtitan.distributed import ParallelDims, activation_checkpoint
 from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention, VarlenAttention
+from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer as TorchtitanTrainer
 
 from flashcp.context_parallel import TIMEOUT_S, ContextParallel
@@ -104,11 +107,13 @@ class Trainer(TorchtitanTrainer):
 
     def init_distributed(self) -> ParallelDims:
         """As torchtitan's; the ranks of the cp axis join here. One rank alone where its degree is 1."""
+        check_degrees(self.config.parallelism, int(os.environ.get("WORLD_SIZE", 1)))
         dims = super().init_distributed()
         how = {name: getattr(self.config.flashcp, name) for name in FlashCPConfig.__dataclass_fields__}
         strategy = how.pop("strategy")
         group = dims.get_optional_mesh("cp", include_singleton_axes=True).get_group()
         self.sharing = Sharing(ContextParallel(group, **how), strategy, layers_of(self.config.model_spec.model))
+        logger.info(f"FlashCP: {self.sharing.cp}, strategy={strategy}")
         return dims
 
     def batch_generator(self, data_iterable: Iterable[Any]) -> Iterator[tuple[dict[str, Any], Tensor]]:
@@ -128,6 +133,26 @@ def layers_of(model: Any) -> list[tuple[Mask, int]] | None:
     """The layer mix of a model's configuration, as `flashcp.plan(layers=)` takes it; None where all are causal."""
     windows = [found.window for _, found, _, _ in model.traverse(FlashCPAttention.Config)]
     return count_layers(Mask() if window is None else Mask("window", window) for window in windows)
+
+
+def check_degrees(parallelism: Any, ranks: int) -> None:
+    """Raise ValueError where as many ranks cannot have these degrees, of which sharding may be -1, for what is left."""
+    axes = (
+        "context_parallel",
+        "data_parallel_replicate",
+        "data_parallel_shard",
+        "tensor_parallel",
+        "pipeline_parallel",
+    )
+    degrees = {f"{axis}_degree": getattr(parallelism, f"{axis}_degree") for axis in axes}
+    open_ended = degrees["data_parallel_shard_degree"] == -1
+    if open_ended:
+        del degrees["data_parallel_shard_degree"]
+    needed = prod(degrees.values())
+    if needed < 1 or (ranks % needed if open_ended else ranks != needed):
+        named = [f"{name}={degree}" for name, degree in degrees.items() if degree != 1 or name.startswith("context")]
+        said = f"parallelism.{' times '.join(named)} on {ranks} ranks"
+        raise ValueError(f"{said}: expected {'a divisor of them' if open_ended else 'as many as the product'}")
 
 
 def check(config: Trainer.Config) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import sys
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from flashcp.context_parallel import ContextParallel
 from flashcp.integrations.transformers.accelerate import SameBatches
 from flashcp.integrations.transformers.collator import Collator
 from flashcp.integrations.transformers.install import install
+from flashcp.integrations.transformers.loss import check_loss, count_labels, tried
 from flashcp.sharding.values import shown
 
 
@@ -20,9 +21,12 @@ def parallelize(trainer: Trainer, cp: ContextParallel, strategy: str = "flashcp"
 
     Call it before `train` and `evaluate`. The collator must say where documents begin, as `Collator` asks. strategy,
     options: as for `flashcp.plan`. Losses, gradients and gradient norms are those of one process with the group's
-    batches; further groups of cp.world_size ranks are data parallel.
-    Raises ValueError for arguments under which they are not, and where ranks of cp do not follow each other.
+    batches; further groups of cp.world_size ranks are data parallel. The first rank says so on stderr. A
+    `compute_loss_func` is tried on its first labels (`loss.tried`).
+    Raises ValueError for arguments and losses under which they are not, where ranks of cp do not follow each other, for
+    a trainer that has trained already, and for anything but a trainer and a ContextParallel.
     """
+    _check_given(trainer, cp)
     args, accelerator = trainer.args, trainer.accelerator
     dealt = args.accelerator_config
     for field, value, legal, why in (
@@ -53,12 +57,14 @@ def parallelize(trainer: Trainer, cp: ContextParallel, strategy: str = "flashcp"
     batches = SameBatches(cp)
     model = accelerator.unwrap_model(trainer.model)
     name = install(cp)
-    _check_loss(trainer, model)
+    check_loss(trainer, model)
     model.set_attn_implementation(name)
     trainer.data_collator = Collator(cp, trainer.data_collator, strategy, config=model.config, **options)
     accelerator.state.parallelism_config = batches
     accelerator.state.device_mesh = batches.get_device_mesh(accelerator.device.type)
-    trainer.compute_loss = partial(_count_labels, trainer, trainer.compute_loss, args.world_size // cp.world_size)
+    trainer.compute_loss = partial(count_labels, trainer, trainer.compute_loss, args.world_size // cp.world_size)
+    if trainer.compute_loss_func is not None:
+        trainer.compute_loss_func = tried(trainer.compute_loss_func)
     batches.fit(accelerator)
     trainer.gather_function = accelerator.gather_for_metrics
     make = trainer.call_model_init
@@ -69,35 +75,18 @@ def parallelize(trainer: Trainer, cp: ContextParallel, strategy: str = "flashcp"
         return made
 
     trainer.call_model_init = call_model_init
+    if args.process_index == 0:
+        groups = args.world_size // cp.world_size
+        print(f"FlashCP: {cp}, {groups} group{'s' * (groups > 1)} of ranks, strategy={strategy}", file=sys.stderr)
 
 
-def _check_loss(trainer: Trainer, model: Any) -> None:
-    """Labels are shifted before they are cut up: a loss must take them as `shift_labels`, and the count of them."""
-    if trainer.compute_loss_func is not None:
-        return
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    forwards = [vars(each)["forward"] for each in type(model).__mro__ if "forward" in vars(each)]
-    own = not any("loss_function" in inspect.unwrap(each).__code__.co_names for each in forwards)
-    if own or "shift_labels" not in inspect.signature(model.loss_function).parameters:
-        loss = "a loss of its own" if own else model.loss_function.__name__
+def _check_given(trainer: Any, cp: Any) -> None:
+    if not isinstance(trainer, Trainer):
         raise ValueError(
-            f"{type(model).__name__} has {loss}: expected the loss of causal language models, which takes labels that "
-            "are shifted already, or a compute_loss_func that does"
+            f"trainer is a {type(trainer).__name__}: expected a Trainer, and cp after it; a model without one takes "
+            "set_attn_implementation(install(cp))"
         )
-
-
-def _count_labels(
-    trainer: Trainer, compute_loss: Any, groups: int, model: Any, inputs: Any, *rest: Any, **named: Any
-) -> Any:
-    """Trainer gives no count of labels to models with `accepts_loss_kwargs=False`, TRL none in evaluation: each rank's
-    mean would be over its own ones. The mean of such a batch is its own, whatever is accumulated."""
-    if len(rest) > 1 or named.get("num_items_in_batch") is not None:
-        return compute_loss(model, inputs, *rest, **named)
-    named["num_items_in_batch"] = inputs["num_items_in_batch"] * groups
-    counted = {"model_accepts_loss_kwargs": True, "current_gradient_accumulation_steps": 1}
-    before = {name: getattr(trainer, name, None) for name in counted}
-    try:
-        vars(trainer).update(counted)
-        return compute_loss(model, inputs, *rest, **named)
-    finally:
-        vars(trainer).update(before)
+    if not isinstance(cp, ContextParallel):
+        raise ValueError(f"cp is a {type(cp).__name__}: expected a ContextParallel")
+    if trainer.state.global_step:
+        raise ValueError(f"the trainer is at step {trainer.state.global_step}: expected parallelize before train")

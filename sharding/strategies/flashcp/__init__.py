@@ -92,7 +92,7 @@ def flashcp(
     multicast = read_flag("multicast", multicast)
     special = granularity > 1 or max_split is not None or multicast  # the other strategies know nothing of these
     if not (cost is None or callable(cost)):
-        raise ValueError(f"cost={shown(cost)}: expected a function, or None")
+        raise ValueError(f"cost={shown(cost)}: expected a function, as flashcp.predicted_time gives, or None")
     if world_size == 1:
         return contiguous(document_lengths, world_size)
 

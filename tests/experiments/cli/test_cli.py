@@ -83,6 +83,8 @@ TRAIN_REFUSED = [
     ("context=2147483648", "context=2147483648: expected a whole number from 2 to 2147483647"),
     ("seed=-1", "seed=-1: expected a whole number >= 0"),
     ("method=null", "method=null: expected one of llama3"),
+    ("cluster=h100-nvlink", "cluster: no such override; expected parallel.cluster, or one of world_size"),
+    ("heads=4", "heads: no such override; expected model.heads, or one of "),
     ("parallel={zz:1}", "parallel.zz: no such override; expected one of overlap"),
     ("parallel.timeout_s=inf", "parallel.timeout_s=inf: expected seconds > 0"),
     ("loop.timeout_s=inf", "loop.timeout_s=inf: expected seconds > 0"),

@@ -1,0 +1,109 @@
+"""A Trainer's loss over ranks: a sum over labels that are shifted already, divided by the whole window's count."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from flashcp.integrations.transformers.collator import IGNORE
+
+_TRL = "trl.trainer.sft_trainer"  # the one trainer of TRL's whose own compute_loss is known to be right
+_EXPECTED = (
+    "expected a compute_loss_func, which takes labels that are shifted already, and divides the sum over them by "
+    "num_items_in_batch"
+)
+ROUNDING = 1e-2
+"""By which half of a loss may differ from it, in 16-bit numbers."""
+
+
+def check_loss(trainer: Trainer, model: Any) -> None:
+    """Raise ValueError where ranks' losses would not add up to the window's: a `compute_loss` of one's own that does
+    not call Trainer's, and, without a compute_loss_func, a model whose loss does not take shifted labels."""
+    check_overridden(trainer)
+    if trainer.compute_loss_func is not None:
+        return
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    forwards = [vars(each)["forward"] for each in type(model).__mro__ if "forward" in vars(each)]
+    own = not any("loss_function" in inspect.unwrap(each).__code__.co_names for each in forwards)
+    if own or "shift_labels" not in inspect.signature(model.loss_function).parameters:
+        loss = "a loss of its own" if own else model.loss_function.__name__
+        raise ValueError(
+            f"{type(model).__name__} has {loss}: expected the loss of causal language models, which takes labels that "
+            "are shifted already, or a compute_loss_func that does"
+        )
+
+
+def check_overridden(trainer: Trainer) -> None:
+    """Raise ValueError for a compute_loss in place of Trainer's, which counts labels and ranks, and of SFTTrainer's."""
+    given = [(type(trainer).__name__, vars(trainer).get("compute_loss"))]
+    for each in type(trainer).__mro__:
+        if each is Trainer or each.__module__ == _TRL:
+            break
+        given.append((each.__name__, vars(each).get("compute_loss")))
+    for name, function in given:
+        code = getattr(inspect.unwrap(function), "__code__", None) if function is not None else None
+        if function is not None and "compute_loss" not in getattr(code, "co_names", ()):
+            raise ValueError(f"{name}.compute_loss does not call Trainer's: {_EXPECTED}")
+
+
+def tried(loss_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A compute_loss_func that is called three times more for the first labels it gets, without gradients: nothing else
+    tells of a mean over a rank's labels, or of labels that it shifts once more.
+
+    Raises ValueError for both, in that first step.
+    """
+    done = False
+
+    @wraps(loss_of)
+    def compute(outputs: Any, labels: Tensor | None, num_items_in_batch: Any = None) -> Tensor:
+        nonlocal done
+        loss = loss_of(outputs, labels, num_items_in_batch=num_items_in_batch)
+        if not done and labels is not None and num_items_in_batch is not None and bool((labels != IGNORE).any()):
+            done = True
+            with torch.no_grad():
+                _try(loss_of, outputs, labels, num_items_in_batch, loss.detach())
+        return loss
+
+    return compute
+
+
+def _try(loss_of: Callable[..., Tensor], outputs: Any, labels: Tensor, count: Any, loss: Tensor) -> None:
+    half = loss_of(outputs, labels, num_items_in_batch=2 * count)
+    if not torch.isclose(2 * half, loss, rtol=ROUNDING, atol=0):
+        raise ValueError(
+            f"compute_loss_func gave {float(loss):.4g} for num_items_in_batch={int(count)}, and {float(half):.4g} for "
+            f"twice as many: {_EXPECTED}. A mean over a rank's labels is not the window's"
+        )
+    of_first = [loss_of(outputs, _first_alone(labels, kind), num_items_in_batch=count) for kind in (0, 1)]
+    if not any(bool(one.isfinite() & (one != 0)) for one in of_first):  # a model may be sure of one label, not of both
+        raise ValueError(f"compute_loss_func leaves out the label of a rank's first row: {_EXPECTED}")
+
+
+def _first_alone(labels: Tensor, label: int) -> Tensor:
+    """labels [1, tokens] of which the first is this one, and all others do not count."""
+    alone = torch.full_like(labels, IGNORE)
+    alone[..., 0] = label
+    return alone
+
+
+def count_labels(
+    trainer: Trainer, compute_loss: Any, groups: int, model: Any, inputs: Any, *rest: Any, **named: Any
+) -> Any:
+    """Trainer gives no count of labels to models with `accepts_loss_kwargs=False`, TRL none in evaluation: each rank's
+    mean would be over its own ones. The mean of such a batch is its own, whatever is accumulated."""
+    if len(rest) > 1 or named.get("num_items_in_batch") is not None:
+        return compute_loss(model, inputs, *rest, **named)
+    named["num_items_in_batch"] = inputs["num_items_in_batch"] * groups
+    counted = {"model_accepts_loss_kwargs": True, "current_gradient_accumulation_steps": 1}
+    before = {name: getattr(trainer, name, None) for name in counted}
+    try:
+        vars(trainer).update(counted)
+        return compute_loss(model, inputs, *rest, **named)
+    finally:
+        vars(trainer).update(before)
