@@ -164,11 +164,11 @@ class ShmFabric(Fabric):
             with self._news:
                 pending = list(self._pending.items())
             for landed, puts in pending:
-                ready = next((put for put in puts if self._is_free(put)), None)
+                ready = next((place for place, put in enumerate(puts) if self._is_free(put)), None)
                 if ready is not None:
-                    self._carry(ready)
+                    self._carry(puts[ready])
                     with self._news:
-                        puts.remove(ready)
+                        del puts[ready]  # by its place: tensors would be compared otherwise
                 if not puts:
                     landed.set()
                     with self._news:

@@ -14,6 +14,7 @@ from flashcp.integrations.transformers.loss import check_overridden
 from tests.integrations.trainers import (
     STEPS,
     Logs,
+    announced,
     parallelize_twice,
     predict,
     refusals,
@@ -202,6 +203,13 @@ def test_what_is_no_trainer_and_one_that_has_trained_are_refused(tmp_path: Path)
         "cp is a str",
         "the trainer is at step 3",
     ]
+
+
+def test_the_first_rank_says_over_how_many_the_model_attends(tmp_path: Path) -> None:
+    first, second = run_ranks(announced, 2, str(tmp_path))
+    assert first.startswith("FlashCP: ContextParallel(rank 0 of 2, head_ranks=1, exchange=exact")
+    assert first.endswith("1 group of ranks, strategy=per_document\n")
+    assert not second
 
 
 def test_trls_other_trainers_are_refused() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -167,6 +169,15 @@ def refusals(folder: str) -> list[str]:
         except ValueError as error:
             said.append(str(error))
     return said
+
+
+def announced(folder: str) -> str:
+    """What parallelize writes on stderr."""
+    join_accelerate()
+    trainer = hf.Trainer(make_model("llama", "sdpa"), hf.TrainingArguments(folder, use_cpu=True, report_to=[]))
+    with redirect_stderr(StringIO()) as text:
+        parallelize(trainer, flashcp.ContextParallel(), "per_document")
+    return text.getvalue()
 
 
 def parallelize_twice(folder: str) -> None:
