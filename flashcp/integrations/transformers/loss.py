@@ -13,7 +13,6 @@ from transformers import Trainer
 
 from flashcp.integrations.transformers.collator import IGNORE
 
-_TRL = "trl.trainer.sft_trainer"  # the one trainer of TRL's whose own compute_loss is known to be right
 _EXPECTED = (
     "expected a compute_loss_func, which takes labels that are shifted already, and divides the sum over them by "
     "num_items_in_batch"
@@ -40,10 +39,10 @@ def check_loss(trainer: Trainer, model: Any) -> None:
 
 
 def check_overridden(trainer: Trainer) -> None:
-    """Raise ValueError for a compute_loss in place of Trainer's, which counts labels and ranks, and of SFTTrainer's."""
+    """Raise ValueError for a compute_loss in place of Trainer's, which counts labels and ranks. SFTTrainer's calls it."""
     given = [(type(trainer).__name__, vars(trainer).get("compute_loss"))]
     for each in type(trainer).__mro__:
-        if each is Trainer or each.__module__ == _TRL:
+        if each is Trainer:
             break
         given.append((each.__name__, vars(each).get("compute_loss")))
     for name, function in given:
