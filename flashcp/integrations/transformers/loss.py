@@ -39,7 +39,7 @@ def check_loss(trainer: Trainer, model: Any) -> None:
 
 
 def check_overridden(trainer: Trainer) -> None:
-    """Raise ValueError for a compute_loss in place of Trainer's, which counts labels and ranks. SFTTrainer's calls it."""
+    """Raise ValueError for a compute_loss in place of Trainer's, which counts labels and ranks; SFTTrainer calls it."""
     given = [(type(trainer).__name__, vars(trainer).get("compute_loss"))]
     for each in type(trainer).__mro__:
         if each is Trainer:
