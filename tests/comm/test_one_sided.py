@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 import flashcp
 from flashcp.comm.errors import ExchangeError, HeapError
 from flashcp.comm.fabrics.base import Put
+from flashcp.comm.fabrics.memory import shared_memories
 from flashcp.comm.fabrics.shm import ShmFabric
+from flashcp.comm.transport import OutgoingRows
 from flashcp.kernels.tuning import Tuning
 from tests.interpreter import interpreted_cases
 from tests.packs import random_lengths, random_qkv, relative_error
@@ -80,6 +82,25 @@ def layers_and_steps(exchange: str, overlap: str, stages: int, backward: str, la
                 expected = exact_results(plan, cp, 100 * step + layer)
                 worst = max(worst, *map(relative_error, found, expected))
     return worst
+
+
+def test_a_put_that_has_room_overtakes_one_that_waits_for_it() -> None:
+    """Whatever rows the two carry."""
+    fabric = ShmFabric(0, 1, shared_memories(0, lambda words: [words]), timeout_s=5)
+    region = fabric.allocate(0, 1024)
+    waiting, ready = (
+        Put(region, OutgoingRows(torch.full((rows, 4), value)), 0, rows, 0, offset, (4,), torch.float32, after, epoch)
+        for rows, value, offset, after, epoch in ((8, 1.0, 0, 1, 2), (3, 2.0, 512, 0, 1))
+    )
+    left = fabric.put([waiting, ready])
+    fabric.wait(region, 0, ready.epoch)
+    fabric.free(region, waiting.after)
+    fabric.wait(region, 0, waiting.epoch)
+    left()
+    data = region.data(0, 0, 1024).view(torch.float32)
+    assert data[:32].eq(1).all()
+    assert data[128:140].eq(2).all()
+    fabric.close()
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
