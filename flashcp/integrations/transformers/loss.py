@@ -17,6 +17,8 @@ _EXPECTED = (
     "expected a compute_loss_func, which takes labels that are shifted already, and divides the sum over them by "
     "num_items_in_batch"
 )
+KINDS = 8
+"""Labels that are tried, until one has a loss."""
 ROUNDING = 1e-2
 """By which half of a loss may differ from it, in 16-bit numbers."""
 
@@ -52,7 +54,7 @@ def check_overridden(trainer: Trainer) -> None:
 
 
 def tried(loss_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A compute_loss_func that is called three times more for the first labels it gets, without gradients: nothing else
+    """A compute_loss_func that is called some times more for the first labels it gets, without gradients: nothing else
     tells of a mean over a rank's labels, or of labels that it shifts once more.
 
     Raises ValueError for both, in that first step.
@@ -73,14 +75,17 @@ def tried(loss_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _try(loss_of: Callable[..., Tensor], outputs: Any, labels: Tensor, count: Any, loss: Tensor) -> None:
+    if not loss.isfinite():
+        return  # a model's own fault
     half = loss_of(outputs, labels, num_items_in_batch=2 * count)
     if not torch.isclose(2 * half, loss, rtol=ROUNDING, atol=0):
         raise ValueError(
             f"compute_loss_func gave {float(loss):.4g} for num_items_in_batch={int(count)}, and {float(half):.4g} for "
             f"twice as many: {_EXPECTED}. A mean over a rank's labels is not the window's"
         )
-    of_first = [loss_of(outputs, _first_alone(labels, kind), num_items_in_batch=count) for kind in (0, 1)]
-    if not any(bool(one.isfinite() & (one != 0)) for one in of_first):  # a model may be sure of one label, not of both
+    known = labels[labels != IGNORE].unique()[:KINDS]  # weights of others may be 0
+    of_first = (loss_of(outputs, _first_alone(labels, int(kind)), num_items_in_batch=count) for kind in (*known, 0, 1))
+    if not any(bool(one.isfinite() & (one != 0)) for one in of_first):  # a model may be sure of one label, not of all
         raise ValueError(f"compute_loss_func leaves out the label of a rank's first row: {_EXPECTED}")
 
 
