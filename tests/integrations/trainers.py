@@ -87,13 +87,27 @@ class OfItsOwn(hf.Trainer):
 
 
 class Watched(hf.Trainer):
-    """What looks at the loss alone."""
+    """What looks at the loss alone, forgets the count, and adds what is the same on all ranks."""
 
-    def compute_loss(self, *given: Any, **named: Any) -> Any:
-        return super().compute_loss(*given, **named)
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        def through(*given: Any) -> Any:
+            return super(Watched, self).compute_loss(*given)
+
+        loss, outputs = through(model, inputs, True)
+        loss = loss + 1e-3 * sum(one.square().sum() for one in model.parameters())
+        return (loss, outputs) if return_outputs else loss
 
 
-TRAINERS: dict[str, type[hf.Trainer]] = {"": hf.Trainer, "own": OfItsOwn, "watched": Watched}
+class OutputsAlone(hf.Trainer):
+    """What calls Trainer's loss for its outputs."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **named: Any) -> Any:
+        _, outputs = super().compute_loss(model, inputs, True, **named)
+        loss = mean(outputs, inputs["labels"], None)
+        return (loss, outputs) if return_outputs else loss
+
+
+TRAINERS: dict[str, type[hf.Trainer]] = {"": hf.Trainer, "own": OfItsOwn, "watched": Watched, "outputs": OutputsAlone}
 
 
 def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes: dict[str, Any]) -> Logs:

@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from flashcp.integrations.transformers.collator import IGNORE
 
+_SFT = ("trl.trainer.sft_trainer", "SFTTrainer")
 _EXPECTED = (
     "expected a compute_loss_func, which takes labels that are shifted already, and divides the sum over them by "
     "num_items_in_batch"
@@ -24,9 +25,12 @@ ROUNDING = 1e-2
 
 
 def check_loss(trainer: Trainer, model: Any) -> None:
-    """Raise ValueError where ranks' losses would not add up to the window's: a `compute_loss` of one's own that does
-    not call Trainer's, and, without a compute_loss_func, a model whose loss does not take shifted labels."""
-    check_overridden(trainer)
+    """Raise ValueError where ranks' losses would not add up to the window's: a model whose loss does not take shifted
+    labels, without a compute_loss_func, and a `compute_loss` that was put into the trainer itself."""
+    if "compute_loss" in vars(trainer):
+        raise ValueError(
+            f"trainer.compute_loss was replaced: {_EXPECTED}; or a subclass whose compute_loss calls super()"
+        )
     if trainer.compute_loss_func is not None:
         return
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -40,17 +44,70 @@ def check_loss(trainer: Trainer, model: Any) -> None:
         )
 
 
-def check_overridden(trainer: Trainer) -> None:
-    """Raise ValueError for a compute_loss in place of Trainer's, which counts labels and ranks; SFTTrainer calls it."""
-    given = [(type(trainer).__name__, vars(trainer).get("compute_loss"))]
-    for each in type(trainer).__mro__:
-        if each is Trainer:
-            break
-        given.append((each.__name__, vars(each).get("compute_loss")))
-    for name, function in given:
-        code = getattr(inspect.unwrap(function), "__code__", None) if function is not None else None
-        if function is not None and "compute_loss" not in getattr(code, "co_names", ()):
-            raise ValueError(f"{name}.compute_loss does not call Trainer's: {_EXPECTED}")
+def count_over_ranks(trainer: Trainer, groups: int) -> None:
+    """Let Trainer's loss (SFTTrainer's, where it is one) be told of all ranks' labels.
+
+    The trainer becomes one of a subclass. In the order of its classes ours comes right before the one whose loss is
+    known, so a `compute_loss` that calls super() finds it there, whatever it hands on. One that does not call it, or
+    leaves out what it gives, raises ValueError in its first step: it would count neither labels nor ranks.
+    """
+    own = type(trainer)
+    known: Any = next(each for each in own.__mro__ if each is Trainer or (each.__module__, each.__name__) == _SFT)
+    given: list[Tensor] = []
+
+    class Counted(known):
+        def compute_loss(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+            made = _count_labels(self, super().compute_loss, groups, model, inputs, *rest, **named)
+            if own is not known:
+                given[:] = [_loss_of(made)]
+            return made
+
+    made: Any = Counted if own is known else _watched(own, Counted, given)
+    made.__name__, made.__qualname__, made.__module__ = own.__name__, own.__qualname__, own.__module__
+    trainer.__class__ = made
+
+
+def _watched(own: Any, counted: Any, given: list[Tensor]) -> type:
+    """own, whose super() is counted; given: the loss that this gave last."""
+    done = False
+
+    class Watched(own, counted):
+        def compute_loss(self, *inputs: Any, **named: Any) -> Any:
+            nonlocal done
+            given.clear()
+            made = super().compute_loss(*inputs, **named)
+            if not done:
+                _check_overridden(own.__name__, _loss_of(made), given)
+                done = torch.is_grad_enabled()
+            given.clear()
+            return made
+
+    return Watched
+
+
+def _loss_of(made: Any) -> Tensor:
+    loss: Tensor = made[0] if isinstance(made, tuple) else made
+    return loss
+
+
+def _check_overridden(name: str, loss: Tensor, given: list[Tensor]) -> None:
+    if not given:
+        raise ValueError(f"{name}.compute_loss does not call super().compute_loss: {_EXPECTED}")
+    if loss is not given[0] and given[0].grad_fn is not None and not _follows(loss, given[0]):
+        raise ValueError(f"{name}.compute_loss leaves out the loss of super().compute_loss: {_EXPECTED}")
+
+
+def _follows(loss: Tensor, from_loss: Tensor) -> bool:
+    """Whether a loss was computed from another, as its graph says."""
+    ahead, seen = [loss.grad_fn], set[Any]()
+    while ahead:
+        node = ahead.pop()
+        if node is from_loss.grad_fn:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [before for before, _ in node.next_functions]
+    return False
 
 
 def tried(loss_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -96,7 +153,7 @@ def _first_alone(labels: Tensor, label: int) -> Tensor:
     return alone
 
 
-def count_labels(
+def _count_labels(
     trainer: Trainer, compute_loss: Any, groups: int, model: Any, inputs: Any, *rest: Any, **named: Any
 ) -> Any:
     """Trainer gives no count of labels to models with `accepts_loss_kwargs=False`, TRL none in evaluation: each rank's

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Any
 
 from transformers import Trainer
@@ -12,7 +11,7 @@ from flashcp.context_parallel import ContextParallel
 from flashcp.integrations.transformers.accelerate import SameBatches
 from flashcp.integrations.transformers.collator import Collator
 from flashcp.integrations.transformers.install import install
-from flashcp.integrations.transformers.loss import check_loss, count_labels, tried
+from flashcp.integrations.transformers.loss import check_loss, count_over_ranks, tried
 from flashcp.sharding.values import shown
 
 
@@ -62,7 +61,7 @@ def parallelize(trainer: Trainer, cp: ContextParallel, strategy: str = "flashcp"
     trainer.data_collator = Collator(cp, trainer.data_collator, strategy, config=model.config, **options)
     accelerator.state.parallelism_config = batches
     accelerator.state.device_mesh = batches.get_device_mesh(accelerator.device.type)
-    trainer.compute_loss = partial(count_labels, trainer, trainer.compute_loss, args.world_size // cp.world_size)
+    count_over_ranks(trainer, args.world_size // cp.world_size)
     if trainer.compute_loss_func is not None:
         trainer.compute_loss_func = tried(trainer.compute_loss_func)
     batches.fit(accelerator)
