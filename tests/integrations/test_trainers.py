@@ -36,7 +36,6 @@ FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2}}
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 
 
-OWN_LOSS = {"loss_of": "summed"}
 MEAN = {"of_a_mean": True, "gradient_accumulation_steps": 2}
 
 
@@ -53,11 +52,14 @@ MEAN = {"of_a_mean": True, "gradient_accumulation_steps": 2}
         MEAN,
         {"made_anew": True},
         {"overridden": "watched"},
-        OWN_LOSS,
+        {"overridden": "positional", **MEAN},
+        {"evaluated": "first"},
+        {"loss_of": "weighted"},
+        {"loss_of": "summed"},
     ],
 )
 def test_trainer(tmp_path: Path, how: dict[str, Any]) -> None:
-    one_rank = {name: value for name, value in how.items() if name not in {**FSDP2, **COMPILED, **OWN_LOSS}}
+    one_rank = {name: value for name, value in how.items() if name not in {**FSDP2, **COMPILED}}
     (one,) = run_ranks(trainer_alone, 1, str(tmp_path), one_rank)
     for logs in run_ranks(run_trainer, 2, str(tmp_path), "llama", True, 1, how, timeout_s=PATIENT_S):
         same(logs, one, 2e-2 if "bf16" in how else 1e-4)
@@ -170,6 +172,8 @@ def refused(folder: str, changes: dict[str, Any]) -> str:
         ({"own_loss": True}, "XLMWithLMHeadModel has a loss of its own: expected the loss of causal language models"),
         ({"overridden": "own"}, "OfItsOwn.compute_loss does not call super().compute_loss: expected a compute_loss_"),
         ({"overridden": "own", "evaluated": True}, "OfItsOwn.compute_loss does not call super().compute_loss: "),
+        ({"overridden": "in training"}, "RightInTraining.compute_loss does not call super().compute_loss: expected"),
+        ({"loss_of": "partly_mean"}, "compute_loss_func gave "),
         ({"overridden": "outputs"}, "OutputsAlone.compute_loss leaves out the loss of super().compute_loss: expected"),
         ({"loss_of": "mean"}, "compute_loss_func gave "),
         (

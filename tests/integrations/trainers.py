@@ -21,7 +21,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
@@ -70,11 +70,33 @@ def mean(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.T
     return cross_entropy(outputs.logits[0], labels[0])
 
 
+def partly_mean(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    """A regularizer's usual weight."""
+    return summed(outputs, labels, num_items_in_batch) + 1e-4 * outputs.logits.logsumexp(-1).square().mean()
+
+
+def weighted(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    """Half of all tokens count nothing."""
+    weight = torch.arange(VOCABULARY).gt(VOCABULARY // 2).float()
+    return cross_entropy(outputs.logits[0], labels[0], weight, reduction="sum") / num_items_in_batch
+
+
 def shifted(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
     return cross_entropy(outputs.logits[0, :-1], labels[0, 1:], reduction="sum") / num_items_in_batch
 
 
-LOSSES = {one.__name__: one for one in (summed, mean, shifted)}
+LOSSES = {one.__name__: one for one in (summed, mean, partly_mean, weighted, shifted)}
+
+
+def loss_of(name: str, over_ranks: bool) -> Any:
+    """The compute_loss_func of that name; one process has to shift labels."""
+    if over_ranks or not name:
+        return LOSSES.get(name)
+
+    def of_shifted(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        return LOSSES[name](outputs, pad(labels[:, 1:], (0, 1), value=-100), num_items_in_batch)
+
+    return of_shifted
 
 
 class OfItsOwn(hf.Trainer):
@@ -98,6 +120,23 @@ class Watched(hf.Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+class Positional(hf.Trainer):
+    """As many scripts hand it on."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+class RightInTraining(hf.Trainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **named: Any) -> Any:
+        if model.training:
+            return super().compute_loss(model, inputs, return_outputs, **named)
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
 class OutputsAlone(hf.Trainer):
     """What calls Trainer's loss for its outputs."""
 
@@ -107,7 +146,8 @@ class OutputsAlone(hf.Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-TRAINERS: dict[str, type[hf.Trainer]] = {"": hf.Trainer, "own": OfItsOwn, "watched": Watched, "outputs": OutputsAlone}
+TRAINERS: dict[str, type[hf.Trainer]] = {"": hf.Trainer, "own": OfItsOwn, "watched": Watched, "outputs": OutputsAlone,
+    "positional": Positional, "in training": RightInTraining}  # fmt: skip
 
 
 def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes: dict[str, Any]) -> Logs:
@@ -145,7 +185,7 @@ def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes
     trainer = TRAINERS[say["overridden"]](
         None if say["made_anew"] else model,
         args,
-        compute_loss_func=LOSSES[say["loss_of"]] if say["loss_of"] else None,
+        compute_loss_func=loss_of(say["loss_of"], over_ranks),
         data_collator=hf.DataCollatorWithFlattening(),
         train_dataset=documents,
         eval_dataset=data(7),
@@ -157,7 +197,8 @@ def run_trainer(folder: str, family: str, over_ranks: bool, groups: int, changes
         model.set_attn_implementation("sdpa")  # type: ignore[operator]
     if say["evaluated"]:
         trainer.evaluate()
-        return []
+        if say["evaluated"] != "first":
+            return []
     trainer.train(resume_from_checkpoint=resume)
     assert not (args.fsdp and over_ranks) or isinstance(trainer.model_wrapped, FSDPModule)
     logs: Logs = trainer.state.log_history

@@ -50,8 +50,13 @@ class SameBatches(ParallelismConfig):
                 self._check_model(one)
             return made
 
-        def prepare_one(*given: Any, **how: Any) -> Any:
-            return self._check_model(prepare_model(*given, **how))
+        def prepare_one(model: Any, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
+            before = getattr(model, "_is_accelerate_prepared", False)
+            made = self._check_model(prepare_model(model, device_placement, evaluation_mode))
+            if evaluation_mode and made is model and not before:
+                # Otherwise training would take it as it is, without DDP: each rank would train a model of its own.
+                made._is_accelerate_prepared = False
+            return made
 
         def prepare_data_loader(*given: Any, **how: Any) -> Any:
             dealt = accelerator.dataloader_config

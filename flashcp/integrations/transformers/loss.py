@@ -20,8 +20,8 @@ _EXPECTED = (
 )
 KINDS = 8
 """Labels that are tried, until one has a loss."""
-ROUNDING = 1e-2
-"""By which half of a loss may differ from it, in 16-bit numbers."""
+ROUNDING, ROUNDING_OF_16_BITS = 1e-5, 1e-2
+"""By which twice the half of a loss may differ from it: sums may be added up in any order."""
 
 
 def check_loss(trainer: Trainer, model: Any) -> None:
@@ -76,9 +76,14 @@ def _watched(own: Any, counted: Any, given: list[Tensor]) -> type:
             nonlocal done
             given.clear()
             made = super().compute_loss(*inputs, **named)
-            if not done:
-                _check_overridden(own.__name__, _loss_of(made), given)
-                done = torch.is_grad_enabled()
+            if not given:
+                raise ValueError(f"{own.__name__}.compute_loss does not call super().compute_loss: {_EXPECTED}")
+            if not done and given[0].grad_fn is not None:
+                done = True
+                if not _follows(_loss_of(made), given[0]):
+                    raise ValueError(
+                        f"{own.__name__}.compute_loss leaves out the loss of super().compute_loss: {_EXPECTED}"
+                    )
             given.clear()
             return made
 
@@ -90,15 +95,10 @@ def _loss_of(made: Any) -> Tensor:
     return loss
 
 
-def _check_overridden(name: str, loss: Tensor, given: list[Tensor]) -> None:
-    if not given:
-        raise ValueError(f"{name}.compute_loss does not call super().compute_loss: {_EXPECTED}")
-    if loss is not given[0] and given[0].grad_fn is not None and not _follows(loss, given[0]):
-        raise ValueError(f"{name}.compute_loss leaves out the loss of super().compute_loss: {_EXPECTED}")
-
-
 def _follows(loss: Tensor, from_loss: Tensor) -> bool:
     """Whether a loss was computed from another, as its graph says."""
+    if loss is from_loss:
+        return True
     ahead, seen = [loss.grad_fn], set[Any]()
     while ahead:
         node = ahead.pop()
@@ -135,12 +135,14 @@ def _try(loss_of: Callable[..., Tensor], outputs: Any, labels: Tensor, count: An
     if not loss.isfinite():
         return  # a model's own fault
     half = loss_of(outputs, labels, num_items_in_batch=2 * count)
-    if not torch.isclose(2 * half, loss, rtol=ROUNDING, atol=0):
+    rounding = ROUNDING_OF_16_BITS if loss.dtype in (torch.bfloat16, torch.float16) else ROUNDING
+    if not torch.isclose(2 * half, loss, rtol=rounding, atol=0):
         raise ValueError(
             f"compute_loss_func gave {float(loss):.4g} for num_items_in_batch={int(count)}, and {float(half):.4g} for "
-            f"twice as many: {_EXPECTED}. A mean over a rank's labels is not the window's"
+            f"twice as many: {_EXPECTED}. A mean over a rank's rows is not the window's, alone or in a part"
         )
-    known = labels[labels != IGNORE].unique()[:KINDS]  # weights of others may be 0
+    known = labels[labels != IGNORE].unique()
+    known = known[:: max(1, len(known) // KINDS)]  # weights of some may be 0
     of_first = (loss_of(outputs, _first_alone(labels, int(kind)), num_items_in_batch=count) for kind in (*known, 0, 1))
     if not any(bool(one.isfinite() & (one != 0)) for one in of_first):  # a model may be sure of one label, not of all
         raise ValueError(f"compute_loss_func leaves out the label of a rank's first row: {_EXPECTED}")
@@ -158,8 +160,9 @@ def _count_labels(
 ) -> Any:
     """Trainer gives no count of labels to models with `accepts_loss_kwargs=False`, TRL none in evaluation: each rank's
     mean would be over its own ones. The mean of such a batch is its own, whatever is accumulated."""
-    if len(rest) > 1 or named.get("num_items_in_batch") is not None:
+    if named.get("num_items_in_batch", *rest[1:]) is not None:
         return compute_loss(model, inputs, *rest, **named)
+    rest = rest[:1]
     named["num_items_in_batch"] = inputs["num_items_in_batch"] * groups
     counted = {"model_accepts_loss_kwargs": True, "current_gradient_accumulation_steps": 1}
     before = {name: getattr(trainer, name, None) for name in counted}
