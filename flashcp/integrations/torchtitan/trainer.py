@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components import validate
@@ -107,7 +108,8 @@ class Trainer(TorchtitanTrainer):
 
     def init_distributed(self) -> ParallelDims:
         """As torchtitan's; the ranks of the cp axis join here. One rank alone where its degree is 1."""
-        check_degrees(self.config.parallelism, int(os.environ.get("WORLD_SIZE", 1)))
+        ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+        check_degrees(self.config.parallelism, ranks)
         dims = super().init_distributed()
         how = {name: getattr(self.config.flashcp, name) for name in FlashCPConfig.__dataclass_fields__}
         strategy = how.pop("strategy")
