@@ -126,6 +126,8 @@ def test_a_wrong_name_is_answered_with_torchtitans() -> None:
         ConfigManager().parse_args(["--module", "flashcp.integrations.torchtitan", "--config", "llama3_debug"])
     assert "'llama3_debugmodel'" in str(caught.value)
     assert "'with_flashcp'" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"flashcp.strategy='flashpc': expected one of contiguous, "):
+        check(with_flashcp(llama3_debugmodel(), strategy="flashpc"))
     with pytest.raises(ValueError, match=r"option='exchnge': expected one of strategy, exchange, "):
         with_flashcp(llama3_debugmodel(), exchnge="ring")
 

@@ -27,6 +27,7 @@ from flashcp.integrations.torchtitan.machine import FSDP_READS_SPMD_TYPES
 from flashcp.integrations.torchtitan.sharing import Sharing
 from flashcp.operator import attention
 from flashcp.sharding.mask import Mask, count_layers
+from flashcp.sharding.strategies import STRATEGIES
 from flashcp.sharding.values import check_choice
 
 
@@ -170,6 +171,7 @@ def check(config: Trainer.Config) -> None:
     ):  # fmt: skip
         if value != legal:
             raise ValueError(f"{name}={value!r} with FlashCP: expected {legal!r}, {why}")
+    check_choice("flashcp.strategy", config.flashcp.strategy, STRATEGIES)
     backends = ("partial_dtensor", "spmd_types") if FSDP_READS_SPMD_TYPES else ("partial_dtensor",)
     check_choice(f"with torch {torch.__version__} parallelism.spmd_backend", parallelism.spmd_backend, backends)
     for theirs in (FlexAttention, VarlenAttention, ScaledDotProductAttention):
