@@ -33,10 +33,10 @@ def planner(
 ) -> Callable[[np.ndarray], ShardingPlan]:
     """Document lengths of a pack -> its plan: what the loader calls ahead of each step. It can be pickled if cost can.
 
-    cost: what the strategy `flashcp` chooses by; the others have no choice.
+    cost: what the strategy `flashcp` chooses by; None for the others, which have no choice.
     """
     made = dict(sharding)
-    if cost is not None and made["name"] == "flashcp":
+    if cost is not None:
         made["cost"] = cost
     return partial(_make_plan, made, world_size, layers)
 

@@ -35,8 +35,8 @@ def _registries() -> list[ModuleType]:
 
 def _names(module: ModuleType) -> list[str]:
     """Functions that are defined there."""
-    own = (name for name, found in vars(module).items() if getattr(found, "__module__", "") == module.__name__)
-    return sorted(name for name in own if inspect.isfunction(getattr(module, name)) and not name.startswith("_"))
+    functions = inspect.getmembers(module, inspect.isfunction)
+    return [name for name, one in functions if one.__module__ == module.__name__ and not name.startswith("_")]
 
 
 def _make(theirs: Callable[[], Any]) -> Trainer.Config:
