@@ -148,10 +148,10 @@ def connect(
     between: Transport = Alone()
     inside: Transport | None = None
     reasons = []
-    for level, mail, one in zip(levels, mails, names * len(levels), strict=False):
-        slowed = (
-            options if level is levels[-1] else replace(options, throttle_gbps=0.0)
-        )  # nodes' links are the slow ones
+    each = names if len(names) == len(levels) else names * len(levels)  # one name stands for both levels
+    for level, mail, one in zip(levels, mails, each, strict=True):
+        # The links between nodes are the slow ones.
+        slowed = options if level is levels[-1] else replace(options, throttle_gbps=0.0)
         transport, why = _transport(level, mail, one, handshake, slowed)
         if verify_rows and transport.name not in VERIFIABLE:
             raise ValueError(

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashcp.comm.transport import ALL, Inbox, OutgoingRows, Transfer, row_bytes
-from flashcp.comm.two_sided import Begun, TwoSided
+from flashcp.comm.two_sided import Operation, TwoSided
 from flashcp.kernels.uploads import to_device
 
 _LEAST_BYTES = 1 << 22  # of a buffer: from here on the operator launches its most blocks
@@ -87,7 +87,7 @@ class Nvshmem(TwoSided):
             self._splits[turn].copy_(self._splits_of(tuple(count * size for count in sent)))
             self._exchange(turn, self._arrived)
             inbox.rows.reshape(-1).view(torch.uint8).copy_(self._arrived[: inbox.rows.nbytes])
-            works = [Begun(self._mark(), ALL, f"{outgoing.what} of another rank")]
+            works = [Operation(self._mark(), ALL, f"{outgoing.what} of another rank")]
         self.sent_bytes += (sum(sent) - sent[self.rank]) * size
         return self._start(works, [rows, inbox.rows], outgoing.what)
 

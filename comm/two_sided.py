@@ -28,7 +28,7 @@ ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all
 _FIRST_TAG, _TAGS = 8192, 1 << 16  # past those of mail; a transfer's returns after so many
 
 
-class Begun(NamedTuple):
+class Operation(NamedTuple):
     """An operation that was begun. work: with a `wait()`, or None. source: whose rows it brings; ALL of an operation of
     all ranks, none where rows leave. awaited: what a rank waits for that waits for it."""
 
@@ -74,7 +74,7 @@ class TwoSided(Transport):
             work = dist.all_to_all_single(
                 _bytes(inbox.rows), _bytes(rows), list(received), list(sent), group=self.group, async_op=True
             )
-            works = [Begun(work, ALL, f"{what} of another rank")]
+            works = [Operation(work, ALL, f"{what} of another rank")]
             self.sent_bytes += (sum(sent) - sent[self.rank]) * row_bytes(rows)
         return self._start(works, [rows, inbox.rows], what)
 
@@ -90,11 +90,11 @@ class TwoSided(Transport):
 
     def all_gather(self, block: OutgoingRows, inbox: Inbox) -> Transfer:
         self.waits.check()
-        rows, works = block.packed(), list[Begun]()
+        rows, works = block.packed(), list[Operation]()
         if rows.numel():  # else on no rank: blocks are equally large
             with bounded(self.timeout_s, self.waits.rank, f"{block.what} of another rank"):
                 work = getattr(dist, ALL_GATHER)(_bytes(inbox.rows), _bytes(rows), group=self.group, async_op=True)
-            works = [Begun(work, ALL, f"{block.what} of another rank")]
+            works = [Operation(work, ALL, f"{block.what} of another rank")]
             self.sent_bytes += (self.world_size - 1) * rows.nbytes
         return self._start(works, [rows, inbox.rows], block.what)
 
@@ -121,7 +121,7 @@ class TwoSided(Transport):
         self._transfers += 1
         return _FIRST_TAG + self._transfers % _TAGS
 
-    def batch(self, operations: Iterable[tuple[Any, Tensor, int]], what: str, tag: int) -> list[Begun]:
+    def batch(self, operations: Iterable[tuple[Any, Tensor, int]], what: str, tag: int) -> list[Operation]:
         """Begin sends and receives (`dist.isend` or `dist.irecv`, rows, the other rank); none of empty tensors."""
         asked = [(operation, rows, other) for operation, rows, other in operations if rows.numel()]
         if not asked:
@@ -133,11 +133,11 @@ class TwoSided(Transport):
             ])  # fmt: skip
         self.sent_bytes += sum(rows.nbytes for operation, rows, _ in asked if operation is dist.isend)
         if self.name != "gloo":  # the batch is one operation
-            return [Begun(work, ALL, f"{what} of another rank") for work in works]
+            return [Operation(work, ALL, f"{what} of another rank") for work in works]
         return [
-            Begun(work, other, f"{what} of rank {self._names[other]}")
+            Operation(work, other, f"{what} of rank {self._names[other]}")
             if operation is dist.irecv
-            else Begun(work, None, f"its {what} to leave for rank {self._names[other]}")
+            else Operation(work, None, f"its {what} to leave for rank {self._names[other]}")
             for work, (operation, _, other) in zip(works, asked, strict=True)
         ]
 
@@ -149,7 +149,7 @@ class TwoSided(Transport):
     def close(self) -> None:
         self.waits.close()
 
-    def _start(self, works: list[Begun], tensors: list[Tensor], what: str) -> Transfer:
+    def _start(self, works: list[Operation], tensors: list[Tensor], what: str) -> Transfer:
         """works: what was begun; the tensors live at least as long as it does. Both lists may grow until somebody waits
         for all."""
         waits, home = self.waits, self.waits.home(tensors[0].device)

@@ -373,7 +373,7 @@ class ContextParallel(JoinedRanks):
     ) -> Layer:
         """The layer as operators take it. What no operator can be handed is refused before, on all ranks; compiled
         code has no such arguments."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # the operator makes the header again: nothing but tensors reaches it
             header = partial(self._header, k, v, plan, window, chunk, torch.is_grad_enabled(), queries)
             try:
                 header()

@@ -17,12 +17,12 @@ from flashcp.operator import attention
 class Handle:
     """K and V rows on their way, for one attention call.
 
-    begun: the call's number. ranks, plan: numbers too.
+    begun: the call's number. caller_number, plan: numbers too, of the `ContextParallel` and of its plan.
     """
 
-    def __init__(self, begun: Tensor, k: Tensor, v: Tensor, ranks: Tensor, plan: Tensor, layer: Layer) -> None:
+    def __init__(self, begun: Tensor, k: Tensor, v: Tensor, caller_number: Tensor, plan: Tensor, layer: Layer) -> None:
         self._begun, self._k, self._v = begun, k, v
-        self._ranks, self._plan, self._layer = ranks, plan, layer
+        self._caller_number, self._plan, self._layer = caller_number, plan, layer
 
     @overload
     def attention(
@@ -49,17 +49,17 @@ class Handle:
             check_return_lse(return_lse)
         q, _, _ = autocast(q, self._k, self._v)
         scores = read_scores(q, softmax_scale, softcap, sinks)
-        return run(q, self._k, self._v, scores, self._begun, self._ranks, self._plan, self._layer, return_lse)
+        return run(q, self._k, self._v, scores, self._begun, self._caller_number, self._plan, self._layer, return_lse)
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, scores: Scores, begun: Tensor | None, ranks: Tensor, plan: Tensor, layer: Layer,
-    return_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, begun: Tensor | None, caller_number: Tensor, plan: Tensor,
+    layer: Layer, return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The operator, with what it is handed, and of its results those that were asked for."""
     calls = attention if torch.compiler.is_compiling() else EagerAttention.apply
     out, lse, *_ = calls(
-        q, k, v, scores.sinks, begun, ranks, plan, scores.scale, scores.softcap, *layer, return_lse,
+        q, k, v, scores.sinks, begun, caller_number, plan, scores.scale, scores.softcap, *layer, return_lse,
         torch.is_grad_enabled(),
     )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -1,7 +1,7 @@
 """Attention under context parallelism as PyTorch operators: known to torch.compile, checkpointing and FSDP.
 
-    begun = prefetch(k, v, ranks, plan, window, chunk, gradients)
-    out, lse, kept = attention(q, k, v, sinks, begun or None, ranks, plan, ...)
+    begun = prefetch(k, v, caller_number, plan, window, chunk, gradients)
+    out, lse, kept = attention(q, k, v, sinks, begun or None, caller_number, plan, ...)
 
 Plans, ranks, rows under way and what waits for the backward reach an operator by number (`sharding/numbered.py`), so
 that other plans compile nothing anew. Rows under way and what waits live as long as their number: the compiler and
@@ -88,13 +88,13 @@ class Kept:
 
 @_operator("prefetch")
 def prefetch(
-    k: Tensor, v: Tensor, ranks: Tensor, plan: Tensor, window: int | None, chunk: int | None, gradients: bool
+    k: Tensor, v: Tensor, caller_number: Tensor, plan: Tensor, window: int | None, chunk: int | None, gradients: bool
 ) -> Tensor:
     """K and V rows leave. Returns the number of the call that they are for. gradients: whether a backward may follow.
 
-    k, v: [T, K, D]. ranks, plan: numbers.
+    k, v: [T, K, D]. caller_number, plan: as `numbered` knows them.
     """
-    caller: Caller = numbered(int(ranks))
+    caller: Caller = numbered(int(caller_number))
     return torch.from_numpy(keeping_number_of(caller.begin(k, v, _plan(int(plan)), window, chunk, gradients, None)))
 
 
@@ -110,7 +110,7 @@ def attention(
     v: Tensor,
     sinks: Tensor | None,
     begun: Tensor | None,
-    ranks: Tensor,
+    caller_number: Tensor,
     plan: Tensor,
     softmax_scale: float,
     softcap: float,
@@ -130,7 +130,7 @@ def attention(
     # Kernels choose their own precision.
     with torch.autocast(q.device.type, enabled=False):
         if begun is None:
-            caller: Caller = numbered(int(ranks))
+            caller: Caller = numbered(int(caller_number))
             start = caller.begin(k, v, _plan(int(plan)), window, chunk, gradients, queries)
         else:
             start = numbered(int(begun))

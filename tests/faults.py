@@ -25,7 +25,7 @@ from flashcp.comm.fabrics.base import Put
 from flashcp.comm.levels import Level
 from flashcp.comm.one_sided import OneSided
 from flashcp.comm.transport import Inbox, OutgoingRows, Transfer, Transport
-from flashcp.comm.two_sided import Begun, TwoSided
+from flashcp.comm.two_sided import Operation, TwoSided
 
 MESSAGE = ("corrupt", "misplace", "truncate", "drop", "duplicate", "delay", "reorder")
 """What can happen to a message. corrupt: a bit of it is another. misplace: its rows come in another order. truncate:
@@ -146,10 +146,10 @@ class Sends(_Mischief):
     def __init__(self, transport: TwoSided, fault: Fault) -> None:
         super().__init__(fault)
         self._transport, self._batch, self._all_gather = transport, transport.batch, transport.all_gather
-        self._unawaited: list[Begun] = []
+        self._unawaited: list[Operation] = []
         transport.batch, transport.all_gather = self.batch, self.all_gather  # type: ignore[method-assign]
 
-    def batch(self, operations: Sequence[tuple[Any, Tensor, int]], what: str, tag: int) -> list[Begun]:
+    def batch(self, operations: Sequence[tuple[Any, Tensor, int]], what: str, tag: int) -> list[Operation]:
         sends = [one for one in operations if one[0] is dist.isend and one[1].numel()]
         if not sends or not self.is_due(what):
             works = self._batch(operations, what, tag)

@@ -21,6 +21,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # a folder of one's own, and sweeps that no training verb composes
 OTHERS = {"--config-dir", "experiment=lab", *(f"experiment={name}" for name in committed("simulation"))}
+ROOMS = "comm|conf|docs|examples|flashcp|kernels|sharding|simulator|tests|train|experiments"
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
@@ -68,3 +69,15 @@ def test_examples_of_a_page_compute(page: Path) -> None:
 def test_pages_have_commands_and_examples() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 30
     assert sum(">>> " in page.read_text() for page in PAGES) >= 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_files_and_their_names_are_where_a_page_says(page: Path) -> None:
+    text = page.read_text()
+    named = {one for one in re.findall(rf"`((?:{ROOMS})/[\w./-]+)`", text) if "NAME" not in one}
+    missing = sorted(one for one in named if not (ROOT / one).exists())
+    assert page.name == "CHANGELOG.md" or not missing
+    for file, words in re.findall(r"`([\w/]+\.py)`(?: or `[\w/]+\.py`)? \((`[\w.]+`(?:, `[\w.]+`)*)\)", text):
+        source = (ROOT / file).read_text()
+        for name in re.split(r"[.,` ]+", words.strip("`")):
+            assert re.search(rf"^\s*(?:def |class )?{name}\b", source, re.MULTILINE), f"{file} has no {name}"

@@ -120,8 +120,8 @@ class ReceivingExchange(Exchange):
         with settings.clock.measure("exposed_exchange_ms", "send gradients"):
             returned = self.return_gradients(plan, saved.received.new_empty((0, *saved.received.shape[1:]), dtype=wire))
 
-        def send_home(gradients: Tensor, source: int | None = None) -> None:
-            tiles.close()
+        def on_received(gradients: Tensor, source: int | None = None) -> None:
+            tiles.close()  # the span in the trace ends here, and the next one begins below
             with settings.clock.measure("exposed_exchange_ms", "send gradients"):
                 returned.leave(gradients, source)
                 if source is None and settings.overlap == "none":
@@ -134,7 +134,7 @@ class ReceivingExchange(Exchange):
             local, received, schedule = KV(saved.k, saved.v), as_kv(saved.received), self.layout(plan).schedule
             scale, softcap, sinks = settings.scores
             gradients = settings.kernel.gradients(
-                grad_out, saved.q, local, received, saved.out, saved.lse, schedule, scale, torch.float32, send_home,
+                grad_out, saved.q, local, received, saved.out, saved.lse, schedule, scale, torch.float32, on_received,
                 returned.dtype, softcap,
             )  # fmt: skip
         self.release(saved)

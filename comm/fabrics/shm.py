@@ -104,7 +104,7 @@ class ShmFabric(Fabric):
         return WaitFlags(region.flags[self.rank][ARRIVED], epoch, self._stuck, self.timeout_s)
 
     def check(self, flags: WaitFlags) -> None:
-        if source := int(flags.stuck):
+        if source := int(flags.stuck):  # one more than the rank: 0 says that no wait gave up
             raise self.timed_out(f"the rows of rank {self.names[source - 1]} (epoch {flags.epoch})")
 
     def synchronize(self) -> None:
