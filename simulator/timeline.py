@@ -56,12 +56,14 @@ class Hops:
 
     def __init__(self, hop: np.ndarray) -> None:
         self._hop, self._port = hop, np.zeros(len(hop))
+        self._before = np.arange(len(hop)) - 1  # of each rank; indexing is far quicker than np.roll
+        self._to_next = hop[self._before + 2 - len(hop)]
 
     def send(self, ready: np.ndarray) -> np.ndarray:
         """Every rank hands on what it has ready at a time [N]. When its predecessor's has come [N]."""
         start = np.maximum(ready, self._port)
-        self._port = start + np.roll(self._hop, -1)
-        return np.roll(start, 1) + self._hop
+        self._port = start + self._to_next
+        return start[self._before] + self._hop
 
     def around(self) -> float:
         """When all blocks have been everywhere, nothing beside them."""

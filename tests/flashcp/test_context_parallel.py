@@ -69,11 +69,12 @@ def check(world_size: int, cases: list[tuple], bound: float, run: Callable = run
 @pytest.mark.parametrize("dtype", list(BOUND), ids=["fp32", "bf16"])
 @pytest.mark.parametrize("attention", ["cpu", "varlen"])
 def test_every_strategy_and_exchange_matches_the_reference(world_size: int, dtype: torch.dtype, attention: str) -> None:
-    cases = []
-    for i, (strategy, exchange, heads) in enumerate(
-        itertools.product(flashcp.strategies(), EXCHANGE_CLASSES, ("mha", "gqa"))
-    ):
-        lengths = random_lengths(100 * world_size + i) if i % 2 else AWKWARD[i // 2 % len(AWKWARD)]
+    """Every strategy with every exchange; half of them with MHA, the others with GQA, and the other way round with the
+    next number of ranks, the next dtype and the next kernel."""
+    cases, turn = [], world_size + list(BOUND).index(dtype) + (attention == "varlen")
+    for i, (strategy, exchange) in enumerate(itertools.product(flashcp.strategies(), EXCHANGE_CLASSES)):
+        heads = ("mha", "gqa")[(i + turn) % 2]
+        lengths = random_lengths(100 * world_size + i) if i // 2 % 2 else AWKWARD[i // 4 % len(AWKWARD)]
         wire = GRADIENT_WIRES[i % 3]
         cases.append((lengths, strategy, exchange, heads, dtype, "auto", "keep", 0, "auto", attention, wire))
     check(world_size, cases, BOUND[dtype])
