@@ -56,7 +56,7 @@ SMALL = {
     ],
     "whole_batch": ["context=16384", "world_size=64", "windows=8"],
     "whole_batch_1024": ["context=2048", "world_size=64", "batch_windows=8", "windows=8"],
-    "whole_batch_steps": ["context=16384", "windows=32"],
+    "whole_batch_steps": ["context=16384", "micro_batches=2", "windows=16"],
     "mixes": ["context=16384", "world_size=8", "windows=1"],
 }
 
