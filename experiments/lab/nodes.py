@@ -21,8 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashcp.experiments.lab.alone import LabError, ended_by_signals, lock, undisturbed
-from flashcp.experiments.lab.quotas import Quotas
+from flashcp.experiments.lab.machine import LabError, Quotas, ended_by_signals, lock, undisturbed
 
 NAME = "flashcp-lab"
 SWITCH = "fcplab"  # a network device has 15 letters at most

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from flashcp.experiments.lab import nodes as lab
-from flashcp.experiments.lab.alone import LOCK, LabError
+from flashcp.experiments.lab.machine import LOCK, LabError, Quotas
 from flashcp.experiments.lab.nodes import Link, Node, built_nodes, check_reach, remove_leftovers
-from flashcp.experiments.lab.quotas import Quotas
 
 pytestmark = pytest.mark.usefixtures("turn")
 
