@@ -26,7 +26,7 @@ from flashcp.comm.fabrics.memory import FOLDER
 from flashcp.comm.nvshmem import is_available
 from flashcp.experiments.bench.harness import relative_error
 from flashcp.experiments.cli import AS_JSON, show
-from flashcp.experiments.provenance import commit, versions_text
+from flashcp.experiments.sweep.results import commit, versions_text
 from flashcp.kernels.selection import attention_name
 from flashcp.kernels.varlen import KERNELS
 from flashcp.train.ranks import Ranks, exit_code, world
