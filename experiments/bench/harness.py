@@ -1,4 +1,4 @@
-"""What benchmarks share: the error of a result, the time of work alone or in turns, rows and a table of them."""
+"""What benchmarks share: exact results and errors, the time of work alone or in turns, rows and a table of them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 import flashcp
 from flashcp.experiments.sweep.results import Number, Row, commit, to_row
+from flashcp.kernels.reference import reference_attention
 from flashcp.text import table
 from flashcp.train.ranks import Ranks
 
@@ -46,6 +47,13 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     difference, norm = (value.double() - reference.double()).norm().item(), reference.double().norm().item()
     error = difference / (norm or 1.0)
     return error if math.isfinite(error) else math.inf
+
+
+def exact_results(qkv: Sequence[Tensor], grad: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
+    """Output and gradients of q, k and v by the reference, all in float64. grad: of the output."""
+    q, k, v = leaves = [x.detach().double().requires_grad_() for x in qkv]
+    out = reference_attention(q, k, v, lengths)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad.double())
 
 
 def median_us(work: Work, repeats: int, device: torch.device, clock: Clock | None = None) -> float:

@@ -26,7 +26,7 @@ from flashcp.comm.fabrics.shm import ShmFabric
 from flashcp.comm.heap import SymmetricHeap
 from flashcp.comm.one_sided import OneSided
 from flashcp.context_parallel import ContextParallel
-from flashcp.experiments.bench.harness import provenance, relative_error
+from flashcp.experiments.bench.harness import exact_results, provenance, relative_error
 from flashcp.experiments.cli import bar
 from flashcp.experiments.sweep.results import Number, Row, to_row, write_rows
 from flashcp.sharding.lengths import windows
@@ -68,8 +68,7 @@ def measure(documents: dict[str, list[int]], ranks: Sequence[tuple[int, int]]) -
         random = torch.Generator().manual_seed(0)
         whole = [torch.randn(sum(found), n, HEAD_DIM, generator=random) for n in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
         q, k, v, grad = (x.to(kind) for x in whole)
-        a, b, c = (x.double().requires_grad_() for x in (q, k, v))
-        exact = torch.autograd.grad(flashcp.reference_attention(a, b, c, found), (b, c), grad.double())
+        exact = exact_results((q, k, v), grad, found)[2:]  # of k and v
 
         def errors(
             case: str, provider: str, gradients: Sequence[Tensor], exact: Sequence[Tensor] = exact

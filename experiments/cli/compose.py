@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString, Sweep
+from hydra.core.override_parser.types import Override, Quote, QuotedString, Sweep
 from hydra.core.utils import env_override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
@@ -114,12 +114,7 @@ def composed_jobs(name: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
     overrides = quoted(overrides, several=True)
     with _one_line(name, overrides):
         parsed = OverridesParser.create().parse_overrides(list(overrides))
-        values = [
-            [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-            if one.is_discrete_sweep()
-            else [word]
-            for word, one in zip(overrides, parsed, strict=True)
-        ]
+        values = [_one_each(one) or [word] for word, one in zip(overrides, parsed, strict=True)]
     return [compose(name, job) for job in itertools.product(*values)]
 
 
@@ -207,13 +202,15 @@ def _having(name: str, key: str, overrides: Sequence[str]) -> list[str]:
     params = _composed(name, named, return_hydra_config=True).hydra.sweeper.get("params") or {}
     words = [*(f"{group}={values}" for group, values in params.items()), *overrides]
     swept = OverridesParser.create().parse_overrides([word for word in words if word.split("=")[0] in GROUPS])
-    one_each = [
-        f"{override.get_key_element()}={value}"
-        for override in swept
-        if override.is_discrete_sweep()
-        for value in override.sweep_string_iterator()
-    ]
-    return [value for value in one_each if key.split(".")[-1] in _place(name, key, [value])]
+    values = itertools.chain.from_iterable(map(_one_each, swept))
+    return [value for value in values if key.split(".")[-1] in _place(name, key, [value])]
+
+
+def _one_each(override: Override) -> list[str]:
+    """The overrides, of one value each, that one of several values stands for; none for other overrides."""
+    if not override.is_discrete_sweep():
+        return []
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def _place(name: str, key: str, overrides: Sequence[str]) -> dict[str, Any]:
