@@ -126,16 +126,15 @@ def mixed(numbers: Numbers) -> list[Mixed]:
     for case in numbers.cases:
         speedups = numbers.of(case.name, "speedup")
         rival = max((s, n) for n, s in speedups.items() if VARIANTS[n].implementation == "best effort")
-
-        def both(metric: str, name: str = case.name) -> tuple[float, float]:
-            of = numbers.of(name, metric)
-            return of["flashcp"], of["per_document"]
-
+        imbalance, rows = (
+            (numbers(case.name, "flashcp", metric), numbers(case.name, "per_document", metric))
+            for metric in ("imbalance", "critical_rows")
+        )
         found.append(
             Mixed(
                 MODELS[case.heads, case.mask], case, (speedups["per_document"], rival[0], speedups["flashcp"]),
                 rival[1].removesuffix("_best_effort"), numbers(case.name, "flashcp", "step_speedup"),
-                both("imbalance"), both("critical_rows"), int(numbers(case.name, "flashcp", "head_ranks")),
+                imbalance, rows, int(numbers(case.name, "flashcp", "head_ranks")),
             )
         )  # fmt: skip
     return found

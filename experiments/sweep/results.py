@@ -8,9 +8,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
-import os
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flashcp.experiments.folders import write_whole
 from flashcp.sharding.values import first_line
 
 if TYPE_CHECKING:
@@ -200,12 +201,11 @@ def read_rows(folder: Path) -> list[Row]:
 
 def write_rows(folder: Path, rows: Iterable[Row], name: str = RESULTS) -> None:
     """Write results.csv, or a file of that name, whole or not at all."""
-    unfinished = folder / f"unfinished_{name}"
-    with unfinished.open("w", encoding="utf-8", newline="") as lines:
-        table = csv.writer(lines, lineterminator="\n")
-        table.writerow([field.name for field in dataclasses.fields(Row)])
-        table.writerows(dataclasses.astuple(row) for row in rows)
-    os.replace(unfinished, folder / name)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([field.name for field in dataclasses.fields(Row)])
+    table.writerows(dataclasses.astuple(row) for row in rows)
+    write_whole(folder / name, text.getvalue())
 
 
 def _parse(line: dict[str, Any]) -> Row:
