@@ -34,10 +34,9 @@ from flashcp.experiments.bench.calibration import (
     write_times,
 )
 from flashcp.experiments.bench.exchange_times import exchanged, ranks_max
-from flashcp.experiments.bench.harness import Clock, in_turns, median_us
+from flashcp.experiments.bench.harness import Clock, in_turns, median_us, provenance
 from flashcp.experiments.bench.kernel_times import DTYPES, KernelTimer, RankSchedule, rank_schedule
-from flashcp.experiments.bench.planner import provenance
-from flashcp.experiments.progress import bar
+from flashcp.experiments.cli import bar
 from flashcp.limits import Count, Limit, Natural
 from flashcp.schema import read_dataclass
 from flashcp.sharding.plan import ShardingPlan

@@ -24,8 +24,7 @@ from flashcp.experiments.bench.exchange_times import ExchangeBench, measure
 from flashcp.experiments.bench.harness import rows_table
 from flashcp.experiments.cli.launch import BAD_INPUT, RanksFailedError, start_ranks
 from flashcp.experiments.folders import check_out, leave_no_trace
-from flashcp.experiments.provenance import commit, versions_text
-from flashcp.experiments.sweep.results import Number, Row, read_rows, write_rows
+from flashcp.experiments.sweep.results import Number, Row, commit, read_rows, versions_text, write_rows
 from flashcp.train.ranks import exit_code, world
 from flashcp.train.summary import versions
 

@@ -1,11 +1,16 @@
-"""What benchmarks share: the error of a result, the time of work alone or in turns, and a table of rows."""
+"""What benchmarks share: exact results and errors, the time of work alone or in turns, rows and a table of them."""
 
 from __future__ import annotations
 
 import csv
 import math
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashcp.experiments.sweep.results import Row
+import flashcp
+from flashcp.experiments.sweep.results import Number, Row, commit, to_row
+from flashcp.kernels.reference import reference_attention
 from flashcp.text import table
 from flashcp.train.ranks import Ranks
 
@@ -40,6 +47,13 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     difference, norm = (value.double() - reference.double()).norm().item(), reference.double().norm().item()
     error = difference / (norm or 1.0)
     return error if math.isfinite(error) else math.inf
+
+
+def exact_results(qkv: Sequence[Tensor], grad: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
+    """Output and gradients of q, k and v by the reference, all in float64. grad: of the output."""
+    q, k, v = leaves = [x.detach().double().requires_grad_() for x in qkv]
+    out = reference_attention(q, k, v, lengths)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad.double())
 
 
 def median_us(work: Work, repeats: int, device: torch.device, clock: Clock | None = None) -> float:
@@ -121,6 +135,19 @@ def rows_table(rows: Sequence[Row], names: Mapping[str, str], of: str) -> str:
         shown = ["" if value is None else format(float(x["factor"]) * value, x["form"]) for value, x in found]
         body.append([*line, *shown])
     return table([*names, *(column["title"] for column in columns)], body, text=len(names))
+
+
+def case_row(case: str, number: Number) -> Row:
+    """A number of a host-only measurement with its provenance."""
+    device, of_versions, *_ = provenance()
+    return to_row(case, number, device, of_versions=of_versions)
+
+
+def provenance() -> tuple[str, str, str, str]:
+    """What a row of a host-only measurement carries: device (how many cores, of what), versions, commit, date."""
+    numba = f"numba {version('numba')}" if find_spec("numba") else "no numba"
+    versions = f"flashcp {flashcp.__version__}, numpy {np.__version__}, {numba}, python {platform.python_version()}"
+    return f"{os.cpu_count()}-core CPU ({platform.machine()})", versions, commit(), f"{datetime.now(UTC):%Y-%m-%d}"
 
 
 def _on_gpu(work: Mapping[str, Work], device: torch.device, rounds: Callable[[float], int]) -> dict[str, list[float]]:

@@ -1,9 +1,10 @@
-"""Attention of one rank of a plan, run and timed on the device at hand: its real schedule, on random rows."""
+"""Attention of one rank of a plan, run and timed on the device at hand: its real schedule, on random rows; and so the
+whole plan, rank by rank."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from functools import partial
+from collections.abc import Collection, Sequence
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor
 
 from flashcp.comm.exchanges.exchange import Layout
-from flashcp.experiments.bench.harness import median_us, relative_error
+from flashcp.experiments.bench.harness import exact_results, median_us, relative_error
 from flashcp.kernels.interface import KV
-from flashcp.kernels.reference import reference_attention
 from flashcp.kernels.schedule import Schedule, whole_pack_schedule
 from flashcp.kernels.selection import select_attention
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.simulator.cost import AttentionShape
+from flashcp.simulator.planned import Planned, Setting
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}  # by a shape's dtype_bytes
 LARGEST_ERRORS = {2: 1e-2, 4: 1e-4}  # of values and gradients, relative to float64
@@ -75,10 +76,7 @@ class KernelTimer:
         """Raise RuntimeError where the kernel differs from the reference: a wrong kernel is not timed."""
         inputs, grad, out, (_, gradients) = self._run(whole_schedule(np.array(CHECKED)), shape)
         found = gradients()
-        leaves = queries, keys, values = [x.double().requires_grad_() for x in inputs]
-        expected = reference_attention(queries, keys, values, CHECKED)
-        wanted = torch.autograd.grad(expected, leaves, grad.double())
-        pairs = zip((out, found.q, *found.local), (expected.detach(), *wanted), strict=True)
+        pairs = zip((out, found.q, *found.local), exact_results(inputs, grad, CHECKED), strict=True)
         error = max(relative_error(value, reference) for value, reference in pairs)
         if not error <= LARGEST_ERRORS[shape.dtype_bytes]:
             raise RuntimeError(f"attention on {self.device_name} is off by {error:.1e}: a wrong kernel is not timed")
@@ -101,3 +99,58 @@ class KernelTimer:
         rest: Any = out, lse, schedule, scale, torch.float32, lambda received, source=None: None
         gradients = partial(self.kernel.gradients, grad, *inputs[:3], *rest)
         return [q, k, v], grad, out, (attend, gradients)
+
+
+class MeasuredPlanned(Planned):
+    """A plan whose attention was run: every rank's kernels, one rank after another on the one device at hand.
+
+    What a timeline takes as the time of a launch was measured: over everything a rank reads, over the rows of one
+    source, over all received rows; both directions together, when the first of them is asked for. Shares of a launch,
+    which no clock sees, are the cost model's, scaled to the launch.
+    """
+
+    def __init__(self, plan: ShardingPlan, setting: Setting, timer: KernelTimer) -> None:
+        super().__init__(plan, setting)
+        self._timer = timer
+
+    @cached_property
+    def _wholes(self) -> np.ndarray:
+        """us [2, N]: forward and backward."""
+        return self._times([None] * self.ranks)
+
+    @cached_property
+    def _steps(self) -> np.ndarray:
+        """us [2, N, N], reader by owner."""
+        return np.stack([self._times([[owner]] * self.ranks) for owner in range(self.ranks)], axis=2)
+
+    @cached_property
+    def _remotes(self) -> np.ndarray:
+        """us [2, N]."""
+        ranks = range(self.ranks)
+        return self._times([[source for source in ranks if source != rank] for rank in ranks])
+
+    def _whole_us(self, backward: bool) -> np.ndarray:
+        return self._wholes[int(backward)]
+
+    def _step_us(self, backward: bool) -> np.ndarray:
+        return self._steps[int(backward)]
+
+    def _remote_us(self, backward: bool) -> np.ndarray:
+        return self._remotes[int(backward)]
+
+    def _own_us(self, backward: bool) -> np.ndarray:
+        return super()._own_us(backward) * self._scale(backward)
+
+    def _read_us(self, backward: bool) -> np.ndarray:
+        return super()._read_us(backward) * self._scale(backward)[:, None]
+
+    def _scale(self, backward: bool) -> np.ndarray:
+        """For each shard, its rank's measured launch over the modelled shares of it [S]."""
+        shares = self.by_rank(super()._own_us(backward) + super()._read_us(backward).sum(axis=1))
+        launch = np.maximum(0.0, self.whole_us(backward) - self.cost.launch_us(backward))
+        return (launch / shares)[self.reads.rank]
+
+    def _times(self, sources: Sequence[Collection[int] | None]) -> np.ndarray:
+        """us [2, N]: every rank over the rows of its sources; None: over all that it reads."""
+        schedules = [rank_schedule(self.plan, rank, some) for rank, some in enumerate(sources)]
+        return np.array([self._timer.times(one, self.shape) if one else (0.0, 0.0) for one in schedules]).T

@@ -1,34 +1,31 @@
 """`flashcp bench planner`: what plans are worth and what they cost, over data sets, world sizes and strategies.
 
 `flashcp bench awkward`: the `flashcp` strategy on windows built to be hard, and against its own portfolio.
+
+`flashcp bench mixes`: what planning for a model's layers is worth, beside the plan that knows causal layers only.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-import flashcp
-from flashcp.experiments.bench.harness import rows_table, spread
-from flashcp.experiments.progress import bar
-from flashcp.experiments.provenance import commit
+from flashcp.experiments.bench.harness import case_row, rows_table, spread
+from flashcp.experiments.cli import bar
 from flashcp.experiments.sweep.results import Number, Row, write_rows
 from flashcp.sharding.bounds import study_ceiling
 from flashcp.sharding.lengths import windows
+from flashcp.sharding.mask import Mask
 from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.route import gathered_rows
 from flashcp.sharding.strategies import plan
 from flashcp.sharding.strategies.flashcp.members import members
+from flashcp.sharding.values import check_choice
 
 MEMBERS_CONTEXT = 16_384  # of the random windows: small, so that thousands are planned in a minute
 
@@ -81,7 +78,6 @@ def _numbers(strategy: str, packs: Sequence[np.ndarray], world_size: int, ceilin
         made.route("exact").critical_rows  # noqa: B018  # counting the rows is part of what is timed
         seconds.append((time.perf_counter() - wall, time.thread_time() - cpu))
         plans.append(made)
-    imbalance = np.array([made.imbalance for made in plans])
     saving = np.array([made.route("exact").saving for made in plans])
 
     def single(metric: str, unit: str, value: float) -> Number:
@@ -91,14 +87,19 @@ def _numbers(strategy: str, packs: Sequence[np.ndarray], world_size: int, ceilin
         yield Number(strategy, metric, "ms", *spread(ms))
         yield single(f"{metric}_mean", "ms", ms.mean())
         yield single(f"{metric}_p99", "ms", np.percentile(ms, 99))
-    yield Number(strategy, "imbalance", "max/mean", *spread(imbalance))
-    yield single("imbalance_max", "max/mean", imbalance.max())
-    yield single("windows_over_1.01", "share", (imbalance > 1.01).mean())
+    yield from _balance(strategy, plans)
     yield Number(strategy, "saving", "share", *spread(saving))
     yield single("saving_mean", "share", saving.mean())
     yield single("ceiling_distance_mean", "points", (100 * (ceilings - saving)).mean())
     yield single("certificate_distance_mean", "points", float(np.mean([*map(_points_to_certificate, plans)])))
     yield single("windows", "windows", len(packs))
+
+
+def _balance(provider: str, plans: Sequence[ShardingPlan]) -> Iterator[Number]:
+    imbalance = np.array([one.imbalance for one in plans])
+    yield Number(provider, "imbalance", "max/mean", *spread(imbalance))
+    yield Number(provider, "imbalance_max", "max/mean", None, float(imbalance.max()), None)
+    yield Number(provider, "windows_over_1.01", "share", None, float((imbalance > 1.01).mean()), None)
 
 
 def _points_to_certificate(made: ShardingPlan) -> float:
@@ -195,13 +196,64 @@ def write_planner_rows(path: Path, rows: list[Row]) -> None:
     write_rows(path.parent, rows, path.name)
 
 
-def case_row(case: str, number: Number) -> Row:
-    """A number with its provenance."""
-    return Row(case, *number[:3], None, *number[3:], *provenance(), "measured")
+# --- mixes: balance and rows are counted, not timed; the two plans of a window are timed in turns
+
+# Documents' masks and layer mix, as `flashcp.plan` takes them: 62 layers of Gemma 3 27B, 36 of gpt-oss 120B, one of an
+# encoder.
+WORKLOADS = {
+    "gemma3": (Mask("causal"), [(Mask("causal"), 10), (Mask("window", 1024), 52)]),
+    "gpt_oss": (Mask("causal"), [(Mask("causal"), 18), (Mask("window", 128), 18)]),
+    "full": (Mask("full"), [(Mask("causal"), 1)]),
+}
 
 
-def provenance() -> tuple[str, str, str, str]:
-    """What a row of a host-only measurement carries: device (how many cores, of what), versions, commit, date."""
-    numba = f"numba {version('numba')}" if find_spec("numba") else "no numba"
-    versions = f"flashcp {flashcp.__version__}, numpy {np.__version__}, {numba}, python {platform.python_version()}"
-    return f"{os.cpu_count()}-core CPU ({platform.machine()})", versions, commit(), f"{datetime.now(UTC):%Y-%m-%d}"
+@dataclass
+class MixesBench:
+    """What to plan. windows: for each data set, context and world size."""
+
+    workloads: list[str]
+    data_sets: list[str]
+    contexts: list[int]
+    world_sizes: list[int]
+    windows: int
+    seed: int = 5
+
+
+def bench_mixes(bench: MixesBench) -> Iterator[Row]:
+    """Imbalance of the sum over all layers, critical rows of a layer of each kind, and milliseconds."""
+    for name in bench.workloads:
+        check_choice("workloads", name, WORKLOADS)
+    cases = list(itertools.product(bench.workloads, bench.data_sets, bench.contexts, bench.world_sizes))
+    for name, data, context, world_size in bar(cases, unit="case"):
+        packs = list(windows(data, context, bench.windows, bench.seed))
+        case = f"{name} {data} {context // 1024}K N={world_size}"
+        yield from (case_row(case, number) for number in _mix_numbers(name, packs, world_size))
+
+
+def _mix_numbers(name: str, packs: Sequence[np.ndarray], world_size: int) -> Iterator[Number]:
+    masks, layers = WORKLOADS[name]
+    planners: dict[str, Callable[[np.ndarray], ShardingPlan]] = {
+        "flashcp": lambda pack: plan(pack, world_size, masks=masks, layers=layers),
+        "flashcp_causal": lambda pack: plan(pack, world_size),
+    }
+    made: dict[str, list[ShardingPlan]] = {provider: [] for provider in planners}
+    seconds: dict[str, list[float]] = {provider: [] for provider in planners}
+    for planner in planners.values():
+        planner(packs[0])  # compiles
+    for pack in packs:
+        for provider, planner in planners.items():
+            started = time.thread_time()
+            found = planner(pack)
+            seconds[provider].append(time.thread_time() - started)
+            made[provider].append(ShardingPlan.from_shards(pack, world_size, found.shards, masks, layers))
+    for provider, plans in made.items():
+        yield from _balance(provider, plans)
+        for mask, _ in layers:
+            rows = [one.route("exact", window=mask.size or None).critical_rows for one in plans]
+            yield Number(provider, f"critical_rows_{mask.kind}", "rows", *spread(rows))
+        yield Number(provider, "plan_cpu_ms", "ms", *spread(1000 * np.array(seconds[provider])))
+
+
+def mixes_table(rows: list[Row]) -> str:
+    """One line a case and plan."""
+    return rows_table(rows, {"case": "case", "plan": "provider"}, "mixes")

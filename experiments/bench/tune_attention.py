@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
@@ -25,6 +27,8 @@ from torch import Tensor
 from flashcp.attention import varlen_attention
 from flashcp.experiments.bench.attention_cases import make_tensors, pack
 from flashcp.experiments.bench.harness import Work, in_turns_ms, relative_error
+from flashcp.experiments.campaign.part import Case, Part, Turn
+from flashcp.experiments.sweep.results import Failure, Number, check_device, reason
 from flashcp.kernels.ahead import TARGETS, Build, build, build_rows
 from flashcp.kernels.backward_rows import ROWS
 from flashcp.kernels.tuning import DTYPES, HEAD_DIMS, SHARED_BYTES, TABLE, Blocks, Pass, Tuning, architecture, table_dim
@@ -175,7 +179,7 @@ def agreeing(work: Mapping[str, Work]) -> dict[str, Work]:
     for name, one in work.items():
         found = results(one())
         expected = expected or found
-        error = max(relative_error(value, other) for value, other in zip(found, expected, strict=True))
+        error = farthest(found, expected)
         if error <= LARGEST_DIFFERENCE:
             kept[name] = one
         else:
@@ -186,6 +190,88 @@ def agreeing(work: Mapping[str, Work]) -> dict[str, Work]:
 def results(found: object) -> tuple[Tensor, ...]:
     """The output, or the gradients, that `timed_work` came to."""
     return (found.detach(),) if isinstance(found, Tensor) else tuple(cast(tuple[Tensor, ...], found))
+
+
+def farthest(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative error of one kernel's results against another's."""
+    return max(relative_error(value, other) for value, other in zip(found, expected, strict=True))
+
+
+# --- a part of the campaign: the search for every head_dim that ships
+
+BY_USE = (128, 64, 96, 80, 256, 32, 16)  # by how many models have them
+DTYPE = "bfloat16"
+CASE_S = 25.0  # of one pass on one pack, most of it compiling
+FINALISTS = 5  # take turns with the table's own, after each was timed alone
+ALONE_S, TURNS_S = 0.05, 1.0
+SMALL = [30, 2]
+
+
+def cases(small: bool) -> list[Case]:
+    """Each pass on a long document and on short ones."""
+    if small:
+        return [Case(f"32_{which.value}_long", 20, 120) for which in (Pass.FORWARD, Pass.BACKWARD_Q)]
+    labels = [f"{head_dim}_{which.value}_{pack}" for head_dim in BY_USE for pack in PACKS for which in Pass]
+    return [Case(label, CASE_S, 4 * CASE_S) for label in labels]
+
+
+def measure(label: str, turn: Turn) -> Iterator[Number | Failure]:
+    """Milliseconds of every candidate that fits, and of the best in turns with the table's own."""
+    head_dim_text, _, rest = label.partition("_")
+    which_text, _, pack = rest.rpartition("_")
+    head_dim, which = int(head_dim_text), Pass(which_text)
+    arch = architecture(turn.device) if turn.device.type == "cuda" else "sm_90"
+    until = time.monotonic() + min(CASE_S, turn.seconds) - 2 * TURNS_S
+    dtype, lengths = getattr(torch, DTYPE), SMALL if turn.small else PACKS[pack]
+    work = partial(timed_work, which, head_dim=head_dim, dtype=dtype, lengths=lengths, device=turn.device)
+    of_table = TABLE[arch, table_dim(head_dim), dtype.itemsize, which][list(PACKS).index(pack)]
+    alone: dict[Blocks, float] = {}
+    expected: tuple[Tensor, ...] = ()
+    for blocks, registers in _fitting(which, arch, head_dim, of_table, turn.small):
+        name = blocks.to_text()
+        if time.monotonic() > until:
+            break
+        if name in turn.left_out:
+            continue
+        yield Number(name, "registers", "registers", None, float(registers), None)
+        turn.begin(name)
+        try:
+            (one,) = work([blocks]).values()
+            found = results(one())
+            expected = expected or found
+            error = farthest(found, expected)
+            if not error <= LARGEST_DIFFERENCE:
+                raise RuntimeError(f"differs from {of_table.to_text()} by {error:.1e}: a wrong kernel is not timed")
+            alone[blocks] = in_turns_ms({name: one}, turn.device, ALONE_S)[name][1]
+        except Exception as failure:
+            check_device(turn.device)
+            yield Failure(name, reason(failure))
+            continue
+        yield Number(name, "alone_ms", "ms", None, alone[blocks], None)
+    turn.begin("")
+    best = sorted(alone, key=alone.__getitem__)[:FINALISTS]
+    finalists = [blocks for blocks in dict.fromkeys([of_table, *best]) if blocks in alone]
+    for name, spread in in_turns_ms(work(finalists), turn.device, TURNS_S).items():
+        yield Number(name, "shipped_ms" if name == of_table.to_text() else "candidate_ms", "ms", *spread)
+
+
+PART = Part("block shapes beside those of the table", 3.0, cases, measure)
+
+
+def _fitting(which: Pass, arch: str, head_dim: int, of_table: Blocks, small: bool) -> Iterator[tuple[Blocks, int]]:
+    """The table's blocks, then candidates that spill nothing, fit the chip and use its tensor cores, as they are
+    compiled, the largest first: of those most win. With the registers that they take."""
+    by_size = sorted(grid(DTYPE), key=lambda blocks: -blocks.block_m * blocks.block_n)
+    candidates = list(dict.fromkeys([of_table, *by_size[:: 20 if small else 1]]))
+    kernels = [tuned(which, arch, head_dim, DTYPE, blocks) for blocks in candidates]
+    for blocks, kernel, one in zip(candidates, kernels, compile_all(kernels, _pool()), strict=True):
+        if isinstance(one, Build) and (blocks == of_table or fit(one, kernel)):
+            yield blocks, one.registers
+
+
+@cache
+def _pool() -> ProcessPoolExecutor:
+    return compilers(max(1, (os.cpu_count() or 2) - 2))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,9 @@ from flashcp.comm.fabrics.shm import ShmFabric
 from flashcp.comm.heap import SymmetricHeap
 from flashcp.comm.one_sided import OneSided
 from flashcp.context_parallel import ContextParallel
-from flashcp.experiments.bench.harness import relative_error
-from flashcp.experiments.bench.planner import provenance
-from flashcp.experiments.progress import bar
-from flashcp.experiments.sweep.results import Number, Row, write_rows
+from flashcp.experiments.bench.harness import exact_results, provenance, relative_error
+from flashcp.experiments.cli import bar
+from flashcp.experiments.sweep.results import Number, Row, to_row, write_rows
 from flashcp.sharding.lengths import windows
 
 TOKENS = 2048
@@ -64,21 +63,19 @@ def lengths(tokens: int) -> dict[str, list[int]]:
 
 def measure(documents: dict[str, list[int]], ranks: Sequence[tuple[int, int]]) -> Iterator[Row]:
     """dk_error, dv_error: ||found - float64|| / ||float64||. Providers are exchange/wire, and `rounding`."""
-    device, versions, commit, date = provenance()
-    versions += f", torch {torch.__version__}"
+    device, versions, *_ = provenance()
     for (name, found), (dtype, kind) in bar([*itertools.product(documents.items(), DTYPES.items())], unit="case"):
         random = torch.Generator().manual_seed(0)
         whole = [torch.randn(sum(found), n, HEAD_DIM, generator=random) for n in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
         q, k, v, grad = (x.to(kind) for x in whole)
-        a, b, c = (x.double().requires_grad_() for x in (q, k, v))
-        exact = torch.autograd.grad(flashcp.reference_attention(a, b, c, found), (b, c), grad.double())
+        exact = exact_results((q, k, v), grad, found)[2:]  # of k and v
 
         def errors(
             case: str, provider: str, gradients: Sequence[Tensor], exact: Sequence[Tensor] = exact
         ) -> Iterator[Row]:
             for metric, one, other in zip(("dk_error", "dv_error"), gradients, exact, strict=True):
                 number = Number(provider, metric, "ratio", None, relative_error(one, other), None)
-                yield Row(case, *number[:3], None, *number[3:], device, versions, commit, date, "measured")
+                yield to_row(case, number, device, of_versions=f"{versions}, torch {torch.__version__}")
 
         yield from errors(f"{name} {dtype}", "rounding", [x.to(kind) for x in exact])
         for (holders, heads), exchange, wire in itertools.product(ranks, EXCHANGES, (*WIRES, "auto")):

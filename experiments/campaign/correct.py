@@ -17,8 +17,7 @@ from flashcp.experiments.bench.attention_cases import OURS, exact_share, make_te
 from flashcp.experiments.bench.attention_cases import Case as AttentionCase
 from flashcp.experiments.bench.attention_peers import PEERS
 from flashcp.experiments.bench.harness import relative_error
-from flashcp.experiments.campaign.part import Case, Part, Turn
-from flashcp.experiments.campaign.tools import SANITIZER, case_of, under
+from flashcp.experiments.campaign.part import SANITIZER, Case, Part, Turn, case_of, under
 from flashcp.experiments.sweep.results import Failure, Number, check_device, reason
 from flashcp.kernels.tuning import HEAD_DIMS
 from flashcp.sharding.strategies import plan

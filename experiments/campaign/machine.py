@@ -14,9 +14,8 @@ from flashcp.clusters import read_cluster
 from flashcp.experiments.bench import virtual as bench_virtual
 from flashcp.experiments.bench.calibrate import CalibrateBench, bench_calibrate, calibration_table, write_calibration
 from flashcp.experiments.bench.calibration import DIRECTIONS, SPLITS, errors
-from flashcp.experiments.bench.kernel_times import KernelTimer
+from flashcp.experiments.bench.kernel_times import KernelTimer, MeasuredPlanned
 from flashcp.experiments.campaign.part import Case, Part, Turn
-from flashcp.experiments.sweep.measured import MeasuredPlanned
 from flashcp.experiments.sweep.results import Number, read_rows
 from flashcp.sharding.lengths import windows
 from flashcp.sharding.methods import METHODS

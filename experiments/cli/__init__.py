@@ -1,13 +1,15 @@
-"""The command `flashcp`: its verbs, one module each, and how its words become settings."""
+"""The command `flashcp`: its verbs, one module each, how its words become settings, and what it shows."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Item = TypeVar("Item")
 USAGE = Path(__file__).with_name("usage.txt")
 AS_JSON: ContextVar[bool] = ContextVar("AS_JSON", default=False)
 """Whether the command line says --json."""
@@ -20,6 +22,15 @@ def show(document: Any, text: str, aside: bool = False) -> None:
         print(json.dumps(document, indent=1, default=vars))
     if text and (aside or not AS_JSON.get()):
         print(text, file=sys.stderr if AS_JSON.get() else sys.stdout)
+
+
+def bar(items: Iterable[Item], **options: Any) -> Iterable[Item]:
+    """The items, one after another, with a bar on standard error where tqdm is installed. options: tqdm's."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return items
+    return tqdm(items, **options)
 
 
 VERBS = {

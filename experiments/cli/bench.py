@@ -57,7 +57,7 @@ PARTS = {
         *("bench.calibrate", "CalibrateBench", "bench_calibrate", "calibration_table"),
         *("bench.calibrate.write_calibration", ".yaml"),
     ),
-    "mixes": ("bench.mixes", "MixesBench", "bench_mixes", "mixes_table", PLANNER_ROWS),
+    "mixes": ("bench.planner", "MixesBench", "bench_mixes", "mixes_table", PLANNER_ROWS),
 }
 BENCHES: dict[str, Callable[[], Bench]] = {name: partial(_bench, *parts) for name, parts in PARTS.items()}
 

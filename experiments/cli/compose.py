@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString, Sweep
 from hydra.core.utils import env_override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
@@ -24,12 +25,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flashcp.experiments.cli.schema import GROUPS, SETTINGS, committed, typed
-from flashcp.experiments.cli.words import quoted
 from flashcp.experiments.folders import check_file, leave_no_trace
 from flashcp.experiments.sweep.results import RESULTS
 from flashcp.sharding.values import cut, first_line, shown
 
 CONFIGS = "flashcp.conf"
+PATHS = frozenset({"path", "out", "figure", "cluster_file", "replay", "resume", "tokenizer"})
+"""Last parts of keys whose values may be paths."""
+SEVERAL = ("-m", "--multirun", "hydra.mode=", "experiment=")
+"""How a word begins that may make several jobs of one line: a comma then separates values."""
 at_refusal: list[Callable[[], Any]] = []
 """What to do when the application that runs turns out to have bad input."""
 OmegaConf.register_new_resolver("out_or", lambda out, name: out or f"outputs/{name}", replace=True)
@@ -110,12 +114,7 @@ def composed_jobs(name: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
     overrides = quoted(overrides, several=True)
     with _one_line(name, overrides):
         parsed = OverridesParser.create().parse_overrides(list(overrides))
-        values = [
-            [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-            if one.is_discrete_sweep()
-            else [word]
-            for word, one in zip(overrides, parsed, strict=True)
-        ]
+        values = [_one_each(one) or [word] for word, one in zip(overrides, parsed, strict=True)]
     return [compose(name, job) for job in itertools.product(*values)]
 
 
@@ -203,13 +202,15 @@ def _having(name: str, key: str, overrides: Sequence[str]) -> list[str]:
     params = _composed(name, named, return_hydra_config=True).hydra.sweeper.get("params") or {}
     words = [*(f"{group}={values}" for group, values in params.items()), *overrides]
     swept = OverridesParser.create().parse_overrides([word for word in words if word.split("=")[0] in GROUPS])
-    one_each = [
-        f"{override.get_key_element()}={value}"
-        for override in swept
-        if override.is_discrete_sweep()
-        for value in override.sweep_string_iterator()
-    ]
-    return [value for value in one_each if key.split(".")[-1] in _place(name, key, [value])]
+    values = itertools.chain.from_iterable(map(_one_each, swept))
+    return [value for value in values if key.split(".")[-1] in _place(name, key, [value])]
+
+
+def _one_each(override: Override) -> list[str]:
+    """The overrides, of one value each, that one of several values stands for; none for other overrides."""
+    if not override.is_discrete_sweep():
+        return []
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def _place(name: str, key: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -237,6 +238,41 @@ def _names_nothing(override: str) -> bool:
     names = value if isinstance(value, list) else [value]
     wrong = not all(isinstance(name, str | dict) for name in names)
     return override.split("=")[0] in (*GROUPS, "experiment") and wrong
+
+
+# --- overrides as Hydra's grammar takes them: a value that it cannot parse, or would take a path for more, is text
+
+
+def quoted(words: Sequence[str], several: bool = False) -> list[str]:
+    """The words, with quotes around what is meant as it stands. several: whether they make several jobs, which some
+    words (SEVERAL) say too.
+
+    Of any key what the grammar refuses, such as `a(1).txt`; of a key of PATHS also a number, which would be written
+    otherwise, and where there is one job a comma.
+    """
+    several = several or any(word.startswith(SEVERAL) for word in words)
+    return [_quoted(word, several) for word in words]
+
+
+def _quoted(word: str, several: bool) -> str:
+    key, is_override, value = word.partition("=")
+    more = () if several or key.rpartition(".")[2] not in PATHS else (Sweep, int, float)
+    if not is_override or _parses(word, more):
+        return word
+    values = value.split(",") if several else [value]
+    texts = [
+        one if several and _parses(f"{key}={one}") else QuotedString(one, Quote.single).with_quotes() for one in values
+    ]
+    made = f"{key}={','.join(texts)}"
+    return made if _parses(made) else word
+
+
+def _parses(word: str, but: tuple[type[Any], ...] = ()) -> bool:
+    """Whether it is an override, of a value of no type in `but`."""
+    try:
+        return not isinstance(OverridesParser.create().parse_override(word).value(), but)
+    except (HydraException, RecursionError):  # Hydra itself will say what is wrong with the key
+        return False
 
 
 # --- several jobs: all at the end, or each where a launcher puts it; then what they come to

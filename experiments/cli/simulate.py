@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flashcp.clusters import read_cluster_file, read_machine
-from flashcp.experiments.cli import show
+from flashcp.experiments.cli import bar, show
 from flashcp.experiments.cli.compose import Job, run
 from flashcp.experiments.cli.packs import described, heading, planned_packs, read_model
 from flashcp.experiments.cli.plan import chosen_methods, strategy_options
-from flashcp.experiments.progress import bar
-from flashcp.experiments.provenance import commit
+from flashcp.experiments.sweep.results import commit
 from flashcp.options import naming_options
 from flashcp.sharding.strategies import plan
 from flashcp.simulation import summary_table
@@ -167,8 +166,7 @@ def read_kernels(settings: Mapping[str, Any], setting: Setting) -> tuple[Price, 
         raise ValueError(f"model.dtype_bytes={setting.shape.dtype_bytes}: kernel=measured expects 2 (bf16) or 4 (fp32)")
     import torch
 
-    from flashcp.experiments.bench.kernel_times import KernelTimer
-    from flashcp.experiments.sweep.measured import MeasuredPlanned
+    from flashcp.experiments.bench.kernel_times import KernelTimer, MeasuredPlanned
 
     torch.set_num_threads(1)  # as a rank on a CPU has
     timer = KernelTimer(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -14,8 +14,7 @@ from flashcp.experiments.cli import show
 from flashcp.experiments.cli.compose import Job, Multirun, is_multirun, run_app
 from flashcp.experiments.cli.launch import Run, launch, rank_environment, start_ranks
 from flashcp.experiments.folders import check_out
-from flashcp.experiments.provenance import commit
-from flashcp.experiments.sweep.results import NO_OVERLAP
+from flashcp.experiments.sweep.results import NO_OVERLAP, commit
 from flashcp.files import read_path
 from flashcp.limits import Count, Natural
 from flashcp.options import read_sharding

@@ -1,7 +1,8 @@
-"""What a lab run measures: its nodes, the link that they stand for, the windows, the methods."""
+"""What a lab run measures: its nodes, the link that they stand for, the windows, the methods, what crosses nodes."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, NamedTuple
@@ -10,14 +11,18 @@ import numpy as np
 
 from flashcp.clusters import clusters
 from flashcp.comm.exchanges import EXCHANGE_CLASSES
+from flashcp.experiments.lab.machine import share_of
 from flashcp.experiments.lab.nodes import MOST_NODES, Link
-from flashcp.experiments.lab.quotas import share_of
+from flashcp.experiments.sweep.results import Number, Row, to_row
 from flashcp.limits import Count, Natural, Seconds, Seed, one_of
+from flashcp.sharding.exchanges import EXCHANGES, traffic
 from flashcp.sharding.holders import members_heads
 from flashcp.sharding.lengths import LENGTH_DATA, windows
 from flashcp.sharding.plan import ShardingPlan
+from flashcp.sharding.route import wire_bytes
 from flashcp.sharding.strategies import plan
 from flashcp.simulator.cost import AttentionShape
+from flashcp.simulator.members import member_shape
 from flashcp.simulator.summary import BASELINE
 from flashcp.simulator.variants import Variant, choose_variants
 from flashcp.train.parallel import FREE
@@ -34,10 +39,10 @@ METHODS = (
 )
 ONE_PLAN = "one plan: "
 """Before the name of a method that plans the windows of all replicas together, over all ranks."""
-
-
 MOST_TOKENS = 1 << 30
 """Of a window before it shrinks: every rank samples it."""
+RATED = (2048, 1024, 512, 256, 128, 64, 64)
+"""Documents that the rate of attention is measured on."""
 
 
 class Work(NamedTuple):
@@ -173,6 +178,11 @@ class LabBench:
         link = self.link if self.link_share == 1 else f"{self.link_share:g}x{self.link}"
         return f"{nodes} {link} {self.data_set} {self.context}/{self.shrink} {heads}{replicas}"
 
+    def row(self, number: Number, kind: str) -> Row:
+        """A number with what it must carry."""
+        device = f"CPU, {os.cpu_count()} cores; {self.cores / self.world_size:.3g} of a core a rank"
+        return to_row(self.case, number, device, kind)
+
     @cached_property
     def batches(self) -> list[list[np.ndarray]]:
         """Document lengths, int64, of each replica's window, batch after batch."""
@@ -206,3 +216,47 @@ def shrunk(lengths: np.ndarray, divisor: int) -> np.ndarray:
     ends = np.cumsum(lengths) // divisor
     small = np.diff(ends, prepend=0)
     return small[small > 0]
+
+
+# --- how many bytes of K and V, and of their gradients, leave each node: what the routes say
+
+
+def crossing_bytes(work: Work, shape: AttentionShape, ranks_per_node: int) -> np.ndarray:
+    """Bytes that leave each node while one attention runs forward and backward, float64 [nodes].
+
+    Over gloo, whose sends, receives and all-to-all go straight from rank to rank, and whose all-gather goes round:
+    every rank hands N - 1 blocks to the next one. Headers of messages are not counted.
+
+    Consecutive ranks share a node, and so do those of a holder: each of them moves its share of the heads. Raises
+    ValueError where ranks do not fill nodes, nor holders them.
+    """
+    plan, heads = work.plan, work.head_ranks
+    if work.ranks % ranks_per_node or ranks_per_node % heads:
+        raise ValueError(
+            f"world_size={work.ranks} with head_ranks={heads}: expected a multiple of ranks_per_node={ranks_per_node}, "
+            "and a divisor of it"
+        )
+    moved = heads * moved_bytes(plan, work.exchange, member_shape(shape, heads))
+    node = np.arange(plan.world_size) * heads // ranks_per_node
+    between = np.where(node[:, None] != node[None, :], moved, 0.0)
+    return np.bincount(node, between.sum(axis=1))
+
+
+def moved_bytes(plan: ShardingPlan, exchange: str, shape: AttentionShape) -> np.ndarray:
+    """Bytes from rank to rank, both passes together, float64 [source, destination]."""
+    back = shape._replace(dtype_bytes=wire_bytes(shape.dtype_bytes, "auto", EXCHANGES[exchange].roundings))
+    ranks, others = plan.world_size, ~np.eye(plan.world_size, dtype=bool)
+    following = np.roll(np.eye(ranks), 1, axis=1)
+    if exchange == "ulysses":
+        member = member_shape(shape, ranks)
+        there = plan.tokens[:, None] * (member.query_bytes / 2 + member.kv_bytes) * others  # Q, K and V
+        home = plan.tokens[None, :] * (member.query_bytes / 2) * others
+        return 2.0 * (there + home)  # the backward's are the mirror: of O one way, of Q, K and V the other
+    if exchange == "ring":
+        route = plan.route(exchange)
+        return following * (route.sent_rows * shape.kv_bytes + route.received_rows * back.kv_bytes)[:, None]
+    if exchange == "exact":
+        rows = traffic(plan)
+        return rows * float(shape.kv_bytes) + rows.T * float(back.kv_bytes)
+    block = plan.route(exchange).block_rows
+    return block * ((ranks - 1) * shape.kv_bytes * following + back.kv_bytes * others)

@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flashcp.experiments.bench.calibration import cluster_text
-from flashcp.experiments.cli.launch import BAD_INPUT, RanksFailedError
+from flashcp.experiments.bench.harness import spread
+from flashcp.experiments.cli.launch import BAD_INPUT, Outcome, RanksFailedError, side_by_side
 from flashcp.experiments.folders import check_file
-from flashcp.experiments.lab.alone import LabError
 from flashcp.experiments.lab.cases import LabBench
-from flashcp.experiments.lab.faults import Answering, CutSeen, cuts_seen
-from flashcp.experiments.lab.kernels import time_kernels
+from flashcp.experiments.lab.faults import Answering, CutSeen, cuts_seen, fault_rows
+from flashcp.experiments.lab.machine import TAKEN, LabError
 from flashcp.experiments.lab.nodes import Node, built_nodes
-from flashcp.experiments.lab.predict import lab_machine, predict
-from flashcp.experiments.lab.rows import fault_rows, lab_rows, training_rows
-from flashcp.experiments.lab.scale import OPEN, Rates, Scale
-from flashcp.experiments.lab.start import run_on_nodes
-from flashcp.experiments.lab.tables import lab_table
-from flashcp.experiments.lab.training import train_alone, train_configs, training_numbers, write_configs
-from flashcp.experiments.sweep.results import REFERENCE, RESULTS, Row, write_rows
+from flashcp.experiments.lab.page import draw_lab, lab_table
+from flashcp.experiments.lab.predict import OPEN, Rates, Scale, lab_machine, predict, time_kernels
+from flashcp.experiments.lab.training import train_alone, train_configs, training_rows, write_configs
+from flashcp.experiments.sweep.results import REFERENCE, RESULTS, Number, Row, write_rows
+from flashcp.simulator.summary import BASELINE
 
 __all__ = ["bench_lab", "lab_table"]
 
+PORT = 29511
 MACHINE = "machine.yaml"
 WRITTEN = ("settings.json", "records.jsonl", MACHINE, "predicted.json", RESULTS, "lab.png")
 """Files of `out`, beside what the ranks of each step said."""
@@ -76,14 +79,12 @@ def bench_lab(bench: LabBench, out: str) -> tuple[list[Row], Path]:
             cuts = {method: ranks.cut(method, scale.link_gbps) for method in bench.faults}
     except LabError as error:
         raise RanksFailedError(str(error)) from error
-    rows = lab_rows(bench, scale, predicted, _read(records))
+    rows, kind = lab_rows(bench, scale, predicted, _read(records)), f"emulated: {scale}"
     if training:
         train_alone(training[REFERENCE])
-        rows += training_rows(bench, scale, training_numbers(training))
-    rows += fault_rows(bench, scale, cuts, _read(records))
+        rows += training_rows(bench, kind, training)
+    rows += fault_rows(bench, kind, cuts, _read(records))
     write_rows(folder, rows)
-    from flashcp.experiments.lab.picture import draw_lab  # late: matplotlib
-
     draw_lab(rows, folder / "lab.png")
     return rows, folder
 
@@ -108,7 +109,7 @@ class _Ranks:
 
     def run(self, step: str, watch: Callable[[], None] | None = None) -> None:
         """Raises ValueError for bad input that the ranks find, RanksFailedError where one fails."""
-        arguments = ["-m", "flashcp.experiments.lab.step", step, *map(str, self.files)]
+        arguments = ["-m", "flashcp.experiments.lab.rank", step, *map(str, self.files)]
         self._start(arguments, step, watch or self._watch(step))
 
     def _start(self, arguments: Sequence[str], step: str, watch: Callable[[], None]) -> None:
@@ -134,7 +135,88 @@ class _Ranks:
         return look
 
 
+def run_on_nodes(
+    nodes: Sequence[Node], ranks_per_node: int, arguments: Sequence[str], log: Path, watch: Callable[[], None]
+) -> Outcome:
+    """Run `python ARGUMENTS` as every rank of every node, to their end; what they say goes to `log`.
+
+    watch: called a few times a second while they work, and once after.
+    """
+    variables = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+    commands = [node.command(_torchrun(node, nodes, ranks_per_node, arguments)) for node in nodes]
+    return side_by_side(commands, variables, log, watch)
+
+
+def _torchrun(node: Node, nodes: Sequence[Node], ranks_per_node: int, arguments: Sequence[str]) -> list[str]:
+    where = [f"--nnodes={len(nodes)}", f"--nproc-per-node={ranks_per_node}", f"--node-rank={node.index}"]
+    where += [f"--master-addr={nodes[0].address}", f"--master-port={PORT}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *where, "--no-python"]
+    return [*torchrun, *node.quotas.enter, sys.executable, *arguments]
+
+
 def _read(records: Path) -> list[dict[str, Any]]:
     """The records that are whole."""
     lines = records.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+# --- what the ranks wrote, as rows: predicted and measured side by side
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What ranks wrote of one method, turn after turn. ms: [turns]. sent, routed: bytes [turns, nodes]."""
+
+    ms: np.ndarray
+    sent: np.ndarray
+    routed: np.ndarray
+
+
+def measured(records: Sequence[dict[str, Any]]) -> dict[str, _Measured]:
+    """By method, in the order of the records."""
+    timed = sorted((record for record in records if "turn" in record), key=lambda record: record["turn"])
+    found = {}
+    for method in dict.fromkeys(record["method"] for record in records if "turn" in record):
+        mine = [record for record in timed if record["method"] == method]
+        found[method] = _Measured(
+            *(np.array([one[key] for one in mine]) for key in ("ms", "sent_bytes", "route_bytes"))
+        )
+    return found
+
+
+def lab_rows(
+    bench: LabBench, scale: Scale, predicted: dict[str, list[float]], records: Sequence[dict[str, Any]]
+) -> list[Row]:
+    """Every number with what it must carry.
+
+    module_ms: of the slowest rank, forward and backward, over windows and turns. speedup: the ratio to the baseline
+    within a turn. predicted_ms, predicted_speedup: the simulator's, over windows. link_mb: that left all nodes, headers
+    counted; route_mb: what the plans say.
+    """
+    kind = f"emulated: {scale}"
+
+    def row(provider: str, metric: str, unit: str, numbers: tuple[float | None, float, float | None], kind: str) -> Row:
+        return bench.row(Number(provider, metric, unit, *numbers), kind)
+
+    found = measured(records)
+    transports = {record["gate"]: record["transport"] for record in records if "gate" in record}
+    rows = [
+        row("lab", "link_gbps", "GB/s", (None, scale.link_gbps, None), kind),
+        row("lab", "attention_tflops", "TFLOP/s", (None, scale.rates.tflops, None), kind),
+        row("lab", TAKEN, "cores", (None, max(record[TAKEN] for record in records if TAKEN in record), None), kind),
+        row("lab", "latency_us", "us", (None, scale.rates.latency_us, None), kind),
+        row("lab", "socket_gbps", "GB/s", (None, scale.rates.socket_gbps, None), kind),
+    ]
+    base, base_predicted = found[BASELINE].ms, np.array(predicted[BASELINE])
+    for method, numbers in found.items():
+        over = f"{kind}; over {transports[method]}"
+        ms = np.array(predicted[method])
+        rows += [
+            row(method, "module_ms", "ms", spread(numbers.ms), over),
+            row(method, "speedup", "x", spread(base / numbers.ms), over),
+            row(method, "predicted_ms", "ms", spread(ms), "simulated"),
+            row(method, "predicted_speedup", "x", spread(base_predicted / ms), "simulated"),
+            row(method, "link_mb", "MB", (None, float(numbers.sent.sum()) / 1e6, None), over),
+            row(method, "route_mb", "MB", (None, float(numbers.routed.sum()) / 1e6, None), over),
+        ]
+    return rows

@@ -21,8 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashcp.experiments.lab.alone import LabError, ended_by_signals, lock, undisturbed
-from flashcp.experiments.lab.quotas import Quotas
+from flashcp.experiments.lab.machine import LabError, Quotas, ended_by_signals, lock, undisturbed
 
 NAME = "flashcp-lab"
 SWITCH = "fcplab"  # a network device has 15 letters at most
@@ -88,11 +87,6 @@ class Node:
         own_names = ["unshare", "--uts", "--mount", "sh", "-c", set_up, self.name, str(self.quotas.agents)]
         return ["nsenter", f"--net=/run/netns/{self.name}", *own_names, *arguments]
 
-    @property
-    def sent_bytes(self) -> int:
-        """What has left the node so far, with the headers of Ethernet, IP and TCP."""
-        return sent_bytes(self.index)
-
     def shape(self, gbps: float) -> None:
         """Let the link carry so many GB/s from now on."""
         _shape(["-n", self.name], "eth0", gbps, "change")
@@ -112,7 +106,10 @@ def port_of(node: int) -> str:
 
 
 def sent_bytes(node: int) -> int:
-    """What has left a node so far. The switch's end of a link is seen from every node, for they share /sys."""
+    """What has left a node so far, with the headers of Ethernet, IP and TCP.
+
+    The switch's end of a link is seen from every node, for they share /sys.
+    """
     return int(Path(f"/sys/class/net/{port_of(node)}/statistics/rx_bytes").read_text())
 
 

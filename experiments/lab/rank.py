@@ -3,15 +3,21 @@
 First every method's output and gradients are compared with the float64 reference, on a small pack, and every method
 runs once to warm up. Then comes window after window, in turns in which all methods run one after the other: each is
 timed, and the bytes on the links are counted. Rank 0 writes what was found, a record a line.
+
+torchrun starts it as `python -m flashcp.experiments.lab.rank STEP SETTINGS.json OUT.jsonl`. The step `rate` measures
+how fast the ranks attend, all at once; `run` is what the lab is for; any other is the name of a method that meets
+faults.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -19,17 +25,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 import flashcp
+from flashcp.comm.errors import ExchangeError
 from flashcp.context_parallel import ContextParallel
 from flashcp.experiments.bench.harness import relative_error
-from flashcp.experiments.lab.cases import LabBench, Work
-from flashcp.experiments.lab.crossing import crossing_bytes
+from flashcp.experiments.folders import write_whole
+from flashcp.experiments.lab.cases import RATED, LabBench, Work, crossing_bytes
+from flashcp.experiments.lab.faults import CALLS, CUT, LOOK_S, STATES, noticed, question
+from flashcp.experiments.lab.machine import TAKEN, Others
 from flashcp.experiments.lab.nodes import sent_bytes
-from flashcp.experiments.lab.others import Others
-from flashcp.experiments.lab.scale import RATED
-from flashcp.experiments.lab.tables import TAKEN
+from flashcp.schema import read_dataclass
 from flashcp.sharding.strategies import plan
 from flashcp.train.link import attention_operations
-from flashcp.train.ranks import Ranks
+from flashcp.train.ranks import Ranks, exit_code, world
 from flashcp.train.run import order_of_turn
 
 SMALL = (1, 60, 300, 129, 20, 2)
@@ -152,6 +159,42 @@ class LabRank:
                 turn += 1
         self.write(**{TAKEN: others.taken(self.bench.cores)})
 
+    def meet_faults(self, method: str, records: Path) -> None:
+        """Time a few calls in every state of the links, then compute until the cut is noticed.
+
+        Raises RuntimeError where the cut goes unnoticed.
+        """
+        function = self.function(self.bench.work(self.bench.batches[0])[method])
+        function()
+        for state in STATES:
+            self._ask(records, state)
+            ms = statistics.median(self.timed(function) for _ in range(CALLS))
+            self.write(method=method, state=state, ms=ms)
+        self.ranks.barrier()
+        if self.ranks.rank == 0:
+            write_whole(question(records), CUT)
+        deadline = time.monotonic() + 10 * self.bench.timeout_s
+        while time.monotonic() < deadline:
+            try:
+                function()
+            except ExchangeError as error:
+                seen = {"rank": self.ranks.rank, "at": time.time(), "said": str(error)}
+                write_whole(noticed(records, self.bench.world_size)[self.ranks.rank], json.dumps(seen))
+                return
+        raise RuntimeError(f"{method}: a node was cut off and no error came in {10 * self.bench.timeout_s:g} s")
+
+    def _ask(self, records: Path, state: str) -> None:
+        """Wait until the lab has made the state."""
+        if self.ranks.rank == 0:
+            asked = question(records)
+            write_whole(asked, state)  # or the lab may read an empty one, and answer it
+            deadline = time.monotonic() + self.bench.timeout_s
+            while asked.exists():
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"the lab did not make the links {state} in {self.bench.timeout_s:g} s")
+                time.sleep(LOOK_S)
+        self.ranks.barrier()
+
     def _routed(self, works: Sequence[Work]) -> list[float]:
         """Bytes that leave each node, by the plans' routes."""
         shape, per_node = self.bench.shape, self.bench.ranks_per_node
@@ -212,3 +255,26 @@ class LabRank:
     def write(self, **record: Any) -> None:
         if self.ranks.rank == 0:
             print(json.dumps(record), file=self.file, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Be a rank. Returns 0; 2 for bad input; else 1."""
+    step, settings, out = sys.argv[1:] if arguments is None else arguments
+    bench = read_dataclass(LabBench, json.loads(Path(settings).read_text()))
+    return exit_code(lambda: _run(step, bench, Path(out)))
+
+
+def _run(step: str, bench: LabBench, out: Path) -> None:
+    with world("cpu", bench.timeout_s) as ranks, out.open("a" if ranks.rank == 0 else "r") as file:
+        lab = LabRank(bench, ranks, file)
+        if step == "rate":
+            lab.rate()
+        elif step == "run":
+            lab.gate()
+            lab.measure()
+        else:
+            lab.meet_faults(step, out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

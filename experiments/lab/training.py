@@ -12,7 +12,7 @@ from flashcp.experiments.bench.harness import spread
 from flashcp.experiments.cli.launch import RanksFailedError, start_ranks
 from flashcp.experiments.lab.cases import LabBench
 from flashcp.experiments.sweep.compare import relative_difference
-from flashcp.experiments.sweep.results import REFERENCE, Number
+from flashcp.experiments.sweep.results import REFERENCE, Number, Row
 from flashcp.simulator.summary import BASELINE
 from flashcp.simulator.variants import choose_variants
 from flashcp.train.config import TrainConfig
@@ -63,7 +63,7 @@ def train_alone(config: Path) -> None:
         raise RanksFailedError(f"{REFERENCE}: {outcome.error}")
 
 
-def training_numbers(files: dict[str, Path]) -> list[Number]:
+def training_rows(bench: LabBench, kind: str, files: dict[str, Path]) -> list[Row]:
     """train_step_ms and train_speedup: over the steps after the first, which warms up. loss_difference: the largest
     relative one of any step to the process alone."""
     found = {name: json.loads(file.with_name("summary.json").read_text()) for name, file in files.items()}
@@ -77,4 +77,4 @@ def training_numbers(files: dict[str, Path]) -> list[Number]:
             Number(name, "train_speedup", "x", *spread(times[BASELINE] / times[name])),
             Number(name, "loss_difference", "share", None, difference, None),
         ]
-    return numbers
+    return [bench.row(number, f"{kind}; {bench.train_steps} steps of a small model") for number in numbers]

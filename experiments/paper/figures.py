@@ -9,13 +9,13 @@ from typing import Any
 
 from flashcp.experiments.bench.calibration import DIRECTIONS, errors, read_times
 from flashcp.experiments.folders import render
-from flashcp.experiments.paper import batch, beyond, mixes, published
+from flashcp.experiments.paper import beyond, published, workloads
 from flashcp.experiments.paper.numbers import Numbers, farthest, verdict
 from flashcp.experiments.plots import draw_calibration
 from flashcp.experiments.sweep.results import RESULTS, WINDOWS, Row, read_rows
 
 PAGE = "PAPER_RESULTS.md"
-FIGURES = published.FIGURES | beyond.FIGURES | batch.FIGURES | mixes.FIGURES
+FIGURES = published.FIGURES | beyond.FIGURES | workloads.FIGURES
 
 
 def publish_figure(name: str, rows: Sequence[Row], out: Path) -> str:

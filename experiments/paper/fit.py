@@ -19,7 +19,7 @@ import numpy as np
 from flashcp.clusters import read_cluster
 from flashcp.experiments.bench.calibration import cluster_text
 from flashcp.experiments.paper.numbers import BREAKDOWN, Breakdown
-from flashcp.experiments.provenance import commit
+from flashcp.experiments.sweep.results import commit
 from flashcp.sharding.lengths import windows
 from flashcp.sharding.strategies import plan
 from flashcp.simulator.cost import AttentionShape

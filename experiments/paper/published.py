@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from flashcp.experiments.cli import bar
 from flashcp.experiments.paper.numbers import BREAKDOWN, DATA, PAPER, Breakdown, Cell, Numbers, PaperFigure
 from flashcp.experiments.plots import PARTS, Panel, bars, stacks
-from flashcp.experiments.progress import bar
 from flashcp.sharding.methods import METHODS
 from flashcp.sharding.solver import SolvedPlan, solve_plan
 from flashcp.sharding.strategies import plan

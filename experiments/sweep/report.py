@@ -16,9 +16,7 @@ from flashcp.experiments.cli import show
 from flashcp.experiments.folders import check_file, write_whole
 from flashcp.experiments.folders import render as fill
 from flashcp.experiments.lab.page import PAGE as LAB_PAGE
-from flashcp.experiments.lab.page import lab_folders, write_lab_page
-from flashcp.experiments.lab.picture import draw_lab
-from flashcp.experiments.lab.tables import check_lab, is_lab, lab_table
+from flashcp.experiments.lab.page import check_lab, draw_lab, is_lab, lab_folders, lab_table, write_lab_page
 from flashcp.experiments.paper.figures import FIGURES, paper_folders, publish_figure, write_paper_page
 from flashcp.experiments.paper.figures import PAGE as PAPER_PAGE
 from flashcp.experiments.plots import PARTS, comparison_figure

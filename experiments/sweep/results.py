@@ -8,22 +8,26 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
-import os
+import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flashcp.experiments.provenance import commit, versions_text
+from flashcp.experiments.folders import write_whole
 from flashcp.sharding.values import first_line
 
 if TYPE_CHECKING:
     import torch
 
 RESULTS = "results.csv"
+KEPT = "experiments/results"
+"""Where a checkout keeps results."""
 WINDOWS = "windows"
 """Metric: how many packs the other numbers of a case are over."""
 FAILED = "failed"
@@ -197,12 +201,11 @@ def read_rows(folder: Path) -> list[Row]:
 
 def write_rows(folder: Path, rows: Iterable[Row], name: str = RESULTS) -> None:
     """Write results.csv, or a file of that name, whole or not at all."""
-    unfinished = folder / f"unfinished_{name}"
-    with unfinished.open("w", encoding="utf-8", newline="") as lines:
-        table = csv.writer(lines, lineterminator="\n")
-        table.writerow([field.name for field in dataclasses.fields(Row)])
-        table.writerows(dataclasses.astuple(row) for row in rows)
-    os.replace(unfinished, folder / name)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([field.name for field in dataclasses.fields(Row)])
+    table.writerows(dataclasses.astuple(row) for row in rows)
+    write_whole(folder / name, text.getvalue())
 
 
 def _parse(line: dict[str, Any]) -> Row:
@@ -215,3 +218,37 @@ def _parse(line: dict[str, Any]) -> Row:
         if not math.isfinite(numbers[name]) or (numbers[name] < 0 and line["metric"] not in SIGNED):
             raise ValueError(f"{name}={text}: expected a finite number >= 0")
     return Row(**{**line, **numbers, "step": int(line["step"]) if line["step"] else None})
+
+
+# --- what every kept number carries: commit and versions
+
+
+@cache
+def commit() -> str:
+    """Short hash of the checkout this runs from, `+changes` when files differ from it; `none` outside one.
+
+    Results do not count: writing them is what a run is for.
+    """
+    head = _git("rev-parse", "--short=10", "HEAD")
+    if not head:
+        return "none"
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude,top){KEPT}")
+    return f"{head}+changes" if changed else head
+
+
+def versions_text(versions: Mapping[str, str]) -> str:
+    """`flashcp 0.1.0, torch 2.13.0, ...` of a summary's versions."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if name not in ("device", "date"))
+
+
+def _git(*arguments: str) -> str:
+    """Output of git in this file's checkout; empty where there is no git, or a git that knows nothing of it."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        if not (root / "pyproject.toml").is_file():
+            return ""
+        return subprocess.run(
+            ["git", "-C", root, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -21,9 +21,8 @@ from flashcp.experiments.cli.simulate import check_cluster_file, chosen_machine,
 from flashcp.experiments.paper.beyond import measured_rows
 from flashcp.experiments.paper.figures import FIGURES, publish_figure
 from flashcp.experiments.paper.published import SOLVED, solve_packs
-from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep.report import show_rows
-from flashcp.experiments.sweep.results import WINDOWS, Row, digest, read_rows, unit, write_rows
+from flashcp.experiments.sweep.results import WINDOWS, Row, commit, digest, read_rows, unit, write_rows
 from flashcp.simulation import summary_table
 from flashcp.simulator.summary import Summary
 

@@ -23,7 +23,6 @@ from flashcp.experiments.cli.launch import Run, launch, rank_environment
 from flashcp.experiments.cli.train import CONFIG, read_run, train
 from flashcp.experiments.folders import check_out
 from flashcp.experiments.lab.cases import LabBench
-from flashcp.experiments.provenance import commit
 from flashcp.experiments.sweep import simulations
 from flashcp.experiments.sweep.compare import LOSS_TOLERANCE, Comparison, attribute
 from flashcp.experiments.sweep.report import publish, read_baseline
@@ -32,6 +31,7 @@ from flashcp.experiments.sweep.results import (
     NO_OVERLAP,
     REFERENCE,
     Row,
+    commit,
     left_out_row,
     read_rows,
     summary_rows,

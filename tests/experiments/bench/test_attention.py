@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashcp.experiments.bench.attention import attention_table
+from flashcp.experiments.bench.attention import attention_table, measure_case, useful_share
 from flashcp.experiments.bench.attention_cases import (
     OURS,
     Case,
@@ -22,7 +22,6 @@ from flashcp.experiments.bench.attention_cases import (
     make_tensors,
 )
 from flashcp.experiments.bench.attention_peers import PEERS, Forward
-from flashcp.experiments.bench.attention_times import measure, useful_share
 from flashcp.experiments.plots import draw_rates
 from flashcp.experiments.sweep.results import Failure, Number, to_row
 from flashcp.kernels.reference import reference_attention
@@ -140,9 +139,9 @@ def test_every_provider_is_checked_then_timed(case: Case, monkeypatch: pytest.Mo
         "late": late,
         "left_out": raises,
     }
-    monkeypatch.setattr("flashcp.experiments.bench.attention_times.PEERS", {**others, OURS: PEERS[OURS]})
+    monkeypatch.setattr("flashcp.experiments.bench.attention.PEERS", {**others, OURS: PEERS[OURS]})
     begun: list[str] = []
-    found = list(measure(case, CPU, {"left_out"}, begun.append, share_s=1e-9))
+    found = list(measure_case(case, CPU, {"left_out"}, begun.append, share_s=1e-9))
     failures = {one.provider: one.reason for one in found if isinstance(one, Failure)}
     wrong = "a wrong kernel is not timed"
     assert failures.pop("wrong").endswith(wrong)
@@ -164,8 +163,8 @@ def test_every_provider_is_checked_then_timed(case: Case, monkeypatch: pytest.Mo
 
 def test_a_wrong_kernel_of_ours_costs_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     peers = {OURS: lambda case, x: lambda: x.q * 0, "peer": PEERS[OURS]}
-    monkeypatch.setattr("flashcp.experiments.bench.attention_times.PEERS", peers)
-    found = list(measure(small(), CPU, share_s=1e-9))
+    monkeypatch.setattr("flashcp.experiments.bench.attention.PEERS", peers)
+    found = list(measure_case(small(), CPU, share_s=1e-9))
     assert [one.provider for one in found if isinstance(one, Failure)] == [OURS]
     assert {one.provider for one in found if isinstance(one, Number)} == {"peer"}
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashcp.experiments.campaign import command, correct
-from flashcp.experiments.campaign.command import main
+from flashcp.experiments.campaign import __main__ as command
+from flashcp.experiments.campaign import correct
+from flashcp.experiments.campaign.__main__ import main
 from flashcp.experiments.campaign.part import PARTS
 from flashcp.experiments.campaign.watch import PartResult
 from flashcp.experiments.sweep.results import read_rows
@@ -117,7 +118,7 @@ try:
     list(load(PARTS["hybrid"]).measure("wlb_llm_window_0", turn))
 except ValueError as error:
     print(error)
-from flashcp.experiments.campaign.command import main
+from flashcp.experiments.campaign.__main__ import main
 assert main(["nothing"]) == 2
 """
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from flashcp.experiments.bench import attention, tune_attention
 from flashcp.experiments.bench.tune_attention import Kernel
-from flashcp.experiments.campaign import attention, correct, dry_run, tools, tune
-from flashcp.experiments.campaign.part import PARTS, Turn, load
-from flashcp.experiments.campaign.tools import counters
+from flashcp.experiments.campaign import __main__ as command
+from flashcp.experiments.campaign import correct, part
+from flashcp.experiments.campaign.part import PARTS, Turn, counters, load
 from flashcp.experiments.sweep.results import Failure, Number
 from flashcp.kernels.ahead import TARGETS, Build
 from flashcp.kernels.tuning import HEAD_DIMS
@@ -28,12 +29,12 @@ def turn(tmp_path: Path) -> Turn:
 
 @pytest.mark.parametrize("name", PARTS)
 def test_cases_have_names_of_their_own_and_limits(name: str) -> None:
-    part = load(PARTS[name])
+    one = load(PARTS[name])
     for small in (True, False):
-        cases = part.cases(small)
+        cases = one.cases(small)
         assert len({case.label for case in cases}) == len(cases) > 0
         assert all(0 < case.expected_s <= case.limit_s for case in cases)
-    assert part.minutes > 0
+    assert one.minutes > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes it with kernels that a CPU has not")
@@ -94,7 +95,7 @@ def test_a_machine_has_ceilings(turn: Turn) -> None:
 
 def test_flex_is_compiled_in_a_few_cases_of_its_own(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(attention, "measure_attention", lambda case, device, left_out, *_: seen.append(left_out) or [])
+    monkeypatch.setattr(attention, "measure_case", lambda case, device, left_out, *_: seen.append(left_out) or [])
     large = Turn(turn.device, turn.folder, 60.0, left_out=frozenset({"fa3"}))
     for label in ("pile_32x32", "pile_32x32_flex"):
         list(attention.measure(label, large))
@@ -111,20 +112,20 @@ def test_published_figures_come_first() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be timed")
 def test_the_best_candidates_take_turns_with_the_shipped_one(turn: Turn, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled for sm_90, computed by the CPU, which takes no block shapes."""
-    for case in tune.cases(small=True):
-        found = [one for one in tune.measure(case.label, turn) if isinstance(one, Number)]
+    for case in tune_attention.cases(small=True):
+        found = [one for one in tune_attention.measure(case.label, turn) if isinstance(one, Number)]
         names = {metric: [one.provider for one in found if one.metric == metric] for metric in METRICS}
         assert len(names["registers"]) > 1
         shipped, *others = names["alone_ms"]  # as many as there was time for
         assert names["shipped_ms"] == [shipped]
         assert names["registers"] == [shipped, *others]
         assert set(names["candidate_ms"]) == set(others)
-    monkeypatch.setattr(tune, "relative_error", lambda value, other: 0.1)
-    wrong = list(tune.measure("32_forward_long", turn))
+    monkeypatch.setattr(tune_attention, "relative_error", lambda value, other: 0.1)
+    wrong = list(tune_attention.measure("32_forward_long", turn))
     assert {one.metric for one in wrong if isinstance(one, Number)} == {"registers"}
     assert all("a wrong kernel is not timed" in one.reason for one in wrong if isinstance(one, Failure))
     assert any(isinstance(one, Failure) for one in wrong)
-    labels = [case.label for case in tune.cases(small=False)]
+    labels = [case.label for case in tune_attention.cases(small=False)]
     assert {int(label.split("_")[0]) for label in labels} == set(HEAD_DIMS)
 
 
@@ -158,28 +159,26 @@ def test_counters_are_read_from_a_tools_table() -> None:
 def test_tools_run_where_they_are(turn: Turn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert list(correct.measure(tools.SANITIZER, turn)) == list(attention.measure(tools.NCU, turn)) == []
+    assert list(correct.measure(part.SANITIZER, turn)) == list(attention.measure(part.NCU, turn)) == []
     assert capsys.readouterr().err.splitlines() == [
-        f"{tool}: not on the PATH, nothing measured" for tool in (tools.SANITIZER, tools.NCU)
+        f"{tool}: not on the PATH, nothing measured" for tool in (part.SANITIZER, part.NCU)
     ]
-    assert tools.case_of(tools.SANITIZER).expected_s < 1
-    tool = tmp_path / tools.SANITIZER  # runs the command that follows its own three options and adds a summary
+    assert part.case_of(part.SANITIZER).expected_s < 1
+    tool = tmp_path / part.SANITIZER  # runs the command that follows its own three options and adds a summary
     tool.write_text('#!/bin/sh\nshift 4\n"$@" || exit 1\necho "========= ERROR SUMMARY: 0 errors"\n')
     tool.chmod(0o755)
-    assert tools.case_of(tools.SANITIZER).expected_s > 1
-    assert [one.median for one in correct.measure(tools.SANITIZER, turn) if isinstance(one, Number)] == [0.0]
-    assert "0 errors" in (tmp_path / f"{tools.SANITIZER}.txt").read_text()
+    assert part.case_of(part.SANITIZER).expected_s > 1
+    assert [one.median for one in correct.measure(part.SANITIZER, turn) if isinstance(one, Number)] == [0.0]
+    assert "0 errors" in (tmp_path / f"{part.SANITIZER}.txt").read_text()
     tool.write_text('#!/bin/sh\necho "========= ERROR SUMMARY: 3 errors"\nexit 9\n')
-    assert list(correct.measure(tools.SANITIZER, turn)) == [
-        Failure(tools.SANITIZER, "========= ERROR SUMMARY: 3 errors")
-    ]
+    assert list(correct.measure(part.SANITIZER, turn)) == [Failure(part.SANITIZER, "========= ERROR SUMMARY: 3 errors")]
 
 
 def test_a_dry_run_lists_and_compiles(capsys: pytest.CaptureFixture[str]) -> None:
     def few(kernel: Kernel) -> bool:
         return kernel.name.startswith("sm_90 64 bfloat16 forward") or "64 bfloat16 candidate group 1" in kernel.name
 
-    assert dry_run.dry_run(["attention", "overlap"], 1, chosen=few) == 0
+    assert command.dry_run(["attention", "overlap"], 1, chosen=few) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[0] == "pile_32x32" for line in lines)
     assert lines[-1].endswith("kernels: 0 do not compile, 0 unfit")
@@ -189,8 +188,8 @@ def test_a_dry_run_lists_and_compiles(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_dry_run_says_what_does_not_compile(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(dry_run, "kernels", lambda: iter([Kernel("bad", "sm_90", True, True, refused)]))
-    assert dry_run.dry_run([], 1) == 1
+    monkeypatch.setattr(command, "kernels", lambda: iter([Kernel("bad", "sm_90", True, True, refused)]))
+    assert command.dry_run([], 1) == 1
     assert capsys.readouterr().out.splitlines()[-2:] == [
         "  bad: does not compile: too large",
         "1 kernels: 1 do not compile, 0 unfit",
@@ -202,8 +201,8 @@ def refused() -> Build:
 
 
 def test_a_dry_run_knows_every_kernel() -> None:
-    names = [kernel.name for kernel in dry_run.kernels()]
+    names = [kernel.name for kernel in command.kernels()]
     assert len(set(names)) == len(names)
-    assert dry_run.ARCH in TARGETS
+    assert command.ARCH in TARGETS
     for word in ("parallel", "fused", "hopper", "backward_rows", "backward_q"):
         assert any(word in name for name in names), word

@@ -9,8 +9,7 @@ import pytest
 
 from flashcp.experiments.campaign import watch
 from flashcp.experiments.campaign.watch import PartResult, run_part
-from flashcp.experiments.provenance import commit
-from flashcp.experiments.sweep.results import Row, read_rows
+from flashcp.experiments.sweep.results import Row, commit, read_rows
 
 TROUBLE = "tests.experiments.campaign.trouble:PART"
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from flashcp.experiments.cli.compose import compose, composed_jobs
+from flashcp.experiments.cli.compose import PATHS, compose, composed_jobs, quoted
 from flashcp.experiments.cli.main import main
 from flashcp.experiments.cli.train import read_run
-from flashcp.experiments.cli.words import PATHS, quoted
 from tests.checkout import ROOT
 from tests.experiments.jobs import expand
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flashcp.experiments.lab.alone import LabError
+from flashcp.experiments.lab.machine import LabError
 from flashcp.experiments.lab.nodes import Link, built_nodes
 
 

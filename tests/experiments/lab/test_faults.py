@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from flashcp.experiments.lab.faults import CUT, Answering
+from flashcp.experiments.lab.machine import Quotas
 from flashcp.experiments.lab.nodes import Link, Node
-from flashcp.experiments.lab.quotas import Quotas
 
 
 def test_questions_of_a_run_that_was_killed_are_not_answered(tmp_path: Path) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from flashcp.experiments.lab.cases import LabBench
-from flashcp.experiments.lab.lab import bench_lab, lab_table
+from flashcp.experiments.lab.lab import bench_lab, lab_table, run_on_nodes
+from flashcp.experiments.lab.machine import TAKEN
 from flashcp.experiments.lab.nodes import Link, built_nodes
-from flashcp.experiments.lab.start import run_on_nodes
-from flashcp.experiments.lab.tables import TAKEN
 from flashcp.experiments.sweep.results import read_rows
 from tests.experiments.lab.test_nodes import left
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from flashcp.experiments.cli.main import main
-from flashcp.experiments.lab.page import out_of_order
-from flashcp.experiments.lab.tables import lab_table, lines
+from flashcp.experiments.lab.page import lab_table, lines, out_of_order
 from flashcp.experiments.sweep.results import Number, Row, to_row, write_rows
 
 KIND = "emulated: a node's link carries 44 MB/s"

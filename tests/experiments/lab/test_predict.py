@@ -1,19 +1,28 @@
-"""The lab as the simulator knows it."""
+"""The lab as the simulator knows it, and its kernels, timed before its ranks start."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
+import torch
 
 from flashcp.clusters import read_cluster
-from flashcp.experiments.lab.cases import LabBench
-from flashcp.experiments.lab.predict import lab_machine, predict
-from flashcp.experiments.lab.scale import RATED, Rates, Scale
+from flashcp.experiments.lab import predict as lab
+from flashcp.experiments.lab.cases import RATED, LabBench
+from flashcp.experiments.lab.predict import Rates, Scale, lab_machine, predict, shapes_of, time_kernels
 from flashcp.simulation import simulate
 from flashcp.train.link import attention_operations
 
 BENCH = LabBench(context=2048, windows=2, methods=["llama3", "flashcp"])
+KERNELS = LabBench(
+    methods=["llama3", "ulysses", "flashcp:h2"],
+    context=512,
+    windows=1,
+    query_heads=8,
+    kv_heads=4,
+    head_dim=8,
+)
 RATES = Rates(tflops=0.01, latency_us=2000.0, node_gbps=0.5, socket_gbps=10.0)
 WHOLE = read_cluster("this_machine")
 
@@ -65,3 +74,33 @@ def test_a_links_rate_is_the_clusters_by_bytes_an_operation() -> None:
     twice = Scale.of(BENCH, Rates(0.02, 2000.0, 0.5, 10.0))
     assert twice.link_gbps == pytest.approx(2 * one.link_gbps)
     assert f"{1e3 * one.link_gbps:.3g} MB/s = 50 GB/s of a rank of h100-ib-400g" in str(one)
+
+
+def test_heads_are_those_that_ranks_compute_on() -> None:
+    """Eight ranks share the heads out under ulysses, two of a node under `:h2`."""
+    assert [shape[:2] for shape in shapes_of(KERNELS)] == [(8, 4), (4, 2), (1, 1)]
+    assert {shape[2:] for shape in shapes_of(KERNELS)} == {(8, 4)}
+
+
+def test_a_machine_that_is_twice_as_slow_is_found_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(factor: float) -> float:
+        def attention_us(_: object, schedules: list, shapes: list) -> list[list[float]]:
+            pairs = [
+                float(one.schedule.pairs * shape.query_heads) for one, shape in zip(schedules, shapes, strict=True)
+            ]
+            return [[factor * (10.0 + count) for count in pairs] for _ in range(2)]
+
+        monkeypatch.setattr(lab, "attention_us", attention_us)
+        return time_kernels(KERNELS).attention.forward.tflops
+
+    assert timed(2.0) == pytest.approx(timed(1.0) / 2)
+
+
+def test_this_machine_s_kernels_have_a_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "SCHEDULES", 16)
+    threads = torch.get_num_threads()
+    machine = time_kernels(KERNELS)
+    assert machine.name == "lab"
+    assert 1e-5 < machine.attention.forward.tflops < 100
+    assert machine.copies.gbps > 0.01
+    assert torch.get_num_threads() == threads

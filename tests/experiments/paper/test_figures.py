@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,17 @@ from flashcp.experiments.cli.schema import committed
 from flashcp.experiments.cli.simulate import chosen_variants, read_setting, step_of
 from flashcp.experiments.paper.beyond import BASELINES, DATA, measured_rows, stages
 from flashcp.experiments.paper.figures import FIGURES, write_paper_page
-from flashcp.experiments.paper.mixes import worth_table
 from flashcp.experiments.paper.numbers import BREAKDOWN, Cell, Numbers, read_case, verdict
 from flashcp.experiments.paper.published import breakdown
-from flashcp.experiments.sweep.results import read_rows, write_rows
+from flashcp.experiments.paper.workloads import mixed
+from flashcp.experiments.sweep.results import Row, read_rows, write_rows
 from flashcp.experiments.sweep.simulations import case_name
 from flashcp.sharding.methods import METHODS
 from tests.checkout import ROOT
 from tests.experiments.jobs import expand
 
+WORKLOADS = {"Gemma 3 27B": "gemma3", "gpt-oss 120B": "gpt_oss", "BERT large": "full"}
+"""Models in the rows of `flashcp bench mixes`."""
 SMALL = {
     "paper_fig3": [],
     "paper_fig5": ["windows=1"],
@@ -245,6 +248,32 @@ def test_the_committed_page_is_what_its_rows_say(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "experiments/results/paper", tmp_path / "results/paper")
     page = write_paper_page(tmp_path / "results/paper", tmp_path / "PAPER_RESULTS.md")
     assert page.read_text() == (ROOT / "experiments/PAPER_RESULTS.md").read_text()
+
+
+def worth_table(simulated: Sequence[Row], planned: Path) -> str:
+    """What a plan for the mix is worth, as docs/masks.md shows it: rows of `experiment=mixes`, and the file of
+    `flashcp bench mixes` on the same lengths."""
+    with planned.open(encoding="utf-8", newline="") as lines:
+        counted = {(row["case"], row["provider"], row["metric"]): row["median"] for row in csv.DictReader(lines)}
+    head = (
+        "model", "window, ranks", "largest imbalance: the mix's plan, the causal one's",
+        "critical rows: a layer that sees all, a window layer", "over llama3", "over per_document",
+        "over the fastest best effort",
+    )  # fmt: skip
+    table = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for one in mixed(Numbers(simulated)):
+        size = f"{one.case.context // 1024}K"
+        case = f"{WORKLOADS[one.model]} {one.case.data} {size} N={one.case.ranks}"
+        balance = [float(counted[case, plan, "imbalance_max"]) for plan in ("flashcp", "flashcp_causal")]
+        rows = [counted.get((case, "flashcp", f"critical_rows_{kind}")) for kind in ("causal", "window")]
+        published, rival, ours = one.speedups
+        cells = (
+            one.model, f"{size}, {one.case.ranks}", ", ".join(f"{number:.3f}" for number in balance),
+            ", ".join(f"{float(number):,.0f}" if number else "-" for number in rows), f"{ours:.2f}",
+            f"{ours / published:.2f}", f"{ours / rival:.2f} ({one.rival})",
+        )  # fmt: skip
+        table.append(f"| {' | '.join(cells)} |")
+    return "\n".join(table)
 
 
 def test_the_page_of_masks_shows_the_committed_rows() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flashcp.experiments.lab.tables import lines
+from flashcp.experiments.lab.page import lines
 from flashcp.experiments.sweep.compare import compare, is_told_apart, speedup_text
 from flashcp.experiments.sweep.results import read_rows
 from tests.checkout import ROOT

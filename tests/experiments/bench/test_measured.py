@@ -12,10 +12,9 @@ import torch
 import flashcp
 from flashcp.clusters import read_machine
 from flashcp.experiments.bench.calibration import KernelSample, kernel_us, schedule_features
-from flashcp.experiments.bench.kernel_times import KernelTimer, RankSchedule, rank_schedule
+from flashcp.experiments.bench.kernel_times import KernelTimer, MeasuredPlanned, RankSchedule, rank_schedule
 from flashcp.experiments.cli.compose import compose
 from flashcp.experiments.cli.main import main
-from flashcp.experiments.sweep.measured import MeasuredPlanned
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.simulator.cost import AttentionCost, AttentionShape, KernelCost
 from flashcp.simulator.machine import Machine

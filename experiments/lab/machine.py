@@ -1,27 +1,95 @@
-"""Equal shares of the machine's cores for every rank: control groups of the kernel, version 1 or 2.
-
-Version 2 was not run: the machines this was built on keep the cpu controller in version 1.
-"""
+"""What a lab has of its machine: it is alone there, its ranks have equal shares of the cores, and it sees how much of
+them went to others while it measured."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from flashcp.train.ranks import Ranks
+
+LOCK = Path("/run/flashcp-lab.lock")
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PERIOD_US = 20_000  # short beside a step: a rank that has used up its share stops for less
 LEAST_SHARE = 0.05  # of a core: the kernel grants no less than 1 ms a period
 PATIENCE_S = 10.0
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+TAKEN = "taken_cores"
+"""Metric of a lab: cores that others used while it measured and that its ranks were to have."""
+
+
+class LabError(RuntimeError):
+    """The lab cannot be built here; the message says in one line what is missing."""
+
+
+@contextmanager
+def lock() -> Iterator[None]:
+    """Raises LabError where another lab runs on this machine."""
+    try:
+        opened = LOCK.open("a+")
+    except OSError as error:
+        raise LabError(f"the lab needs {LOCK}, which says that a lab runs: {error.strerror}") from error
+    with opened as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise LabError(f"another lab runs on this machine: process {file.read().strip()}") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the lab as Ctrl-C does, with everything removed, where nobody else took them."""
+    ours = threading.current_thread() is threading.main_thread()
+    taken = [number for number in ENDING if ours and signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Signals count for nothing meanwhile: a second Ctrl-C would leave half of a lab behind."""
+    ours = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING if ours}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- equal shares of the cores
 
 
 @dataclass(frozen=True)
 class Quotas:
-    """A control group a rank. group: the folder above them. cores: of each rank."""
+    """A control group a rank, of version 1 or 2. group: the folder above them. cores: of each rank.
+
+    Version 2 was not run: the machines this was built on keep the cpu controller in version 1.
+    """
 
     group: Path
     cores: float
@@ -116,3 +184,28 @@ def _mounts() -> Iterator[tuple[Path, int]]:
             yield Path(folder), 1
         if kind == "cgroup2":
             yield Path(folder), 2
+
+
+# --- work of others
+
+
+class Others:
+    """Watches from its making on. Every rank makes one, and all ask together.
+
+    Interrupts are nobody's: the lab's own sockets make most of them.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._begun = self._now()
+
+    def taken(self, cores: float) -> float:
+        """Cores that others kept busy on average, beyond those that the machine has besides the ranks' `cores`."""
+        machine, rank, wall = (late - early for early, late in zip(self._begun, self._now(), strict=True))
+        (lab,) = self._ranks.sum(rank)
+        return max(0.0, (machine - lab) / wall - ((os.cpu_count() or 1) - cores))
+
+    def _now(self) -> tuple[float, float, float]:
+        """CPU seconds of the machine and of this rank, and the time."""
+        user, nice, system, _, _, _, _, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        return TICK_S * (user + nice + system + steal), time.process_time(), time.monotonic()

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from flashcp.experiments.lab.others import Others
+from flashcp.experiments.lab.machine import Others
 from flashcp.train.ranks import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
