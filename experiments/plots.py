@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LOOK = matplotlib.rc_params_from_file(Path(__file__).with_name("flashcp.mplstyle"), use_default_template=False)
 PALETTE: list[str] = LOOK["axes.prop_cycle"].by_key()["color"]
 INK: str = LOOK["text.color"]
-PARTS = {"attention": PALETTE[1], "exchange": PALETTE[2], "rest": "#c8d0d8"}
+TIME_COLOURS = {"attention": PALETTE[1], "exchange": PALETTE[2], "rest": "#c8d0d8"}
 """Parts of a step and their colours."""
 WIDTH = 0.8  # of a group of bars
 styled = matplotlib.rc_context(LOOK)
@@ -156,7 +156,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
 
 def _draw_steps(axes: Any, lines: list[Line], title: str) -> None:
     tips = np.zeros(len(lines))
-    for part, colour in PARTS.items():
+    for part, colour in TIME_COLOURS.items():
         widths = [compare.step_parts(line)[part] for line in lines]
         axes.barh([line.provider for line in lines], widths, left=tips, color=colour, label=part, height=0.66)
         tips = tips + widths
@@ -209,7 +209,7 @@ def _draw_speedups(axes: Any, comparison: Comparison, colours: Mapping[str, str]
 
 # --- one pack's simulation: what every rank does when, method by method
 
-KINDS = {"attention": PARTS["attention"], "exchange": PARTS["exchange"], "copies": "#d9a441"}
+KINDS = {"attention": TIME_COLOURS["attention"], "exchange": TIME_COLOURS["exchange"], "copies": "#d9a441"}
 BUSY, TRAVELS = (-0.36, 0.5), (0.18, 0.18)  # low edge and height in a rank's row
 
 

@@ -46,7 +46,7 @@ def _bench(module: str, settings: str, measure: str, table: str, write: str = ""
 
 
 PLANNER_ROWS = "bench.planner.write_planner_rows"
-PARTS = {
+WHERE = {
     "planner": ("bench.planner", "PlannerBench", "bench_planner", "planner_table", PLANNER_ROWS),
     "awkward": ("bench.planner", "AwkwardBench", "bench_awkward", "awkward_table", PLANNER_ROWS),
     "attention": ("bench.attention", "AttentionBench", "bench_attention", "attention_table"),
@@ -59,7 +59,8 @@ PARTS = {
     ),
     "mixes": ("bench.planner", "MixesBench", "bench_mixes", "mixes_table", PLANNER_ROWS),
 }
-BENCHES: dict[str, Callable[[], Bench]] = {name: partial(_bench, *parts) for name, parts in PARTS.items()}
+"""The arguments of `_bench`, by the benchmark's name."""
+BENCHES: dict[str, Callable[[], Bench]] = {name: partial(_bench, *names) for name, names in WHERE.items()}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from flashcp.experiments.plots import INK, PALETTE, PARTS, save, styled
+from flashcp.experiments.plots import INK, PALETTE, TIME_COLOURS, save, styled
 from flashcp.sharding.plan import ShardingPlan
 
 OUTLINE = 256  # steps of a shard's edges under masks
@@ -156,8 +156,8 @@ def _of_layers(plan: ShardingPlan) -> str:
 def _draw_traffic(axes: Any, plan: ShardingPlan, exchange: str, whose: str) -> None:
     sent, received = _rows(plan, exchange)
     ranks = np.arange(len(sent))
-    axes.bar(ranks - 0.2, sent, width=0.4, color=PARTS["exchange"], label="sent")
-    axes.bar(ranks + 0.2, received, width=0.4, color=PARTS["rest"], label="received")
+    axes.bar(ranks - 0.2, sent, width=0.4, color=TIME_COLOURS["exchange"], label="sent")
+    axes.bar(ranks + 0.2, received, width=0.4, color=TIME_COLOURS["rest"], label="received")
     axes.set(xlabel=whose, title=f"KV rows{_of_layers(plan)}", ylim=(0, 1.25 * max(1, sent.max(), received.max())))
     axes.legend(loc="upper right", ncols=2)
 

@@ -35,7 +35,7 @@ REST = "this_machine"
 """The cluster file of what is not timed: no module's time depends on it."""
 SCHEDULES = 64
 REPEATS = 3
-PARTS = (4, 2, 1)
+DIVISORS = (4, 2, 1)
 """Of the lab's context and of its ranks, for the random packs and plans."""
 
 
@@ -101,8 +101,8 @@ def time_kernels(bench: LabBench) -> Machine:
     Raises RuntimeError where attention differs from the reference, ValueError where times grow with nothing.
     """
     random = np.random.default_rng(bench.seed)
-    contexts = [max(2 * bench.world_size, bench.context // part) for part in PARTS]
-    sizes = sorted({max(1, bench.world_size // part) for part in PARTS})
+    contexts = [max(2 * bench.world_size, bench.context // part) for part in DIVISORS]
+    sizes = sorted({max(1, bench.world_size // part) for part in DIVISORS})
     heads = shapes_of(bench)
     with _one_thread():
         timer = KernelTimer(torch.device("cpu"), REPEATS)

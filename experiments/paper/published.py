@@ -14,7 +14,7 @@ import numpy as np
 
 from flashcp.experiments.cli import bar
 from flashcp.experiments.paper.numbers import BREAKDOWN, DATA, PAPER, Breakdown, Cell, Numbers, PaperFigure
-from flashcp.experiments.plots import PARTS, Panel, bars, stacks
+from flashcp.experiments.plots import TIME_COLOURS, Panel, bars, stacks
 from flashcp.sharding.methods import METHODS
 from flashcp.sharding.solver import SolvedPlan, solve_plan
 from flashcp.sharding.strategies import plan
@@ -105,7 +105,7 @@ def _draw_5(numbers: Numbers, path: Path) -> None:
 
 FITTED = "wlb_llm"
 COLLECTIVES = ("all_gather", "reduce_scatter")
-COLOURS = ("#d9a441", PARTS["attention"], "#7fa8c4", PARTS["exchange"], "#f0b8a8")
+COLOURS = ("#d9a441", TIME_COLOURS["attention"], "#7fa8c4", TIME_COLOURS["exchange"], "#f0b8a8")
 
 
 def breakdown(numbers: Numbers, data: str, method: str) -> Breakdown:

@@ -19,7 +19,7 @@ from flashcp.experiments.lab.page import PAGE as LAB_PAGE
 from flashcp.experiments.lab.page import check_lab, draw_lab, is_lab, lab_folders, lab_table, write_lab_page
 from flashcp.experiments.paper.figures import FIGURES, paper_folders, publish_figure, write_paper_page
 from flashcp.experiments.paper.figures import PAGE as PAPER_PAGE
-from flashcp.experiments.plots import PARTS, comparison_figure
+from flashcp.experiments.plots import TIME_COLOURS, comparison_figure
 from flashcp.experiments.sweep.compare import LOSS_TOLERANCE, Comparison, columns, compare, step_parts
 from flashcp.experiments.sweep.results import (
     EMULATED,
@@ -210,7 +210,7 @@ def _page(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
         "balanced": [line for line in runs if line.provider == comparison.baseline and line.imbalance is not None],
         "saving": max(runs, key=lambda line: line.saving or 0.0, default=None),
         "longest": frame.groupby("case").step_ms.max().fillna(1.0).to_dict(),
-        "parts": PARTS,
+        "parts": TIME_COLOURS,
         "step_parts": step_parts,
         "single": REFERENCE,
         "figure": FIGURE,
