@@ -192,7 +192,7 @@ def _transport(
         return TwoSided(level.group, mail.timeout_s, mail.names), why
     if chosen == "nvshmem":
         return Nvshmem(level.group, mail.timeout_s, torch.device("cuda", torch.cuda.current_device())), why
-    fabric = (_shm if chosen == "shm" else _cuda)(level.group, mail, options.throttle_gbps)
+    fabric = FABRICS[chosen](level.group, mail, options.throttle_gbps)
     fabric.names = mail.names
     start_bytes, limit_bytes = int(options.region_mib * MIB), int(options.heap_mib * MIB)
     heap = SymmetricHeap(fabric, lambda: handshake.oldest[level.inside], handshake.settle, start_bytes, limit_bytes)
@@ -221,6 +221,10 @@ def _cuda(group: dist.ProcessGroup | None, mail: Mail, throttle_gbps: float) -> 
     ranks_of = group if group is not None else dist.distributed_c10d._get_default_group()
     memories = symmetric_memories(symmetric, ranks_of, rank, device, gpu, mail.share, mail.names)
     return CudaFabric("cuda_symmetric", rank, ranks, device, memories, retire, timeout_s, throttle_gbps)
+
+
+FABRICS = {"shm": _shm, "cuda_symmetric": _cuda}
+"""By the transport's name."""
 
 
 def _usable(backend: str, hosts: int) -> tuple[tuple[str, ...], str]:

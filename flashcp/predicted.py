@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flashcp.sharding.exchanges import EXCHANGES
 from flashcp.sharding.holders import members_heads
+from flashcp.sharding.plan import ShardingPlan
 from flashcp.sharding.values import check_choice, read_whole
 from flashcp.simulation import read_cluster_or_machine
 from flashcp.simulator.cost import ModelShape
@@ -38,6 +39,8 @@ def predicted_time(
 
     Raises ValueError naming value, field and what is legal.
     """
+    if isinstance(cluster, ShardingPlan):
+        raise ValueError("cost=flashcp.predicted_time: expected what it returns, flashcp.predicted_time('h100-nvlink')")
     check_choice("exchange", exchange, CHOOSING)
     model = ModelShape(query_heads, kv_heads, head_dim, dtype_bytes)
     setting = make_setting(read_cluster_or_machine(cluster), model, overlap, gradient_wire)

@@ -44,7 +44,7 @@ class Machine:
     links: Links
     gemm_tflops: float
     published: PublishedCopies
-    provenance: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 def check_machine(machine: Machine, name: str = "cluster") -> None:

@@ -33,6 +33,11 @@ class PredictedTime:
     setting: Setting
     variant: Variant
 
+    def __repr__(self) -> str:
+        heads, machine = self.setting.shape, self.setting.machine.name
+        of = f"{heads.query_heads} query and {heads.kv_heads} KV heads of {heads.head_dim}"
+        return f"PredictedTime({machine}, {self.variant.exchange}, {of}, head_ranks={self.variant.head_ranks})"
+
     def __call__(self, plan: ShardingPlan) -> float:
         variant = self.variant
         setting = replace(

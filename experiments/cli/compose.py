@@ -186,8 +186,12 @@ def _complaint(name: str, overrides: Sequence[str], error: Exception) -> str:
         if having := _having(name, key, overrides):
             return f"{key}: of what is swept only {', '.join(having)} has this key; expected one that all have"
         chosen = [word for word in overrides if word.split("=")[0] in GROUPS.keys() - {key} and "," not in word]
-        deeper = "".join(f"{path}, or " for path in _paths(compose(name, chosen)) if path.endswith(f".{key}"))
-        return f"{key}: no such override; expected {deeper}one of {', '.join(_place(name, key, chosen))}"
+        config, last = compose(name, chosen), key.split(".")[-1]
+        meant = [path for path in _paths(config) if path.endswith(f".{key}")]
+        if last != key and last in config:  # it stands at the top, not in that section
+            meant = [last]
+        elsewhere = "".join(f"{path}, or " for path in meant)
+        return f"{key}: no such override; expected {elsewhere}one of {', '.join(_place(name, key, chosen))}"
     if ambiguous := re.match(r"Ambiguous value for argument '(.+?)'", message):
         return f"{ambiguous[1]}: expected one value (-m or `flashcp sweep` takes several; a list is written [a,b])"
     if "does not support sweep type" in message:

@@ -201,6 +201,7 @@ def test_what_is_no_trainer_and_one_that_has_trained_are_refused(tmp_path: Path)
         "trainer is a ContextParallel",
         "trainer is a LlamaForCausalLM",
         "cp is a str",
+        "cp is the class ContextParallel",
         "the trainer is at step 3",
     ]
 

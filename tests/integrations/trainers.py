@@ -217,7 +217,8 @@ def refusals(folder: str) -> list[str]:
     args = hf.TrainingArguments(output_dir=folder, use_cpu=True, report_to=[])
     trainer, cp = hf.Trainer(make_model("llama", "sdpa"), args), flashcp.ContextParallel()
     said = []
-    for given in ((cp, trainer), (trainer.model, cp), (trainer, "flashcp"), (trainer, cp)):
+    wrong = (cp, trainer), (trainer.model, cp), (trainer, "flashcp"), (trainer, flashcp.ContextParallel)
+    for given in (*wrong, (trainer, cp)):
         trainer.state.global_step = 3
         try:
             parallelize(*given)  # type: ignore[arg-type]

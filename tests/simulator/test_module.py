@@ -55,6 +55,14 @@ def test_what_no_time_can_be_predicted_for(told: dict[str, object], message: str
         flashcp.predicted_time(**told)  # type: ignore[arg-type]
 
 
+def test_the_function_in_place_of_what_it_returns_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^cost=flashcp.predicted_time: expected what it returns, "):
+        flashcp.plan(SHORT, 4, cost=flashcp.predicted_time)  # type: ignore[arg-type]
+    assert repr(flashcp.predicted_time("h100-nvlink", head_ranks=2)) == (
+        "PredictedTime(h100-nvlink, exact, 32 query and 8 KV heads of 128, head_ranks=2)"
+    )
+
+
 def test_simulate_plans_by_time_and_by_rows() -> None:
     told = {"cluster": "h100-nvlink", "kv_heads": 8, "methods": ["flashcp", "flashcp:h1", "flashcp_paper+exact"]}
     timed, rows = (flashcp.simulate(SHORT, 4, plan_by=one, **told) for one in ("time", "rows"))  # type: ignore[arg-type]

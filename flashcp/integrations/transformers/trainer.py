@@ -86,6 +86,7 @@ def _check_given(trainer: Any, cp: Any) -> None:
             "set_attn_implementation(install(cp))"
         )
     if not isinstance(cp, ContextParallel):
-        raise ValueError(f"cp is a {type(cp).__name__}: expected a ContextParallel")
+        given = "the class ContextParallel" if cp is ContextParallel else f"a {type(cp).__name__}"
+        raise ValueError(f"cp is {given}: expected what ContextParallel() returns")
     if trainer.state.global_step:
         raise ValueError(f"the trainer is at step {trainer.state.global_step}: expected parallelize before train")

@@ -85,6 +85,7 @@ TRAIN_REFUSED = [
     ("method=null", "method=null: expected one of llama3"),
     ("cluster=h100-nvlink", "cluster: no such override; expected parallel.cluster, or one of world_size"),
     ("heads=4", "heads: no such override; expected model.heads, or one of "),
+    ("parallel.sharding=ring", "parallel.sharding: no such override; expected sharding, or one of overlap"),
     ("parallel={zz:1}", "parallel.zz: no such override; expected one of overlap"),
     ("parallel.timeout_s=inf", "parallel.timeout_s=inf: expected seconds > 0"),
     ("loop.timeout_s=inf", "loop.timeout_s=inf: expected seconds > 0"),

@@ -180,6 +180,11 @@ def test_a_file_and_its_dataclass_have_the_same_tree_and_the_same_defaults(confi
         assert values[key] == fields[key], key
 
 
+def test_the_usage_names_every_benchmark() -> None:
+    words = re.findall(r"\w+", (ROOT / "experiments/cli/usage.txt").read_text())
+    assert BENCHES.keys() <= {*words}
+
+
 @pytest.mark.parametrize("name", BENCHES)
 def test_a_benchmark_s_file_has_the_defaults_of_its_dataclass(name: str) -> None:
     """A field may leave its default to the file."""
