@@ -230,7 +230,7 @@ def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(r"\n  ffn_dim: 0  # of the MLP; 0: 8/3 of the width", shown)
         assert "KV GiB, the most of any window" in " ".join(shown.split())
     if verb == "bench":
-        assert "planner, awkward, attention or exchange" in shown
+        assert "planner, awkward, mixes, attention or exchange" in shown
 
 
 @pytest.mark.parametrize("verb", VERBS)
