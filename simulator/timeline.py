@@ -56,8 +56,8 @@ class Hops:
 
     def __init__(self, hop: np.ndarray) -> None:
         self._hop, self._port = hop, np.zeros(len(hop))
-        self._before = np.arange(len(hop)) - 1  # of each rank; indexing is far quicker than np.roll
-        self._to_next = hop[self._before + 2 - len(hop)]
+        every = np.arange(len(hop))
+        self._before, self._to_next = every - 1, hop[(every + 1) % len(hop)]  # indexing is far quicker than np.roll
 
     def send(self, ready: np.ndarray) -> np.ndarray:
         """Every rank hands on what it has ready at a time [N]. When its predecessor's has come [N]."""
