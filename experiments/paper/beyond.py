@@ -218,16 +218,18 @@ def _demo_cells(numbers: Numbers) -> list[Cell]:
 
 
 def _demo_facts(numbers: Numbers) -> dict[str, Any]:
-    """measured, predicted: one row of each. pairs of methods; wrong: those out of order. outside: methods whose
-    predicted step over the baseline's lies outside their measured p20 to p80 over its median."""
+    """measured, predicted: one row of each. pairs of methods; told_apart: how many of them; wrong: those out of order.
+    outside: methods whose predicted step over the baseline's lies outside their measured p20 to p80 over its median."""
     steps = _steps(numbers)
+    told_apart = _told_apart(steps)
     base, predicted_base = steps[LLAMA3]
     expected = {method: ms / predicted_base * base.median for method, (_, ms) in steps.items() if method != LLAMA3}
     return {
         "measured": base,
         "predicted": next(row for row in numbers.rows if row.kind != MEASURED),
         "pairs": comb(len(steps), 2),
-        "wrong": [" and ".join(pair) for pair, in_order in _told_apart(steps).items() if not in_order],
+        "told_apart": len(told_apart),
+        "wrong": [" and ".join(pair) for pair, in_order in told_apart.items() if not in_order],
         "outside": [m for m, ms in expected.items() if not ends(steps[m][0])[0] <= ms <= ends(steps[m][0])[1]],
     }
 

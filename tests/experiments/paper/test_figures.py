@@ -244,6 +244,15 @@ def test_measured_times_of_several_sweeps_become_one(tmp_path: Path) -> None:
         measured_rows([str(tmp_path)])
 
 
+def test_pairs_that_no_measurement_tells_apart_are_counted_as_that() -> None:
+    figure = FIGURES["demo_predicted"]
+    rows = read_rows(ROOT / "experiments/results/paper/demo_predicted")
+    assert figure.facts(Numbers(rows))["told_apart"] > 0
+    vague = [dataclasses.replace(row, p20=0.0, p80=9e9) if row.kind == "measured" else row for row in rows]
+    facts = figure.facts(Numbers(vague))
+    assert (facts["told_apart"], facts["wrong"], facts["pairs"]) == (0, [], 28)
+
+
 def test_the_committed_page_is_what_its_rows_say(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "experiments/results/paper", tmp_path / "results/paper")
     page = write_paper_page(tmp_path / "results/paper", tmp_path / "PAPER_RESULTS.md")
